@@ -1,0 +1,21 @@
+"""Put weight excitation into any PyTorch model, and take it out again before deployment."""
+
+__version__ = "0.1.0"
+
+from we_surgery.config import make_policy as make_policy
+from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
+from we_surgery.errors import ExcitationError as ExcitationError
+from we_surgery.errors import InputError as InputError
+from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
+from we_surgery.errors import SurgeryError as SurgeryError
+from we_surgery.errors import WESurgeryError as WESurgeryError
+from we_surgery.planning import Decision as Decision
+from we_surgery.planning import Plan as Plan
+from we_surgery.planning import plan as plan
+from we_surgery.policy import MODES as MODES
+from we_surgery.policy import Policy as Policy
+from we_surgery.proof import StripReport as StripReport
+from we_surgery.rules import Rule as Rule
+from we_surgery.surgery import convert as convert
+from we_surgery.surgery import strip as strip
+from we_surgery.surgery import strip_with_report as strip_with_report

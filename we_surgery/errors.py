@@ -1,0 +1,58 @@
+"""What can go wrong, each with its cause and its cure.
+
+Every error a user can meet carries two sentences: what happened, and what to
+do about it. The command line prints them as two lines and ends with the
+error's ``exit_code``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WESurgeryError(Exception):
+    """Base of all errors raised on purpose by this package.
+
+    Args:
+        cause: what happened, naming the layer, file or option.
+        cure: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(cause, cure)
+        self.cause = cause
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.cure}"
+
+
+class InputError(WESurgeryError, ValueError):
+    """Bad usage, a bad configuration or an unreadable input; nothing was changed."""
+
+    exit_code = 2
+
+
+class SurgeryError(WESurgeryError, RuntimeError):
+    """The surgery or its proof failed; the model is as it was before."""
+
+
+class ExcitationError(WESurgeryError, RuntimeError):
+    """An excited weight could not be computed or assigned."""
+
+
+class AlreadyConvertedWarning(UserWarning):
+    """``convert`` was called on a model that carries excitations already."""
+
+
+class NothingToStripWarning(UserWarning):
+    """``strip`` was called on a model or state dict without excitations."""
+
+
+def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """The ``choices`` that look like ``word``, as the end of a sentence ("" when none does)."""
+    found = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.4)
+    return f"; did you mean {' or '.join(repr(name) for name in found)}?" if found else ""

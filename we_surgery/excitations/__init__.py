@@ -1,0 +1,13 @@
+"""The mathematics: maps from weight to weight. No module here knows a model."""
+
+from we_surgery.excitations.base import Excitation as Excitation
+from we_surgery.excitations.composition import Composition as Composition
+from we_surgery.excitations.layout import WeightLayout as WeightLayout
+from we_surgery.excitations.lwe import LWE as LWE
+from we_surgery.excitations.mwe import MWE as MWE
+from we_surgery.excitations.registry import EXCITATIONS as EXCITATIONS
+from we_surgery.excitations.registry import Recipe as Recipe
+from we_surgery.excitations.registry import build_excitation as build_excitation
+from we_surgery.excitations.registry import check_stage as check_stage
+from we_surgery.excitations.registry import rebuild_excitation as rebuild_excitation
+from we_surgery.excitations.standardize import Standardize as Standardize

@@ -1,0 +1,106 @@
+"""What every excitation has in common: its protocol, its precision, its hyper-parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.excitations.layout import WeightLayout
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Excitation(nn.Module, ABC):
+    """A map from a weight ``[O, I, *K]`` to an excited weight of the same shape and dtype.
+
+    It follows torch's parametrization protocol (``forward`` and, where one
+    exists, ``right_inverse``), so it can also be registered by
+    ``torch.nn.utils.parametrize``. Half-precision weights are computed in
+    float32 and rounded once, and autocast is off inside: under bf16 autocast
+    an excited weight would differ from its float32 value by 0.4 %, and a fold
+    in float32 would no longer be what was trained.
+
+    Subclasses set ``name`` (their key in a state dict and in a config) and
+    ``order`` (their place when several are composed), write :meth:`excite`,
+    and give :meth:`for_layout` and :meth:`from_state`.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The excited weight, in ``weight``'s shape, dtype and memory format."""
+        return self._in_full_precision(self.excite, weight)
+
+    @abstractmethod
+    def excite(self, weight: Tensor) -> Tensor:
+        """The excited weight; called in full precision with at least one element."""
+
+    def right_inverse(self, excited: Tensor) -> Tensor:
+        """A raw weight whose excitation is ``excited``.
+
+        Raises:
+            NotImplementedError: this excitation has no inverse in closed form.
+        """
+        return self._in_full_precision(self.invert, excited)
+
+    def invert(self, excited: Tensor) -> Tensor:
+        """The inverse of :meth:`excite`, where one exists."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse in closed form")
+
+    @classmethod
+    @abstractmethod
+    def for_layout(
+        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
+    ) -> Self:
+        """A new excitation for a layer; further keyword arguments are the method's options."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """An excitation shaped as its state dict says; parameter values are assigned after."""
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The names and defaults of the options :meth:`for_layout` takes."""
+        parameters = inspect.signature(cls.for_layout).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def register_hyperparameter(
+        self, name: str, value: float, dtype: torch.dtype | None = None
+    ) -> None:
+        """Registers a number that no tensor shape shows as a 0-d buffer, never below float32."""
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        self.register_buffer(name, torch.tensor(value, dtype=precision, device="cpu"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Casting a model to half precision, or materializing it with `to_empty`, must move a
+        # hyper-parameter and never change its value: epsilon = 0.1 is not 0.09998 in fp16.
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None:
+                target = before.device if after.is_meta else after.device
+                self._buffers[name] = before.to(target)
+        return self
+
+    @staticmethod
+    def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+        if weight.numel() == 0:
+            return weight
+        full = weight.float() if weight.dtype in _HALF else weight
+        with _autocast_off(weight.device.type):
+            return compute(full).to(weight.dtype)
+
+
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

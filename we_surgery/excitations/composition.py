@@ -1,0 +1,93 @@
+"""Excitations applied one after the other, on a weight read as filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
+
+
+class Composition(Excitation):
+    """The stages of an excited layer, in their fixed order: standardize, locate, amplify.
+
+    The papers compose in one order only (WE paper, Table 3: standardization, then the
+    LWE gate, then MWE with its maximum taken over the gated weight), so each stage
+    carries its place and appears at most once; a state dict needs no list of stages
+    beyond its own keys, ``standardize.epsilon``, ``lwe.fc1.weight``, ``mwe.epsilon``.
+
+    Args:
+        stages: at least one excitation; at most one of each name.
+        transposed_groups: groups of a transposed conv, whose ``[C, O/g, *K]`` weight is
+            regrouped into filters before the first stage and back after the last;
+            None for every other layer.
+
+    Raises:
+        ValueError: no stage, or two stages of one name.
+    """
+
+    name: ClassVar[str] = "composition"
+    order: ClassVar[int] = 0
+    transposed_groups: Tensor
+
+    def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
+        super().__init__()
+        ordered = sorted(stages, key=lambda stage: stage.order)
+        if not ordered:
+            raise ValueError("a composition needs at least one stage")
+        if len({stage.name for stage in ordered}) < len(ordered):
+            names = ", ".join(stage.name for stage in ordered)
+            raise ValueError(f"a composition takes each stage once, not {names}")
+        for stage in ordered:
+            self.add_module(stage.name, stage)
+        self._mark_transposed(transposed_groups)
+
+    def _mark_transposed(self, groups: int | None) -> None:
+        # The number is the buffer's length and not its value: shapes are known to
+        # torch.compile and cost no synchronization with a GPU.
+        self.is_transposed = groups is not None
+        if groups is not None:
+            self.register_buffer("transposed_groups", torch.zeros(groups, dtype=torch.uint8))
+
+    @property
+    def stages(self) -> tuple[Excitation, ...]:
+        """The stages in the order they run."""
+        return tuple(s for s in self.children() if isinstance(s, Excitation))
+
+    def excite(self, weight: Tensor) -> Tensor:
+        filters = self._as_filters(weight)
+        for stage in self.stages:
+            filters = stage.excite(filters)
+        return self._as_stored(filters, weight)
+
+    def invert(self, excited: Tensor) -> Tensor:
+        filters = self._as_filters(excited)
+        for stage in reversed(self.stages):
+            filters = stage.invert(filters)
+        return self._as_stored(filters, excited)
+
+    def _as_filters(self, weight: Tensor) -> Tensor:
+        if not self.is_transposed:
+            return weight
+        return to_filters(weight, self.transposed_groups.shape[0])
+
+    def _as_stored(self, filters: Tensor, like: Tensor) -> Tensor:
+        if not self.is_transposed:
+            return filters
+        stored = from_filters(filters, self.transposed_groups.shape[0])
+        # Regrouping loses the memory format, and a conv's result may depend on it.
+        return torch.empty_like(like).copy_(stored)
+
+    @classmethod
+    def for_layout(
+        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
+    ) -> Self:
+        raise TypeError("a composition is built from its stages; see `build_excitation`")
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        raise TypeError("a composition is rebuilt from its stages; see `rebuild_excitation`")

@@ -1,0 +1,110 @@
+"""Location-based weight excitation: a learned multiplier for each (output, input) location."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.layout import WeightLayout
+
+
+class LWE(Excitation):
+    """``W_j * m_j`` with ``m_j = sigmoid(fc2(relu(fc1(mean_K(W_j)))))`` for each filter j.
+
+    WE paper, section 3.2, eq. 1. ``mean_K`` averages each kernel to one value,
+    whatever its rank, so ``m_j`` holds one multiplier in (0, 1) for each of the
+    I input channels of filter j. All filters of a layer share ``fc1`` and ``fc2``.
+    The paper feeds the standardized weight: compose with
+    :class:`~we_surgery.excitations.Standardize`.
+
+    Args:
+        in_channels: C, the layer's input channels over all groups.
+        groups: the layer's groups; one filter sees I = C / groups channels.
+        reduction: hidden width is ``max(in_channels // reduction, 1)``, from the
+            full ``in_channels`` also for grouped convs (only so does ResNeXt50
+            reach the 27.9 M parameters of Table 1).
+        device, dtype: those of the layer.
+
+    Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias,
+    in torch's default initialization (supplement, section 1).
+
+    Raises:
+        ValueError: a width is not positive, or groups do not divide in_channels.
+    """
+
+    name: ClassVar[str] = "lwe"
+    order: ClassVar[int] = 10
+    fc1: nn.Linear
+    fc2: nn.Linear
+
+    def __init__(
+        self,
+        in_channels: int,
+        groups: int = 1,
+        reduction: int = 16,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("groups", groups),
+            ("reduction", reduction),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"lwe: {name} must be a positive integer, not {value!r}")
+        if in_channels % groups:
+            raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
+        hidden = max(in_channels // reduction, 1)
+        self._add_layers(in_channels // groups, hidden, device, dtype)
+
+    def _add_layers(
+        self,
+        channels: int,
+        hidden: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+
+    def excite(self, weight: Tensor) -> Tensor:
+        multiplier = self.multiplier(weight)
+        return weight * multiplier.reshape(*multiplier.shape, *[1] * (weight.ndim - 2))
+
+    def multiplier(self, weight: Tensor) -> Tensor:
+        """The location map m ``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
+        pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
+        hidden = F.relu(_linear(pooled, self.fc1))
+        return torch.sigmoid(_linear(hidden, self.fc2))
+
+    @classmethod
+    def for_layout(
+        cls,
+        layout: WeightLayout,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        reduction: int = 16,
+    ) -> Self:
+        return cls(layout.in_channels, layout.groups, reduction, device=device, dtype=dtype)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        hidden, channels = state["fc1.weight"].shape
+        module = cls.__new__(cls)
+        Excitation.__init__(module)
+        # On meta, so that rebuilding draws no random numbers; the values are assigned after.
+        module._add_layers(channels, hidden, torch.device("meta"), state["fc1.weight"].dtype)
+        return module
+
+
+def _linear(inputs: Tensor, layer: nn.Linear) -> Tensor:
+    # The layer's parameters may be half precision; the arithmetic never is.
+    return F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))

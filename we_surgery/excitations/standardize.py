@@ -1,0 +1,73 @@
+"""Weight standardization: each filter with mean 0 and standard deviation 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.layout import WeightLayout
+
+
+class Standardize(Excitation):
+    """``(W_j - mean_j) / (std_j + epsilon)`` for each filter j, std unbiased.
+
+    Weight standardization (Qiao et al.), which weight excitation uses as the
+    input of LWE and MWE (WE paper, end of section 3.3 and section 4.1).
+
+    A filter of a single weight (fan-in 1) has no standard deviation and is
+    passed through unchanged; a constant filter becomes 0 with a finite
+    gradient. The variance is that of the centred weight, because the one-pass
+    formula loses 7 % at a mean of 1000 standard deviations.
+
+    Args:
+        epsilon: added to each standard deviation; at least 0 and finite.
+        dtype: dtype of the layer; float64 keeps epsilon in float64.
+
+    Raises:
+        ValueError: epsilon is negative or not finite.
+    """
+
+    name: ClassVar[str] = "standardize"
+    order: ClassVar[int] = 0
+    epsilon: Tensor
+
+    def __init__(self, epsilon: float = 1e-5, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not (math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"standardize: epsilon must be finite and at least 0, not {epsilon}")
+        self.register_hyperparameter("epsilon", epsilon, dtype)
+
+    def excite(self, weight: Tensor) -> Tensor:
+        fan_in = weight[0].numel()
+        if fan_in < 2:
+            return weight
+        dims = tuple(range(1, weight.ndim))
+        centred = weight - weight.mean(dims, keepdim=True)
+        # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
+        # a constant filter needs.
+        norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
+        return centred / (norm / math.sqrt(fan_in - 1) + self.epsilon)
+
+    @classmethod
+    def for_layout(
+        cls,
+        layout: WeightLayout,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        epsilon: float = 1e-5,
+    ) -> Self:
+        module = cls(epsilon, dtype=dtype)
+        return module if device is None else module.to(device)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        return cls(state["epsilon"].item(), dtype=state["epsilon"].dtype)
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon.item():g}"

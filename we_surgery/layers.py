@@ -1,0 +1,315 @@
+"""The excited layer: an ordinary layer whose ``weight`` is computed from a raw weight.
+
+A layer is excited by swapping its class, in place, for a subclass with a
+read-only ``weight`` property over a parameter called ``raw_weight``. Whoever
+reads ``layer.weight``, the layer's own forward or a parent that feeds it to a
+fused kernel, gets the excited weight, and a converted checkpoint is refused by
+a vanilla model instead of being loaded with the wrong meaning.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import ExcitationError, InputError
+from we_surgery.excitations import Composition
+
+RAW_PREFIX = "raw_"
+EXCITATION = "excitation"
+
+if TYPE_CHECKING:
+    _ModuleBase = nn.Module
+else:
+    # Not nn.Module: the mixin must come before the vanilla class and leave its layout alone.
+    _ModuleBase = object
+
+
+def raw_name(parameter: str) -> str:
+    """Where the raw tensor of ``parameter`` is kept: ``weight`` -> ``raw_weight``."""
+    return RAW_PREFIX + parameter
+
+
+def excitation_name(parameter: str) -> str:
+    """The submodule that excites ``parameter``: ``in_proj_weight`` -> ``in_proj_excitation``."""
+    stem = parameter.removesuffix("weight")
+    return stem + EXCITATION if stem != parameter else f"{parameter}_{EXCITATION}"
+
+
+class ExcitedLayer(_ModuleBase):
+    """What all excited layers add to their vanilla class.
+
+    Attributes:
+        vanilla_class: the class the layer had and gets back.
+        excited_parameters: the parameters that are computed from raw ones.
+    """
+
+    vanilla_class: ClassVar[type[nn.Module]]
+    excited_parameters: ClassVar[tuple[str, ...]]
+    layer_name: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.excited_parameters:
+            assign_excited(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Initializes the raw weight as the vanilla class would; the excitation is kept."""
+        raw = {name: getattr(self, raw_name(name)) for name in self.excited_parameters}
+        vanilla_view(self, raw).reset_parameters()  # type: ignore[operator]
+
+    def fuse(self) -> nn.Module:
+        """A vanilla layer with the excited weight folded in; this layer is left as it is.
+
+        The name is the one timm's ``reparameterize_model`` looks for.
+        """
+        folded = folded_parameters(self)
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in folded.values()}
+        return copy.deepcopy(vanilla_view(self, folded), memo)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self.excited_parameters:
+            vanilla_key, raw_key = prefix + name, prefix + raw_name(name)
+            if vanilla_key in state_dict and raw_key not in state_dict:
+                # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
+                # loaded before the conversion, and the excitation keeps its values.
+                state_dict[raw_key] = state_dict.pop(vanilla_key)
+                excitation = getattr(self, excitation_name(name))
+                own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
+                for key, value in own.items():
+                    state_dict.setdefault(key, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def excited_property(parameter: str) -> property:
+    """A property that computes ``parameter`` by its excitation each time it is read."""
+    raw, excitation = raw_name(parameter), excitation_name(parameter)
+
+    def read(self: ExcitedLayer) -> Tensor:
+        try:
+            return getattr(self, excitation)(getattr(self, raw))  # type: ignore[no-any-return]
+        except AttributeError as error:
+            # Left as it is, it would send Python on to nn.Module.__getattr__, which denies
+            # that there is a `weight` and hides the cause.
+            raise ExcitationError(
+                f"the excited {parameter} of layer {describe(self)} cannot be computed: {error}",
+                f"Its {raw!r} or {excitation!r} was removed or replaced; convert the model again.",
+            ) from error
+        except Exception as error:
+            error.add_note(f"while computing the excited {parameter} of layer {describe(self)}")
+            raise
+
+    return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
+
+
+def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
+    """``layer.weight = value``: stores the raw weight whose excitation is ``value``.
+
+    Raises:
+        ExcitationError: the excitation has no inverse in closed form.
+        InputError: ``value`` is not a tensor of the weight's shape.
+    """
+    raw: Tensor = getattr(layer, raw_name(name))
+    if not isinstance(value, Tensor) or value.shape != raw.shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"{name} of layer {describe(layer)} takes a tensor of shape {tuple(raw.shape)}, "
+            f"not {found}",
+            "Assign a tensor of that shape, or strip the model before changing its layers.",
+        )
+    try:
+        with torch.no_grad():
+            inverse = getattr(layer, excitation_name(name)).right_inverse(value.to(raw))
+    except NotImplementedError as error:
+        raise ExcitationError(
+            f"{name} of layer {describe(layer)} is computed by "
+            f"{describe_stages(getattr(layer, excitation_name(name)))} and cannot be assigned: "
+            f"{error}",
+            f"Assign `{raw_name(name)}` to set the raw weight, or strip the model first.",
+        ) from error
+    with torch.no_grad():
+        raw.copy_(inverse)
+
+
+def excite(module: nn.Module, parameter: str, excitation: Composition, layer_name: str) -> None:
+    """Makes ``module`` compute ``parameter`` from its raw value, in place.
+
+    The raw tensor is the very Parameter the module had, at the very position it had
+    in ``_parameters``: optimizers index their state by position.
+
+    Args:
+        module: a module that owns ``parameter``.
+        parameter: the parameter's name, such as ``weight`` or ``in_proj_weight``.
+        excitation: what computes it; shared between layers that share the Parameter.
+        layer_name: the module's name in its model, for error messages.
+    """
+    names = (*excited_names(module), parameter)
+    vanilla_parameters = dict(module._parameters)
+    base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
+    swapped = excited_class(base, names)
+    try:
+        _rename_parameter(module, parameter, raw_name(parameter))
+        module._modules[excitation_name(parameter)] = excitation
+        module.__dict__["layer_name"] = layer_name
+        # Last: it is what makes the layer an excited one.
+        module.__class__ = swapped
+    except BaseException:
+        module._parameters.clear()
+        module._parameters.update(vanilla_parameters)
+        module._modules.pop(excitation_name(parameter), None)
+        raise
+
+
+def restore(module: nn.Module) -> None:
+    """Undoes :func:`excite`: the vanilla class, with the raw tensors as its parameters."""
+    if not isinstance(module, ExcitedLayer):
+        return
+    for parameter in module.excited_parameters:
+        _rename_parameter(module, raw_name(parameter), parameter)
+        del module._modules[excitation_name(parameter)]
+    module.__class__ = module.vanilla_class  # type: ignore[assignment]
+    del module.__dict__["layer_name"]
+
+
+def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
+    """A vanilla layer that shares everything with ``layer`` but its excited parameters."""
+    view = layer.vanilla_class.__new__(layer.vanilla_class)
+    view.__dict__.update(layer.__dict__)
+    view.__dict__["_parameters"] = dict(layer._parameters)
+    view.__dict__["_modules"] = dict(layer._modules)
+    for name, value in values.items():
+        _rename_parameter(view, raw_name(name), name)
+        view._parameters[name] = value  # type: ignore[assignment]
+        del view._modules[excitation_name(name)]
+    del view.__dict__["layer_name"]
+    return view
+
+
+def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
+    """The layer's excited weights as new Parameters, with the raw ones' ``requires_grad``."""
+    with torch.no_grad():
+        return {
+            name: nn.Parameter(
+                getattr(layer, name).detach().clone(memory_format=torch.preserve_format),
+                requires_grad=getattr(layer, raw_name(name)).requires_grad,
+            )
+            for name in layer.excited_parameters
+        }
+
+
+def excited_layers(model: nn.Module) -> Iterator[tuple[str, ExcitedLayer]]:
+    """Each excited layer of ``model`` once, with its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExcitedLayer):
+            yield name, module
+
+
+def excited_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of ``module`` that are excited; none for a vanilla module."""
+    return module.excited_parameters if isinstance(module, ExcitedLayer) else ()
+
+
+def describe(layer: ExcitedLayer) -> str:
+    """The layer's name and class, for messages."""
+    return f"{layer.layer_name!r} ({layer.vanilla_class.__name__})"
+
+
+def describe_stages(excitation: Composition) -> str:
+    """The stages' names joined as in a config: ``standardize+lwe``."""
+    return "+".join(stage.name for stage in excitation.stages)
+
+
+def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    renamed = {new if name == old else name: p for name, p in module._parameters.items()}
+    module._parameters.clear()
+    module._parameters.update(renamed)
+
+
+# Classes. Those of torch's own layers are written out; any other is made on demand and found
+# again by pickle through this module's __getattr__, under a name that says what it is made of.
+
+_SEPARATOR = ":"
+
+
+class WEConv1d(ExcitedLayer, nn.Conv1d):
+    """A ``Conv1d`` with an excited weight."""
+
+
+class WEConv2d(ExcitedLayer, nn.Conv2d):
+    """A ``Conv2d`` with an excited weight."""
+
+
+class WEConv3d(ExcitedLayer, nn.Conv3d):
+    """A ``Conv3d`` with an excited weight."""
+
+
+class WEConvTranspose1d(ExcitedLayer, nn.ConvTranspose1d):
+    """A ``ConvTranspose1d`` with an excited weight."""
+
+
+class WEConvTranspose2d(ExcitedLayer, nn.ConvTranspose2d):
+    """A ``ConvTranspose2d`` with an excited weight."""
+
+
+class WEConvTranspose3d(ExcitedLayer, nn.ConvTranspose3d):
+    """A ``ConvTranspose3d`` with an excited weight."""
+
+
+class WELinear(ExcitedLayer, nn.Linear):
+    """A ``Linear`` with an excited weight."""
+
+
+_WRITTEN_OUT: dict[type[nn.Module], type[ExcitedLayer]] = {
+    nn.Conv1d: WEConv1d,
+    nn.Conv2d: WEConv2d,
+    nn.Conv3d: WEConv3d,
+    nn.ConvTranspose1d: WEConvTranspose1d,
+    nn.ConvTranspose2d: WEConvTranspose2d,
+    nn.ConvTranspose3d: WEConvTranspose3d,
+    nn.Linear: WELinear,
+}
+for _vanilla, _excited in _WRITTEN_OUT.items():
+    _excited.vanilla_class = _vanilla
+    _excited.excited_parameters = ("weight",)
+    setattr(_excited, "weight", excited_property("weight"))  # noqa: B010
+
+
+@cache  # one class for one question, so that copies and pickles agree on it
+def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
+    """The class of a ``base`` layer whose ``parameters`` are excited; always the same object."""
+    if parameters == ("weight",) and base in _WRITTEN_OUT:
+        return _WRITTEN_OUT[base]
+    namespace: dict[str, Any] = {name: excited_property(name) for name in parameters}
+    namespace |= {
+        "vanilla_class": base,
+        "excited_parameters": parameters,
+        "__module__": __name__,
+        "__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}.",
+    }
+    made = type(f"WE{base.__name__}", (ExcitedLayer, base), namespace)
+    # The separators are no characters of an identifier, and a dot would send pickle looking
+    # for attributes of attributes.
+    made.__qualname__ = _SEPARATOR.join(
+        (base.__module__.replace(".", "/"), base.__qualname__.replace(".", "/"), *parameters)
+    )
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class made by :func:`excited_class` in another process, for pickle."""
+    if _SEPARATOR not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, class_name, *parameters = name.split(_SEPARATOR)
+    base: Any = importlib.import_module(module_name.replace("/", "."))
+    for part in class_name.split("/"):
+        base = getattr(base, part)
+    return excited_class(base, tuple(parameters))

@@ -1,0 +1,315 @@
+"""The plan: one row a layer, with the decision and the reason, made before anything changes."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import we_surgery
+from we_surgery.config import make_policy
+from we_surgery.errors import InputError, near_matches
+from we_surgery.excitations import Recipe, WeightLayout, build_excitation
+from we_surgery.policy import Policy
+from we_surgery.reading import LayerFacts, layer_display_name, read
+from we_surgery.rules import Rule
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one weight gets.
+
+    Attributes:
+        module: name of the module that owns the weight ("" for the model itself).
+        parameter: the weight's name in it.
+        kind: ``conv2d``, ``linear``, ``attention``, ...
+        type_name: the module's class, qualified.
+        shape: the weight's shape.
+        groups: the layer's groups.
+        excitation: the stages and their options; empty when the layer is left alone.
+        reason: why.
+        added_parameters: parameters that training gains; 0 where the excitation is shared.
+        shared_with: the tied layer whose excitation this one shares, or None.
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    type_name: str
+    shape: tuple[int, ...]
+    groups: int
+    excitation: Recipe
+    reason: str
+    added_parameters: int = 0
+    shared_with: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """The name that patterns match."""
+        return layer_display_name(self.module, self.parameter)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """How the weight's axes are read."""
+        return WeightLayout(self.shape, self.groups, self.kind.startswith("conv_transpose"))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the stages; empty when the layer is left alone."""
+        return tuple(name for stage in self.excitation for name in stage)
+
+    @property
+    def verdict(self) -> str:
+        """The decision in a word: ``skip``, ``LWE``, ``LWE+MWE (standardized)``."""
+        if not self.stages:
+            return "skip"
+        named = "+".join(s.upper() for s in self.stages if s != "standardize")
+        if "standardize" not in self.stages:
+            return named
+        return f"{named} (standardized)" if named else "standardize"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for a whole model. ``convert`` does exactly what it says.
+
+    Attributes:
+        mode: the mode it was made from.
+        rung: how the model was read: ``symbolic`` or ``listed``.
+        rung_reason: why no higher rung was reached.
+        decisions: a row for each weight, in the model's order.
+        model_parameters: parameters of the vanilla model.
+        pattern_matches: how many layers each rule's pattern matched.
+    """
+
+    mode: str
+    rung: str
+    rung_reason: str
+    decisions: tuple[Decision, ...]
+    model_parameters: int
+    pattern_matches: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def excited(self) -> tuple[Decision, ...]:
+        """The rows that change something."""
+        return tuple(decision for decision in self.decisions if decision.excitation)
+
+    @property
+    def added_parameters(self) -> int:
+        """Parameters that training gains; none of them is left after strip."""
+        return sum(decision.added_parameters for decision in self.decisions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types, with the schema's version."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "we_surgery": we_surgery.__version__,
+            "mode": self.mode,
+            "rung": self.rung,
+            "rung_reason": self.rung_reason,
+            "model_parameters": self.model_parameters,
+            "added_parameters": self.added_parameters,
+            "pattern_matches": dict(self.pattern_matches),
+            "layers": [_row(decision) for decision in self.decisions],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "the plan") -> Plan:
+        """The inverse of :meth:`to_dict`; totals are counted anew.
+
+        Raises:
+            InputError: a newer schema, a missing key, or a value of the wrong type.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("layers"), list):
+            raise InputError(
+                f"{source} is no plan: it has no list `layers`",
+                "Make one with `we-convert MODEL --dry-run --json`.",
+            )
+        if data.get("schema") != SCHEMA_VERSION:
+            raise InputError(
+                f"{source} has schema {data.get('schema')!r}; this version reads {SCHEMA_VERSION}",
+                "Make the plan again, or install the version of we_surgery that wrote it.",
+            )
+        return cls(
+            mode=str(data.get("mode", "")),
+            rung=str(data.get("rung", "")),
+            rung_reason=str(data.get("rung_reason", "")),
+            decisions=tuple(_decision(row, source) for row in data["layers"]),
+            model_parameters=int(data.get("model_parameters", 0)),
+            pattern_matches=dict(data.get("pattern_matches", {})),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Plan:
+        """A plan from a JSON file, edited or not.
+
+        Raises:
+            InputError: the file cannot be read or holds no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the plan {path} cannot be read: {error}",
+                "Make one with `we-convert MODEL --dry-run --json > plan.json`.",
+            ) from error
+        return cls.from_dict(data, str(path))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from we_surgery.plan_table import plan_table
+
+        buffer = io.StringIO()
+        Console(file=buffer, width=140).print(plan_table(self))
+        return buffer.getvalue()
+
+
+def plan(
+    model: nn.Module,
+    mode: str | None = None,
+    *,
+    config: str | Path | Mapping[str, Any] | Policy | None = None,
+    rules: Sequence[Rule] = (),
+) -> Plan:
+    """Decides what each layer of ``model`` would get. Changes nothing.
+
+    Args:
+        model: any model; it is neither run nor altered.
+        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
+        config: a YAML file or mapping as in ``configs/``.
+        rules: exceptions; the last that matches a layer wins.
+
+    Returns:
+        A plan with one row for each weight of a conv, linear or attention layer.
+
+    Raises:
+        InputError: an unknown mode, option or key, or a pattern that matches no layer.
+    """
+    policy = make_policy(mode, config, rules)
+    reading = read(model)
+    modules = dict(model.named_modules())
+    matches = _count_matches(policy, reading.layers, modules)
+    decisions = [_decide(policy, facts, modules[facts.module]) for facts in reading.layers]
+    return Plan(
+        mode=policy.mode,
+        rung=reading.rung,
+        rung_reason=reading.rung_reason,
+        decisions=tuple(_settle_ties(reading.layers, decisions)),
+        model_parameters=sum(_numel(parameter) for parameter in model.parameters()),
+        pattern_matches=matches,
+    )
+
+
+def _decide(policy: Policy, facts: LayerFacts, module: nn.Module) -> Decision:
+    recipe, reason = policy.decide(facts, module)
+    return Decision(
+        module=facts.module,
+        parameter=facts.parameter,
+        kind=facts.kind,
+        type_name=facts.type_name,
+        shape=facts.layout.shape,
+        groups=facts.layout.groups,
+        excitation=recipe,
+        reason=reason,
+        added_parameters=added_parameters(recipe, facts.layout),
+    )
+
+
+def added_parameters(recipe: Recipe, layout: WeightLayout) -> int:
+    """How many parameters an excitation of this recipe has; nothing is allocated."""
+    if not recipe:
+        return 0
+    excitation = build_excitation(recipe, layout, device="meta")
+    return sum(parameter.numel() for parameter in excitation.parameters())
+
+
+def _settle_ties(layers: Sequence[LayerFacts], decisions: Sequence[Decision]) -> list[Decision]:
+    """One Parameter, one decision: tied layers share an excitation or are all left alone."""
+    settled = list(decisions)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, facts in enumerate(layers):
+        if facts.tied_modules:
+            groups.setdefault(facts.tied_modules, []).append(index)
+    for members in groups.values():
+        first = settled[members[0]]
+        wanted = {(str(settled[i].excitation), settled[i].layout) for i in members}
+        for index in members:
+            row = settled[index]
+            others = ", ".join(repr(settled[i].layer) for i in members if i != index)
+            if len(wanted) > 1:
+                verdicts = " and ".join(dict.fromkeys(settled[i].verdict for i in members))
+                reason = f"tied to {others}, and their decisions differ ({verdicts}): left alone"
+                settled[index] = replace(row, excitation=[], reason=reason, added_parameters=0)
+            elif row.excitation and index != members[0]:
+                reason = f"{row.reason}; shares its excitation with tied {first.layer!r}"
+                settled[index] = replace(
+                    row, reason=reason, added_parameters=0, shared_with=first.layer
+                )
+    return settled
+
+
+def _count_matches(
+    policy: Policy, layers: Sequence[LayerFacts], modules: Mapping[str, nn.Module]
+) -> dict[str, int]:
+    names = [facts.name for facts in layers]
+    counts: dict[str, int] = {}
+    for rule in policy.rules:
+        matched = sum(rule.matches(modules[facts.module], facts.name) for facts in layers)
+        counts[rule.pattern] = matched
+        if not matched:
+            raise InputError(
+                f"the pattern {rule.pattern!r} matches none of the {len(names)} layers"
+                f"{near_matches(rule.pattern.removeprefix('re:'), names)}",
+                "Correct it; `we-convert MODEL --dry-run` lists the layers' names.",
+            )
+    return counts
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
+
+
+def _row(decision: Decision) -> dict[str, Any]:
+    row = asdict(decision)
+    row["shape"] = list(decision.shape)
+    row["excitation"] = [
+        {name: dict(options) for name, options in stage.items()} for stage in decision.excitation
+    ]
+    return row
+
+
+def _decision(row: Any, source: str) -> Decision:
+    try:
+        return Decision(
+            module=str(row["module"]),
+            parameter=str(row.get("parameter", "weight")),
+            kind=str(row["kind"]),
+            type_name=str(row["type_name"]),
+            shape=tuple(int(size) for size in row["shape"]),
+            groups=int(row["groups"]),
+            excitation=[
+                {str(name): dict(options or {}) for name, options in stage.items()}
+                for stage in row["excitation"]
+            ],
+            reason=str(row.get("reason", "")),
+            added_parameters=int(row.get("added_parameters", 0)),
+            shared_with=row.get("shared_with"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        known = ("module", "parameter", "kind", "type_name", "shape", "groups", "excitation")
+        raise InputError(
+            f"{source} has a row that cannot be read ({type(error).__name__}: {error}): {row!r}",
+            f'A row holds {", ".join(known)}; leave a layer alone with `"excitation": []`.',
+        ) from error

@@ -1,0 +1,126 @@
+"""Facts -> decision: the modes, and the rules that make exceptions to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from we_surgery.excitations import Recipe, Standardize
+from we_surgery.reading import LayerFacts
+from we_surgery.rules import SKIP, Rule, stage_names
+
+MODES: dict[str, dict[str, str]] = {
+    "lwe": {"conv": "lwe", "depthwise": SKIP, "shift": SKIP, "linear": "mwe", "gate": SKIP},
+    "mwe": {"conv": "mwe", "depthwise": "mwe", "shift": "mwe", "linear": "mwe", "gate": SKIP},
+    "we": {"conv": "lwe", "depthwise": "mwe", "shift": "mwe", "linear": "mwe", "gate": SKIP},
+    "lwe+mwe": {
+        "conv": "lwe+mwe",
+        "depthwise": "mwe",
+        "shift": "mwe",
+        "linear": "mwe",
+        "gate": SKIP,
+    },
+}
+"""What each mode gives each sort of layer. A linear layer has no kernel locations to weigh,
+so it gets MWE (thesis, section 3.5); a depthwise conv's LWE gate would be absorbed by the norm
+(WE paper, section 4.2); in a shift-fed conv LWE would always suppress the same part of the
+signal (WE paper, section 4.2); gates are left alone in the paper's parameter counts."""
+
+DEFAULT_MODE = "lwe"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How decisions are made: a table of cells, defaults for options, and rules.
+
+    Rules are tried in their order and the last that matches wins; a rule also overrides the
+    mode for depthwise, shift-fed, gate and frozen layers. What cannot be excited at all stays
+    alone whatever a rule says, with its reason in the plan.
+
+    Attributes:
+        mode: the name of the mode the cells started from.
+        cells: stage names joined by ``+``, or ``skip``, for conv, depthwise, shift, linear, gate.
+        standardize: ``auto`` standardizes the conv weights that a norm follows and that have
+            a fan-in over 1; ``on`` all conv weights but depthwise ones; ``off`` none.
+        options: options by stage name.
+        rules: exceptions, the last match wins.
+    """
+
+    mode: str = DEFAULT_MODE
+    cells: Mapping[str, str] = field(default_factory=lambda: MODES[DEFAULT_MODE])
+    standardize: str = "auto"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+
+    def with_rules(self, rules: Sequence[Rule]) -> Policy:
+        """This policy with further rules after its own."""
+        return Policy(self.mode, self.cells, self.standardize, self.options, (*self.rules, *rules))
+
+    def decide(self, facts: LayerFacts, module: nn.Module) -> tuple[Recipe, str]:
+        """What one layer gets, and why; an empty recipe leaves it alone."""
+        matching = [rule for rule in self.rules if rule.matches(module, facts.name)]
+        rule = matching[-1] if matching else None
+        if facts.obstacle is not None:
+            asked = f"rule {rule.pattern!r} matches, but it " if rule is not None else ""
+            return [], asked + facts.obstacle
+        cell, reason = _cell_of(facts)
+        excite = self.cells[cell]
+        if rule is not None and rule.excite is not None:
+            excite, reason = rule.excite, f"rule {rule.pattern!r}"
+        elif facts.frozen:
+            return [], "frozen: its weight does not require a gradient"
+        elif rule is not None:
+            reason = f"{reason}; options of rule {rule.pattern!r}"
+        names = list(stage_names(excite, reason))
+        if not names:
+            return [], reason
+        wanted = (rule.standardize if rule is not None else None) or self.standardize
+        explicit = rule is not None and rule.standardize is not None
+        standardized, why = _standardizes(facts, cell, wanted, explicit)
+        if standardized and Standardize.name not in names:
+            names.insert(0, Standardize.name)
+        if why:
+            reason = f"{reason}; {why}"
+        options = {name: dict(self.options.get(name, {})) for name in names}
+        for name, values in (rule.options if rule is not None else {}).items():
+            if name in options:
+                options[name] |= values
+        return [{name: options[name]} for name in names], reason
+
+
+def _cell_of(facts: LayerFacts) -> tuple[str, str]:
+    """The column of the mode's table a layer falls under, and why."""
+    if facts.gate is not None:
+        return "gate", f"inside an attention gate ({facts.gate})"
+    if facts.shift is not None:
+        return "shift", f"shift-fed: {facts.shift}"
+    if facts.one_channel_a_group:
+        if facts.layout.groups > 1:
+            return "depthwise", "depthwise: one input channel a group"
+        return "depthwise", "has a single input channel, which leaves no location to weigh"
+    if facts.kind.startswith("conv"):
+        return "conv", "conv"
+    return "linear", "linear: no kernel locations" if facts.kind == "linear" else "attention"
+
+
+def _standardizes(facts: LayerFacts, cell: str, wanted: str, explicit: bool) -> tuple[bool, str]:
+    """Whether the weight is standardized first, and why if that needs saying."""
+    if wanted == "off":
+        return False, ""
+    if facts.layout.fan_in < 2:
+        return False, "fan-in 1, not standardized" if wanted == "on" else ""
+    if explicit and wanted == "on":
+        return True, ""
+    if cell in ("linear", "depthwise") or not facts.kind.startswith("conv"):
+        return False, ""
+    if facts.standardizes_itself:
+        return False, "its class standardizes the weight itself"
+    if wanted == "on":
+        return True, ""
+    if facts.followed_by_norm:
+        return True, f"standardized: {facts.norm_evidence}"
+    after = f" ({facts.norm_evidence} follows)" if facts.norm_evidence else ""
+    return False, f"not standardized: no norm after it{after}"

@@ -1,0 +1,165 @@
+"""The proof of a strip: folded weights bit-equal to the excited ones, outputs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from we_surgery.errors import InputError, SurgeryError
+
+RELATIVE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class StripReport:
+    """What a strip did and how it was proven.
+
+    Attributes:
+        layers: weights that were folded, each found bit-equal to the excited one.
+        removed_parameters: training-only parameters that are gone.
+        parameters: parameters that are left.
+        output_difference: largest absolute difference of the outputs of the excited and
+            the stripped model in eval mode; None without example inputs.
+        relative_difference: the same over the larger of 1 and the largest output.
+    """
+
+    layers: int
+    removed_parameters: int
+    parameters: int
+    output_difference: float | None = None
+    relative_difference: float | None = None
+
+
+def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
+    """Raises unless ``folded`` is finite and bit-equal to ``excited``.
+
+    Args:
+        name: the layer's name, for the message.
+        excited: the weight as the excited layer computes it.
+        folded: the weight as the vanilla layer will hold it.
+
+    Raises:
+        SurgeryError: a value is not finite, or a bit differs.
+    """
+    if folded.is_meta:
+        return
+    refuse_non_finite(name, folded, "the folded weight")
+    same = excited.dtype == folded.dtype and torch.equal(excited, folded)
+    if not same:
+        raise SurgeryError(
+            f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
+            "Its excitation is not deterministic; nothing was changed.",
+        )
+
+
+def refuse_non_finite(name: str, weight: Tensor, what: str) -> None:
+    """Raises a :class:`SurgeryError` that names the layer if ``weight`` holds Inf or NaN."""
+    if weight.is_meta or bool(torch.isfinite(weight).all()):
+        return
+    count = int((~torch.isfinite(weight)).sum())
+    raise SurgeryError(
+        f"{what} of layer {name!r} holds {count} non-finite values of {weight.numel()}",
+        "Training has diverged or the file is damaged; go back to an earlier checkpoint.",
+    )
+
+
+def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The tensors a model returns in eval mode, without gradients and with a fixed seed.
+
+    Args:
+        model: the model; its training flags are put back afterwards.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments.
+
+    Raises:
+        InputError: the model returns no tensor, or fails on these inputs.
+    """
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            if isinstance(example_inputs, Mapping):
+                outputs = model(**example_inputs)
+            elif isinstance(example_inputs, tuple | list):
+                outputs = model(*example_inputs)
+            else:
+                outputs = model(example_inputs)
+        except Exception as error:
+            raise InputError(
+                f"the model fails on the example inputs: {type(error).__name__}: {error}",
+                "Give inputs of the shape and dtype the model was made for.",
+            ) from error
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"the model returns no tensor but {type(outputs).__name__}, so nothing can be compared",
+            "Strip without example inputs; the weights are compared in any case.",
+        )
+    return tensors
+
+
+def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+    """The largest absolute and relative difference between two lists of outputs.
+
+    Raises:
+        SurgeryError: the outputs differ in number or shape.
+    """
+    if [t.shape for t in before] != [t.shape for t in after]:
+        raise SurgeryError(
+            "the stripped model returns other shapes than the excited one",
+            "Report this with the model's name; nothing was changed.",
+        )
+    absolute = relative = 0.0
+    for old, new in zip(before, after, strict=True):
+        if old.numel() == 0:
+            continue
+        old, new = old.double(), new.double()
+        # NaN outputs that agree are equal; where one side alone is NaN, the difference is NaN
+        # and no comparison with a tolerance holds.
+        unlike = ~((old == new) | (old.isnan() & new.isnan()))
+        if not bool(unlike.any()):
+            continue
+        difference = float((old - new)[unlike].abs().max())
+        finite = old[old.isfinite()].abs()
+        scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
+        absolute = _larger(absolute, difference)
+        relative = _larger(relative, difference / scale)
+    return absolute, relative
+
+
+def _larger(a: float, b: float) -> float:
+    return b if b != b or b > a else a
+
+
+def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+    """The largest differences, within the tolerance.
+
+    Raises:
+        SurgeryError: the relative difference is over 1e-5.
+    """
+    absolute, relative = largest_differences(before, after)
+    if not relative <= RELATIVE_TOLERANCE:
+        raise SurgeryError(
+            f"the stripped model's outputs differ by {absolute:.3g} ({relative:.3g} relative, "
+            f"over {RELATIVE_TOLERANCE:g})",
+            "A layer reads its weight in a way the fold does not cover, or the model is random "
+            "in eval mode; nothing was changed.",
+        )
+    return absolute, relative
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts each module in eval mode and gives each its own flag back."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training

@@ -1,0 +1,77 @@
+"""What reading a model tells about each of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from we_surgery.excitations import WeightLayout
+
+
+@dataclass
+class LayerFacts:
+    """One weight of a conv, linear or attention layer.
+
+    Attributes:
+        module: the owning module's name in the model ("" for the model itself).
+        parameter: the weight's name in that module, such as ``weight``.
+        kind: ``conv1d`` ... ``conv_transpose3d``, ``linear`` or ``attention``.
+        type_name: the module's class, qualified.
+        layout: the weight's shape and how its axes are read.
+        other_names: further names of the same Parameter (tied layers, shared modules).
+        tied_modules: the distinct modules, by first name, that own the same Parameter.
+        frozen: the Parameter does not require a gradient.
+        standardizes_itself: the class standardizes its weight in its own forward.
+        gate: the attention gate the layer sits in, or None.
+        shift: how the layer's input channels are displaced, or None.
+        followed_by_norm: whether each path from the layer meets a normalization before any
+            non-linearity or addition; None when unknown.
+        norm_evidence: where ``followed_by_norm`` comes from, for the plan's reasons.
+        obstacle: why the weight cannot be excited at all, or None.
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    type_name: str
+    layout: WeightLayout
+    other_names: tuple[str, ...] = ()
+    tied_modules: tuple[str, ...] = ()
+    frozen: bool = False
+    standardizes_itself: bool = False
+    gate: str | None = None
+    shift: str | None = None
+    followed_by_norm: bool | None = None
+    norm_evidence: str = ""
+    obstacle: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What patterns match and tables show: the module, with any parameter but ``weight``."""
+        return layer_display_name(self.module, self.parameter)
+
+    @property
+    def one_channel_a_group(self) -> bool:
+        """Whether a filter sees one input channel: depthwise, or a conv on a grey image."""
+        return self.layout.channels == 1 and self.kind.startswith("conv")
+
+
+def layer_display_name(module: str, parameter: str) -> str:
+    """``features.0`` for a ``weight``, ``encoder.in_proj_weight`` for any other parameter."""
+    if parameter == "weight":
+        return module
+    return f"{module}.{parameter}" if module else parameter
+
+
+@dataclass
+class Reading:
+    """A model as it was read.
+
+    Attributes:
+        rung: ``symbolic`` (a torch.fx graph was traced) or ``listed`` (the module tree alone).
+        rung_reason: why no higher rung was reached; "" on the highest.
+        layers: the facts, in the order of ``model.named_modules()``.
+    """
+
+    rung: str
+    rung_reason: str
+    layers: list[LayerFacts] = field(default_factory=list)

@@ -1,0 +1,186 @@
+"""The lowest rung: facts from the module tree alone, without any dataflow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from we_surgery.excitations import Composition, WeightLayout
+from we_surgery.layers import ExcitedLayer, raw_name
+from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.kinds import (
+    is_gate,
+    is_norm,
+    is_shift,
+    kind_of,
+    standardizes_itself,
+)
+
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tree(model: nn.Module) -> list[LayerFacts]:
+    """The facts of each weighted layer of ``model``, each Parameter's module once."""
+    modules = dict(_modules_outside_excitations(model))
+    layers = [
+        _facts(name, module, parameter, kind)
+        for name, module in modules.items()
+        if (kind := kind_of(module)) is not None
+        for parameter in _weights_of(module, kind)
+    ]
+    _mark_gates(modules, layers)
+    _mark_shifts(modules, layers)
+    _mark_norms_by_order(modules, layers)
+    _mark_tied(model, modules, layers)
+    return layers
+
+
+def _modules_outside_excitations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Composition):
+            inside.update(module.modules())
+        if module not in inside:
+            yield name, module
+
+
+def _weights_of(module: nn.Module, kind: str) -> tuple[str, ...]:
+    if kind != "attention":
+        return ("weight",)
+    return tuple(name for name in _ATTENTION_WEIGHTS if getattr(module, name, None) is not None)
+
+
+def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFacts:
+    obstacle = _obstacle(module, parameter)
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        weight = module._parameters.get(raw_name(parameter))
+    shape = () if weight is None or isinstance(weight, UninitializedParameter) else weight.shape
+    transposed = kind.startswith("conv_transpose")
+    groups = module.groups if kind.startswith("conv") else 1
+    return LayerFacts(
+        module=name,
+        parameter=parameter,
+        kind=kind,
+        type_name=f"{type(module).__module__}.{type(module).__qualname__}",
+        layout=WeightLayout(tuple(shape), int(groups), transposed),  # type: ignore[arg-type]
+        frozen=weight is not None and not weight.requires_grad,
+        standardizes_itself=standardizes_itself(module),
+        obstacle=obstacle,
+    )
+
+
+def _obstacle(module: nn.Module, parameter: str) -> str | None:
+    """Why the parameter cannot be excited, whatever the policy says."""
+    if isinstance(module, ExcitedLayer) and parameter in module.excited_parameters:
+        return "is excited already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript, whose classes cannot be changed"
+    if parametrize.is_parametrized(module, parameter):
+        return "carries a torch.nn.utils.parametrize parametrization"
+    if f"{parameter}_g" in module._parameters:
+        return "carries a torch.nn.utils.weight_norm hook"
+    if f"{parameter}_orig" in module._parameters:
+        return "carries a spectral_norm hook or a pruning mask"
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        return f"computes its {parameter} in a way of its own"
+    if isinstance(weight, UninitializedParameter):
+        return "is lazy and has no shape before its first forward"
+    if weight.dtype not in _EXCITABLE_DTYPES:
+        return f"has a weight of dtype {weight.dtype}"
+    if hasattr(weight, "full_tensor"):
+        return "is sharded (a DTensor); convert before fully_shard"
+    return None
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """``a.b``, ``a`` and ``""`` for ``a.b.c``."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _mark_gates(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
+    gates = {name: type(module).__name__ for name, module in modules.items() if is_gate(module)}
+    for layer in layers:
+        for ancestor in _ancestors(layer.module):
+            if ancestor in gates:
+                layer.gate = f"{gates[ancestor]} at {ancestor!r}"
+                break
+
+
+def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
+    """By class name and attributes: a TSM module's own conv, or the conv after a Shift module."""
+    shifts = {name for name, module in modules.items() if is_shift(module)}
+    order = list(modules)
+    for layer in layers:
+        before = order[order.index(layer.module) - 1] if layer.module in order else ""
+        parent = layer.module.rpartition(".")[0]
+        source = parent if parent in shifts else before if before in shifts else None
+        if source is not None and layer.kind != "attention":
+            layer.shift = f"by {type(modules[source]).__name__} at {source!r}, by its class"
+
+
+def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
+    """Without dataflow, the next leaf registered after a conv stands for the next one called."""
+    leaves = [name for name, module in modules.items() if not list(module.children())]
+    following = dict(zip(leaves, [*leaves[1:], None], strict=True))
+    for layer in layers:
+        after = following.get(layer.module)
+        if after is not None and is_norm(modules[after]):
+            layer.followed_by_norm = True
+            layer.norm_evidence = f"{after!r} is registered after it"
+
+
+def _mark_tied(model: nn.Module, modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append(f"{name}.{parameter_name}".lstrip("."))
+    all_names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        all_names[id(parameter)].append(name)
+    excitable = {f"{layer.module}.{layer.parameter}".lstrip(".") for layer in layers}
+    blocks = _shared_memory(model)
+    for layer in layers:
+        weight = modules[layer.module]._parameters.get(layer.parameter)
+        if weight is None:
+            continue
+        own = f"{layer.module}.{layer.parameter}".lstrip(".")
+        layer.other_names = tuple(n for n in all_names[id(weight)] if n != own)
+        holders = owners[id(weight)]
+        if len(holders) > 1:
+            layer.tied_modules = tuple(holders)
+            strangers = [holder for holder in holders if holder not in excitable]
+            if strangers and layer.obstacle is None:
+                layer.obstacle = f"is tied to {strangers[0]!r}, which is no conv or linear weight"
+        if layer.obstacle is None and id(weight) in blocks:
+            layer.obstacle = f"shares memory with {blocks[id(weight)]!r}"
+
+
+def _shared_memory(model: nn.Module) -> dict[int, str]:
+    """Parameters that are distinct objects over one memory block, each with one other's name."""
+    by_block: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
+            continue
+        try:
+            address = parameter.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):  # fake and wrapper tensors have no memory
+            continue
+        if address:
+            by_block[address].append((name, parameter))
+    return {
+        id(parameter): next(other for other, _ in block if other != name)
+        for block in by_block.values()
+        if len(block) > 1
+        for name, parameter in block
+    }

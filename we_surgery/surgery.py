@@ -1,0 +1,369 @@
+"""Applying a plan to a model, and stripping it again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import (
+    AlreadyConvertedWarning,
+    InputError,
+    NothingToStripWarning,
+    SurgeryError,
+    near_matches,
+)
+from we_surgery.excitations import Composition, build_excitation
+from we_surgery.layers import (
+    ExcitedLayer,
+    excitation_name,
+    excite,
+    excited_layers,
+    folded_parameters,
+    raw_name,
+    restore,
+)
+from we_surgery.planning import Decision, Plan
+from we_surgery.planning import plan as make_plan
+from we_surgery.policy import Policy
+from we_surgery.proof import (
+    StripReport,
+    check_fold,
+    check_outputs,
+    refuse_non_finite,
+    run_in_eval,
+)
+from we_surgery.reading import LayerFacts, read_tree
+from we_surgery.rules import Rule
+
+logger = logging.getLogger(__name__)
+
+PLAN_ATTRIBUTE = "we_surgery_plan"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One excitation and the parameter it goes to.
+
+    Attributes:
+        module: name of the owning module in the model.
+        parameter: the parameter's name in it.
+        excitation: shared by all grafts of one tied Parameter.
+    """
+
+    module: str
+    parameter: str
+    excitation: Composition
+
+
+def convert(
+    model: nn.Module,
+    mode: str | None = None,
+    *,
+    config: str | Path | Mapping[str, Any] | Policy | None = None,
+    rules: Sequence[Rule] = (),
+    plan: Plan | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Gives the conv and linear layers of ``model`` excited weights.
+
+    Everything is checked before the first change; on any failure the model is exactly as it
+    was. The new parameters are drawn from torch's global random generator, as any new layer's
+    are, and live on their layer's device in its dtype. Convert before building the optimizer
+    and before wrapping the model in DDP, FSDP or ``torch.compile``.
+
+    Args:
+        model: any model in eager mode.
+        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
+        config: a YAML file or mapping as in ``configs/``.
+        rules: exceptions; the last that matches a layer wins.
+        plan: a plan made before, edited or not; instead of mode, config and rules.
+        inplace: change ``model`` itself instead of a deep copy.
+
+    Returns:
+        The converted model. Its classes stay subclasses of the vanilla ones. Converting a
+        model that is converted already warns and changes nothing.
+
+    Raises:
+        InputError: the request does not fit together or does not fit the model.
+        SurgeryError: a weight holds Inf or NaN, or the model cannot be copied.
+    """
+    refuse_wrappers(model)
+    if next(excited_layers(model), None) is not None:
+        warnings.warn(
+            "the model is converted already; nothing was changed. Strip it first to convert it "
+            "in another way.",
+            AlreadyConvertedWarning,
+            stacklevel=2,
+        )
+        return model if inplace else copy_model(model)
+    if plan is None:
+        plan = make_plan(model, mode, config=config, rules=rules)
+    elif mode is not None or config is not None or rules:
+        raise InputError(
+            "both a plan and a mode, config or rules were given",
+            "Give the plan alone; edit its rows to change it.",
+        )
+    target = model if inplace else copy_model(model)
+    graft(target, build_grafts(target, plan))
+    target.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
+    logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
+    return target
+
+
+def strip(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+    """The vanilla model with every excited weight folded in, proven equal.
+
+    Each folded weight is compared bit for bit with the excited one and, where
+    ``example_inputs`` are given, the outputs of both models in eval mode are compared.
+
+    Args:
+        model: a converted model.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments of the model's forward.
+        inplace: change ``model`` itself instead of a deep copy; the raw Parameters stay the
+            same objects, now with the folded values, and lose their gradients.
+
+    Returns:
+        A model of vanilla classes, with the vanilla keys in the vanilla order. Stripping a
+        model without excited layers warns and changes nothing.
+
+    Raises:
+        SurgeryError: the proof failed; ``model`` is as it was.
+        InputError: ``model`` is wrapped or sharded, or fails on the example inputs.
+    """
+    return strip_with_report(model, example_inputs=example_inputs, inplace=inplace)[0]
+
+
+def strip_with_report(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, StripReport]:
+    """:func:`strip`, and what it found.
+
+    Args:
+        model: as in :func:`strip`.
+        example_inputs: as in :func:`strip`.
+        inplace: as in :func:`strip`.
+        progress: called with (layers done, layers in all).
+    """
+    refuse_wrappers(model)
+    if next(excited_layers(model), None) is None:
+        warnings.warn(
+            "the model has no excited layers; there is nothing to strip.",
+            NothingToStripWarning,
+            stacklevel=3,
+        )
+        left = sum(parameter.numel() for parameter in model.parameters())
+        return (model if inplace else copy_model(model)), StripReport(0, 0, left)
+    before = None if example_inputs is None else run_in_eval(model, example_inputs)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    folds = sum(len(layer.excited_parameters) for _, layer in excited_layers(model))
+    target = model if inplace else copy_model(model)
+    undo = _fold(target, model, progress)
+    try:
+        differences = (
+            (None, None)
+            if before is None
+            else check_outputs(before, run_in_eval(target, example_inputs))
+        )
+    except BaseException:
+        undo()
+        raise
+    target.__dict__.pop(PLAN_ATTRIBUTE, None)
+    logger.info("folded %d excited weights", folds)
+    left = sum(parameter.numel() for parameter in target.parameters())
+    return target, StripReport(folds, total - left, left, *differences)
+
+
+def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
+    """The excitations a plan asks for, checked against the model, which is not changed.
+
+    Raises:
+        InputError: a row names no such layer, another shape or kind, an excitation that does
+            not exist, a weight that cannot be excited, or another recipe than its tied layers.
+        SurgeryError: a weight holds Inf or NaN.
+    """
+    facts = {(f.module, f.parameter): f for f in read_tree(model)}
+    modules = dict(model.named_modules())
+    by_parameter: dict[int, tuple[Decision, Composition]] = {}
+    grafts = []
+    for decision in plan.excited:
+        fact = facts.get((decision.module, decision.parameter))
+        _check_row(decision, fact, [f.name for f in facts.values()])
+        parameter = modules[decision.module]._parameters[decision.parameter]
+        assert parameter is not None
+        refuse_non_finite(decision.layer, parameter, "the weight")
+        if id(parameter) in by_parameter:
+            first, excitation = by_parameter[id(parameter)]
+            if str(first.excitation) != str(decision.excitation):
+                raise InputError(
+                    f"the plan excites the tied layers {first.layer!r} and {decision.layer!r} "
+                    "in different ways",
+                    "Give tied layers the same `excitation`, or leave them all alone.",
+                )
+        else:
+            excitation = build_excitation(
+                decision.excitation,
+                decision.layout,
+                device=parameter.device,
+                dtype=parameter.dtype,
+            )
+            by_parameter[id(parameter)] = (decision, excitation)
+        grafts.append(Graft(decision.module, decision.parameter, excitation))
+    _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
+    return grafts
+
+
+def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
+    """Attaches excitations in place; on any failure those attached so far come off again."""
+    done: list[nn.Module] = []
+    try:
+        for item in grafts:
+            module = model.get_submodule(item.module)
+            item.excitation.train(module.training)
+            excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
+            done.append(module)
+    except BaseException:
+        for module in done:
+            restore(module)
+        raise
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        SurgeryError: the model holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise SurgeryError(
+            f"the model cannot be copied: {type(error).__name__}: {error}",
+            "Pass `inplace=True` to change the model itself.",
+        ) from error
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models.
+
+    Raises:
+        InputError: the model is wrapped or sharded.
+    """
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "the model is TorchScript, whose layers cannot be changed",
+            "Give the eager model it was scripted or traced from.",
+        )
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise InputError(
+            f"the model is wrapped in {kind}",
+            "Convert and strip the model inside (`model.module`), before wrapping it.",
+        )
+    if kind == "OptimizedModule":
+        raise InputError(
+            "the model is wrapped by torch.compile",
+            "Convert and strip the model inside (`model._orig_mod`), before compiling it.",
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputError(
+            "the model is sharded (its parameters are DTensors)",
+            "Convert before fully_shard; strip a full state dict with `strip_state_dict`.",
+        )
+
+
+def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]) -> None:
+    if fact is None:
+        raise InputError(
+            f"the plan names a layer {decision.layer!r} that the model has not"
+            f"{near_matches(decision.layer, names)}",
+            "Use a plan that was made for this model.",
+        )
+    if (fact.layout.shape, fact.layout.groups) != (decision.shape, decision.groups):
+        raise InputError(
+            f"the plan has layer {decision.layer!r} with shape {decision.shape} and "
+            f"{decision.groups} groups, the model with {fact.layout.shape} and "
+            f"{fact.layout.groups}",
+            "Use a plan that was made for this model.",
+        )
+    if fact.obstacle is not None:
+        raise InputError(
+            f"the plan excites layer {decision.layer!r}, which {fact.obstacle}",
+            'Give its row `"excitation": []`.',
+        )
+
+
+def _refuse_half_tied(facts: Iterable[LayerFacts], excited: set[tuple[str, str]]) -> None:
+    for fact in facts:
+        owners = [tuple(path.rpartition(".")[::2]) for path in fact.tied_modules]
+        chosen = [owner for owner in owners if owner in excited]
+        if chosen and len(chosen) < len(owners):
+            left = next(owner for owner in owners if owner not in excited)
+            raise InputError(
+                f"the plan excites {'.'.join(chosen[0])!r} but not {'.'.join(left)!r}, "
+                "which is the same Parameter",
+                "Give tied layers the same `excitation`, or leave them all alone.",
+            )
+
+
+def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> Callable[[], None]:
+    """Replaces each excited layer of ``target`` by its vanilla self; returns the undo.
+
+    All folds are computed and compared with the excited weights of ``excited`` (``target``
+    itself, or the model it is a copy of) before the first layer is changed.
+    """
+    layers = list(excited_layers(target))
+    references = dict(excited_layers(excited))
+    folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for index, (name, layer) in enumerate(layers):
+        for parameter, value in _unseen_folds(layer, folded):
+            with torch.no_grad():
+                check_fold(name, getattr(references[name], parameter), value)
+            raw = getattr(layer, raw_name(parameter))
+            folded[id(raw)] = (raw, value)
+        if progress is not None:
+            progress(index + 1, len(layers))
+    kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
+    grafts = [
+        Graft(name, parameter, getattr(layer, excitation_name(parameter)))
+        for name, layer in layers
+        for parameter in layer.excited_parameters
+    ]
+
+    def undo() -> None:
+        for raw, data, gradient in kept:
+            raw.data, raw.grad = data, gradient
+        still = [g for g in grafts if not isinstance(target.get_submodule(g.module), ExcitedLayer)]
+        graft(target, still)
+
+    try:
+        for raw, value in folded.values():
+            raw.data, raw.grad = value, None
+        for _, layer in layers:
+            restore(layer)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _unseen_folds(
+    layer: ExcitedLayer, folded: Mapping[int, tuple[nn.Parameter, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """The layer's folds, but for a Parameter that a tied layer has folded before."""
+    if all(id(getattr(layer, raw_name(name))) in folded for name in layer.excited_parameters):
+        return []
+    return [(name, parameter.data) for name, parameter in folded_parameters(layer).items()]
