@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def make_policy(
     """The policy of a mode or of a config, with further rules.
 
     Args:
-        mode: a mode's name; with a config, it replaces the config's own.
+        mode: a mode's name, for a config that names none, or the same.
         config: a YAML file, a mapping of the same shape, or a policy.
         rules: exceptions, added after the config's.
 
@@ -35,18 +36,19 @@ def make_policy(
                 "both a mode and a ready-made policy were given", "Give one of the two."
             )
         return config.with_rules(rules)
+    settings: Any = config or {}
+    source = "the config"
     if isinstance(config, str | Path):
-        policy = policy_from_file(config)
-        if mode is not None and mode != policy.mode:
-            raise InputError(
-                f"the mode {mode!r} contradicts the config {config}, which says {policy.mode!r}",
-                "Give only the config, or change its `mode`.",
-            )
-        return policy.with_rules(rules)
-    settings = dict(config or {})
-    if mode is not None:
-        settings["mode"] = mode
-    return policy_from_config(settings).with_rules(rules)
+        settings, source = _read_yaml(config), str(config)
+    if mode is not None and isinstance(settings, Mapping):
+        settings = {"mode": mode, **settings}
+    policy = policy_from_config(settings, source)
+    if mode is not None and mode != policy.mode:
+        raise InputError(
+            f"the mode {mode!r} contradicts {source}, which says {policy.mode!r}",
+            "Give only the config, or change its `mode`.",
+        )
+    return policy.with_rules(rules)
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:
@@ -89,15 +91,29 @@ def policy_from_file(path: str | Path) -> Policy:
     Raises:
         InputError: the file cannot be read, is no YAML, or holds no valid config.
     """
+    return policy_from_config(_read_yaml(path), str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: str | Path) -> Any:
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        config = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise InputError(
             f"the config {path} cannot be read: {message}",
             "Give a YAML file such as those in configs/.",
         ) from error
-    return policy_from_config({} if config is None else config, str(path))
+    return {} if config is None else config
 
 
 def _check_mode(mode: object) -> str:

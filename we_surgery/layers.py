@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +42,11 @@ def excitation_name(parameter: str) -> str:
     return stem + EXCITATION if stem != parameter else f"{parameter}_{EXCITATION}"
 
 
+def names_taken(parameter: str) -> tuple[str, str, str]:
+    """The attributes that exciting ``parameter`` adds to a layer."""
+    return raw_name(parameter), excitation_name(parameter), "layer_name"
+
+
 class ExcitedLayer(_ModuleBase):
     """What all excited layers add to their vanilla class.
 
@@ -60,11 +65,6 @@ class ExcitedLayer(_ModuleBase):
         else:
             super().__setattr__(name, value)
 
-    def reset_parameters(self) -> None:
-        """Initializes the raw weight as the vanilla class would; the excitation is kept."""
-        raw = {name: getattr(self, raw_name(name)) for name in self.excited_parameters}
-        vanilla_view(self, raw).reset_parameters()  # type: ignore[operator]
-
     def fuse(self) -> nn.Module:
         """A vanilla layer with the excited weight folded in; this layer is left as it is.
 
@@ -72,7 +72,11 @@ class ExcitedLayer(_ModuleBase):
         """
         folded = folded_parameters(self)
         memo: dict[int, Any] = {id(parameter): parameter for parameter in folded.values()}
-        return copy.deepcopy(vanilla_view(self, folded), memo)
+        fused = copy.deepcopy(vanilla_view(self, folded), memo)
+        # timm does not look inside what a `fuse` returns, such as an attention layer's out_proj.
+        for name, layer in list(excited_layers(fused)):
+            fused.set_submodule(name, layer.fuse())
+        return fused
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -109,6 +113,20 @@ def excited_property(parameter: str) -> property:
             raise
 
     return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
+
+
+def raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
+    """A method that calls the vanilla class's ``method`` on the raw parameters.
+
+    Left as it is, ``reset_parameters`` would initialize a computed tensor, to no effect.
+    """
+
+    def reset(self: ExcitedLayer) -> None:
+        raw = {name: getattr(self, raw_name(name)) for name in self.excited_parameters}
+        getattr(vanilla_view(self, raw), method)()
+
+    reset.__doc__ = "Initializes the raw weights as the vanilla class would; excitations are kept."
+    return reset
 
 
 def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
@@ -166,6 +184,8 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
         module._parameters.clear()
         module._parameters.update(vanilla_parameters)
         module._modules.pop(excitation_name(parameter), None)
+        if not isinstance(module, ExcitedLayer):
+            module.__dict__.pop("layer_name", None)
         raise
 
 
@@ -196,14 +216,30 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
 
 def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
     """The layer's excited weights as new Parameters, with the raw ones' ``requires_grad``."""
+    return {
+        name: nn.Parameter(
+            folded_tensor(layer, name), requires_grad=getattr(layer, raw_name(name)).requires_grad
+        )
+        for name in layer.excited_parameters
+    }
+
+
+def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
+    """One excited weight of the layer, in memory of its own."""
     with torch.no_grad():
-        return {
-            name: nn.Parameter(
-                getattr(layer, name).detach().clone(memory_format=torch.preserve_format),
-                requires_grad=getattr(layer, raw_name(name)).requires_grad,
-            )
-            for name in layer.excited_parameters
-        }
+        excited: Tensor = getattr(layer, parameter)
+        return excited.detach().clone(memory_format=torch.preserve_format)
+
+
+def change_since_conversion(layer: ExcitedLayer) -> str | None:
+    """What was done to an excited layer that no fold can undo, or None."""
+    for name in map(raw_name, layer.excited_parameters):
+        if layer._parameters.get(name) is None:
+            return f"its {name!r} is no Parameter any more"
+    base: Any = layer.vanilla_class
+    if type(layer) is not excited_class(base, layer.excited_parameters):
+        return f"its class is {type(layer).__name__} now"
+    return None
 
 
 def excited_layers(model: nn.Module) -> Iterator[tuple[str, ExcitedLayer]]:
@@ -281,6 +317,7 @@ for _vanilla, _excited in _WRITTEN_OUT.items():
     _excited.vanilla_class = _vanilla
     _excited.excited_parameters = ("weight",)
     setattr(_excited, "weight", excited_property("weight"))  # noqa: B010
+    setattr(_excited, "reset_parameters", raw_initializer("reset_parameters"))  # noqa: B010
 
 
 @cache  # one class for one question, so that copies and pickles agree on it
@@ -289,6 +326,9 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     if parameters == ("weight",) and base in _WRITTEN_OUT:
         return _WRITTEN_OUT[base]
     namespace: dict[str, Any] = {name: excited_property(name) for name in parameters}
+    for method in ("reset_parameters", "_reset_parameters"):
+        if hasattr(base, method):
+            namespace[method] = raw_initializer(method)
     namespace |= {
         "vanilla_class": base,
         "excited_parameters": parameters,

@@ -18,11 +18,11 @@ def plan_table(plan: Plan) -> RenderableType:
     for row in plan.decisions:
         kind = f"{row.kind} g{row.groups}" if row.groups > 1 else row.kind
         table.add_row(
-            row.layer or "(the model itself)",
+            Text(row.layer or "(the model itself)"),
             kind,
             "x".join(map(str, row.shape)),
             Text(row.verdict, style="green" if row.excitation else "dim"),
-            row.reason,
+            Text(row.reason),
             f"{row.added_parameters:,}" if row.added_parameters else "",
         )
     return Group(table, Text(plan_summary(plan)))

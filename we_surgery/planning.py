@@ -82,8 +82,8 @@ class Plan:
 
     Attributes:
         mode: the mode it was made from.
-        rung: how the model was read: ``symbolic`` or ``listed``.
-        rung_reason: why no higher rung was reached.
+        rung: how the model was read: ``recorded``, ``symbolic`` or ``listed``.
+        rung_reason: why no higher rung was reached, or what could not be read.
         decisions: a row for each weight, in the model's order.
         model_parameters: parameters of the vanilla model.
         pattern_matches: how many layers each rule's pattern matched.
@@ -182,14 +182,18 @@ def plan(
     *,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
+    example_inputs: Any = None,
 ) -> Plan:
     """Decides what each layer of ``model`` would get. Changes nothing.
 
     Args:
-        model: any model; it is neither run nor altered.
+        model: any model; it is not altered.
         mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments: one forward of a weightless copy is recorded on them, which
+            tells more of the model than its modules do.
 
     Returns:
         A plan with one row for each weight of a conv, linear or attention layer.
@@ -198,7 +202,7 @@ def plan(
         InputError: an unknown mode, option or key, or a pattern that matches no layer.
     """
     policy = make_policy(mode, config, rules)
-    reading = read(model)
+    reading = read(model, example_inputs)
     modules = dict(model.named_modules())
     matches = _count_matches(policy, reading.layers, modules)
     decisions = [_decide(policy, facts, modules[facts.module]) for facts in reading.layers]
@@ -244,12 +248,13 @@ def _settle_ties(layers: Sequence[LayerFacts], decisions: Sequence[Decision]) ->
             groups.setdefault(facts.tied_modules, []).append(index)
     for members in groups.values():
         first = settled[members[0]]
-        wanted = {(str(settled[i].excitation), settled[i].layout) for i in members}
+        rows = [settled[i] for i in members]
+        agree = len({(str(row.excitation), row.layout) for row in rows}) == 1
+        verdicts = " and ".join(dict.fromkeys(f"{row.verdict} as {row.kind}" for row in rows))
         for index in members:
             row = settled[index]
             others = ", ".join(repr(settled[i].layer) for i in members if i != index)
-            if len(wanted) > 1:
-                verdicts = " and ".join(dict.fromkeys(settled[i].verdict for i in members))
+            if not agree and any(row.excitation for row in rows):
                 reason = f"tied to {others}, and their decisions differ ({verdicts}): left alone"
                 settled[index] = replace(row, excitation=[], reason=reason, added_parameters=0)
             elif row.excitation and index != members[0]:
@@ -292,7 +297,7 @@ def _row(decision: Decision) -> dict[str, Any]:
 
 def _decision(row: Any, source: str) -> Decision:
     try:
-        return Decision(
+        decision = Decision(
             module=str(row["module"]),
             parameter=str(row.get("parameter", "weight")),
             kind=str(row["kind"]),
@@ -304,9 +309,15 @@ def _decision(row: Any, source: str) -> Decision:
                 for stage in row["excitation"]
             ],
             reason=str(row.get("reason", "")),
-            added_parameters=int(row.get("added_parameters", 0)),
             shared_with=row.get("shared_with"),
         )
+        # Counted anew: the row may have been edited.
+        if decision.shared_with is None:
+            added = added_parameters(decision.excitation, decision.layout)
+            decision = replace(decision, added_parameters=added)
+        return decision
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         known = ("module", "parameter", "kind", "type_name", "shape", "groups", "excitation")
         raise InputError(

@@ -72,6 +72,10 @@ class Policy:
             excite, reason = rule.excite, f"rule {rule.pattern!r}"
         elif facts.frozen:
             return [], "frozen: its weight does not require a gradient"
+        elif facts.reads == 0:
+            return [], "not used in the recorded forward"
+        elif facts.constant_input:
+            return [], "applied to a constant alone, such as a table of positions"
         elif rule is not None:
             reason = f"{reason}; options of rule {rule.pattern!r}"
         names = list(stage_names(excite, reason))
@@ -79,11 +83,12 @@ class Policy:
             return [], reason
         wanted = (rule.standardize if rule is not None else None) or self.standardize
         explicit = rule is not None and rule.standardize is not None
-        standardized, why = _standardizes(facts, cell, wanted, explicit)
-        if standardized and Standardize.name not in names:
-            names.insert(0, Standardize.name)
-        if why:
-            reason = f"{reason}; {why}"
+        if Standardize.name not in names:
+            standardized, why = _standardizes(facts, cell, wanted, explicit)
+            if standardized:
+                names.insert(0, Standardize.name)
+            if why:
+                reason = f"{reason}; {why}"
         options = {name: dict(self.options.get(name, {})) for name in names}
         for name, values in (rule.options if rule is not None else {}).items():
             if name in options:

@@ -54,7 +54,8 @@ def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
     if not same:
         raise SurgeryError(
             f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
-            "Its excitation is not deterministic; nothing was changed.",
+            "Its excitation is not deterministic, or its raw weight was tied to that of a layer "
+            "with another excitation; nothing was changed.",
         )
 
 
@@ -80,8 +81,7 @@ def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     Raises:
         InputError: the model returns no tensor, or fails on these inputs.
     """
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    with eval_mode(model), torch.no_grad(), _fixed_seed(model):
         try:
             if isinstance(example_inputs, Mapping):
                 outputs = model(**example_inputs)
@@ -118,7 +118,7 @@ def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[floa
     for old, new in zip(before, after, strict=True):
         if old.numel() == 0:
             continue
-        old, new = old.double(), new.double()
+        old, new = _as_double(old), _as_double(new)
         # NaN outputs that agree are equal; where one side alone is NaN, the difference is NaN
         # and no comparison with a tolerance holds.
         unlike = ~((old == new) | (old.isnan() & new.isnan()))
@@ -130,6 +130,12 @@ def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[floa
         absolute = _larger(absolute, difference)
         relative = _larger(relative, difference / scale)
     return absolute, relative
+
+
+def _as_double(tensor: Tensor) -> Tensor:
+    return (
+        torch.view_as_real(tensor.to(torch.complex128)) if tensor.is_complex() else tensor.double()
+    )
 
 
 def _larger(a: float, b: float) -> float:
@@ -163,3 +169,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def _fixed_seed(model: nn.Module) -> Iterator[None]:
+    """Seeds the CPU and the model's own GPUs, no other, and gives them their state back."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[index] for index in devices),
+        ):
+            generator.manual_seed(0)
+        yield

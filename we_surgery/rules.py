@@ -40,7 +40,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.excite is not None:
             stage_names(self.excite, f"rule {self.pattern!r}")
-        check_standardize(self.standardize, f"rule {self.pattern!r}")
+        standardize = check_standardize(self.standardize, f"rule {self.pattern!r}")
+        object.__setattr__(self, "standardize", standardize)
         for name, options in self.options.items():
             check_stage(name, options)
         if isinstance(self.match, str) and self.match.startswith("re:"):
@@ -57,7 +58,9 @@ class Rule:
         """The pattern as text."""
         if isinstance(self.match, str):
             return self.match
-        return f"{'type' if isinstance(self.match, type) else 'callable'}:{self.match.__name__}"
+        if isinstance(self.match, type):
+            return f"type:{self.match.__name__}"
+        return f"callable:{getattr(self.match, '__name__', type(self.match).__name__)}"
 
     def matches(self, module: nn.Module, name: str) -> bool:
         """Whether the layer ``name`` with the owner ``module`` falls under this rule."""

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from we_surgery.errors import (
 from we_surgery.excitations import Composition, build_excitation
 from we_surgery.layers import (
     ExcitedLayer,
+    change_since_conversion,
     excitation_name,
     excite,
     excited_layers,
-    folded_parameters,
+    excited_names,
+    folded_tensor,
     raw_name,
     restore,
 )
@@ -40,7 +42,7 @@ from we_surgery.proof import (
     refuse_non_finite,
     run_in_eval,
 )
-from we_surgery.reading import LayerFacts, read_tree
+from we_surgery.reading import LayerFacts, obstacle_of, prove_excited, read_tree
 from we_surgery.rules import Rule
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ def convert(
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
     plan: Plan | None = None,
+    example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Gives the conv and linear layers of ``model`` excited weights.
@@ -86,6 +89,9 @@ def convert(
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, edited or not; instead of mode, config and rules.
+        example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
+            model is read by recording a forward, and recorded again once converted, which
+            proves that no operation reads a converted weight raw.
         inplace: change ``model`` itself instead of a deep copy.
 
     Returns:
@@ -106,7 +112,7 @@ def convert(
         )
         return model if inplace else copy_model(model)
     if plan is None:
-        plan = make_plan(model, mode, config=config, rules=rules)
+        plan = make_plan(model, mode, config=config, rules=rules, example_inputs=example_inputs)
     elif mode is not None or config is not None or rules:
         raise InputError(
             "both a plan and a mode, config or rules were given",
@@ -114,6 +120,13 @@ def convert(
         )
     target = model if inplace else copy_model(model)
     graft(target, build_grafts(target, plan))
+    if example_inputs is not None:
+        try:
+            prove_excited(target, example_inputs)
+        except BaseException:
+            for _, layer in list(excited_layers(target)):
+                restore(layer)
+            raise
     target.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
     return target
@@ -167,6 +180,7 @@ def strip_with_report(
         )
         left = sum(parameter.numel() for parameter in model.parameters())
         return (model if inplace else copy_model(model)), StripReport(0, 0, left)
+    _refuse_changed_layers(model)
     before = None if example_inputs is None else run_in_eval(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
     folds = sum(len(layer.excited_parameters) for _, layer in excited_layers(model))
@@ -198,10 +212,15 @@ def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
     facts = {(f.module, f.parameter): f for f in read_tree(model)}
     modules = dict(model.named_modules())
     by_parameter: dict[int, tuple[Decision, Composition]] = {}
-    grafts = []
+    grafts: list[Graft] = []
     for decision in plan.excited:
-        fact = facts.get((decision.module, decision.parameter))
+        key = (decision.module, decision.parameter)
+        fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
         _check_row(decision, fact, [f.name for f in facts.values()])
+        if any((g.module, g.parameter) == (decision.module, decision.parameter) for g in grafts):
+            raise InputError(
+                f"the plan names layer {decision.layer!r} twice", "Keep one of its rows."
+            )
         parameter = modules[decision.module]._parameters[decision.parameter]
         assert parameter is not None
         refuse_non_finite(decision.layer, parameter, "the weight")
@@ -285,6 +304,21 @@ def refuse_wrappers(model: nn.Module) -> None:
         )
 
 
+def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts | None:
+    """Facts of a weight that no conv, linear or attention module owns, as the plan has it."""
+    parameter = owner._parameters.get(decision.parameter) if owner is not None else None
+    if owner is None or parameter is None:
+        return None
+    return LayerFacts(
+        module=decision.module,
+        parameter=decision.parameter,
+        kind=decision.kind,
+        type_name=decision.type_name,
+        layout=replace(decision.layout, shape=tuple(parameter.shape)),
+        obstacle=obstacle_of(owner, decision.parameter),
+    )
+
+
 def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]) -> None:
     if fact is None:
         raise InputError(
@@ -292,11 +326,11 @@ def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]
             f"{near_matches(decision.layer, names)}",
             "Use a plan that was made for this model.",
         )
-    if (fact.layout.shape, fact.layout.groups) != (decision.shape, decision.groups):
+    if (fact.kind, fact.layout) != (decision.kind, decision.layout):
         raise InputError(
-            f"the plan has layer {decision.layer!r} with shape {decision.shape} and "
-            f"{decision.groups} groups, the model with {fact.layout.shape} and "
-            f"{fact.layout.groups}",
+            f"the plan has layer {decision.layer!r} as {decision.kind} of shape {decision.shape} "
+            f"and {decision.groups} groups, the model as {fact.kind} of shape "
+            f"{fact.layout.shape} and {fact.layout.groups} groups",
             "Use a plan that was made for this model.",
         )
     if fact.obstacle is not None:
@@ -319,6 +353,28 @@ def _refuse_half_tied(facts: Iterable[LayerFacts], excited: set[tuple[str, str]]
             )
 
 
+def _refuse_changed_layers(model: nn.Module) -> None:
+    """Raises if something was put on an excited layer, or on its raw weight, after `convert`."""
+    raw_weights: dict[int, str] = {}
+    for name, layer in excited_layers(model):
+        change = change_since_conversion(layer)
+        if change is not None:
+            raise SurgeryError(
+                f"layer {name!r} was changed after its conversion: {change}",
+                "Remove the pruning mask, parametrization or wrapper that was put on it.",
+            )
+        raw_weights |= {id(getattr(layer, raw_name(p))): name for p in layer.excited_parameters}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        is_raw = attribute in map(raw_name, excited_names(model.get_submodule(owner)))
+        if id(parameter) in raw_weights and not is_raw:
+            raise SurgeryError(
+                f"{name!r} was tied to the raw weight of {raw_weights[id(parameter)]!r} after "
+                "its conversion",
+                "Tie layers before converting, so that the plan can decide for all of them.",
+            )
+
+
 def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> Callable[[], None]:
     """Replaces each excited layer of ``target`` by its vanilla self; returns the undo.
 
@@ -329,11 +385,12 @@ def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> C
     references = dict(excited_layers(excited))
     folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for index, (name, layer) in enumerate(layers):
-        for parameter, value in _unseen_folds(layer, folded):
-            with torch.no_grad():
-                check_fold(name, getattr(references[name], parameter), value)
+        for parameter in layer.excited_parameters:
             raw = getattr(layer, raw_name(parameter))
-            folded[id(raw)] = (raw, value)
+            if id(raw) not in folded:
+                folded[id(raw)] = (raw, folded_tensor(layer, parameter))
+            with torch.no_grad():
+                check_fold(name, getattr(references[name], parameter), folded[id(raw)][1])
         if progress is not None:
             progress(index + 1, len(layers))
     kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
@@ -358,12 +415,3 @@ def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> C
         undo()
         raise
     return undo
-
-
-def _unseen_folds(
-    layer: ExcitedLayer, folded: Mapping[int, tuple[nn.Parameter, Tensor]]
-) -> list[tuple[str, Tensor]]:
-    """The layer's folds, but for a Parameter that a tied layer has folded before."""
-    if all(id(getattr(layer, raw_name(name))) in folded for name in layer.excited_parameters):
-        return []
-    return [(name, parameter.data) for name, parameter in folded_parameters(layer).items()]

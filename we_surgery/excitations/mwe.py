@@ -32,7 +32,7 @@ class MWE(Excitation):
             into 1.67 at epsilon 0.1; ``detach_max=False`` reproduces that.
         dtype: dtype of the layer; float64 keeps epsilon in float64.
 
-    A weight of zeros is returned as it is.
+    A weight of zeros is returned as it is, and so is one of subnormal numbers.
 
     Raises:
         ValueError: epsilon is out of range.
@@ -48,10 +48,11 @@ class MWE(Excitation):
         super().__init__()
         # Written so that NaN is refused as well. The tolerance admits a bound that was
         # stored in float32.
-        if not _SMALLEST_EPSILON * (1 - 1e-6) <= epsilon <= _LARGEST_EPSILON:
+        lowest = _SMALLEST_EPSILON * (1 - 1e-6)
+        if not (isinstance(epsilon, int | float) and lowest <= epsilon <= _LARGEST_EPSILON):
             raise ValueError(
                 f"mwe: epsilon must lie between {_SMALLEST_EPSILON:g} and {_LARGEST_EPSILON:g}, "
-                f"not {epsilon}"
+                f"not {epsilon!r}"
             )
         if not isinstance(detach_max, bool):
             raise ValueError(f"mwe: detach_max must be true or false, not {detach_max!r}")
@@ -75,7 +76,9 @@ class MWE(Excitation):
         """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
         smallest, largest = torch.aminmax(weight)
         limit = (1 + self.epsilon) * torch.maximum(-smallest, largest)
-        return torch.where(limit == 0, torch.ones_like(limit), limit)
+        # Subnormal weights count as zeros: their M_A may round to the largest weight itself.
+        vanishes = limit < torch.finfo(limit.dtype).tiny
+        return torch.where(vanishes, torch.ones_like(limit), limit)
 
     @classmethod
     def for_layout(

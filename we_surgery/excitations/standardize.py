@@ -22,7 +22,9 @@ class Standardize(Excitation):
     A filter of a single weight (fan-in 1) has no standard deviation and is
     passed through unchanged; a constant filter becomes 0 with a finite
     gradient. The variance is that of the centred weight, because the one-pass
-    formula loses 7 % at a mean of 1000 standard deviations.
+    formula loses 7 % at a mean of 1000 standard deviations, and the weight is
+    centred twice, because the rounding of a mean of 0.3 alone makes 3e-3 of a
+    constant filter.
 
     Args:
         epsilon: added to each standard deviation; at least 0 and finite.
@@ -38,8 +40,8 @@ class Standardize(Excitation):
 
     def __init__(self, epsilon: float = 1e-5, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if not (math.isfinite(epsilon) and epsilon >= 0):
-            raise ValueError(f"standardize: epsilon must be finite and at least 0, not {epsilon}")
+        if not (isinstance(epsilon, int | float) and math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"standardize: epsilon must be finite and at least 0, not {epsilon!r}")
         self.register_hyperparameter("epsilon", epsilon, dtype)
 
     def excite(self, weight: Tensor) -> Tensor:
@@ -47,7 +49,8 @@ class Standardize(Excitation):
         if fan_in < 2:
             return weight
         dims = tuple(range(1, weight.ndim))
-        centred = weight - weight.mean(dims, keepdim=True)
+        nearly_centred = weight - weight.detach().mean(dims, keepdim=True)
+        centred = nearly_centred - nearly_centred.mean(dims, keepdim=True)
         # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
         # a constant filter needs.
         norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)

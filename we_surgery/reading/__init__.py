@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from we_surgery.reading.bypass import prove_excited as prove_excited
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
+from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
 from we_surgery.reading.symbolic import mark_norms, trace
+from we_surgery.reading.tree import obstacle_of as obstacle_of
 from we_surgery.reading.tree import read_tree as read_tree
 
 
-def read(model: nn.Module) -> Reading:
-    """Reads ``model`` without changing it or running it on data."""
+def read(model: nn.Module, example_inputs: Any = None) -> Reading:
+    """Reads ``model`` without changing it.
+
+    With example inputs one forward is recorded; without them, or where that fails, the model
+    is traced symbolically; where that fails too, its module tree is listed.
+
+    Args:
+        model: any model in eager mode.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
+    """
     layers = read_tree(model)
+    notes: list[str] = []
+    if example_inputs is not None:
+        recordings, notes = record_both_modes(model, example_inputs)
+        if recordings:
+            return Reading(
+                "recorded", "; ".join(notes), apply_recordings(model, layers, recordings)
+            )
     graph, reason = trace(model)
     if graph is None:
-        return Reading("listed", f"torch.fx could not trace the model: {reason}", layers)
+        notes.append(f"torch.fx could not trace the model: {reason}")
+        return Reading("listed", "; ".join(notes), layers)
     mark_norms(model, graph, layers)
-    return Reading("symbolic", "", layers)
+    return Reading("symbolic", "; ".join(notes), layers)

@@ -27,6 +27,11 @@ class LayerFacts:
             non-linearity or addition; None when unknown.
         norm_evidence: where ``followed_by_norm`` comes from, for the plan's reasons.
         obstacle: why the weight cannot be excited at all, or None.
+        readers: modules other than its own that feed it to an operation.
+        reads: how often a forward reads it as a weight; None when not recorded.
+        constant_input: it is only ever applied to what no input feeds, such as a table of
+            positions.
+        shift_unknown: why it could not be told whether the layer is shift-fed, or None.
     """
 
     module: str
@@ -43,6 +48,15 @@ class LayerFacts:
     followed_by_norm: bool | None = None
     norm_evidence: str = ""
     obstacle: str | None = None
+    readers: tuple[str, ...] = ()
+    reads: int | None = None
+    constant_input: bool = False
+    shift_unknown: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The weight's qualified name."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
     @property
     def name(self) -> str:
@@ -67,8 +81,10 @@ class Reading:
     """A model as it was read.
 
     Attributes:
-        rung: ``symbolic`` (a torch.fx graph was traced) or ``listed`` (the module tree alone).
-        rung_reason: why no higher rung was reached; "" on the highest.
+        rung: ``recorded`` (one forward was written down), ``symbolic`` (traced without
+            inputs) or ``listed`` (the module tree alone).
+        rung_reason: what was found on the way: why a higher rung was not reached, or which
+            parts could not be read on this one; "" when nothing is to be said.
         layers: the facts, in the order of ``model.named_modules()``.
     """
 

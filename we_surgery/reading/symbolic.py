@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -70,21 +71,38 @@ def trace(model: nn.Module) -> tuple[torch.fx.Graph | None, str]:
     The trace runs on a copy whose parameters and buffers are on the meta device: it takes
     no memory of the model's size, and tracing leaves proxies behind in some models.
     """
+    python_state = random.getstate()
     try:
-        return LayerTracer().trace(weightless_copy(model)), ""
+        # Some models draw random numbers while they are traced.
+        with torch.random.fork_rng(devices=[]):
+            return LayerTracer().trace(weightless_copy(model)), ""
     except Exception as error:
         return None, _why(error)
+    finally:
+        random.setstate(python_state)
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` whose parameters and buffers are on the meta device."""
+    """A deep copy of ``model`` on the meta device, without hooks.
+
+    A hook is a function, which a deep copy shares, and may keep what it is given.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         memo[id(parameter)] = meta
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
+    weightless = copy.deepcopy(model, memo)
+    for module in weightless.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()
+    return weightless
 
 
 def mark_norms(model: nn.Module, graph: torch.fx.Graph, layers: list[LayerFacts]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from we_surgery.excitations import Composition, WeightLayout
-from we_surgery.layers import ExcitedLayer, raw_name
+from we_surgery.layers import ExcitedLayer, names_taken, raw_name
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import (
     is_gate,
@@ -57,7 +58,7 @@ def _weights_of(module: nn.Module, kind: str) -> tuple[str, ...]:
 
 
 def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFacts:
-    obstacle = _obstacle(module, parameter)
+    obstacle = obstacle_of(module, parameter)
     weight = module._parameters.get(parameter)
     if weight is None:
         weight = module._parameters.get(raw_name(parameter))
@@ -76,13 +77,11 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
     )
 
 
-def _obstacle(module: nn.Module, parameter: str) -> str | None:
+def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     """Why the parameter cannot be excited, whatever the policy says."""
     if isinstance(module, ExcitedLayer) and parameter in module.excited_parameters:
         return "is excited already"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is TorchScript, whose classes cannot be changed"
-    if parametrize.is_parametrized(module, parameter):
+    if parametrize.is_parametrized(module):
         return "carries a torch.nn.utils.parametrize parametrization"
     if f"{parameter}_g" in module._parameters:
         return "carries a torch.nn.utils.weight_norm hook"
@@ -95,6 +94,9 @@ def _obstacle(module: nn.Module, parameter: str) -> str | None:
         return "is lazy and has no shape before its first forward"
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
+    taken = [name for name in names_taken(parameter) if hasattr(module, name)]
+    if taken and not isinstance(module, ExcitedLayer):
+        return f"has an attribute {taken[0]!r} of its own"
     if hasattr(weight, "full_tensor"):
         return "is sharded (a DTensor); convert before fully_shard"
     return None
@@ -117,13 +119,21 @@ def _mark_gates(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None
 
 
 def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
-    """By class name and attributes: a TSM module's own conv, or the conv after a Shift module."""
-    shifts = {name for name, module in modules.items() if is_shift(module)}
-    order = list(modules)
+    """By class name and attributes.
+
+    Shift-fed are a shift module's own convs, the first layer anywhere inside it (TSM wraps a
+    conv or a whole block), and the layer registered right after it.
+    """
+    shifts = [name for name, module in modules.items() if is_shift(module)]
+    sources: dict[str, str] = {}
+    for shift in shifts:
+        prefix = f"{shift}." if shift else ""
+        inside = [layer.module for layer in layers if layer.module.startswith(prefix)]
+        direct = [name for name in inside if name.rpartition(".")[0] == shift]
+        sources |= dict.fromkeys([*inside[:1], *direct], shift)
+    sources |= {after: before for before, after in itertools.pairwise(modules) if before in shifts}
     for layer in layers:
-        before = order[order.index(layer.module) - 1] if layer.module in order else ""
-        parent = layer.module.rpartition(".")[0]
-        source = parent if parent in shifts else before if before in shifts else None
+        source = sources.get(layer.module)
         if source is not None and layer.kind != "attention":
             layer.shift = f"by {type(modules[source]).__name__} at {source!r}, by its class"
 

@@ -1,0 +1,150 @@
+"""Reading: whatever holds a model or weights, opened without running code from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
+from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
+from we_surgery.checkpoint.recognize import FileKind, recognize
+from we_surgery.checkpoint.unpickle import unpickle
+from we_surgery.checkpoint.unwrap import unwrap
+from we_surgery.errors import InputError
+from we_surgery.surgery import PLAN_ATTRIBUTE
+
+
+@dataclass
+class Contents:
+    """What a file or an architecture's name gives.
+
+    Attributes:
+        kind: ``module``, ``state_dict``, ``safetensors``, or ``architecture`` for a name such
+            as ``torchvision:resnet50``.
+        model: for ``module`` and ``architecture``.
+        state_dict: for the other two, without wrappers and their prefixes, in the file's order.
+        metadata: ours, where the file carries it.
+        notes: what was chosen and dropped, as sentences.
+        path: the file, or None for an architecture.
+    """
+
+    kind: str
+    model: nn.Module | None = None
+    state_dict: dict[str, Tensor] | None = None
+    metadata: Metadata | None = None
+    notes: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+
+def read(
+    source: str | Path,
+    *,
+    key: str | None = None,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Contents:
+    """Reads a model or weights; tensors come to the CPU.
+
+    What a file is, is told by its content. A pickle is opened by torch's safe unpickler, with
+    the ``nn.Module`` classes of torch, torchvision, timm and we_surgery allowed.
+
+    Args:
+        source: a file of ``torch.save`` or safetensors, or an architecture's name.
+        key: where in a wrapped checkpoint the state dict is, such as ``state_dict_ema``.
+        allow: further packages whose ``nn.Module`` classes a pickle may name; these are
+            imported.
+        trust: unpickle whatever the file says, which runs its code.
+        arguments: keyword arguments of an architecture's factory.
+
+    Raises:
+        InputError: there is no such file or architecture, it is damaged or none that can be
+            read, or it names what it may not name.
+    """
+    allow = (allow,) if isinstance(allow, str) else tuple(allow)
+    if isinstance(source, str) and looks_like_architecture(source):
+        architecture = Architecture.parse(source, arguments)
+        return Contents(
+            "architecture",
+            model=architecture.build(),
+            metadata=Metadata(architecture=architecture),
+        )
+    path = Path(source)
+    kind = recognize(path)
+    if arguments:
+        raise InputError(
+            f"arguments {_listed(arguments)} were given without an architecture to build",
+            "Name it (--arch; `architecture=`).",
+        )
+    if kind is FileKind.SAFETENSORS:
+        return _read_safetensors(path, key)
+    found = unpickle(path, kind, allow=allow, trust=trust)
+    if isinstance(found, nn.Module):
+        return _from_module(found, path, key)
+    if isinstance(found, Mapping):
+        return _from_mapping(found, path, key)
+    raise InputError(
+        f"{path} holds no model and no weights but {type(found).__name__}",
+        "Give a file that holds a model or its state dict.",
+    )
+
+
+def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
+    if key is not None:
+        raise InputError(
+            f"{path} holds a whole model, which has no key {key!r}", "Leave out --key (`key=`)."
+        )
+    notes = []
+    if type(model) is nn.DataParallel:
+        model = model.module
+        notes.append("used the model inside its DataParallel wrapper")
+    plan = model.__dict__.get(PLAN_ATTRIBUTE)
+    metadata = Metadata(plan=plan) if isinstance(plan, Mapping) else None
+    return Contents("module", model=model, metadata=metadata, notes=notes, path=path)
+
+
+def _from_mapping(found: Mapping[str, Any], path: Path, key: str | None) -> Contents:
+    metadata = None
+    if METADATA_KEY in found:
+        metadata = Metadata.from_dict(found[METADATA_KEY], str(path))
+    try:
+        state, notes = unwrap(found, key)
+    except InputError as error:
+        raise InputError(f"{path}: {error.cause}", error.cure) from error
+    if metadata is not None and key is None:
+        notes = [note for note in notes if note != "used 'state_dict'"]
+    return Contents("state_dict", state_dict=state, metadata=metadata, notes=notes, path=path)
+
+
+def _read_safetensors(path: Path, key: str | None) -> Contents:
+    from safetensors import SafetensorError, safe_open
+
+    if key is not None:
+        raise InputError(
+            f"{path} is a safetensors file, which has no key {key!r} around its tensors",
+            "Leave out --key (`key=`).",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is a damaged or cut short safetensors file: {error}",
+            "Save or fetch it again.",
+        ) from error
+    if not tensors:
+        raise InputError(f"{path} holds no tensors", "Save or fetch it again.")
+    metadata = None
+    if METADATA_KEY in header:
+        metadata = Metadata.from_json(header[METADATA_KEY], str(path))
+    state, notes = unwrap(tensors)
+    return Contents("safetensors", state_dict=state, metadata=metadata, notes=notes, path=path)
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -1,0 +1,253 @@
+"""Stripping a state dict: excited weights folded by what the keys alone say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
+from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
+from we_surgery.excitations import Composition, rebuild_excitation
+from we_surgery.layers import RAW_PREFIX, excitation_name, raw_name
+from we_surgery.proof import refuse_non_finite
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StateDictReport:
+    """What stripping a state dict did.
+
+    Attributes:
+        layers: weights that were folded; tied ones count each.
+        removed_tensors: entries of excitations that are gone.
+        notes: what was chosen and dropped on the way to the state dict, as sentences.
+    """
+
+    layers: int
+    removed_tensors: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class ExcitedEntry:
+    """One excited weight as a state dict holds it.
+
+    Attributes:
+        layer: the owning module's name ("" for the model itself).
+        parameter: the weight's name in it.
+        raw: the raw weight.
+        excitation: the excitation's entries, named from the excitation on.
+    """
+
+    layer: str
+    parameter: str
+    raw: Tensor
+    excitation: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def vanilla_key(self) -> str:
+        """The key that the folded weight gets."""
+        return _join(self.layer, self.parameter)
+
+    @property
+    def excitation_prefix(self) -> str:
+        """What the keys of the excitation begin with."""
+        return _join(self.layer, excitation_name(self.parameter)) + "."
+
+    @property
+    def display_name(self) -> str:
+        """The layer's name in messages."""
+        return self.layer or "(the model itself)"
+
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for entries that are the same memory, as those of tied layers are."""
+        own = sorted(self.excitation.items())
+        return (tensor_identity(self.raw), *((key, tensor_identity(value)) for key, value in own))
+
+    def rebuild(self) -> Composition:
+        """The excitation, sharing memory with the state dict.
+
+        Raises:
+            InputError: an unknown or incomplete excitation.
+        """
+        try:
+            return rebuild_excitation({k: v.detach() for k, v in self.excitation.items()})
+        except InputError as error:
+            raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
+
+    def fold(self) -> Tensor:
+        """The excited weight, in the raw one's dtype and memory format.
+
+        Raises:
+            InputError: an unknown or incomplete excitation.
+            SurgeryError: the weight cannot be computed or is not finite.
+        """
+        excitation = self.rebuild()
+        try:
+            with torch.no_grad():
+                excited = excitation(self.raw.detach())
+                # A folded weight may leave the excitation in another memory format.
+                folded = torch.empty_like(self.raw, requires_grad=False).copy_(excited)
+        except RuntimeError as error:
+            raise SurgeryError(
+                f"the excited {self.parameter} of layer {self.display_name!r} cannot be computed: "
+                f"{error}",
+                "The file is damaged, or mixes the tensors of two models.",
+            ) from error
+        refuse_non_finite(self.display_name, folded, "the folded weight")
+        return folded
+
+
+def strip_state_dict(checkpoint: Mapping[str, Any], *, key: str | None = None) -> dict[str, Tensor]:
+    """The vanilla state dict of a converted model's checkpoint. Needs no model and no plan.
+
+    Each excited weight is folded into the entry the vanilla layer has, at its place; the other
+    entries are those of ``checkpoint``, sharing memory with it. The keys and their order are the
+    vanilla model's. Bit-equal to ``strip(model).state_dict()`` of the model it was taken from.
+
+    Args:
+        checkpoint: a state dict, or what a trainer saved around one; it is not changed.
+        key: where in the checkpoint the state dict is; by default the first of ``state_dict``,
+            ``model``, ``state_dict_ema``, ``model_ema`` and ``ema``.
+
+    Returns:
+        The state dict without wrappers and without the prefixes of DDP and ``torch.compile``.
+        One without excitations is returned with a :class:`NothingToStripWarning`.
+
+    Raises:
+        InputError: there is no state dict, or an excitation in it is not known or not complete.
+        SurgeryError: a folded weight is not finite.
+    """
+    stripped, report = strip_state_dict_with_report(checkpoint, key=key)
+    if not report.layers:
+        warnings.warn(
+            "the state dict has no excited weights; there is nothing to strip.",
+            NothingToStripWarning,
+            stacklevel=2,
+        )
+    return stripped
+
+
+def strip_state_dict_with_report(
+    checkpoint: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], StateDictReport]:
+    """:func:`strip_state_dict`, and what it did; without the warning.
+
+    Args:
+        checkpoint: as in :func:`strip_state_dict`.
+        key: as in :func:`strip_state_dict`.
+        progress: called with (weights done, weights in all).
+    """
+    state, notes = unwrap(checkpoint, key)
+    _refuse_sharded(state)
+    entries = {entry.vanilla_key: entry for entry in find_excited(state)}
+    by_raw_key = {_join(e.layer, raw_name(e.parameter)): e for e in entries.values()}
+    removed = {e.excitation_prefix + rest for e in entries.values() for rest in e.excitation}
+    _refuse_tied_after_conversion(state, by_raw_key)
+    stripped: dict[str, Tensor] = {}
+    folded: dict[tuple[Any, ...], Tensor] = {}
+    done = 0
+    for name, value in state.items():
+        if name in removed:
+            continue
+        entry = by_raw_key.get(name)
+        if entry is None:
+            stripped[name] = value
+            continue
+        identity = entry.identity()
+        if identity not in folded:
+            folded[identity] = entry.fold()
+        stripped[entry.vanilla_key] = folded[identity]
+        done += 1
+        if progress is not None:
+            progress(done, len(entries))
+    versions = getattr(state, VERSIONS, None)
+    if versions is not None:
+        prefixes = tuple(entry.excitation_prefix for entry in entries.values())
+        left = {k: v for k, v in versions.items() if not f"{k}.".startswith(prefixes)}
+        stripped = with_versions(stripped, left if prefixes else versions)
+    return stripped, StateDictReport(len(entries), len(removed), notes)
+
+
+def is_excited_state_dict(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict holds excited weights, under whatever prefix."""
+    return next(find_excited(state), None) is not None
+
+
+def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
+    """Each excited weight of a state dict, in its order.
+
+    A ``raw_...`` entry without an excitation beside it is somebody's own and none of ours.
+
+    Raises:
+        InputError: a weight is there both excited and vanilla.
+    """
+    entries: dict[str, ExcitedEntry] = {}
+    for key, value in state.items():
+        layer, _, last = key.rpartition(".")
+        parameter = last.removeprefix(RAW_PREFIX)
+        if parameter and parameter != last and isinstance(value, Tensor):
+            entry = ExcitedEntry(layer, parameter, value)
+            entries[entry.excitation_prefix] = entry
+    for key, value in state.items():
+        parts = key.split(".")
+        for length in range(1, len(parts)):
+            found = entries.get(".".join(parts[:length]) + ".")
+            if found is not None and isinstance(value, Tensor):
+                found.excitation[".".join(parts[length:])] = value
+                break
+    for entry in entries.values():
+        if not entry.excitation:
+            continue
+        if entry.vanilla_key in state:
+            raise InputError(
+                f"the state dict holds both {entry.vanilla_key!r} and its excited form "
+                f"{_join(entry.layer, raw_name(entry.parameter))!r}",
+                "Give the state dict of one model, converted or vanilla.",
+            )
+        yield entry
+
+
+def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory read in the same way."""
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
+        return (id(tensor),)
+    storage = tensor.untyped_storage()
+    layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (tensor.device, storage.data_ptr(), *layout)
+
+
+def _refuse_sharded(state: Mapping[str, Tensor]) -> None:
+    sharded = next((name for name, value in state.items() if hasattr(value, "full_tensor")), None)
+    if sharded is not None:
+        raise InputError(
+            f"the state dict is sharded: {sharded!r} is a DTensor",
+            "Gather the full state dict first: `torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict` with `full_state_dict=True`.",
+        )
+
+
+def _refuse_tied_after_conversion(
+    state: Mapping[str, Tensor], by_raw_key: Mapping[str, ExcitedEntry]
+) -> None:
+    raw = {tensor_identity(entry.raw): entry.display_name for entry in by_raw_key.values()}
+    for name, value in state.items():
+        if name not in by_raw_key and raw and tensor_identity(value) in raw:
+            raise SurgeryError(
+                f"{name!r} was tied to the raw weight of {raw[tensor_identity(value)]!r} after "
+                "its conversion",
+                "Tie layers before converting, so that the plan can decide for all of them.",
+            )
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name

@@ -1,0 +1,86 @@
+"""What our self-describing files carry beside their tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import we_surgery
+from we_surgery.checkpoint.architecture import Architecture
+from we_surgery.errors import InputError
+
+METADATA_KEY = "we_surgery"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The plan a file was converted by, and what builds its model.
+
+    Attributes:
+        plan: ``Plan.to_dict()``, or None.
+        architecture: or None where it is not known.
+    """
+
+    plan: Mapping[str, Any] | None = None
+    architecture: Architecture | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metadata as JSON types, with the schema's version.
+
+        Raises:
+            InputError: the architecture has an argument of no JSON type.
+        """
+        return {
+            "schema": SCHEMA_VERSION,
+            "we_surgery": we_surgery.__version__,
+            "plan": None if self.plan is None else dict(self.plan),
+            "architecture": None if self.architecture is None else self.architecture.to_dict(),
+        }
+
+    @staticmethod
+    def from_dict(data: Any, source: str = "the file") -> Metadata:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: a newer schema, or a value of the wrong type.
+        """
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if type(schema) is int and schema > SCHEMA_VERSION:
+            raise InputError(
+                f"{source} has schema {schema} of we_surgery {data.get('we_surgery')}; this "
+                f"version reads {SCHEMA_VERSION}",
+                "Install the version of we_surgery that wrote it.",
+            )
+        plan = data.get("plan") if isinstance(data, Mapping) else None
+        if schema != SCHEMA_VERSION or not (plan is None or isinstance(plan, Mapping)):
+            raise InputError(
+                f"the metadata of {source} cannot be read", "The file is damaged; save it again."
+            )
+        architecture = data.get("architecture")
+        return Metadata(
+            plan=plan,
+            architecture=None if architecture is None else Architecture.from_dict(architecture),
+        )
+
+    def to_json(self) -> str:
+        """The metadata as one line of JSON, as safetensors headers hold it."""
+        return json.dumps(self.to_dict())
+
+    @staticmethod
+    def from_json(text: str, source: str = "the file") -> Metadata:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: as :meth:`from_dict`, or the text is no JSON.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"the metadata of {source} cannot be read: {error}",
+                "The file is damaged; save it again.",
+            ) from error
+        return Metadata.from_dict(data, source)

@@ -1,0 +1,300 @@
+"""Which names a pickle may use, and what it may do with them.
+
+Allowed are what torch itself allows, ``nn.Module`` classes of torch, torchvision, timm and
+we_surgery, and the few plain data types and functions below, which are all that whole
+torchvision and timm models name beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from we_surgery import layers
+from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
+
+# Of torch only where layers live: torch.distributed has a Module that makes code from strings.
+_PACKAGES = ("torch.nn", "torch.ao", "torchvision", "timm", "we_surgery")
+
+# Their methods compile code they hold, or join a process group.
+_REFUSED_CLASSES: tuple[type, ...] = (
+    torch.fx.GraphModule,
+    torch.jit.ScriptModule,
+    nn.parallel.DistributedDataParallel,
+)
+
+# Classes without code of their own in __new__ or __setstate__: numbers in attributes.
+_RECORDS = {
+    "argparse.Namespace",
+    *(
+        f"torchvision.models.detection._utils.{name}"
+        for name in "BoxCoder BoxLinearCoder Matcher SSDMatcher BalancedPositiveNegativeSampler"
+        .split()
+    ),
+}  # fmt: skip
+# Functions from tensors to tensors, which models hold as attributes; a file may not call them.
+_FUNCTIONS = {
+    "torchvision.ops.boxes.box_iou",
+    "torchvision.models.optical_flow.raft._pass_through_h",
+    "timm.layers.activations.gelu",
+}
+_ENUMS = {"timm.layers.format.Format"}
+
+# Calling `partial` stores a callable with arguments and calls nothing. A model that holds one
+# calls it in its forward, so it may only hold layers, whose constructors make tensors and no
+# more.
+_PARTIAL = "functools.partial"
+_PARTIAL_OVER = ("torch.nn.modules", "torchvision.ops", "timm.layers")
+
+# numpy's scalars, such as a best accuracy, are common in checkpoints. Their dtype may only be
+# a number's, for no object or structure can be made of bytes then.
+_NUMPY_DTYPE = "numpy.dtype"
+_NUMPY_SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+_NUMBER = re.compile(r"[biufc][0-9]{1,2}")
+_NUMBER_STATE = (None, None, None, -1, -1, 0)
+
+# torch's own function that calls its first argument.
+_CALLS_ITS_ARGUMENT = "torch._tensor._rebuild_from_type_v2"
+
+
+class Why(Enum):
+    """Why a name is refused; decides on the cure."""
+
+    OTHER_PACKAGE = "is of another package"
+    NOT_INSTALLED = "cannot be imported here"
+    NO_MODULE = "is no nn.Module class"
+    MAIN = "was defined in the script that saved it"
+    WRAPPER = "is a wrapper"
+    MISUSED = "is called in a way that torch.save never writes"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A name, or a use of one, that is not allowed."""
+
+    name: str
+    why: Why
+
+
+@dataclass(frozen=True)
+class Permitted:
+    """What a pickle's names stand for, by their paths, and what was refused."""
+
+    objects: dict[str, Any]
+    refusals: list[Refusal]
+
+
+def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Permitted:
+    """Looks up the names a pickle wants, and checks each of its calls.
+
+    Args:
+        actions: what the pickle would do.
+        unsafe: the paths among its names that torch does not allow by itself.
+        allow: further packages whose ``nn.Module`` classes are allowed; they are imported.
+    """
+    objects: dict[str, Any] = {}
+    refusals: dict[str, Refusal] = {}
+    unexplained = set(unsafe)
+    for path, name in actions.names.items():
+        # torch reads some of Python 2's names as ours and leaves others.
+        known_as = unsafe & {path, name.written}
+        unexplained -= known_as
+        if known_as:
+            found = _find(name, tuple(allow))
+            if isinstance(found, Refusal):
+                refusals[path] = found
+            else:
+                objects[path] = found
+    refusals |= {path: Refusal(path, Why.OTHER_PACKAGE) for path in sorted(unexplained)}
+    if not refusals:
+        for call in actions.calls:
+            if not _may_call(call, objects):
+                path = _path(call.function)
+                refusals[path] = Refusal(path, Why.MISUSED)
+        for target, state in actions.states:
+            if not _may_set_state(target, state, objects):
+                path = _path(target.by if isinstance(target, Made) else target)
+                refusals[path] = Refusal(path, Why.MISUSED)
+    return Permitted(objects, list(refusals.values()))
+
+
+def covers(packages: Sequence[str], module: str) -> bool:
+    """Whether ``module`` is one of ``packages`` or lies in one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _find(name: Name, allow: tuple[str, ...]) -> Any:
+    """The object a name stands for, or a :class:`Refusal`."""
+    if name.path == _PARTIAL:
+        return functools.partial
+    if name.path == _NUMPY_DTYPE or name.path in _NUMPY_SCALARS:
+        return _find_in_numpy(name)
+    if name.path == "argparse.Namespace":
+        return argparse.Namespace
+    if name.path in _RECORDS | _FUNCTIONS | _ENUMS:
+        return _imported(name, ())
+    if name.module == layers.__name__ and ":" in name.name:
+        return _find_made_class(name, allow)
+    return _find_module_class(name, allow)
+
+
+def _find_module_class(name: Name, allow: tuple[str, ...]) -> Any:
+    packages = (*_PACKAGES, *allow)
+    if not covers(packages, name.module):
+        if name.module == "__main__":
+            return Refusal(name.path, Why.MAIN)
+        is_ours_to_read = covers(("torch", "torchvision", "timm"), name.module)
+        known = is_ours_to_read or name.module.partition(".")[0] in sys.stdlib_module_names
+        why = Why.NO_MODULE if known else Why.OTHER_PACKAGE
+        return Refusal(name.path, Why.WRAPPER if name.path in WRAPPERS else why)
+    return _checked(_imported(name, allow), name, packages)
+
+
+def _checked(found: Any, name: Name, packages: tuple[str, ...]) -> Any:
+    if isinstance(found, Refusal):
+        return found
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        return Refusal(name.path, Why.NO_MODULE)
+    if issubclass(found, _REFUSED_CLASSES):
+        return Refusal(name.path, Why.WRAPPER)
+    # A package's module may hold classes of other packages, imported for its own use.
+    if not covers(packages, found.__module__):
+        return Refusal(f"{found.__module__}.{found.__qualname__}", Why.OTHER_PACKAGE)
+    return found
+
+
+def _find_made_class(name: Name, allow: tuple[str, ...]) -> Any:
+    """The class of an excited layer that is made on demand; see ``layers.excited_class``."""
+    module, base_name, *parameters = name.name.split(":")
+    outer, *nested = base_name.split("/")
+    base_path = Name(module.replace("/", "."), outer)
+    base = _find_module_class(base_path, allow)
+    for attribute in nested:
+        if isinstance(base, type):
+            base = _checked(vars(base).get(attribute), base_path, (*_PACKAGES, *allow))
+    if isinstance(base, Refusal):
+        return base
+    # A property must take a parameter's place and no method's.
+    if not parameters or any(not p.isidentifier() or hasattr(base, p) for p in parameters):
+        return Refusal(name.path, Why.MISUSED)
+    return layers.excited_class(base, tuple(parameters))
+
+
+def _find_in_numpy(name: Name) -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return Refusal(name.path, Why.NOT_INSTALLED)
+    # Taken from a scalar because numpy 2 moved it, and warns of its old place.
+    return numpy.dtype if name.path == _NUMPY_DTYPE else numpy.float64(0).__reduce__()[0]
+
+
+def _imported(name: Name, allow: tuple[str, ...]) -> Any:
+    if not name.name.isidentifier() or not all(p.isidentifier() for p in name.module.split(".")):
+        return Refusal(name.path, Why.NO_MODULE)
+    # A package's __main__ is a program; importing it would run it.
+    if name.module.endswith(".__main__"):
+        return Refusal(name.path, Why.NO_MODULE)
+    try:
+        importable = working_folder_importable() if covers(allow, name.module) else nullcontext()
+        # Old places of classes warn that they moved.
+        with warnings.catch_warnings(), importable:
+            warnings.simplefilter("ignore")
+            module = sys.modules.get(name.module) or importlib.import_module(name.module)
+            return getattr(module, name.name)
+    except Exception:
+        return Refusal(name.path, Why.NOT_INSTALLED)
+
+
+def _may_call(call: Call, objects: dict[str, Any]) -> bool:
+    if not isinstance(call.function, Name):
+        return False
+    path = call.function.path
+    if path == _CALLS_ITS_ARGUMENT:
+        called = call.arguments[0] if _is_tuple(call.arguments) else None
+        return isinstance(called, Name) and called.path not in (*objects, path)
+    if path not in objects:
+        return True  # torch's own, which torch checks
+    if call.constructs:
+        # As torch.save writes modules. Their constructors are never called.
+        is_module = isinstance(objects[path], type) and issubclass(objects[path], nn.Module)
+        return call.arguments == () and (is_module or path in _RECORDS)
+    rule = _reduce_rule(path)
+    return rule is not None and _is_tuple(call.arguments) and rule(call.arguments, objects)
+
+
+def _reduce_rule(path: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
+    """What ``function(*arguments)`` may be called with; None: with nothing."""
+    if path == _PARTIAL:
+        return lambda arguments, objects: _is_layer(arguments[0], objects)
+    if path in _ENUMS:
+        return lambda arguments, _: len(arguments) == 1 and isinstance(arguments[0], str)
+    if path == _NUMPY_DTYPE:
+        return lambda arguments, _: (
+            arguments[1:] == (False, True)
+            and isinstance(arguments[0], str)
+            and _NUMBER.fullmatch(arguments[0]) is not None
+        )
+    if path in _NUMPY_SCALARS:
+        return lambda arguments, _: (
+            len(arguments) == 2
+            and all(isinstance(argument, Made) for argument in arguments)
+            and [_path(argument.by) for argument in arguments] == [_NUMPY_DTYPE, "_codecs.encode"]
+        )
+    return None
+
+
+def _may_set_state(target: Any, state: Any, objects: dict[str, Any]) -> bool:
+    path = _path(target.by) if isinstance(target, Made) else ""
+    if path == _PARTIAL:
+        # The state names the callable anew.
+        return _is_tuple(state) and _is_layer(state[0], objects)
+    if path == _NUMPY_DTYPE:
+        return (
+            isinstance(state, tuple)
+            and len(state) == 8
+            and state[:2] in [(3, order) for order in "<>|="]
+            and all(a is b or a == b for a, b in zip(state[2:], _NUMBER_STATE, strict=True))
+        )
+    return path not in objects or isinstance(objects[path], type)
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0
+
+
+def _is_layer(value: Any, objects: dict[str, Any]) -> bool:
+    found = objects.get(value.path) if isinstance(value, Name) else None
+    return isinstance(found, type) and covers(_PARTIAL_OVER, found.__module__)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, Made):
+        return f"what {_path(value.by)} returns"
+    return value.path if isinstance(value, Name) else "an object"
+
+
+WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "Save the model inside the wrapper: "
+    "`torch.save(model.module, ...)`.",
+    "torch._dynamo.eval_frame.OptimizedModule": "Save the model inside the wrapper: "
+    "`torch.save(model._orig_mod, ...)`.",
+    "torch.fx.graph_module.reduce_graph_module": "Save the eager model it was traced from, or "
+    "give its state_dict with --arch (`architecture=`).",
+    "torch.distributed.tensor.DTensor": "Gather the full state dict before saving it: "
+    "`torch.distributed.checkpoint.state_dict.get_model_state_dict` with `full_state_dict=True`.",
+}
+"""What to save instead of some objects that a pickle cannot bring back safely."""

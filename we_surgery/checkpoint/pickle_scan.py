@@ -1,0 +1,173 @@
+"""What a pickle would do, found by reading it: the names it wants, the calls it makes."""
+
+from __future__ import annotations
+
+import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+# The instructions that torch's own safe unpickler knows; all that torch.save writes.
+_CONSTANTS = {
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINSTRING",
+}  # fmt: skip
+_CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle asks for.
+
+    Attributes:
+        module: its module, by Python 3's name.
+        name: its name in it.
+        written: the path as the pickle has it; protocol 2 writes Python 2's names.
+    """
+
+    module: str
+    name: str
+    written: str = field(default="", compare=False)
+
+    @property
+    def path(self) -> str:
+        """``module.name``, as torch's list of safe names has it."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Whatever a call in the pickle would return."""
+
+    by: Any
+
+
+class Opaque:
+    """A list, dict, set or storage; pickles cannot take anything out of it again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call that the pickle would make.
+
+    Attributes:
+        function: a :class:`Name`, or what an earlier call made.
+        arguments: a tuple of constants and of values of this module, where it is written as one.
+        constructs: whether only ``function.__new__`` is called and no ``__init__``.
+    """
+
+    function: Any
+    arguments: Any
+    constructs: bool
+
+
+@dataclass
+class Actions:
+    """All that one or several pickles would do.
+
+    Attributes:
+        names: by their paths, in the order they are asked for.
+        calls: in their order.
+        states: pairs of an object and the state it would be given (``__setstate__``).
+    """
+
+    names: dict[str, Name] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    states: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+def scan(stream: IO[bytes], actions: Actions) -> None:
+    """Follows one pickle up to its end without running it, and notes down what it would do.
+
+    The stack and memo are kept as the unpickler would keep them, with stand-ins for objects, so
+    a call is seen with the function and arguments it would have, however these got there.
+
+    Raises:
+        ValueError: the pickle is damaged, or has an instruction that torch.save never writes.
+    """
+    try:
+        _follow(stream, actions)
+    except (IndexError, KeyError) as error:
+        raise ValueError("its instructions do not fit together") from error
+
+
+def _follow(stream: IO[bytes], actions: Actions) -> None:
+    stack: list[Any] = []
+    marked: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+
+    def take(count: int) -> Sequence[Any]:
+        if len(stack) < count:
+            raise IndexError(count)
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def take_to_mark() -> Sequence[Any]:
+        nonlocal stack
+        taken, stack = stack, marked.pop()
+        return taken
+
+    for instruction, argument, _ in pickletools.genops(stream):
+        match instruction.name:
+            case "PROTO":
+                if argument != 2:
+                    raise ValueError(f"it is of pickle protocol {argument}, and torch.save's is 2")
+            case "GLOBAL":
+                name = _name(str(argument))
+                actions.names.setdefault(name.path, name)
+                stack.append(name)
+            case "NEWOBJ" | "REDUCE" as kind:
+                function, arguments = take(2)
+                actions.calls.append(Call(function, arguments, constructs=kind == "NEWOBJ"))
+                stack.append(Made(function))
+            case "BUILD":
+                (state,) = take(1)
+                actions.states.append((stack[-1], state))
+            case "MARK":
+                marked.append(stack)
+                stack = []
+            case "TUPLE":
+                items = tuple(take_to_mark())
+                stack.append(items)
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as size:
+                stack.append(tuple(take(_TUPLES[size])))
+            case "APPEND":
+                take(1)
+            case "SETITEM":
+                take(2)
+            case "APPENDS" | "SETITEMS":
+                take_to_mark()
+            case "BINPERSID":
+                (key,) = take(1)
+                if isinstance(key, tuple) and key[:1] == ("module",):
+                    raise ValueError("it holds a whole model in the format of torch before 1.6")
+                stack.append(Opaque())
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "STOP":
+                take(1)
+            case kind if kind in _CONTAINERS:
+                stack.append(Opaque())
+            case kind if kind in _CONSTANTS:
+                stack.append(_constant(kind, argument))
+            case kind:
+                raise ValueError(f"it has an instruction {kind}, which torch.save never writes")
+
+
+def _constant(kind: str, argument: Any) -> Any:
+    return {"NEWTRUE": True, "NEWFALSE": False}.get(kind, argument)
+
+
+def _name(text: str) -> Name:
+    module, _, name = text.partition(" ")
+    written = f"{module}.{name}"
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    return Name(IMPORT_MAPPING.get(module, module), name, written)

@@ -1,0 +1,95 @@
+"""What kind of file a path is, by its first bytes and not by its name."""
+
+from __future__ import annotations
+
+import enum
+import tarfile
+import zipfile
+from pathlib import Path
+
+from we_surgery.errors import InputError, near_matches
+
+_EAGER = (
+    "Give the eager model saved with `torch.save(model, ...)`, or its state_dict with --arch "
+    "(`architecture=`)."
+)
+_KNOWN_FORMATS = (
+    "Give a file written by torch.save or safetensors; fetch or save it again if it was one."
+)
+# `pickle.dump(MAGIC_NUMBER, file, protocol=2)`, with which torch.save began until 1.6.
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+class FileKind(enum.Enum):
+    """The formats that can be read."""
+
+    SAFETENSORS = "safetensors"
+    ZIP = "zip"
+    LEGACY = "legacy"
+
+
+def recognize(path: Path) -> FileKind:
+    """The format of a file.
+
+    Raises:
+        InputError: there is no such file, or it is none that holds an eager model or weights.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder", "Give a file in it.")
+        with path.open("rb") as file:
+            start = file.read(64)
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(
+            f"there is no file {path}{near_matches(path.name, beside)}",
+            "Check the name; an architecture is written as torchvision:NAME or timm:NAME.",
+        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "Check its permissions.") from error
+    if not start:
+        raise InputError(f"{path} is empty", "Save or fetch it again.")
+    if start.startswith(b"PK\x03\x04"):
+        return _recognize_zip(path)
+    # Read as a tar by torch.load, whatever else the same bytes may mean.
+    if tarfile.is_tarfile(path):
+        raise InputError(f"{path} is a tar archive", "Unpack it, and give the file inside.")
+    if start.startswith(_LEGACY_START):
+        return FileKind.LEGACY
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and len(start) > 8:
+        if header + 8 > size:
+            raise InputError(
+                f"{path} is cut short: {size} bytes, and its header alone has {header}",
+                "Save or fetch it again.",
+            )
+        return FileKind.SAFETENSORS
+    if _LEGACY_START.startswith(start):
+        raise InputError(f"{path} is cut short after {size} bytes", "Save or fetch it again.")
+    if start[:1] == b"\x80":
+        raise InputError(f"{path} is a pickle that torch.save did not write", _KNOWN_FORMATS)
+    raise InputError(
+        f"{path} holds no model and no weights: it begins with {start[:24]!r}", _KNOWN_FORMATS
+    )
+
+
+def _recognize_zip(path: Path) -> FileKind:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"{path} is a damaged or cut short zip archive: {error}", "Save or fetch it again."
+        ) from error
+    if "constants.pkl" in names:
+        raise InputError(f"{path} is TorchScript, whose layers cannot be changed", _EAGER)
+    if {"archive_format", "serialized_exported_program.json"} & names:
+        raise InputError(
+            f"{path} is a torch.export archive, whose layers cannot be changed", _EAGER
+        )
+    if "data.pkl" not in names:
+        raise InputError(f"{path} is a zip archive that torch.save did not write", _KNOWN_FORMATS)
+    return FileKind.ZIP

@@ -1,0 +1,161 @@
+"""Opening what torch.save wrote without running what it says."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
+from we_surgery.checkpoint.pickle_scan import Actions, scan
+from we_surgery.checkpoint.recognize import FileKind
+from we_surgery.errors import InputError
+
+# Magic number, protocol, system, the object, the keys of its storages.
+_LEGACY_PICKLES = 5
+
+
+def unpickle(path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool) -> Any:
+    """The object in a file of torch.save, its tensors on the CPU.
+
+    Args:
+        path: the file.
+        kind: ``ZIP`` or ``LEGACY``.
+        allow: packages whose ``nn.Module`` classes the file may name beside those of torch,
+            torchvision, timm and we_surgery.
+        trust: unpickle whatever the file says.
+
+    Raises:
+        InputError: the file is damaged, or names what it may not name.
+    """
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():
+            # Whoever opens a file can do nothing about the age of what is in it.
+            warnings.simplefilter("ignore")
+            if trust:
+                with working_folder_importable():
+                    return torch.load(file, map_location="cpu", weights_only=False)
+            safe = _safe_globals(path, file, kind, allow)
+            file.seek(0)
+            with torch.serialization.safe_globals(safe):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    # A damaged file can raise anything from inside the unpickler and the classes it names.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}",
+            "Save or fetch it again, or save it with the installed versions of its packages.",
+        ) from error
+
+
+def _safe_globals(path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]) -> list[Any]:
+    """What the file names and may name, as ``torch.serialization.safe_globals`` takes it."""
+    actions = Actions()
+    unsafe: set[str] = set()
+    for content in _pickles(path, file, kind):
+        _scan(path, content, actions)
+        unsafe |= _unsafe_paths(content)
+    permitted = permit(actions, unsafe, allow)
+    if permitted.refusals:
+        raise _refused(path, permitted.refusals, allow)
+    safe = [(found, name) for name, found in permitted.objects.items()]
+    if "numpy.dtype" in permitted.objects:
+        safe += _number_dtypes()
+    # What the caller allowed torch.load to name stays allowed afterwards.
+    already = torch.serialization.get_safe_globals()
+    return [pair for pair in safe if pair not in already]
+
+
+def _pickles(path: Path, file: IO[bytes], kind: FileKind) -> list[bytes]:
+    if kind is FileKind.ZIP:
+        # torch's reader, so that both of us read the same record of a doctored archive.
+        return [torch._C.PyTorchFileReader(file).get_record("data.pkl")]
+    found: list[bytes] = []
+    for _ in range(_LEGACY_PICKLES):
+        start = file.tell()
+        _scan(path, file, Actions())
+        size = file.tell() - start
+        file.seek(start)
+        found.append(file.read(size))
+    return found
+
+
+def _scan(path: Path, content: bytes | IO[bytes], actions: Actions) -> None:
+    try:
+        scan(io.BytesIO(content) if isinstance(content, bytes) else content, actions)
+    except ValueError as error:
+        raise InputError(
+            f"{path} cannot be read safely: {error}",
+            "Save it again with today's torch.save and its default protocol, or open it with "
+            "--trust (`trust=True`), which runs whatever it says, if you trust where it is from.",
+        ) from error
+
+
+def _unsafe_paths(content: bytes) -> set[str]:
+    """The names in a pickle that torch does not allow by itself, by torch's own account."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as writer:
+        writer.writestr("archive/data.pkl", content)
+        writer.writestr("archive/version", "3\n")
+    archive.seek(0)
+    return set(torch.serialization.get_unsafe_globals_in_checkpoint(archive))
+
+
+def _number_dtypes() -> list[Any]:
+    """The classes of what ``numpy.dtype`` returns for numbers."""
+    import numpy
+
+    types = {type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code not in "OSUVMm"}
+    return [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in types]
+
+
+def _refused(path: Path, refusals: Sequence[Refusal], allow: Sequence[str]) -> InputError:
+    by_reason: dict[Why, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.why, []).append(refusal.name)
+    found = "; ".join(f"{_listed(names)} ({why.value})" for why, names in by_reason.items())
+    return InputError(f"{path} names what a file may not name: {found}", _cure(refusals, allow))
+
+
+def _cure(refusals: Sequence[Refusal], allow: Sequence[str]) -> str:
+    for refusal in refusals:
+        if refusal.name in WRAPPERS:
+            return WRAPPERS[refusal.name]
+    reasons = {refusal.why for refusal in refusals}
+    if Why.MAIN in reasons:
+        return (
+            "Move the class into a module, import it from there and save again; or give the "
+            "model's state_dict with --arch (`architecture=`)."
+        )
+    if reasons == {Why.NOT_INSTALLED}:
+        return "Install the version of the package that saved the file."
+    trust = "--trust (`trust=True`) runs whatever the file says"
+    packages = [
+        refusal.name.partition(".")[0] for refusal in refusals if refusal.why is Why.OTHER_PACKAGE
+    ]
+    helpful = sorted({p for p in packages if p not in sys.stdlib_module_names})
+    if reasons == {Why.OTHER_PACKAGE} and helpful and not covers(allow, helpful[0]):
+        options = " ".join(f"--allow {package}" for package in helpful)
+        return (
+            f"Only if you trust where the file is from: {options} (`allow={helpful}`) admits the "
+            f"nn.Module classes of that package; {trust}."
+        )
+    return f"Only if you trust where the file is from: {trust}."
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or "no further details"

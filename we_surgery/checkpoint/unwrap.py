@@ -1,0 +1,215 @@
+"""The plain state dict inside whatever a trainer saved."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from we_surgery.checkpoint.metadata import METADATA_KEY
+from we_surgery.errors import InputError, near_matches
+
+WRAPPER_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
+"""Where trainers put the state dict; the first that is there is taken."""
+
+VERSIONS = "_metadata"
+"""The attribute of a state dict in which torch keeps each module's version number."""
+
+_COMPILED = "_orig_mod"
+_PARALLEL = "module"
+_DEEPEST = 3
+
+
+def unwrap(
+    checkpoint: Mapping[str, Any], key: str | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
+
+    Args:
+        checkpoint: a state dict, or a mapping that holds one.
+        key: where in the mapping it is, dotted for a mapping in a mapping; by default the first
+            of :data:`WRAPPER_KEYS`, or else the one entry that is a state dict.
+
+    Raises:
+        InputError: no state dict is found, or several and no ``key``.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise InputError(
+            f"the checkpoint is no mapping but {type(checkpoint).__name__}",
+            "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
+        )
+    state, notes = _chosen(checkpoint, key) if key is not None else _found(checkpoint)
+    return _clean(state, notes), notes
+
+
+def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], list[str]]:
+    value: Any = checkpoint
+    path: list[str] = []
+    rest = key
+    while rest:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{'.'.join(path)!r} holds no further keys", "Give a shorter key.")
+        # The longest name that fits: a key may hold dots of its own.
+        parts = rest.split(".")
+        fits = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        name = next((name for name in fits if name in value), None)
+        if name is None:
+            names = [str(known) for known in value]
+            raise InputError(
+                f"the checkpoint has no key {key!r}{near_matches(rest, names)}",
+                f"Its keys are: {_listed(names)}.",
+            )
+        value = value[name]
+        path.append(name)
+        rest = rest[len(name) + 1 :]
+    state = _as_state_dict(value)
+    if state is None:
+        raise InputError(
+            f"what the checkpoint holds under {key!r} is no state dict but {_described(value)}",
+            _key_cure(value if isinstance(value, Mapping) else checkpoint),
+        )
+    return state, [f"used {key!r}"]
+
+
+def _found(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    states = {
+        str(name): state
+        for name, value in checkpoint.items()
+        if name != METADATA_KEY and (state := _as_state_dict(value)) is not None
+    }
+    chosen = next((name for name in WRAPPER_KEYS if name in states), None)
+    if chosen is None and _is_state_dict(checkpoint):
+        return checkpoint, []
+    if chosen is None and len(states) == 1:
+        chosen = next(iter(states))
+    if chosen is None:
+        found = f"several state dicts: {_listed(states)}" if states else "no state dict"
+        raise InputError(
+            f"the checkpoint holds {found}"
+            + ("" if states else f", but {_described(checkpoint)}: {_listed(checkpoint)}"),
+            _key_cure(checkpoint),
+        )
+    notes = [f"used {chosen!r}"]
+    for name in states:
+        if name != chosen:
+            what = "EMA weights" if "ema" in name else "weights"
+            notes.append(
+                f"{what} under {name!r} were not used; choose them with --key {name} "
+                f"(`key={name!r}`)"
+            )
+    dropped = [
+        f"{name!r} ({type(value).__name__})"
+        for name, value in checkpoint.items()
+        if str(name) not in states and name != METADATA_KEY
+    ]
+    if dropped:
+        notes.append(f"dropped {_listed(dropped, quoted=False)}")
+    return states[chosen], notes
+
+
+def _as_state_dict(value: Any, depth: int = 0) -> Mapping[str, Any] | None:
+    """The state dict that ``value`` is or holds, at most a few mappings deep."""
+    if isinstance(value, nn.Module):
+        return value.state_dict()
+    if not isinstance(value, Mapping) or depth > _DEEPEST:
+        return None
+    for name in (*WRAPPER_KEYS, _PARALLEL):
+        if name in value:
+            state = _as_state_dict(value[name], depth + 1)
+            if state is not None:
+                return state
+    return value if _is_state_dict(value) else None
+
+
+def _is_state_dict(value: Mapping[Any, Any]) -> bool:
+    tensors = sum(isinstance(entry, Tensor) for entry in value.values())
+    return tensors > 0 and 2 * tensors >= len(value) and all(isinstance(key, str) for key in value)
+
+
+def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of ``state`` under the names of the model inside its wrappers."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if len(tensors) < len(state):
+        others = [
+            f"{key!r} ({type(value).__name__})"
+            for key, value in state.items()
+            if key not in tensors
+        ]
+        notes.append(f"dropped what is no tensor: {_listed(others, quoted=False)}")
+    # torch.optim.swa_utils.AveragedModel counts beside the model it holds as `module`.
+    if "n_averaged" in tensors and _all_parallel(key for key in tensors if key != "n_averaged"):
+        del tensors["n_averaged"]
+        notes.append("dropped 'n_averaged' of an averaged model")
+    names = {key: key for key in tensors}
+    versions: dict[str, Any] | None = getattr(state, VERSIONS, None)
+    owners = {key: key for key in versions or {}}
+    removed: list[str] = []
+    while True:
+        if any(_COMPILED in name.split(".") for name in names.values()):
+            names = {key: _without_compiled(name) for key, name in names.items()}
+            owners = {key: _without_compiled(name) for key, name in owners.items()}
+            removed.append(f"{_COMPILED}.")
+        elif names and _all_parallel(names.values()):
+            prefix = f"{_PARALLEL}."
+            names = {key: name.removeprefix(prefix) for key, name in names.items()}
+            owners = {
+                key: "" if name == _PARALLEL else name.removeprefix(prefix)
+                for key, name in owners.items()
+            }
+            removed.append(prefix)
+        else:
+            break
+    if len(set(names.values())) < len(names):
+        raise InputError(
+            f"without the prefixes {_listed(dict.fromkeys(removed))} two entries of the state "
+            "dict have one name",
+            "Save the state dict of the model inside its wrappers.",
+        )
+    if removed:
+        notes.append(f"removed the prefix {_listed(dict.fromkeys(removed))} from the names")
+    cleaned = {names[key]: value for key, value in tensors.items()}
+    if versions is None:
+        return cleaned
+    # The innermost owner of a name is the model itself; those around it are its wrappers.
+    return with_versions(cleaned, {owners[key]: value for key, value in versions.items()})
+
+
+def with_versions(state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A copy of a state dict that carries its modules' versions as torch's do.
+
+    Without them some modules take a state dict for one of an older version of theirs.
+    """
+    ordered = OrderedDict(state)
+    setattr(ordered, VERSIONS, OrderedDict(versions))
+    return ordered
+
+
+def _all_parallel(names: Iterable[str]) -> bool:
+    names = list(names)
+    return bool(names) and all(name.startswith(f"{_PARALLEL}.") for name in names)
+
+
+def _without_compiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def _key_cure(checkpoint: Mapping[Any, Any]) -> str:
+    states = [str(name) for name, value in checkpoint.items() if _as_state_dict(value) is not None]
+    if states:
+        return f"Choose one with --key (`key=`): {_listed(states)}."
+    return "Give a file that holds a model or its state dict."
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    tensors = sum(isinstance(entry, Tensor) for entry in value.values())
+    return f"a mapping of {len(value)} entries, {tensors} of them tensors"
+
+
+def _listed(names: Iterable[Any], limit: int = 8, quoted: bool = True) -> str:
+    texts = [repr(str(name)) if quoted else str(name) for name in names]
+    more = [f"{len(texts) - limit} more"] if len(texts) > limit else []
+    return ", ".join([*texts[:limit], *more]) or "none"

@@ -1,0 +1,200 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
+from we_surgery.errors import InputError, SurgeryError, WESurgeryError
+
+logger = logging.getLogger(__name__)
+
+_ELSEWHERE = "Give another file to write (-o FILE)."
+
+
+def write_module(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
+    """Writes a whole model with ``torch.save``.
+
+    Raises:
+        InputError: the target cannot be written to, or exists without ``force``.
+        SurgeryError: the model cannot be pickled, or writing failed; the target is as it was.
+    """
+    _write_whole(Path(path), force, lambda temporary: _torch_save(model, temporary))
+
+
+def write_state_dict(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    metadata: Metadata | None,
+    force: bool = False,
+) -> None:
+    """Writes a state dict with ``torch.save``: bare, or with what describes it beside it.
+
+    Args:
+        state: the tensors; tied ones stay tied in the file.
+        path: the file to write.
+        metadata: with it the file holds ``{"we_surgery": ..., "state_dict": state}``.
+        force: overwrite an existing file.
+
+    Raises:
+        InputError: the target cannot be written to, or exists without ``force``.
+        SurgeryError: writing failed; the target is as it was.
+    """
+    content: Any = state if isinstance(state, dict) else dict(state)
+    if metadata is not None:
+        content = {METADATA_KEY: metadata.to_dict(), "state_dict": content}
+    _write_whole(Path(path), force, lambda temporary: _torch_save(content, temporary))
+
+
+def write_safetensors(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    metadata: Metadata | None,
+    force: bool = False,
+) -> None:
+    """Writes a state dict as safetensors, with its metadata in the header.
+
+    The format knows neither ties nor memory formats nor an order of its own: tied tensors are
+    written once for each key, so that strict loading finds all of them, and tensors in other
+    memory formats become contiguous.
+
+    Args:
+        state: the tensors.
+        path: the file to write.
+        metadata: kept as JSON under the key ``we_surgery``.
+        force: overwrite an existing file.
+
+    Raises:
+        InputError: a tensor cannot be stored in this format, the target cannot be written to,
+            or it exists without ``force``.
+        SurgeryError: writing failed; the target is as it was.
+    """
+    from safetensors.torch import save_file
+
+    header = {"format": "pt"}
+    if metadata is not None:
+        header[METADATA_KEY] = metadata.to_json()
+    tensors = _independent(state)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"safetensors cannot hold these tensors: {error}",
+                "Write a state dict by torch.save instead (--to state_dict).",
+            ) from error
+
+    _write_whole(Path(path), force, write)
+
+
+def check_target(path: str | Path, *, force: bool = False) -> None:
+    """Checks that a file can be written, before any work is done for it.
+
+    Raises:
+        InputError: it exists without ``force``, is no regular file, or its folder is missing or
+            not writable.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder", _ELSEWHERE)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file", _ELSEWHERE)
+        if (path.exists() or path.is_symlink()) and not force:
+            raise InputError(
+                f"{path} exists already",
+                "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
+            )
+        folder_exists = path.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}", _ELSEWHERE) from error
+    if not folder_exists:
+        raise InputError(f"there is no folder {path.parent}", "Create it, or give another file.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {path.parent} is not writable", _ELSEWHERE)
+
+
+def _write_whole(path: Path, force: bool, write: Callable[[Path], None]) -> None:
+    """Writes beside the target, syncs, and renames: the target is the old file or the new one."""
+    check_target(path, force=force)
+    temporary = path.with_name(f".we_surgery-{secrets.token_hex(6)}.tmp")
+    try:
+        # Created here for its mode, which follows the umask; safetensors gives 0600 to all.
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            mode = os.fstat(descriptor).st_mode & 0o777
+        finally:
+            os.close(descriptor)
+        write(temporary)
+        temporary.chmod(mode)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except WESurgeryError:
+        raise
+    except Exception as error:
+        raise SurgeryError(
+            f"{path} could not be written: {type(error).__name__}: {error}",
+            "Look at the disk's space and permissions; the target is as it was.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    logger.info("wrote %s", path)
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file's bytes, or a folder's names, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _torch_save(content: Any, temporary: Path) -> None:
+    # Given a path, torch would write the temporary name into the archive.
+    with temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except OSError:
+            raise
+        # Pickling runs the __reduce__ of whatever the model holds, which can raise anything.
+        except Exception as error:
+            raise SurgeryError(
+                f"the {'model' if isinstance(content, nn.Module) else 'state dict'} cannot be "
+                f"pickled: {type(error).__name__}: {error}",
+                "Write its state dict instead (--to state_dict), or define what it names at the "
+                "top level of a module.",
+            ) from error
+
+
+def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor contiguous and, where several share a storage, in memory of its own."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise InputError(
+                f"safetensors cannot hold {name!r}, which is sparse, quantized or without values",
+                "Write a state dict by torch.save instead (--to state_dict).",
+            )
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        if storages[tensor.untyped_storage().data_ptr()] > 1
+        else tensor.detach().contiguous()
+        for name, tensor in state.items()
+    }

@@ -1,0 +1,26 @@
+"""The command line: ``we-convert``, ``we-strip``, ``we-inspect``, and ``we-surgery`` over them."""
+
+import click
+
+import we_surgery as package
+from we_surgery.cli.convert import convert_command as convert_command
+from we_surgery.cli.inspect import inspect_command as inspect_command
+from we_surgery.cli.strip import strip_command as strip_command
+
+
+@click.group(
+    commands={
+        "convert": convert_command,
+        "strip": strip_command,
+        "inspect": inspect_command,
+    }
+)
+@click.version_option(package.__version__, package_name="we-surgery")
+def we_surgery() -> None:
+    """Put weight excitation into a model, and take it out again before deployment.
+
+    \b
+    Example:
+      we-surgery convert model.pt        -> model.we.pt, ready to train
+      we-surgery strip checkpoint.pt     -> checkpoint.stripped.pt, a vanilla model
+    """

@@ -1,0 +1,161 @@
+"""``we-convert``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from we_surgery.cli.common import (
+    SurgeryCommand,
+    console,
+    make_source,
+    output_options,
+    parse_shape,
+    say,
+    source_options,
+)
+from we_surgery.errors import InputError
+from we_surgery.jobs import Converted, convert_file, plan_file
+from we_surgery.plan_table import plan_summary, plan_table
+from we_surgery.planning import Plan
+from we_surgery.policy import DEFAULT_MODE, MODES
+from we_surgery.rules import SKIP, Rule
+
+
+@click.command("convert", cls=SurgeryCommand)
+@source_options
+@click.option(
+    "--mode",
+    type=click.Choice(list(MODES)),
+    help=f"What the layers get.  [default: {DEFAULT_MODE}]",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A YAML recipe such as those in configs/.",
+)
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Do exactly this plan, made with --dry-run --json and edited or not.",
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave matching layers alone: a name glob, re:REGEX or type:CLASS. Repeatable.",
+)
+@click.option(
+    "--rule",
+    "rule_texts",
+    multiple=True,
+    metavar="PATTERN=STAGES",
+    help="Give matching layers lwe, mwe, lwe+mwe or skip; the last match wins. Repeatable.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the new parameters.")
+@click.option(
+    "--input-shape",
+    metavar="SHAPE",
+    help="Read the model by recording one forward on inputs such as 1,3,224,224, and prove on "
+    "them that no converted weight is bypassed.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@output_options
+def convert_command(
+    mode: str | None,
+    config: Path | None,
+    plan_path: Path | None,
+    skip: Sequence[str],
+    rule_texts: Sequence[str],
+    seed: int,
+    input_shape: str | None,
+    dry_run: bool,
+    output: Path | None,
+    to: str | None,
+    force: bool,
+    as_json: bool,
+    **source_arguments: Any,
+) -> None:
+    """Give the layers of SOURCE excited weights, ready to train.
+
+    SOURCE is a pickled module, a state dict or .safetensors file with --arch, or an
+    architecture itself: torchvision:resnet50, timm:mixer_s16_224, package.module:factory.
+    The result is of the same kind and lies beside SOURCE, as model.we.pt, unless -o or
+    --to say otherwise.
+
+    \b
+    Examples:
+      we-convert model.pt
+      we-convert model.pt --dry-run
+      we-convert torchvision:resnet50 --mode we -o resnet50.we.pt
+      we-convert weights.safetensors --arch timm:mixer_s16_224 --skip head
+      we-convert model.pt --dry-run --json > plan.json; we-convert model.pt --plan plan.json
+
+    \b
+    Exit codes: 0 done, 1 the surgery failed, 2 bad usage or unreadable input.
+    """
+    source = make_source(**source_arguments)
+    rules = [Rule(pattern, SKIP) for pattern in skip] + [_rule(text) for text in rule_texts]
+    if plan_path is not None and (mode or config or rules):
+        raise InputError(
+            "--plan was given together with --mode, --config, --skip or --rule",
+            "Give the plan alone; edit its rows to change it.",
+        )
+    shape = parse_shape(input_shape)
+    plan = None if plan_path is None else Plan.from_file(plan_path)
+    if dry_run:
+        planned = plan_file(
+            source, mode=mode, config=config, rules=rules, plan=plan, input_shape=shape
+        )
+        _show_plan(planned, as_json)
+        return
+    result = convert_file(
+        source,
+        mode=mode,
+        config=config,
+        rules=rules,
+        plan=plan,
+        output=output,
+        to=to,
+        force=force,
+        seed=seed,
+        input_shape=shape,
+    )
+    _show_result(result, as_json)
+
+
+def _rule(text: str) -> Rule:
+    # From the right: a pattern may hold '=', the stages never do.
+    pattern, equals, stages = text.rpartition("=")
+    if not equals or not pattern:
+        raise InputError(
+            f"--rule takes PATTERN=STAGES, not {text!r}", "Write for example 'layer4.*=mwe'."
+        )
+    return Rule(pattern, stages)
+
+
+def _show_plan(result: Converted, as_json: bool) -> None:
+    for note in result.notes:
+        say(f"note: {note}")
+    if as_json:
+        click.echo(result.plan.to_json())
+    else:
+        console().print(plan_table(result.plan))
+
+
+def _show_result(result: Converted, as_json: bool) -> None:
+    for note in result.notes:
+        say(f"note: {note}")
+    say(plan_summary(result.plan))
+    say(f"wrote {result.target} ({result.kind})")
+    say(f"next: train it as always, then `we-strip {result.target}`")
+    if as_json:
+        row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
+        click.echo(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))

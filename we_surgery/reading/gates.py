@@ -1,0 +1,86 @@
+"""Which conv and linear operations make an attention gate, by what the data does.
+
+A gate squeezes a feature map, passes the result through a bounded activation, and multiplies the
+very map it was made from: SE, CBAM, ECA, BAM, coordinate attention and their kin, whatever their
+classes are called. ``x * sigmoid(x)`` is none, because what feeds the sigmoid is the map itself;
+nor is a gated linear unit, whose gate multiplies another map than the one it is made from.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from we_surgery.reading.recorded import MODULE, Recording
+from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
+
+_BOUNDED = frozenset(
+    "aten.sigmoid aten.sigmoid_ aten.hardsigmoid aten.hardsigmoid_ aten._softmax aten.tanh "
+    "aten.tanh_ aten.hardtanh aten.hardtanh_ aten.clamp".split()
+)
+# Between the activation and the product a gate may be resized, scaled or offset.
+_ADJUSTMENTS = frozenset(
+    "aten.upsample_nearest2d aten.upsample_bilinear2d aten.add aten.sub aten.rsub aten.div "
+    "aten.mul aten.div_ aten.mul_ aten.add_".split()
+)
+_PRODUCTS = ("aten.mul", "aten.mul_")
+
+
+def gate_operations(recording: Recording) -> dict[fx.Node, str]:
+    """The operations inside gates, each with the module in which the gate is applied."""
+    fed = fed_by_input(recording.graph)
+    found: dict[fx.Node, str] = {}
+    for node in recording.graph.nodes:
+        if operation_name(node) not in _PRODUCTS:
+            continue
+        operands = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+        if len(operands) < 2 or not all(operand in fed for operand in operands):
+            continue
+        for gate, gated in (operands, operands[::-1]):
+            activation = _bounded_activation(gate, fed)
+            if activation is None:
+                continue
+            made_from = _ancestors(activation)
+            source = next((s for s in _gated_maps(gated, fed) if s in made_from), None)
+            if source is not None:
+                inside = made_from - _ancestors(source) - {source}
+                for operation in inside:
+                    found.setdefault(operation, node.meta[MODULE])
+    return found
+
+
+def _bounded_activation(node: fx.Node, fed: set[fx.Node]) -> fx.Node | None:
+    """The bounded activation that ``node`` is an adjusted view of, or None."""
+    while node.op == "call_function":
+        name = operation_name(node)
+        if name in _BOUNDED:
+            return node
+        sources = [source for source in node.all_input_nodes if source in fed]
+        if not (is_view(node) or name in _ADJUSTMENTS) or len(sources) != 1:
+            return None
+        node = sources[0]
+    return None
+
+
+def _gated_maps(node: fx.Node, fed: set[fx.Node]) -> list[fx.Node]:
+    """``node`` behind its views, and what it was before other gates multiplied it."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    maps = [node]
+    if operation_name(node) in _PRODUCTS:
+        operands = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+        for gate, gated in (operands, operands[::-1]) if len(operands) == 2 else ():
+            if _bounded_activation(gate, fed) is not None:
+                maps += _gated_maps(gated, fed)
+    return maps
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that ``node`` depends on, without itself."""
+    found: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found

@@ -1,0 +1,283 @@
+"""A torch.fx graph written down while a copy of the model runs once, without its weights.
+
+The copy's parameters are fake tensors, so a forward takes no memory or arithmetic of the
+model's size. A dispatch mode sees each aten operation below autograd, whatever Python code
+called it: inlined subclasses, functional calls and fused attention included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from we_surgery.excitations import Composition
+
+MODULE = "module"
+"""Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
+EXCITATION = "excitation"
+"""Key of ``node.meta``: whether an excitation was running."""
+SHAPE = "shape"
+"""Key of ``node.meta``: the result's shape; absent where the result is no tensor."""
+DTYPE = "dtype"
+"""Key of ``node.meta``: the result's dtype."""
+
+_FX_CONSTANTS = (
+    fx.Node,
+    int,
+    float,
+    bool,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+def after_write(value: Any, write: Any) -> Any:
+    """The value of a tensor once another tensor over its memory has been written to."""
+    return value
+
+
+@dataclass
+class Recording:
+    """One forward of a model as a graph of aten operations.
+
+    Attributes:
+        graph: placeholders for inputs, ``get_attr`` for parameters and buffers by their
+            qualified names (``constant_N`` for any other tensor), ``call_function`` for
+            operations. Each node's meta tells the module that ran it and the shape.
+        training: whether the model was in train mode.
+        calls: how often each module was called.
+        constants: the values of ``constant_N`` nodes, tensors that are neither parameters
+            nor buffers nor made in the forward.
+    """
+
+    graph: fx.Graph
+    training: bool
+    calls: Counter[str] = field(default_factory=Counter)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+def record(
+    model: nn.Module, example_inputs: Any, *, training: bool = False, fake: bool = True
+) -> Recording:
+    """Records one forward of a copy of ``model``, which is not changed.
+
+    Args:
+        model: any model in eager mode.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
+        training: record in train mode, with gradients; otherwise in eval mode without.
+        fake: use fake tensors. Real ones are for models whose control flow or shapes depend
+            on data; their parameters are shared with ``model``, their buffers copied.
+
+    Raises:
+        Exception: whatever the model raises on these inputs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    stand_in: Callable[[Tensor], Tensor] = (
+        (lambda tensor: tensor) if mode is None else partial(_fake, mode)
+    )
+    replica = _replica(model, stand_in, fake=fake).train(training)
+    recorder = _Recorder(replica)
+    inputs = tree_map_only(Tensor, stand_in, example_inputs)
+    for tensor in tree_iter(inputs):
+        if isinstance(tensor, Tensor):
+            recorder.add_input(tensor)
+    with (
+        mode or contextlib.nullcontext(),
+        torch.set_grad_enabled(training),
+        torch.random.fork_rng(),
+        recorder.watching(replica),
+        recorder,
+    ):
+        torch.manual_seed(0)
+        outputs = call(replica, inputs)
+    recorder.finish(outputs)
+    return Recording(recorder.graph, training, recorder.calls, recorder.constants)
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Calls ``model`` on a tensor, on positional arguments, or on a mapping of keyword ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor)
+    # As if it were on the CPU: inputs and what the forward makes will be.
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _replica(model: nn.Module, stand_in: Callable[[Tensor], Tensor], *, fake: bool) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = (
+            nn.Parameter(stand_in(parameter.detach()), requires_grad=parameter.requires_grad)
+            if fake
+            else parameter
+        )
+    if fake:
+        for buffer in model.buffers():
+            memo[id(buffer)] = stand_in(buffer.detach())
+    replica = copy.deepcopy(model, memo)
+    drop_user_hooks(replica)
+    return replica
+
+
+def drop_user_hooks(model: nn.Module) -> None:
+    """Removes the hooks of a copy but those of torch itself, such as ``weight_norm``'s.
+
+    A deep copy shares a hook that is a function; it must not be called on a trial run.
+    """
+    for module in model.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            for key, hook in list(hooks.items()):
+                if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                    del hooks[key]
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes each dispatched operation into an fx graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = fx.Graph()
+        self.calls: Counter[str] = Counter()
+        self._names = {id(t): name for name, t in _named_tensors(model)}
+        self._nodes: Any = WeakTensorKeyDictionary()
+        self._order: dict[fx.Node, int] = {}
+        self._writes: dict[int, fx.Node] = {}
+        self._running: list[tuple[str, bool]] = [("", False)]
+        self.constants: dict[str, Tensor] = {}
+
+    def add_input(self, tensor: Tensor) -> None:
+        self._label(tensor, self.graph.placeholder(f"input_{len(self._order)}"))
+
+    def finish(self, outputs: Any) -> None:
+        tensors = [t for t in tree_iter(outputs) if isinstance(t, Tensor)]
+        self.graph.output(tuple(self._node_of(tensor) for tensor in tensors))
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Keeps track of which module is running, by hooks on the (copied) model."""
+        handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            enter, leave = self._hooks(name, isinstance(module, Composition))
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, name: str, excites: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(*_: Any) -> None:
+            self.calls[name] += 1
+            self._running.append((name, excites or self._running[-1][1]))
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        return enter, leave
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        node_args, node_kwargs = tree_map_only(Tensor, self._node_of, (args, kwargs))
+        result = func(*args, **kwargs)
+        node = self._add(func, _storable(node_args), _storable(node_kwargs))
+        if isinstance(result, Tensor):
+            self._label(result, node)
+        else:
+            for index, item in enumerate(tree_iter(result)):
+                if isinstance(item, Tensor):
+                    self._label(item, self._add(operator.getitem, (node, index), {}))
+        self._note_writes(func, args, kwargs, node)
+        return result
+
+    def _add(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs)
+        node.meta[MODULE], node.meta[EXCITATION] = self._running[-1]
+        return node
+
+    def _label(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta[SHAPE], node.meta[DTYPE] = tuple(tensor.shape), tensor.dtype
+        self._nodes[tensor] = node
+        self._order[node] = len(self._order)
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        node: fx.Node | None = self._nodes.get(tensor)
+        if node is None:
+            name = self._names.get(id(tensor))
+            if name is None:
+                name = f"constant_{len(self.constants)}"
+                self.constants[name] = tensor
+            node = self.graph.create_node("get_attr", name)
+            self._label(tensor, node)
+        write = self._writes.get(_memory(tensor))
+        if write is not None and self._order.get(write, -1) > self._order[node]:
+            node = self._add(after_write, (node, write), {})
+            self._label(tensor, node)
+        return node
+
+    def _note_writes(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], node: fx.Node
+    ) -> None:
+        """Remembers what memory an in-place operation wrote, so that its aliases depend on it."""
+        if not func._schema.is_mutable:
+            return
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in tree_iter(value):
+                if isinstance(tensor, Tensor):
+                    self._order.setdefault(node, len(self._order))
+                    self._writes[_memory(tensor)] = node
+                    self._nodes[tensor] = node
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse and other tensors without one storage
+        return -id(tensor)
+
+
+def _storable(arguments: Any) -> Any:
+    """Arguments as fx takes them; what it does not take is written out as text."""
+    return tree_map(lambda a: a if a is None or isinstance(a, _FX_CONSTANTS) else str(a), arguments)

@@ -1,0 +1,189 @@
+"""What recordings of a forward tell about each layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
+
+from we_surgery.excitations import WeightLayout
+from we_surgery.reading.aten_norms import norm_after
+from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.gates import gate_operations
+from we_surgery.reading.kinds import kind_of
+from we_surgery.reading.recorded import Recording, record
+from we_surgery.reading.shifts import shift_before
+from we_surgery.reading.tree import obstacle_of
+from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One read with the recording it stands in."""
+
+    read: WeightRead
+    recording: Recording
+    gates: Mapping[fx.Node, str]
+    fed: set[fx.Node]
+
+
+def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[Recording], list[str]]:
+    """Recordings in eval and in train mode, fake tensors first, and what went wrong.
+
+    Some layers run in one mode alone, such as auxiliary heads. The list is empty when the
+    model runs in neither.
+    """
+    recordings, notes = [], []
+    for training in (False, True):
+        mode = "train" if training else "eval"
+        try:
+            recordings.append(record(model, example_inputs, training=training))
+            continue
+        except Exception as error:
+            fake_failure = _first_line(error)
+        try:
+            recordings.append(record(model, example_inputs, training=training, fake=False))
+            logger.info("recorded with real tensors in %s mode: %s", mode, fake_failure)
+        except Exception as error:
+            notes.append(f"does not run in {mode} mode: {_first_line(error)}")
+    return recordings, notes
+
+
+def apply_recordings(
+    model: nn.Module, layers: Sequence[LayerFacts], recordings: Sequence[Recording]
+) -> list[LayerFacts]:
+    """The layers with the facts of the recordings, and weights that no layer class owns.
+
+    Args:
+        model: the recorded model.
+        layers: the facts of the module tree; those with dataflow are replaced.
+        recordings: at least one.
+    """
+    uses = _uses(recordings)
+    modules = dict(model.named_modules())
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = set()
+    for layer in layers:
+        parameter = modules[layer.module]._parameters.get(layer.parameter)
+        name = first_names.get(id(parameter), layer.path)
+        known.add(name)
+        if parameter is not None:
+            _apply(layer, uses.get(name, []), model, modules)
+    all_parameters = list(model.named_parameters(remove_duplicate=False))
+    bare = [
+        facts
+        for name, found in uses.items()
+        if name not in known and name in first_names.values()
+        if (facts := _bare_parameter(name, found, modules, all_parameters)) is not None
+    ]
+    for facts in bare:
+        _apply(facts, uses[facts.path], model, modules)
+    order = {name: index for index, name in enumerate(modules)}
+    return sorted([*layers, *bare], key=lambda facts: order[facts.module])
+
+
+def _uses(recordings: Sequence[Recording]) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
+    for recording in recordings:
+        gates, fed = gate_operations(recording), fed_by_input(recording.graph)
+        for name, reads in weight_reads(recording).items():
+            uses.setdefault(name, []).extend(_Use(r, recording, gates, fed) for r in reads)
+    return uses
+
+
+def _apply(
+    layer: LayerFacts, uses: Sequence[_Use], model: nn.Module, modules: Mapping[str, nn.Module]
+) -> None:
+    per_recording: dict[int, int] = {}
+    for use in uses:
+        key = id(use.recording)
+        per_recording[key] = per_recording.get(key, 0) + 1
+    layer.reads = max(per_recording.values(), default=0)
+    if not uses:
+        return
+    layer.readers = tuple(
+        dict.fromkeys(use.read.reader for use in uses if use.read.reader != layer.module)
+    )
+    layer.constant_input = all(use.read.constant_input for use in uses)
+    if layer.gate is None:
+        gates = [use.gates[use.read.node] for use in uses if use.read.node in use.gates]
+        layer.gate = f"multiplies the map it is made from, in {gates[0]!r}" if gates else None
+    norms = [norm_after(use.read.node, modules) for use in uses]
+    layer.followed_by_norm = all(met for met, _ in norms)
+    evidence = norms[0][1] if layer.followed_by_norm else next(e for met, e in norms if not met)
+    layer.norm_evidence = f"{evidence} follows" if layer.followed_by_norm else evidence
+    _apply_shift(layer, uses, model)
+
+
+def _apply_shift(layer: LayerFacts, uses: Sequence[_Use], model: nn.Module) -> None:
+    """A conv that is shift-fed in one of its calls counts as shift-fed: LWE would harm that call.
+
+    What the data does replaces what the class names hinted at.
+    """
+    layer.shift = layer.shift_unknown = None
+    if layer.kind == "attention":
+        return
+    shifts = []
+    for use in uses:
+        try:
+            shifts.append(shift_before(use.read, use.recording, model, use.fed))
+        except Exception as error:
+            layer.shift_unknown = f"its input's movement cannot be replayed: {_first_line(error)}"
+    found = [shift for shift in shifts if shift is not None]
+    if found:
+        layer.shift_unknown = None
+        calls = f" in {len(found)} of {len(uses)} reads" if len(found) < len(uses) else ""
+        layer.shift = f"{found[0]}{calls}"
+
+
+def _bare_parameter(
+    name: str,
+    uses: Sequence[_Use],
+    modules: Mapping[str, nn.Module],
+    all_parameters: Sequence[tuple[str, nn.Parameter]],
+) -> LayerFacts | None:
+    """Facts of a parameter that is a conv's or linear's weight without a module of that kind."""
+    owner_name, _, parameter_name = name.rpartition(".")
+    owner = modules.get(owner_name)
+    parameter = owner._parameters.get(parameter_name) if owner is not None else None
+    if owner is None or parameter is None or isinstance(parameter, UninitializedParameter):
+        return None
+    read = uses[0].read
+    if kind_of(owner) is not None or parameter.ndim < 2:
+        return None
+    others = [n for n, p in all_parameters if p is parameter and n != name]
+    is_conv = read.operation == "aten.convolution"
+    kind = (
+        f"conv{'_transpose' if read.transposed else ''}{parameter.ndim - 2}d"
+        if is_conv and parameter.ndim > 2
+        else "linear"
+    )
+    obstacle = obstacle_of(owner, parameter_name)
+    if obstacle is None and others:
+        obstacle = f"is shared with {others[0]!r}"
+    elif obstacle is None and any(use.read.computed for use in uses):
+        obstacle = "is one part of a weight that its module computes"
+    elif obstacle is None and not all(use.read.filters_first for use in uses):
+        obstacle = "is multiplied as x @ W, whose filters are not its first axis"
+    elif obstacle is None and not is_conv and parameter.ndim != 2:
+        obstacle = f"is a stack of matrices of shape {tuple(parameter.shape)}"
+    return LayerFacts(
+        module=owner_name,
+        parameter=parameter_name,
+        kind=kind,
+        type_name=f"{type(owner).__module__}.{type(owner).__qualname__}",
+        layout=WeightLayout(tuple(parameter.shape), read.groups, read.transposed),
+        frozen=not parameter.requires_grad,
+        obstacle=obstacle,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message}"

@@ -1,0 +1,185 @@
+"""Who reads each weight, and how: a pass over a recorded graph."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from we_surgery.reading.recorded import EXCITATION, MODULE, Recording, after_write
+
+# Where a matrix or conv operation takes its data and its weight: pairs of argument positions.
+# For a plain matrix product either operand may be the weight.
+_OPERANDS: dict[str, tuple[tuple[int, int], ...]] = {
+    "aten.convolution": ((0, 1),),
+    "aten.linear": ((0, 1),),
+    "aten.mm": ((0, 1), (1, 0)),
+    "aten.bmm": ((0, 1), (1, 0)),
+    "aten.matmul": ((0, 1), (1, 0)),
+    "aten.mv": ((1, 0),),
+    "aten.addmm": ((1, 2), (2, 1)),
+    "aten.baddbmm": ((1, 2), (2, 1)),
+    "aten._native_multi_head_attention": ((0, 5), (0, 7)),
+    "aten._transformer_encoder_layer_fwd": ((0, 3), (0, 5), (0, 14), (0, 16)),
+}
+# Operations that only present a tensor in another form.
+_TRANSPOSES = frozenset(["aten.t", "aten.transpose", "aten.permute", "aten.numpy_T"])
+_VIEWS = _TRANSPOSES | frozenset(
+    """
+    aten.view aten._unsafe_view aten.reshape aten.expand aten.unsqueeze aten.squeeze aten.slice
+    aten.split aten.split_with_sizes aten.unbind aten.select aten.alias aten.detach aten.clone
+    aten._to_copy aten.contiguous aten.lift_fresh aten.chunk aten.view_as aten.unsafe_split
+    """.split()
+)
+# Of their tensor argument these take the shape alone.
+_NEW_TENSORS = frozenset(
+    """
+    aten.zeros_like aten.ones_like aten.empty_like aten.full_like aten.rand_like aten.randn_like
+    aten.new_zeros aten.new_ones aten.new_empty aten.new_full aten.new_empty_strided
+    """.split()
+)
+# The operations that take their weight as the layer stores it, not transposed.
+_AS_STORED = frozenset(
+    [
+        "aten.convolution",
+        "aten.linear",
+        "aten._native_multi_head_attention",
+        "aten._transformer_encoder_layer_fwd",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class WeightRead:
+    """One read of a parameter as the weight of a conv, linear or attention operation.
+
+    Attributes:
+        parameter: the parameter's qualified name.
+        operation: the aten operation, such as ``aten.convolution``.
+        reader: the innermost module that was running.
+        filters_first: the operation takes the parameter's first axis as its filters, as
+            ``F.linear(x, W)`` does and ``x @ W`` does not.
+        computed: the parameter passes through arithmetic first, as in ``StdConv2d``.
+        constant_input: what the weight is applied to does not depend on the model's input.
+        in_excitation: the operation belongs to an excitation.
+        transposed: the operation is a transposed conv.
+        groups: the conv's groups; 1 for all else.
+        node: the operation's node in the recorded graph.
+        data: the node of what the weight is applied to.
+    """
+
+    parameter: str
+    operation: str
+    reader: str
+    filters_first: bool
+    computed: bool
+    constant_input: bool
+    in_excitation: bool
+    transposed: bool = False
+    groups: int = 1
+    node: fx.Node = field(kw_only=True, repr=False, compare=False)
+    data: fx.Node | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A parameter that a tensor is made from alone."""
+
+    parameter: str
+    transposes: int
+    computed: bool
+
+
+def weight_reads(recording: Recording) -> dict[str, list[WeightRead]]:
+    """Each parameter's reads as a weight, by its qualified name, in the order of execution."""
+    fed = fed_by_input(recording.graph)
+    reads: dict[str, list[WeightRead]] = defaultdict(list)
+    for node in recording.graph.nodes:
+        name = operation_name(node)
+        for data_index, weight_index in _OPERANDS.get(name, ()):
+            data, weight = _argument(node, data_index), _argument(node, weight_index)
+            if weight is None or weight in fed:
+                continue
+            # Of two operands without input, only one that comes in the way of F.linear, after
+            # one transposition, is told apart as the weight.
+            for origin in _origins(weight):
+                stored = name in _AS_STORED or origin.transposes % 2 == 1
+                constant = data is not None and data not in fed
+                if constant and not stored:
+                    continue
+                conv = name == "aten.convolution"
+                reads[origin.parameter].append(
+                    WeightRead(
+                        parameter=origin.parameter,
+                        operation=name,
+                        reader=node.meta[MODULE],
+                        filters_first=stored,
+                        computed=origin.computed,
+                        constant_input=constant,
+                        in_excitation=node.meta[EXCITATION],
+                        transposed=conv and bool(node.args[6]),
+                        groups=int(node.args[8]) if conv else 1,
+                        node=node,
+                        data=data,
+                    )
+                )
+    return dict(reads)
+
+
+def operation_name(node: fx.Node) -> str:
+    """``aten.convolution`` for an operation, whatever its overload; "" for any other node."""
+    if node.op != "call_function" or not hasattr(node.target, "overloadpacket"):
+        return ""
+    return str(node.target.overloadpacket)
+
+
+def makes_new(node: fx.Node) -> bool:
+    """Whether the node makes a tensor in the shape of its argument, whatever that holds."""
+    return operation_name(node) in _NEW_TENSORS
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node only presents its first argument in another form."""
+    if node.op == "call_function" and node.target in (operator.getitem, after_write):
+        return True
+    return operation_name(node) in _VIEWS
+
+
+def _argument(node: fx.Node, index: int) -> fx.Node | None:
+    value = node.args[index] if index < len(node.args) else None
+    return value if isinstance(value, fx.Node) else None
+
+
+def fed_by_input(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values depend on the model's input."""
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            any(source in fed for source in node.all_input_nodes) and not makes_new(node)
+        ):
+            fed.add(node)
+    return fed
+
+
+def _origins(node: fx.Node) -> Iterable[_Origin]:
+    """The parameters and buffers that ``node``, which no input feeds, is made from."""
+    found: dict[str, _Origin] = {}
+    pending: list[tuple[fx.Node, int, bool]] = [(node, 0, False)]
+    seen: set[fx.Node] = set()
+    while pending:
+        current, transposes, computed = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "get_attr":
+            name = str(current.target)
+            found.setdefault(name, _Origin(name, transposes, computed))
+        elif is_view(current):
+            turned = operation_name(current) in _TRANSPOSES
+            pending.append((current.all_input_nodes[0], transposes + turned, computed))
+        else:
+            pending.extend((source, transposes, True) for source in current.all_input_nodes)
+    return found.values()
