@@ -10,6 +10,15 @@ from torch import Tensor, nn
 import we_surgery as ws
 from we_surgery.reading import read
 
+NOT_TRACEABLE = {
+    "tsm slice assignment",
+    "tsm autograd function",
+    "s2 slice assignment",
+    "five-dimensional",
+    "as-mlp",
+    "channels-last linear",
+}
+
 
 def shift_of(model: nn.Module, shape: tuple[int, ...], name: str = "target") -> str | None:
     reading = read(model, torch.randn(shape))
@@ -29,6 +38,28 @@ def test_a_shift_is_found_however_it_is_written(name: str) -> None:
 def test_other_movements_are_no_shift(name: str) -> None:
     make, shape = DECOYS[name]
     assert shift_of(make(), shape) is None
+
+
+@pytest.mark.parametrize("name", [name for name in SHIFTS if name not in NOT_TRACEABLE])
+def test_a_shift_that_can_be_traced_needs_no_example_inputs(name: str) -> None:
+    reading = read(SHIFTS[name][0]())
+    assert reading.rung == "symbolic"
+    (facts,) = [layer for layer in reading.layers if layer.name == "target"]
+    assert "channels displaced along dim" in str(facts.shift)
+
+
+@pytest.mark.parametrize("name", NOT_TRACEABLE)
+def test_a_model_that_cannot_be_traced_says_what_stopped_it(name: str) -> None:
+    reading = read(SHIFTS[name][0]())
+    assert reading.rung == "listed"
+    assert "shift_modules.py:" in reading.rung_reason
+
+
+@pytest.mark.parametrize("name", DECOYS)
+def test_tracing_takes_no_other_movement_for_a_shift(name: str) -> None:
+    reading = read(DECOYS[name][0]())
+    assert reading.rung == "symbolic"
+    assert all(layer.shift is None and layer.shift_unknown is None for layer in reading.layers)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,11 @@ from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
 from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
 from we_surgery.reading.symbolic import mark_norms, trace
+from we_surgery.reading.symbolic_shifts import mark_shifts
 from we_surgery.reading.tree import obstacle_of as obstacle_of
 from we_surgery.reading.tree import read_tree as read_tree
+
+_SHOWN_BLOCKS = 3
 
 
 def read(model: nn.Module, example_inputs: Any = None) -> Reading:
@@ -34,9 +37,12 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
             return Reading(
                 "recorded", "; ".join(notes), apply_recordings(model, layers, recordings)
             )
-    graph, reason = trace(model)
-    if graph is None:
-        notes.append(f"torch.fx could not trace the model: {reason}")
-        return Reading("listed", "; ".join(notes), layers)
-    mark_norms(model, graph, layers)
-    return Reading("symbolic", "; ".join(notes), layers)
+    blocks, untraceable = trace(model)
+    if untraceable:
+        shown = "; ".join(untraceable[:_SHOWN_BLOCKS])
+        more = len(untraceable) - _SHOWN_BLOCKS
+        notes.append(f"torch.fx could not trace {shown}" + (f"; {more} more" if more > 0 else ""))
+    for block in blocks:
+        mark_norms(model, block, layers)
+        mark_shifts(model, block, layers)
+    return Reading("symbolic" if blocks else "listed", "; ".join(notes), layers)

@@ -130,9 +130,13 @@ def _apply_shift(layer: LayerFacts, uses: Sequence[_Use], model: nn.Module) -> N
     if layer.kind == "attention":
         return
     shifts = []
+    channel_dim = 1 if layer.kind.startswith("conv") else -1
     for use in uses:
+        if use.read.data is None:
+            continue
         try:
-            shifts.append(shift_before(use.read, use.recording, model, use.fed))
+            shift = shift_before(use.read.data, channel_dim, use.recording, model, use.fed)
+            shifts.append(shift)
         except Exception as error:
             layer.shift_unknown = f"its input's movement cannot be replayed: {_first_line(error)}"
     found = [shift for shift in shifts if shift is not None]

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map_only
 from we_surgery.reading.displacement import Shift, find_shift, position_codes
 from we_surgery.reading.recorded import DTYPE, SHAPE, Recording, after_write
 from we_surgery.reading.weight_use import (
-    WeightRead,
     fed_by_input,
     makes_new,
     operation_name,
@@ -70,12 +69,17 @@ _CONVOLUTION = "aten.convolution"
 
 
 def shift_before(
-    read: WeightRead, recording: Recording, model: nn.Module, fed: set[fx.Node] | None = None
+    data: fx.Node,
+    channel_dim: int,
+    recording: Recording,
+    model: nn.Module,
+    fed: set[fx.Node] | None = None,
 ) -> Shift | None:
-    """The shift that feeds an operation, or None.
+    """The shift that made a feature map, or None.
 
     Args:
-        read: the operation.
+        data: what a conv or linear operation is applied to.
+        channel_dim: its channels' dimension; may be negative.
         recording: the recording it stands in.
         model: the recorded model, for the values of buffers that serve as indices.
         fed: the nodes that depend on the model's input, where they are known already.
@@ -83,16 +87,13 @@ def shift_before(
     Raises:
         RuntimeError: a movement cannot be replayed.
     """
-    if read.data is None:
-        return None
     fed = fed_by_input(recording.graph) if fed is None else fed
     tensors = _TensorValues(model, recording.constants)
-    inside, sources = _slice(read.data, fed, tensors)
+    inside, sources = _slice(data, fed, tensors)
     if not _may_shift(inside):
         return None
-    channel_dim = 1 if read.operation == _CONVOLUTION else -1
     for source in sources:
-        codes = _replay(read.data, inside, source, sources, fed, recording.graph, tensors)
+        codes = _replay(data, inside, source, sources, fed, recording.graph, tensors)
         shift = find_shift(codes, channel_dim % codes.ndim, source.meta[SHAPE])
         if shift is not None:
             return shift
@@ -139,7 +140,10 @@ def _slice(
 
 
 def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    """The source as it is right before data moves: normalized, activated, in its final shape."""
+    """The source as it is right before data moves: normalized, activated, in its final shape.
+
+    What it passes on the way there is taken out of ``inside``.
+    """
     while True:
         followers = [user for user in source.users if user in inside]
         if len(followers) != 1:
@@ -149,6 +153,7 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
         keeps = name in _RESHAPES or name in _POSITIONLESS or follower.target is operator.getitem
         if not keeps or SHAPE not in follower.meta:
             return source
+        inside.discard(follower)
         source = follower
 
 

@@ -6,12 +6,13 @@ import copy
 import operator
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, fx, nn
 
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import WEIGHTED, is_gate, is_norm
@@ -53,11 +54,51 @@ _TRANSPARENT_FUNCTIONS = frozenset(
     ]
 )
 _NORM_FUNCTIONS = frozenset([F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm])
+_OUTPUT = "the model's output"
 _SHAPE_ATTRIBUTES = frozenset(["shape", "size", "dim", "ndim", "device", "dtype", "numel"])
 
 
-class LayerTracer(torch.fx.Tracer):
-    """A tracer that keeps conv, linear, norm and attention modules, and gates, whole."""
+@dataclass(frozen=True)
+class TracedBlock:
+    """A graph of the model, or of one of its submodules.
+
+    Attributes:
+        name: the submodule's name; "" for the whole model.
+        graph: its graph; targets are named from the submodule on.
+        untraceable: the submodules in it that were kept whole, named likewise.
+        constants: tensors that were made while tracing, by their targets.
+    """
+
+    name: str
+    graph: fx.Graph
+    untraceable: frozenset[str] = frozenset()
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class LayerTracer(fx.Tracer):
+    """A tracer that keeps conv, linear, norm and attention modules, and gates, whole.
+
+    A submodule that cannot be traced is kept whole as well, and noted in ``untraceable``
+    with the reason: one bad block costs one block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.untraceable: dict[str, str] = {}
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self.module_stack = stack
+            name = self.path_of_module(m)
+            self.untraceable[name] = _why(error)
+            for node in reversed(list(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", name, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, WEIGHTED) or is_norm(m) or is_gate(m):
@@ -65,21 +106,69 @@ class LayerTracer(torch.fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module) -> tuple[torch.fx.Graph | None, str]:
-    """The graph of ``model``, or None and why it could not be traced.
+def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
+    """The graphs of ``model``: one, or those of the parts that can be traced.
 
     The trace runs on a copy whose parameters and buffers are on the meta device: it takes
-    no memory of the model's size, and tracing leaves proxies behind in some models.
+    no memory of the model's size, and tracing leaves proxies behind in some models. What
+    cannot be traced is kept whole, and its children are traced by themselves.
+
+    Returns:
+        The graphs, from the whole model down, and what could not be traced, with the reason
+        and the file and line that stopped it.
     """
+    blocks: list[TracedBlock] = []
+    untraceable: list[str] = []
     python_state = random.getstate()
     try:
         # Some models draw random numbers while they are traced.
         with torch.random.fork_rng(devices=[]):
-            return LayerTracer().trace(weightless_copy(model)), ""
+            pending = [("", weightless_copy(model))]
+            while pending:
+                name, module = pending.pop(0)
+                pending += _trace_block(name, module, blocks, untraceable)
     except Exception as error:
-        return None, _why(error)
+        return [], [_why(error)]
     finally:
         random.setstate(python_state)
+    return blocks, untraceable
+
+
+def _trace_block(
+    name: str, module: nn.Module, blocks: list[TracedBlock], untraceable: list[str]
+) -> list[tuple[str, nn.Module]]:
+    """Traces one module; returns the submodules that are to be traced by themselves."""
+    if isinstance(module, WEIGHTED) or is_gate(module) or not list(module.children()):
+        return []
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return _children(name, module)
+    tracer = LayerTracer()
+    try:
+        graph = tracer.trace(module)
+        broken = tracer.untraceable
+        blocks.append(TracedBlock(name, graph, frozenset(broken), _constants(module, graph)))
+    except Exception as error:
+        broken = {"": _why(error)}
+    left: list[tuple[str, nn.Module]] = []
+    for path, reason in broken.items():
+        whole = join(name, path)
+        untraceable.append(f"{whole or 'the model as a whole'}: {reason}")
+        left += _children(whole, module.get_submodule(path))
+    return left
+
+
+def _constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return {n: getattr(module, n) for n in names if n.startswith("_tensor_constant")}
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(join(name, child_name), child) for child_name, child in module.named_children()]
+
+
+def join(name: str, path: str) -> str:
+    """A submodule's qualified name: ``a`` and ``b.c`` give ``a.b.c``; either may be empty."""
+    return f"{name}.{path}" if name and path else name or path
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:
@@ -105,17 +194,26 @@ def weightless_copy(model: nn.Module) -> nn.Module:
     return weightless
 
 
-def mark_norms(model: nn.Module, graph: torch.fx.Graph, layers: list[LayerFacts]) -> None:
-    """Sets ``followed_by_norm`` for each layer that the graph calls."""
-    modules = dict(model.named_modules())
-    calls: dict[str, list[torch.fx.Node]] = {}
-    for node in graph.nodes:
+def mark_norms(model: nn.Module, block: TracedBlock, layers: list[LayerFacts]) -> None:
+    """Sets ``followed_by_norm`` for each layer that the block's graph calls.
+
+    What follows the output of a submodule, or what happens in one that was kept whole, is not
+    known from this graph: a layer before it keeps what the order of registration says.
+    """
+    modules = dict(model.get_submodule(block.name).named_modules())
+    calls: dict[str, list[fx.Node]] = {}
+    for node in block.graph.nodes:
         if node.op == "call_module":
-            calls.setdefault(node.target, []).append(node)
+            calls.setdefault(join(block.name, node.target), []).append(node)
     for layer in layers:
         nodes = calls.get(layer.module)
         if nodes:
             ends = [end for node in nodes for end in _ends(node, modules)]
+            unknown = {repr(name) for name in block.untraceable} | (
+                {_OUTPUT} if block.name else set()
+            )
+            if any(evidence in unknown for _, evidence in ends):
+                continue
             meets = bool(ends) and all(is_norm_end for is_norm_end, _ in ends)
             layer.followed_by_norm = meets
             layer.norm_evidence = (
@@ -123,7 +221,7 @@ def mark_norms(model: nn.Module, graph: torch.fx.Graph, layers: list[LayerFacts]
             )
 
 
-def _ends(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[tuple[bool, str]]:
+def _ends(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[bool, str]]:
     """What each path from ``node`` meets first that is not transparent: (is a norm, its name)."""
     ends: list[tuple[bool, str]] = []
     pending, seen = list(node.users), {node}
@@ -142,7 +240,7 @@ def _ends(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[tuple[bool
     return ends
 
 
-def _is_transparent(node: torch.fx.Node, module: nn.Module | None) -> bool:
+def _is_transparent(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         drops_paths = type(module).__name__ in ("DropPath", "StochasticDepth", "Permute")
         return drops_paths or isinstance(module, _TRANSPARENT_MODULES)
@@ -151,7 +249,7 @@ def _is_transparent(node: torch.fx.Node, module: nn.Module | None) -> bool:
     return node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS
 
 
-def _reads_shape_only(node: torch.fx.Node) -> bool:
+def _reads_shape_only(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in _SHAPE_ATTRIBUTES
     is_getattr: Callable[..., Any] = getattr
@@ -163,16 +261,16 @@ def _reads_shape_only(node: torch.fx.Node) -> bool:
     )
 
 
-def _describe(node: torch.fx.Node) -> str:
+def _describe(node: fx.Node) -> str:
     if node.op == "output":
-        return "the model's output"
+        return _OUTPUT
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node)
     return f"{name!r}" if node.op == "call_module" else f"{name}"
 
 
 def _why(error: Exception) -> str:
     """The error's first line with the file and line of the model's code that raised it."""
-    message = (str(error).strip().splitlines() or [""])[0]
+    message = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and "/we_surgery/" not in f.filename]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

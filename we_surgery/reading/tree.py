@@ -92,6 +92,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return f"computes its {parameter} in a way of its own"
     if isinstance(weight, UninitializedParameter):
         return "is lazy and has no shape before its first forward"
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return "belongs to a container, which would run an excitation as one of its layers"
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]

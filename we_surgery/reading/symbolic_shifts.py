@@ -1,0 +1,175 @@
+"""Shift-fed convs on a symbolically traced graph.
+
+Such a graph has no shapes. What lies between a conv and the layers before it is cut out, and
+recorded on made-up inputs: channels from the layers, everything else small.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from operator import attrgetter
+
+import torch
+from torch import Tensor, fx, nn
+
+from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.kinds import WEIGHTED, is_gate
+from we_surgery.reading.recorded import record
+from we_surgery.reading.shifts import shift_before
+from we_surgery.reading.symbolic import TracedBlock, join
+
+_LARGEST_SLICE = 200
+# Without channels; several per kind, since a reshape may want a number of segments or tokens.
+_MADE_UP_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "conv1d": ((16, 12),),
+    "conv2d": ((16, 6, 7), (24, 6, 6), (30, 6, 6)),
+    "conv3d": ((2, 4, 5, 6),),
+    "linear": ((2, 6, 7), (2, 42), (16,)),
+}
+_DISPLACING = ("roll", "pad", "getitem", "narrow", "chunk", "split", "gather", "slice", "select")
+_JOINING = ("cat", "stack", "concat", "gather", "setitem", "copy_", "index_select", "scatter")
+
+
+def mark_shifts(model: nn.Module, block: TracedBlock, layers: list[LayerFacts]) -> None:
+    """Sets ``shift``, or ``shift_unknown``, for the layers that the block's graph calls."""
+    root = model.get_submodule(block.name)
+    modules = dict(root.named_modules())
+    by_name = {layer.module: layer for layer in layers if layer.parameter == "weight"}
+    for node in block.graph.nodes:
+        layer = by_name.get(join(block.name, str(node.target))) if _is_call(node) else None
+        if layer is None or layer.kind not in _MADE_UP_SHAPES:
+            continue
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        inside, sources = _between_layers(node.args[0], modules)
+        if not _may_shift(inside, modules):
+            continue
+        try:
+            cut = _cut_out(root, block, inside, sources, node.args[0])
+            found = _find(cut, sources, layer, modules)
+        except Exception:
+            if layer.shift is None:
+                layer.shift_unknown = "following its input needs example inputs"
+            continue
+        layer.shift = found or layer.shift
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _between_layers(
+    node: fx.Node, modules: dict[str, nn.Module]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes between ``node`` and the layers and inputs it comes from, and these."""
+    inside: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
+    pending = [node]
+    while pending and len(inside) < _LARGEST_SLICE:
+        current = pending.pop()
+        if current in inside or current in sources:
+            continue
+        if current.op == "placeholder" or _ends_slice(current, modules):
+            sources.add(current)
+        else:
+            inside.add(current)
+            pending.extend(current.all_input_nodes)
+    order = {n: index for index, n in enumerate(node.graph.nodes)}
+    return sorted(inside, key=order.__getitem__), sorted(sources, key=order.__getitem__)
+
+
+def _ends_slice(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if not _is_call(node):
+        return False
+    module = modules[str(node.target)]
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    holds_layers = any(isinstance(inner, WEIGHTED) for inner in module.modules())
+    return (trained and holds_layers) or is_gate(module)
+
+
+def _may_shift(inside: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    names = [str(getattr(node.target, "__name__", node.target)) for node in inside]
+    displaces = any(word in name for name in names for word in _DISPLACING)
+    joins = any(word in name for name in names for word in _JOINING)
+    fixed_convs = any(
+        _is_call(node) and isinstance(modules[str(node.target)], WEIGHTED) for node in inside
+    ) or any("conv" in name for name in names)
+    indexed = any(
+        node.target is operator.getitem and any(source in inside for source in _indices(node))
+        for node in inside
+    )
+    return (displaces and joins) or fixed_convs or indexed
+
+
+def _indices(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(node.args[1], found.append)
+    return found
+
+
+def _cut_out(
+    root: nn.Module,
+    block: TracedBlock,
+    inside: list[fx.Node],
+    sources: list[fx.Node],
+    data: fx.Node,
+) -> fx.GraphModule:
+    """The nodes ``inside`` as a module from ``sources`` to ``data``."""
+    graph = fx.Graph()
+    copies = {source: graph.placeholder(f"source_{i}") for i, source in enumerate(sources)}
+    for node in inside:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[data])
+    used = {str(n.target) for n in inside if n.op in ("call_module", "get_attr")}
+    parts = {
+        name: block.constants[name] if name in block.constants else attrgetter(name)(root)
+        for name in used
+    }
+    return fx.GraphModule(parts, graph)
+
+
+def _find(
+    cut: fx.GraphModule,
+    sources: list[fx.Node],
+    layer: LayerFacts,
+    modules: dict[str, nn.Module],
+) -> str | None:
+    """The shift in what ``cut`` returns, on the first made-up shapes that run."""
+    channel_dim = 1 if layer.kind.startswith("conv") else -1
+    failure: Exception | None = None
+    for inputs in _made_up_inputs(sources, layer, modules):
+        try:
+            recording = record(cut, inputs)
+        except Exception as error:
+            failure = error
+            continue
+        (output,) = (node for node in recording.graph.nodes if node.op == "output")
+        (result,) = output.all_input_nodes
+        shift = shift_before(result, channel_dim, recording, cut)
+        return None if shift is None else str(shift)
+    assert failure is not None
+    raise failure
+
+
+def _made_up_inputs(
+    sources: list[fx.Node], layer: LayerFacts, modules: dict[str, nn.Module]
+) -> Iterator[list[Tensor]]:
+    for sizes in _MADE_UP_SHAPES[layer.kind]:
+        inputs = []
+        for source in sources:
+            channels = layer.layout.in_channels
+            if _is_call(source):
+                channels = _channels_after(modules[str(source.target)]) or channels
+            last = not layer.kind.startswith("conv")
+            shape = (*sizes, channels) if last else (sizes[0], channels, *sizes[1:])
+            inputs.append(torch.zeros(shape))
+        yield inputs
+
+
+def _channels_after(module: nn.Module) -> int | None:
+    for name in ("out_channels", "out_features", "num_features"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None
