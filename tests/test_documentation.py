@@ -10,12 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(page, code, id=f"{page.stem}-{index}")
+    for page in PAGES
+    for index, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_each_python_block_of_the_readme_runs(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_each_python_block_runs_and_prints_what_the_page_shows(
+    page: Path, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(code, str(page), "exec"), {})
+    printed = capsys.readouterr().out.rstrip()
+    assert not printed or printed in page.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_within_the_repository_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:

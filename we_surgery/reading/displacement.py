@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ENOUGH_CODES = 100_000
+_ENOUGH_CODES = 20_000
 _FEWEST_POSITIONS = 32
 
 
@@ -66,20 +66,13 @@ def find_shift(codes: Tensor, channel_dim: int, source_shape: tuple[int, ...]) -
         return None
     rest = [dim for dim in range(len(source_shape)) if dim != source_channel_dim]
     steps = source[rest] - own.unsqueeze(1)
-    vectors: list[tuple[int, ...] | None] = []
-    used: list[int] = []
-    for channel in range(channels):
-        here = arrived[channel]
-        if not bool(here.any()):
-            vectors.append(None)
-            continue
-        used.append(int(source[source_channel_dim, channel][here][0]))
-        vector, share = _most_common(steps[:, channel][:, here])
-        if share < 0.5:
-            return None
-        vectors.append(vector)
-    found = sorted({vector for vector in vectors if vector is not None})
-    if len(used) != len(set(used)) or len(found) < 2:
+    filled = arrived.any(1)
+    used = source[source_channel_dim].masked_fill(~arrived, -1).amax(1)[filled].tolist()
+    vectors, share = _most_common(steps, arrived)
+    if bool((share[filled] < 0.5).any()) or len(used) != len(set(used)):
+        return None
+    found = {tuple(vector) for vector in vectors.T[filled].tolist()}
+    if len(found) < 2:
         return None
     moving = [i for i in range(len(rest)) if any(vector[i] for vector in found)]
     return Shift(
@@ -141,8 +134,22 @@ def _own_coordinates(
     return None
 
 
-def _most_common(vectors: Tensor) -> tuple[tuple[int, ...], float]:
-    """The most common column of ``vectors`` and its share."""
-    values, counts = torch.unique(vectors, dim=1, return_counts=True)
-    best = int(counts.argmax())
-    return tuple(values[:, best].tolist()), float(counts[best]) / vectors.shape[1]
+def _most_common(steps: Tensor, arrived: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's most common displacement, and the share of its positions that have it.
+
+    Args:
+        steps: displacements, ``[dims, channels, positions]``.
+        arrived: which positions count, ``[channels, positions]``.
+
+    Returns:
+        ``[dims, channels]`` and ``[channels]``.
+    """
+    span = 2 * int(steps.abs().amax()) + 1
+    # One number for each displacement; another for each position that does not count.
+    number = torch.zeros_like(steps[0])
+    for step in steps:
+        number = number * span + (step + span // 2)
+    number = torch.where(arrived, number, -1 - torch.arange(number.shape[1]))
+    common, index = number.mode(1)
+    share = (number == common.unsqueeze(1)).sum(1) / arrived.sum(1).clamp(min=1)
+    return steps.gather(2, index.expand(len(steps), -1).unsqueeze(2)).squeeze(2), share

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,10 +105,15 @@ class _TensorValues:
     """The values of parameters, buffers and other constant tensors by name."""
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Tensor]) -> None:
-        self._named: dict[str, Tensor] = {
-            **dict(model.named_parameters()),
-            **dict(model.named_buffers()),
-            **constants,
+        self._model, self._constants = model, constants
+
+    @cached_property
+    def _named(self) -> dict[str, Tensor]:
+        # On first use: most inputs are moved in no way that needs a value.
+        return {
+            **dict(self._model.named_parameters()),
+            **dict(self._model.named_buffers()),
+            **self._constants,
         }
 
     def __getitem__(self, name: str) -> Tensor:
@@ -144,17 +150,20 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
 
     What it passes on the way there is taken out of ``inside``.
     """
+    current, passed = source, [source]
     while True:
-        followers = [user for user in source.users if user in inside]
+        followers = [user for user in current.users if user in inside]
         if len(followers) != 1:
             return source
-        (follower,) = followers
-        name = operation_name(follower)
-        keeps = name in _RESHAPES or name in _POSITIONLESS or follower.target is operator.getitem
-        if not keeps or SHAPE not in follower.meta:
+        (current,) = followers
+        name = operation_name(current)
+        if not (name in _RESHAPES or name in _POSITIONLESS or current.target is operator.getitem):
             return source
-        inside.discard(follower)
-        source = follower
+        passed.append(current)
+        # A norm's own result is no tensor but several; the first of them goes on.
+        if SHAPE in current.meta:
+            inside.difference_update(passed)
+            source = current
 
 
 def _is_followed(node: fx.Node, fed: set[fx.Node], tensors: _TensorValues) -> bool:
