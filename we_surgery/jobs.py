@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.layers import excited_layers
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.proof import StripReport
@@ -23,6 +22,7 @@ from we_surgery.surgery import (
     Progress,
     build_grafts,
     convert,
+    is_converted,
     strip_with_report,
 )
 
@@ -206,7 +206,7 @@ def strip_file(
         _write(None, state, target, kind, None, force)
         return Stripped(target, kind, report, [*contents.notes, *found.notes])
     model = source.load(contents)
-    _refuse_vanilla(next(excited_layers(model), None) is not None, source.name)
+    _refuse_vanilla(is_converted(model), source.name)
     inputs = _random_inputs(input_shape)
     # Not in place: the fold is then compared with the excited model itself.
     stripped, report = strip_with_report(model, example_inputs=inputs, progress=progress)
@@ -290,7 +290,7 @@ def _random_inputs(shape: Sequence[int] | None) -> Tensor | None:
 def _read_vanilla(source: Source) -> tuple[Contents, nn.Module]:
     contents = source.read()
     model = source.load(contents)
-    if next(excited_layers(model), None) is not None:
+    if is_converted(model):
         raise InputError(
             f"the model in {source.name} is converted already; nothing was written",
             "Train it as it is, or strip it first with we-strip.",

@@ -175,7 +175,7 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
     base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
     swapped = excited_class(base, names)
     try:
-        _rename_parameter(module, parameter, raw_name(parameter))
+        rename_parameter(module, parameter, raw_name(parameter))
         module._modules[excitation_name(parameter)] = excitation
         module.__dict__["layer_name"] = layer_name
         # Last: it is what makes the layer an excited one.
@@ -194,7 +194,7 @@ def restore(module: nn.Module) -> None:
     if not isinstance(module, ExcitedLayer):
         return
     for parameter in module.excited_parameters:
-        _rename_parameter(module, raw_name(parameter), parameter)
+        rename_parameter(module, raw_name(parameter), parameter)
         del module._modules[excitation_name(parameter)]
     module.__class__ = module.vanilla_class  # type: ignore[assignment]
     del module.__dict__["layer_name"]
@@ -207,7 +207,7 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
     view.__dict__["_parameters"] = dict(layer._parameters)
     view.__dict__["_modules"] = dict(layer._modules)
     for name, value in values.items():
-        _rename_parameter(view, raw_name(name), name)
+        rename_parameter(view, raw_name(name), name)
         view._parameters[name] = value  # type: ignore[assignment]
         del view._modules[excitation_name(name)]
     del view.__dict__["layer_name"]
@@ -226,7 +226,7 @@ def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
 
 def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
     """One excited weight of the layer, in memory of its own."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         excited: Tensor = getattr(layer, parameter)
         return excited.detach().clone(memory_format=torch.preserve_format)
 
@@ -264,7 +264,8 @@ def describe_stages(excitation: Composition) -> str:
     return "+".join(stage.name for stage in excitation.stages)
 
 
-def _rename_parameter(module: nn.Module, old: str, new: str) -> None:
+def rename_parameter(module: nn.Module, old: str, new: str) -> None:
+    """Renames a parameter without a change of its position."""
     renamed = {new if name == old else name: p for name, p in module._parameters.items()}
     module._parameters.clear()
     module._parameters.update(renamed)

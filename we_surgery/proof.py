@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from we_surgery.errors import InputError, SurgeryError
+from we_surgery.reading.recorded import call
 
 RELATIVE_TOLERANCE = 1e-5
 
@@ -83,12 +84,7 @@ def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """
     with eval_mode(model), torch.no_grad(), _fixed_seed(model):
         try:
-            if isinstance(example_inputs, Mapping):
-                outputs = model(**example_inputs)
-            elif isinstance(example_inputs, tuple | list):
-                outputs = model(*example_inputs)
-            else:
-                outputs = model(example_inputs)
+            outputs = call(model, example_inputs)
         except Exception as error:
             raise InputError(
                 f"the model fails on the example inputs: {type(error).__name__}: {error}",
@@ -159,19 +155,36 @@ def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, flo
     return absolute, relative
 
 
-@contextmanager
+@contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts each module in eval mode and gives each its own flag back."""
+    """Puts each module in eval mode and gives each its own flag back.
+
+    A graph that was traced or exported in training keeps that mode and updates its running
+    statistics; they get their values back too.
+    """
     flags = {module: module.training for module in model.modules()}
-    model.eval()
+    kept = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, fx.GraphModule)
+        for buffer in module.buffers()
+        if not buffer.is_meta
+    ]
+    # An exported program has its mode baked in and refuses to be asked for another one.
+    with contextlib.suppress(NotImplementedError):
+        model.eval()
     try:
         yield
     finally:
         for module, training in flags.items():
             module.training = training
+        with torch.no_grad():
+            for buffer, value in kept:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _fixed_seed(model: nn.Module) -> Iterator[None]:
     """Seeds the CPU and the model's own GPUs, no other, and gives them their state back."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

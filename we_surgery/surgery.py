@@ -21,14 +21,20 @@ from we_surgery.errors import (
     near_matches,
 )
 from we_surgery.excitations import Composition, build_excitation
+from we_surgery.graphs import (
+    complete_copies,
+    excited_weights,
+    held_by_graphs,
+    hold,
+    refuse_changed_graphs,
+    refuse_ill_formed_graphs,
+    release,
+    update_graphs,
+)
 from we_surgery.layers import (
-    ExcitedLayer,
     change_since_conversion,
-    excitation_name,
     excite,
     excited_layers,
-    excited_names,
-    folded_tensor,
     raw_name,
     restore,
 )
@@ -103,7 +109,7 @@ def convert(
         SurgeryError: a weight holds Inf or NaN, or the model cannot be copied.
     """
     refuse_wrappers(model)
-    if next(excited_layers(model), None) is not None:
+    if is_converted(model):
         warnings.warn(
             "the model is converted already; nothing was changed. Strip it first to convert it "
             "in another way.",
@@ -124,8 +130,7 @@ def convert(
         try:
             prove_excited(target, example_inputs)
         except BaseException:
-            for _, layer in list(excited_layers(target)):
-                restore(layer)
+            _ungraft(target, target.modules())
             raise
     target.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
@@ -172,7 +177,7 @@ def strip_with_report(
         progress: called with (layers done, layers in all).
     """
     refuse_wrappers(model)
-    if next(excited_layers(model), None) is None:
+    if not is_converted(model):
         warnings.warn(
             "the model has no excited layers; there is nothing to strip.",
             NothingToStripWarning,
@@ -183,7 +188,7 @@ def strip_with_report(
     _refuse_changed_layers(model)
     before = None if example_inputs is None else run_in_eval(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
-    folds = sum(len(layer.excited_parameters) for _, layer in excited_layers(model))
+    folds = sum(1 for _ in excited_weights(model))
     target = model if inplace else copy_model(model)
     undo = _fold(target, model, progress)
     try:
@@ -206,9 +211,11 @@ def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
 
     Raises:
         InputError: a row names no such layer, another shape or kind, an excitation that does
-            not exist, a weight that cannot be excited, or another recipe than its tied layers.
+            not exist, a weight that cannot be excited, or another recipe than its tied layers;
+            or the model's torch.fx graph is not well-formed.
         SurgeryError: a weight holds Inf or NaN.
     """
+    refuse_ill_formed_graphs(model)
     facts = {(f.module, f.parameter): f for f in read_tree(model)}
     modules = dict(model.named_modules())
     by_parameter: dict[int, tuple[Decision, Composition]] = {}
@@ -233,12 +240,13 @@ def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
                     "Give tied layers the same `excitation`, or leave them all alone.",
                 )
         else:
-            excitation = build_excitation(
-                decision.excitation,
-                decision.layout,
-                device=parameter.device,
-                dtype=parameter.dtype,
-            )
+            with torch.inference_mode(False):
+                excitation = build_excitation(
+                    decision.excitation,
+                    decision.layout,
+                    device=parameter.device,
+                    dtype=parameter.dtype,
+                )
             by_parameter[id(parameter)] = (decision, excitation)
         grafts.append(Graft(decision.module, decision.parameter, excitation))
     _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
@@ -248,15 +256,19 @@ def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
 def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
     """Attaches excitations in place; on any failure those attached so far come off again."""
     done: list[nn.Module] = []
+    is_held = held_by_graphs(model)
     try:
         for item in grafts:
             module = model.get_submodule(item.module)
             item.excitation.train(module.training)
-            excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
+            if is_held(module, item.parameter):
+                hold(module, item.parameter, item.excitation)
+            else:
+                excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
             done.append(module)
+        update_graphs(model)
     except BaseException:
-        for module in done:
-            restore(module)
+        _ungraft(model, done)
         raise
 
 
@@ -267,12 +279,22 @@ def copy_model(model: nn.Module) -> nn.Module:
         SurgeryError: the model holds something that cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        # Parameters that are made in inference mode cannot be trained.
+        with torch.inference_mode(False):
+            memo: dict[int, Any] = {}
+            copied = copy.deepcopy(model, memo)
+            complete_copies(model, memo)
+            return copied
     except Exception as error:
         raise SurgeryError(
             f"the model cannot be copied: {type(error).__name__}: {error}",
             "Pass `inplace=True` to change the model itself.",
         ) from error
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether any weight of the model is excited."""
+    return next(excited_weights(model), None) is not None
 
 
 def refuse_wrappers(model: nn.Module) -> None:
@@ -302,6 +324,14 @@ def refuse_wrappers(model: nn.Module) -> None:
             "the model is sharded (its parameters are DTensors)",
             "Convert before fully_shard; strip a full state dict with `strip_state_dict`.",
         )
+
+
+def _ungraft(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Takes the excitations of these modules of ``model`` off; raw weights become the weights."""
+    for module in list(modules):
+        restore(module)
+        release(module)
+    update_graphs(model)
 
 
 def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts | None:
@@ -355,7 +385,6 @@ def _refuse_half_tied(facts: Iterable[LayerFacts], excited: set[tuple[str, str]]
 
 def _refuse_changed_layers(model: nn.Module) -> None:
     """Raises if something was put on an excited layer, or on its raw weight, after `convert`."""
-    raw_weights: dict[int, str] = {}
     for name, layer in excited_layers(model):
         change = change_since_conversion(layer)
         if change is not None:
@@ -363,11 +392,13 @@ def _refuse_changed_layers(model: nn.Module) -> None:
                 f"layer {name!r} was changed after its conversion: {change}",
                 "Remove the pruning mask, parametrization or wrapper that was put on it.",
             )
-        raw_weights |= {id(getattr(layer, raw_name(p))): name for p in layer.excited_parameters}
+    refuse_changed_graphs(model)
+    weights = list(excited_weights(model))
+    raw_weights = {id(weight.raw): weight.module for weight in weights}
+    own = {(weight.owner, raw_name(weight.parameter)) for weight in weights}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, attribute = name.rpartition(".")
-        is_raw = attribute in map(raw_name, excited_names(model.get_submodule(owner)))
-        if id(parameter) in raw_weights and not is_raw:
+        if id(parameter) in raw_weights and (model.get_submodule(owner), attribute) not in own:
             raise SurgeryError(
                 f"{name!r} was tied to the raw weight of {raw_weights[id(parameter)]!r} after "
                 "its conversion",
@@ -381,36 +412,31 @@ def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> C
     All folds are computed and compared with the excited weights of ``excited`` (``target``
     itself, or the model it is a copy of) before the first layer is changed.
     """
-    layers = list(excited_layers(target))
-    references = dict(excited_layers(excited))
+    weights = list(excited_weights(target))
+    references = {(w.module, w.parameter): w for w in excited_weights(excited)}
     folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    for index, (name, layer) in enumerate(layers):
-        for parameter in layer.excited_parameters:
-            raw = getattr(layer, raw_name(parameter))
-            if id(raw) not in folded:
-                folded[id(raw)] = (raw, folded_tensor(layer, parameter))
-            with torch.no_grad():
-                check_fold(name, getattr(references[name], parameter), folded[id(raw)][1])
+    for index, weight in enumerate(weights):
+        raw = weight.raw
+        if id(raw) not in folded:
+            folded[id(raw)] = (raw, weight.folded())
+        with torch.no_grad():
+            reference = references[weight.module, weight.parameter].excited()
+        check_fold(weight.name, reference, folded[id(raw)][1])
         if progress is not None:
-            progress(index + 1, len(layers))
+            progress(index + 1, len(weights))
     kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
-    grafts = [
-        Graft(name, parameter, getattr(layer, excitation_name(parameter)))
-        for name, layer in layers
-        for parameter in layer.excited_parameters
-    ]
+    grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
 
     def undo() -> None:
         for raw, data, gradient in kept:
             raw.data, raw.grad = data, gradient
-        still = [g for g in grafts if not isinstance(target.get_submodule(g.module), ExcitedLayer)]
-        graft(target, still)
+        left = {(w.module, w.parameter) for w in excited_weights(target)}
+        graft(target, [g for g in grafts if (g.module, g.parameter) not in left])
 
     try:
         for raw, value in folded.values():
             raw.data, raw.grad = value, None
-        for _, layer in layers:
-            restore(layer)
+        _ungraft(target, [weight.owner for weight in weights])
     except BaseException:
         undo()
         raise

@@ -190,3 +190,9 @@ def test_gates_and_layers_are_kept_whole_in_the_graph() -> None:
     called = {str(node.target) for node in block.graph.nodes if node.op == "call_module"}
     assert "features.1.block.1" in called  # a SqueezeExcitation
     assert not any(name.startswith("features.1.block.1.") for name in called)
+
+
+def test_an_input_that_is_made_up_in_vain_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    frozen = nn.Conv2d(6, 1, 3, padding=1, padding_mode="reflect").requires_grad_(False)
+    read(nn.Sequential(frozen, nn.Linear(1, 3)))
+    assert capfd.readouterr() == ("", "")

@@ -14,6 +14,7 @@ from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.recognize import FileKind, recognize
 from we_surgery.checkpoint.unpickle import unpickle
 from we_surgery.checkpoint.unwrap import unwrap
+from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.surgery import PLAN_ATTRIBUTE
 
@@ -76,8 +77,9 @@ def read(
     path = Path(source)
     kind = recognize(path)
     if arguments:
+        given = (f"{name}={value!r}" for name, value in arguments.items())
         raise InputError(
-            f"arguments {_listed(arguments)} were given without an architecture to build",
+            f"arguments were given without an architecture to build: {listed(given)}",
             "Name it (--arch; `architecture=`).",
         )
     if kind is FileKind.SAFETENSORS:
@@ -109,12 +111,17 @@ def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
 
 def _from_mapping(found: Mapping[str, Any], path: Path, key: str | None) -> Contents:
     metadata = None
-    if METADATA_KEY in found:
-        metadata = Metadata.from_dict(found[METADATA_KEY], str(path))
     try:
+        if METADATA_KEY in found:
+            metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
         state, notes = unwrap(found, key)
     except InputError as error:
         raise InputError(f"{path}: {error.cause}", error.cure) from error
+    # A doctored file can give a mapping attributes that hide its methods.
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read: {type(error).__name__}: {error}", "Save or fetch it again."
+        ) from error
     if metadata is not None and key is None:
         notes = [note for note in notes if note != "used 'state_dict'"]
     return Contents("state_dict", state_dict=state, metadata=metadata, notes=notes, path=path)
@@ -144,7 +151,3 @@ def _read_safetensors(path: Path, key: str | None) -> Contents:
         metadata = Metadata.from_json(header[METADATA_KEY], str(path))
     state, notes = unwrap(tensors)
     return Contents("safetensors", state_dict=state, metadata=metadata, notes=notes, path=path)
-
-
-def _listed(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

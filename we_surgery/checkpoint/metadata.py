@@ -66,8 +66,18 @@ class Metadata:
         )
 
     def to_json(self) -> str:
-        """The metadata as one line of JSON, as safetensors headers hold it."""
-        return json.dumps(self.to_dict())
+        """The metadata as one line of JSON, as safetensors headers hold it.
+
+        Raises:
+            InputError: it holds what JSON cannot.
+        """
+        try:
+            return json.dumps(self.to_dict())
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the metadata cannot be stored: {error}",
+                "Give the plan as `Plan.to_dict()` returns it.",
+            ) from error
 
     @staticmethod
     def from_json(text: str, source: str = "the file") -> Metadata:

@@ -181,9 +181,10 @@ def _match_layouts(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _grafts(
     model: nn.Module, entries: Sequence[ExcitedEntry], architecture: Architecture
 ) -> list[Graft]:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     by_parameter: dict[int, tuple[ExcitedEntry, Composition]] = {}
-    grafts = []
+    grafts: list[Graft] = []
+    grafted: set[tuple[int, str]] = set()
     for entry in entries:
         owner = modules.get(entry.layer)
         parameter = None if owner is None else owner._parameters.get(entry.parameter)
@@ -202,7 +203,10 @@ def _grafts(
         else:
             excitation = _owned(entry.rebuild())
             by_parameter[id(parameter)] = (entry, excitation)
-        grafts.append(Graft(entry.layer, entry.parameter, excitation))
+        # A module that goes by two names has its entries under both.
+        if (id(owner), entry.parameter) not in grafted:
+            grafts.append(Graft(entry.layer, entry.parameter, excitation))
+            grafted.add((id(owner), entry.parameter))
     return grafts
 
 

@@ -39,12 +39,12 @@ _REFUSED_CLASSES: tuple[type, ...] = (
 # Classes without code of their own in __new__ or __setstate__: numbers in attributes.
 _RECORDS = {
     "argparse.Namespace",
-    *(
-        f"torchvision.models.detection._utils.{name}"
-        for name in "BoxCoder BoxLinearCoder Matcher SSDMatcher BalancedPositiveNegativeSampler"
-        .split()
-    ),
-}  # fmt: skip
+    "torchvision.models.detection._utils.BalancedPositiveNegativeSampler",
+    "torchvision.models.detection._utils.BoxCoder",
+    "torchvision.models.detection._utils.BoxLinearCoder",
+    "torchvision.models.detection._utils.Matcher",
+    "torchvision.models.detection._utils.SSDMatcher",
+}
 # Functions from tensors to tensors, which models hold as attributes; a file may not call them.
 _FUNCTIONS = {
     "torchvision.ops.boxes.box_iou",

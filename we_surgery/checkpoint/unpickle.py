@@ -6,7 +6,7 @@ import io
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,7 @@ from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
 from we_surgery.checkpoint.pickle_scan import Actions, scan
 from we_surgery.checkpoint.recognize import FileKind
+from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 
 # Magic number, protocol, system, the object, the keys of its storages.
@@ -121,7 +122,7 @@ def _refused(path: Path, refusals: Sequence[Refusal], allow: Sequence[str]) -> I
     by_reason: dict[Why, list[str]] = {}
     for refusal in refusals:
         by_reason.setdefault(refusal.why, []).append(refusal.name)
-    found = "; ".join(f"{_listed(names)} ({why.value})" for why, names in by_reason.items())
+    found = "; ".join(f"{listed(names)} ({why.value})" for why, names in by_reason.items())
     return InputError(f"{path} names what a file may not name: {found}", _cure(refusals, allow))
 
 
@@ -149,12 +150,6 @@ def _cure(refusals: Sequence[Refusal], allow: Sequence[str]) -> str:
             f"nn.Module classes of that package; {trust}."
         )
     return f"Only if you trust where the file is from: {trust}."
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _first_line(error: Exception) -> str:

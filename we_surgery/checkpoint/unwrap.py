@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.metadata import METADATA_KEY
+from we_surgery.checkpoint.wording import listed, quoted
 from we_surgery.errors import InputError, near_matches
 
 WRAPPER_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
@@ -59,7 +60,7 @@ def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any],
             names = [str(known) for known in value]
             raise InputError(
                 f"the checkpoint has no key {key!r}{near_matches(rest, names)}",
-                f"Its keys are: {_listed(names)}.",
+                f"Its keys are: {quoted(names)}.",
             )
         value = value[name]
         path.append(name)
@@ -85,10 +86,10 @@ def _found(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]
     if chosen is None and len(states) == 1:
         chosen = next(iter(states))
     if chosen is None:
-        found = f"several state dicts: {_listed(states)}" if states else "no state dict"
+        found = f"several state dicts: {quoted(states)}" if states else "no state dict"
         raise InputError(
             f"the checkpoint holds {found}"
-            + ("" if states else f", but {_described(checkpoint)}: {_listed(checkpoint)}"),
+            + ("" if states else f", but {_described(checkpoint)}: {quoted(checkpoint)}"),
             _key_cure(checkpoint),
         )
     notes = [f"used {chosen!r}"]
@@ -105,7 +106,7 @@ def _found(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]
         if str(name) not in states and name != METADATA_KEY
     ]
     if dropped:
-        notes.append(f"dropped {_listed(dropped, quoted=False)}")
+        notes.append(f"dropped {listed(dropped)}")
     return states[chosen], notes
 
 
@@ -137,38 +138,29 @@ def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
             for key, value in state.items()
             if key not in tensors
         ]
-        notes.append(f"dropped what is no tensor: {_listed(others, quoted=False)}")
+        notes.append(f"dropped what is no tensor: {listed(others)}")
     # torch.optim.swa_utils.AveragedModel counts beside the model it holds as `module`.
     if "n_averaged" in tensors and _all_parallel(key for key in tensors if key != "n_averaged"):
         del tensors["n_averaged"]
         notes.append("dropped 'n_averaged' of an averaged model")
-    names = {key: key for key in tensors}
-    versions: dict[str, Any] | None = getattr(state, VERSIONS, None)
-    owners = {key: key for key in versions or {}}
-    removed: list[str] = []
-    while True:
-        if any(_COMPILED in name.split(".") for name in names.values()):
-            names = {key: _without_compiled(name) for key, name in names.items()}
-            owners = {key: _without_compiled(name) for key, name in owners.items()}
-            removed.append(f"{_COMPILED}.")
-        elif names and _all_parallel(names.values()):
-            prefix = f"{_PARALLEL}."
-            names = {key: name.removeprefix(prefix) for key, name in names.items()}
-            owners = {
-                key: "" if name == _PARALLEL else name.removeprefix(prefix)
-                for key, name in owners.items()
-            }
-            removed.append(prefix)
-        else:
-            break
+    versions = getattr(state, VERSIONS, None)
+    names = {key: _without_compiled(key) for key in tensors}
+    owners = {key: _without_compiled(key) for key in versions or {}}
+    removed = [f"{_COMPILED}."] if names.keys() != set(names.values()) else []
+    while _all_parallel(names.values()):
+        prefix = f"{_PARALLEL}."
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        # The wrapper itself is called "", and the model in it "module".
+        owners = {key: f"{name}.".removeprefix(prefix)[:-1] for key, name in owners.items()}
+        removed.append(prefix)
     if len(set(names.values())) < len(names):
         raise InputError(
-            f"without the prefixes {_listed(dict.fromkeys(removed))} two entries of the state "
+            f"without the prefixes {quoted(dict.fromkeys(removed))} two entries of the state "
             "dict have one name",
             "Save the state dict of the model inside its wrappers.",
         )
     if removed:
-        notes.append(f"removed the prefix {_listed(dict.fromkeys(removed))} from the names")
+        notes.append(f"removed the prefix {quoted(dict.fromkeys(removed))} from the names")
     cleaned = {names[key]: value for key, value in tensors.items()}
     if versions is None:
         return cleaned
@@ -198,7 +190,7 @@ def _without_compiled(name: str) -> str:
 def _key_cure(checkpoint: Mapping[Any, Any]) -> str:
     states = [str(name) for name, value in checkpoint.items() if _as_state_dict(value) is not None]
     if states:
-        return f"Choose one with --key (`key=`): {_listed(states)}."
+        return f"Choose one with --key (`key=`): {quoted(states)}."
     return "Give a file that holds a model or its state dict."
 
 
@@ -207,9 +199,3 @@ def _described(value: Any) -> str:
         return type(value).__name__
     tensors = sum(isinstance(entry, Tensor) for entry in value.values())
     return f"a mapping of {len(value)} entries, {tensors} of them tensors"
-
-
-def _listed(names: Iterable[Any], limit: int = 8, quoted: bool = True) -> str:
-    texts = [repr(str(name)) if quoted else str(name) for name in names]
-    more = [f"{len(texts) - limit} more"] if len(texts) > limit else []
-    return ", ".join([*texts[:limit], *more]) or "none"

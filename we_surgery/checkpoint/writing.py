@@ -118,6 +118,8 @@ def check_target(path: str | Path, *, force: bool = False) -> None:
                 "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
             )
         folder_exists = path.parent.is_dir()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written: {error}", _ELSEWHERE) from error
     if not folder_exists:

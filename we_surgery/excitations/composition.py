@@ -51,7 +51,9 @@ class Composition(Excitation):
         # torch.compile and cost no synchronization with a GPU.
         self.is_transposed = groups is not None
         if groups is not None:
-            self.register_buffer("transposed_groups", torch.zeros(groups, dtype=torch.uint8))
+            self.register_buffer(
+                "transposed_groups", torch.zeros(groups, dtype=torch.uint8, device="cpu")
+            )
 
     @property
     def stages(self) -> tuple[Excitation, ...]:

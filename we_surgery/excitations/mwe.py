@@ -60,7 +60,7 @@ class MWE(Excitation):
         self.detach_max = detach_max
         if not detach_max:
             # The presence of this key is what tells a state dict's reader.
-            self.register_buffer("undetached_max", torch.tensor(True))
+            self.register_buffer("undetached_max", torch.tensor(True, device="cpu"))
 
     def excite(self, weight: Tensor) -> Tensor:
         limit = self._limit(weight.detach() if self.detach_max else weight)

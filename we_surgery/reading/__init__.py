@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from we_surgery.reading.bypass import prove_excited as prove_excited
 from we_surgery.reading.facts import LayerFacts as LayerFacts
@@ -45,4 +45,5 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
     for block in blocks:
         mark_norms(model, block, layers)
         mark_shifts(model, block, layers)
-    return Reading("symbolic" if blocks else "listed", "; ".join(notes), layers)
+    has_graph = bool(blocks) or isinstance(model, fx.GraphModule)
+    return Reading("symbolic" if has_graph else "listed", "; ".join(notes), layers)

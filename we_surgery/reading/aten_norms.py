@@ -16,9 +16,23 @@ _TRANSPARENT = frozenset(
     """
     aten.avg_pool1d aten.avg_pool2d aten.avg_pool3d aten._adaptive_avg_pool2d
     aten._adaptive_avg_pool3d aten.mean aten.roll aten.constant_pad_nd aten.index
-    aten.native_dropout aten.pixel_shuffle aten.pixel_unshuffle
+    aten.native_dropout aten.pixel_shuffle aten.pixel_unshuffle aten.dropout aten.pad
+    aten.flatten aten.unflatten aten.adaptive_avg_pool1d aten.adaptive_avg_pool2d
+    aten.adaptive_avg_pool3d
     """.split()
 )
+
+
+def is_norm_operation(node: fx.Node) -> bool:
+    """Whether the node is an aten operation that normalizes."""
+    operation = operation_name(node)
+    return any(name in operation for name in _NORM_OPERATIONS)
+
+
+def passes_scale(node: fx.Node) -> bool:
+    """Whether the node is an aten operation after which a change of scale is the same one."""
+    operation = operation_name(node)
+    return bool(operation) and (operation in _TRANSPARENT or is_view(node))
 
 
 def norm_after(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[bool, str]:
@@ -44,7 +58,7 @@ def norm_after(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[bool, s
         operation = operation_name(user)
         owner = modules.get(runner)
         spelled_out = runner != node.meta[MODULE] and owner is not None and is_norm(owner)
-        if spelled_out or any(name in operation for name in _NORM_OPERATIONS):
+        if spelled_out or is_norm_operation(user):
             met.append(repr(runner) if runner else operation)
         elif is_view(user) or operation in _TRANSPARENT:
             pending.extend(user.users)

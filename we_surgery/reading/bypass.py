@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from we_surgery.errors import SurgeryError
-from we_surgery.layers import excitation_name, excited_layers, raw_name
+from we_surgery.graphs import excited_weights
+from we_surgery.layers import excitation_name, raw_name
 from we_surgery.reading.recorded import EXCITATION, MODULE, Recording
 from we_surgery.reading.recorded_facts import record_both_modes
-from we_surgery.reading.weight_use import is_view, operation_name
+from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
 
 
 def prove_excited(model: nn.Module, example_inputs: Any) -> int:
@@ -28,8 +29,8 @@ def prove_excited(model: nn.Module, example_inputs: Any) -> int:
         How many excited weights the recorded forwards computed.
 
     Raises:
-        SurgeryError: an operation outside the excitations reads a raw weight, or the
-            converted model does not run on the inputs.
+        SurgeryError: an operation outside the excitations reads a raw weight, an excitation
+            runs on activations, or the converted model does not run on the inputs.
     """
     recordings, notes = record_both_modes(model, example_inputs)
     if not recordings:
@@ -38,12 +39,15 @@ def prove_excited(model: nn.Module, example_inputs: Any) -> int:
             "Give inputs the vanilla model runs on; nothing was changed.",
         )
     raw = {
-        f"{name}.{raw_name(parameter)}".lstrip("."): (name, excitation_name(parameter))
-        for name, layer in excited_layers(model)
-        for parameter in layer.excited_parameters
+        f"{weight.module}.{raw_name(weight.parameter)}".lstrip("."): weight
+        for weight in excited_weights(model)
     }
     refuse_bypasses(recordings, list(raw))
-    computed = {f"{name}.{excitation}".lstrip(".") for name, excitation in raw.values()}
+    refuse_excited_activations(recordings)
+    computed = {
+        f"{weight.module}.{excitation_name(weight.parameter)}".lstrip(".")
+        for weight in raw.values()
+    }
     return len({called for r in recordings for called in r.calls if called in computed})
 
 
@@ -72,4 +76,23 @@ def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -
                     f"{node.target!r} itself instead of the excited weight",
                     "Leave that layer alone by a rule, or make the module read the layer's "
                     "`weight` when it runs; nothing was changed.",
+                )
+
+
+def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
+    """Raises if an excitation runs on anything that depends on the model's input.
+
+    A module that owns a weight and runs all of its children runs the excitation among them.
+
+    Raises:
+        SurgeryError: naming the excitation.
+    """
+    for recording in recordings:
+        fed = fed_by_input(recording.graph)
+        for node in recording.graph.nodes:
+            if node in fed and node.meta.get(EXCITATION):
+                raise SurgeryError(
+                    f"module {node.meta[MODULE]!r} runs on activations: the module that owns the "
+                    "weight runs all of its children",
+                    "Leave that weight alone by a rule; nothing was changed.",
                 )

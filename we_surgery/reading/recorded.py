@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,7 @@ def record(
         if isinstance(tensor, Tensor):
             recorder.add_input(tensor)
     with (
+        _unlogged(),
         mode or contextlib.nullcontext(),
         torch.set_grad_enabled(training),
         torch.random.fork_rng(),
@@ -113,11 +115,24 @@ def record(
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Calls ``model`` on a tensor, on positional arguments, or on a mapping of keyword ones."""
+    # A graph module's own way of being called prints its code when it fails.
+    run = partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model
     if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
+        return run(**example_inputs)
     if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+        return run(*example_inputs)
+    return run(example_inputs)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps torch from logging an operation that fails on fake tensors, as some are to fail."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import operator
 import random
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from we_surgery.reading.aten_norms import is_norm_operation, passes_scale
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import WEIGHTED, is_gate, is_norm
 
@@ -221,17 +222,27 @@ def mark_norms(model: nn.Module, block: TracedBlock, layers: list[LayerFacts]) -
             )
 
 
+def norm_after_calls(nodes: Sequence[fx.Node], modules: dict[str, nn.Module]) -> tuple[bool, str]:
+    """Whether every path from each of the nodes meets a norm first, and what it meets."""
+    ends = [end for node in nodes for end in _ends(node, modules)]
+    other = next((evidence for meets, evidence in ends if not meets), None)
+    if other is None and ends:
+        return True, f"{ends[0][1]} follows"
+    return False, other or ""
+
+
 def _ends(node: fx.Node, modules: dict[str, nn.Module]) -> list[tuple[bool, str]]:
     """What each path from ``node`` meets first that is not transparent: (is a norm, its name)."""
     ends: list[tuple[bool, str]] = []
     pending, seen = list(node.users), {node}
     while pending:
         user = pending.pop()
-        if user in seen or _reads_shape_only(user):
+        if user in seen or reads_shape_only(user):
             continue
         seen.add(user)
         target = modules.get(user.target) if user.op == "call_module" else None  # type: ignore[arg-type]
-        if (target is not None and is_norm(target)) or user.target in _NORM_FUNCTIONS:
+        is_function = user.target in _NORM_FUNCTIONS or is_norm_operation(user)
+        if (target is not None and is_norm(target)) or is_function:
             ends.append((True, f"{user.target!r}" if user.op == "call_module" else user.name))
         elif _is_transparent(user, target):
             pending.extend(user.users)
@@ -246,10 +257,13 @@ def _is_transparent(node: fx.Node, module: nn.Module | None) -> bool:
         return drops_paths or isinstance(module, _TRANSPARENT_MODULES)
     if node.op == "call_method":
         return node.target in _TRANSPARENT_NAMES
-    return node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS
+    if node.op != "call_function":
+        return False
+    return node.target in _TRANSPARENT_FUNCTIONS or passes_scale(node)
 
 
-def _reads_shape_only(node: fx.Node) -> bool:
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether the node asks its argument for its shape, dtype or device."""
     if node.op == "call_method":
         return node.target in _SHAPE_ATTRIBUTES
     is_getattr: Callable[..., Any] = getattr

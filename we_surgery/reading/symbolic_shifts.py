@@ -89,7 +89,12 @@ def _ends_slice(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _may_shift(inside: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
-    names = [str(getattr(node.target, "__name__", node.target)) for node in inside]
+    names = [
+        type(modules[str(node.target)]).__name__.lower()
+        if _is_call(node)
+        else str(getattr(node.target, "__name__", node.target))
+        for node in inside
+    ]
     displaces = any(word in name for name in names for word in _DISPLACING)
     joins = any(word in name for name in names for word in _JOINING)
     fixed_convs = any(

@@ -12,8 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from we_surgery.excitations import Composition, WeightLayout
-from we_surgery.layers import ExcitedLayer, names_taken, raw_name
+from we_surgery.layers import ExcitedLayer, excitation_name, names_taken, raw_name
 from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.graph_calls import graph_reads
 from we_surgery.reading.kinds import (
     is_gate,
     is_norm,
@@ -29,15 +30,16 @@ _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64
 def read_tree(model: nn.Module) -> list[LayerFacts]:
     """The facts of each weighted layer of ``model``, each Parameter's module once."""
     modules = dict(_modules_outside_excitations(model))
-    layers = [
+    in_modules = [
         _facts(name, module, parameter, kind)
         for name, module in modules.items()
         if (kind := kind_of(module)) is not None
         for parameter in _weights_of(module, kind)
     ]
+    layers = _with_graph_reads(model, modules, in_modules)
     _mark_gates(modules, layers)
     _mark_shifts(modules, layers)
-    _mark_norms_by_order(modules, layers)
+    _mark_norms_by_order(modules, in_modules)
     _mark_tied(model, modules, layers)
     return layers
 
@@ -75,6 +77,39 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
         standardizes_itself=standardizes_itself(module),
         obstacle=obstacle,
     )
+
+
+def _with_graph_reads(
+    model: nn.Module, modules: dict[str, nn.Module], layers: list[LayerFacts]
+) -> list[LayerFacts]:
+    """The layers and the weights that a GraphModule's calls read themselves."""
+    names = {module: name for name, module in modules.items()}
+    known = {(layer.module, layer.parameter) for layer in layers}
+    found: dict[tuple[str, str], LayerFacts] = {}
+    for read in graph_reads(model):
+        name = names.get(read.owner)
+        if name is None or (name, read.parameter) in known:
+            continue
+        beside = (name, excitation_name(read.parameter))
+        obstacle = read.obstacle or obstacle_of(read.owner, read.parameter)
+        if obstacle is None and beside in found:
+            obstacle = f"would have its excitation where that of {found[beside].path!r} is"
+        facts = LayerFacts(
+            module=name,
+            parameter=read.parameter,
+            kind=read.kind,
+            type_name=read.operation,
+            layout=read.layout,
+            frozen=not read.tensor.requires_grad,
+            followed_by_norm=read.followed_by_norm,
+            norm_evidence=read.norm_evidence,
+            obstacle=obstacle,
+            constant_input=read.constant_input,
+        )
+        found.setdefault(beside, facts)
+        layers = [*layers, facts]
+    order = {name: index for index, name in enumerate(modules)}
+    return sorted(layers, key=lambda layer: order[layer.module])
 
 
 def obstacle_of(module: nn.Module, parameter: str) -> str | None:
@@ -143,7 +178,7 @@ def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> Non
 def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
     """Without dataflow, the next leaf registered after a conv stands for the next one called."""
     leaves = [name for name, module in modules.items() if not list(module.children())]
-    following = dict(zip(leaves, [*leaves[1:], None], strict=True))
+    following = dict(itertools.pairwise(leaves))
     for layer in layers:
         after = following.get(layer.module)
         if after is not None and is_norm(modules[after]):

@@ -1,0 +1,205 @@
+import pickle
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from we_surgery.checkpoint import read
+from we_surgery.errors import InputError, WESurgeryError
+
+STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "model", "model.bin.tmp"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_the_content_decides_and_not_the_name(name, kind, tmp_path):
+    path = tmp_path / name
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=kind == "zip")
+    contents = read(path)
+    assert contents.kind == ("safetensors" if kind == "safetensors" else "state_dict")
+    assert contents.path == path
+    assert contents.state_dict.keys() == STATE.keys()
+    assert all(torch.equal(contents.state_dict[key], STATE[key]) for key in STATE)
+
+
+def make_torchscript(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), path)
+
+
+def make_export(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+        torch.export.save(program, path)
+
+
+def make_old_export(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("serialized_exported_program.json", "{}")
+
+
+def make_foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "")
+
+
+def make_tar(path):
+    inner = path.parent / "inner"
+    inner.write_text("x")
+    with tarfile.open(path, "w") as archive:
+        archive.add(inner)
+
+
+def make_legacy_module(path):
+    torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
+
+
+def make_truncated_zip(path):
+    torch.save(STATE, path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def make_corrupt_zip(path):
+    torch.save({"weight": torch.zeros(5000)}, path)
+    # torch checks no sums over the tensors, so only what cannot be parsed is found.
+    content = path.read_bytes()
+    assert b"_rebuild_tensor_v2" in content
+    path.write_bytes(content.replace(b"_rebuild_tensor_v2", b"_rebuild_tens\xff\xff_v2"))
+
+
+def make_truncated_legacy(path):
+    torch.save({"weight": torch.zeros(500)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def make_truncated_safetensors(path):
+    save_file(STATE, path)
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def make_safetensors_header_only(path):
+    save_file(STATE, path)
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def make_plain_pickle(path):
+    path.write_bytes(pickle.dumps({"weight": [1, 2]}))
+
+
+UNREADABLE = {
+    "torchscript": (make_torchscript, "is TorchScript", "eager model"),
+    "export": (make_export, "is a torch.export archive", "eager model"),
+    "old export": (make_old_export, "is a torch.export archive", "eager model"),
+    "foreign zip": (make_foreign_zip, "torch.save did not write", "torch.save or safetensors"),
+    "tar": (make_tar, "is a tar archive", "Unpack"),
+    "legacy module": (make_legacy_module, "torch before 1.6", "Save it again"),
+    "truncated zip": (make_truncated_zip, "damaged or cut short", "again"),
+    "corrupt zip": (make_corrupt_zip, "cannot be read", "again"),
+    "truncated legacy": (make_truncated_legacy, "cannot be read", "again"),
+    "truncated safetensors": (make_truncated_safetensors, "damaged or cut short", "again"),
+    "safetensors header": (make_safetensors_header_only, "cut short", "again"),
+    "plain pickle": (make_plain_pickle, "pickle that torch.save did not write", "torch.save"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty", "again"),
+    "one byte": (lambda path: path.write_bytes(b"\x80"), "cut short", "again"),
+    "garbage": (lambda path: path.write_bytes(b"garbage!" * 500), "no model", "fetch"),
+    "lfs pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "begins with b'version https://git-lfs",
+        "fetch",
+    ),
+    "zip start": (lambda path: path.write_bytes(b"PK\x03\x04rest"), "damaged", "again"),
+    "folder": (lambda path: path.mkdir(), "is a folder", "file in it"),
+    "list": (lambda path: torch.save([1], path), "but list", "state dict"),
+    "tensor": (lambda path: torch.save(torch.ones(2), path), "but Tensor", "state dict"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_that_cannot_be_read_says_why_and_what_to_do(case, tmp_path):
+    make, cause, cure = UNREADABLE[case]
+    path = tmp_path / "file.pt"
+    make(path)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert cause in caught.value.cause
+    assert str(path) in caught.value.cause
+    assert cure in caught.value.cure
+
+
+def test_a_whole_module_of_an_old_torch_opens_when_it_is_trusted(tmp_path):
+    make_legacy_module(tmp_path / "model.pt")
+    assert read(tmp_path / "model.pt", trust=True).kind == "module"
+
+
+def test_a_missing_file_names_one_beside_it_that_looks_like_it(tmp_path):
+    torch.save(STATE, tmp_path / "resnet.pt")
+    with pytest.raises(InputError, match=r"did you mean 'resnet\.pt'"):
+        read(tmp_path / "resent.pt")
+    with pytest.raises(InputError, match="there is no file"):
+        read(tmp_path / "nowhere" / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["\0", "a" * 5000])
+def test_an_impossible_name_is_an_input_error(name):
+    with pytest.raises(InputError):
+        read(Path(name))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_cut_anywhere_is_never_a_raw_error(kind, tmp_path):
+    path = tmp_path / "model.pt"
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(WESurgeryError):
+            read(path)
+
+
+def test_arguments_without_an_architecture_are_refused(tmp_path):
+    torch.save(STATE, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="num_classes=10"):
+        read(tmp_path / "state.pt", arguments={"num_classes": 10})
+
+
+def test_a_safetensors_file_keeps_its_own_order(tmp_path):
+    # safetensors writes wider types first.
+    save_file({"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(2)}, tmp_path / "s")
+    assert list(read(tmp_path / "s").state_dict) == ["b", "a"]
+
+
+def test_a_safetensors_file_has_no_key(tmp_path):
+    save_file(STATE, tmp_path / "s")
+    with pytest.raises(InputError, match="no key 'ema'"):
+        read(tmp_path / "s", key="ema")
+
+
+def test_weights_of_a_gpu_come_to_the_cpu(tmp_path):
+    # As a file of another machine says it, which has a device that this one lacks.
+    torch.save(STATE, tmp_path / "cpu.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "cpu.pt") as source,
+        zipfile.ZipFile(tmp_path / "cuda.pt", "w") as target,
+    ):
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith("data.pkl"):
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:7")
+                assert b"cuda:7" in content
+            target.writestr(info.filename, content)
+    state = read(tmp_path / "cuda.pt").state_dict
+    assert {value.device.type for value in state.values()} == {"cpu"}
+    assert torch.equal(state["weight"], STATE["weight"])

@@ -1,0 +1,207 @@
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+
+import we_surgery as ws
+from we_surgery.checkpoint import (
+    is_excited_state_dict,
+    strip_state_dict,
+    strip_state_dict_with_report,
+)
+from we_surgery.checkpoint.unwrap import VERSIONS
+from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
+
+EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)))
+
+
+MODELS = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=3),
+    "mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=3),
+    "vit": lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=3),
+    "mnasnet": lambda: torchvision.models.mnasnet0_5(num_classes=3),
+    "StdConv": lambda: ResNetV2([1], channels=(128,), stem_chs=32, num_classes=3),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1)),
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+    "attention of other widths": lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6),
+    "tied": Tied,
+    "the layer itself": lambda: nn.Conv2d(3, 4, 3, padding=1),
+    "bfloat16": lambda: torchvision.models.resnet18(num_classes=3).bfloat16(),
+    "float64": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double(),
+    "channels last": lambda: nn.Sequential(nn.Conv2d(6, 8, 3), nn.ConvTranspose2d(8, 6, 3)).to(
+        memory_format=torch.channels_last
+    ),
+}
+
+
+@pytest.fixture(params=MODELS, ids=list(MODELS))
+def converted(request):
+    model = ws.convert(MODELS[request.param](), config=EVERYTHING)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    return model
+
+
+def test_it_equals_the_stripped_models_state_dict_bit_for_bit(converted):
+    expected = ws.strip(converted).state_dict()
+    state = strip_state_dict(converted.state_dict())
+    assert list(state) == list(expected)
+    for key, value in expected.items():
+        assert state[key].dtype == value.dtype
+        assert state[key].stride() == value.stride(), key
+        assert torch.equal(state[key], value), key
+    assert getattr(state, VERSIONS) == getattr(expected, VERSIONS)
+    assert not is_excited_state_dict(state)
+
+
+def test_the_input_is_not_changed_and_not_shared_where_it_is_folded(converted):
+    state = converted.state_dict()
+    before = copy.deepcopy(state)
+    stripped = strip_state_dict(state)
+    for value in stripped.values():
+        if value.is_floating_point():
+            value.requires_grad_(False)
+    assert list(state) == list(before)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    assert all(
+        tensor.untyped_storage().data_ptr() != state[key].untyped_storage().data_ptr()
+        for key, tensor in stripped.items()
+        if key not in state
+        for key in state
+        if ".raw_" in f".{key}"
+    )
+
+
+@pytest.mark.parametrize("form", ["plain dict", "Parameters", "wrapped", "prefixed", "reversed"])
+def test_the_form_of_the_checkpoint_does_not_matter(form):
+    model = ws.convert(torchvision.models.resnet18(num_classes=3)).requires_grad_(False)
+    expected = ws.strip(model).state_dict()
+    state = dict(model.state_dict())
+    if form == "Parameters":
+        parameters = dict(model.named_parameters())
+        state = {key: parameters.get(key, value) for key, value in state.items()}
+    elif form == "wrapped":
+        state = {"epoch": 1, "model": {"module": state}}
+    elif form == "prefixed":
+        state = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    elif form == "reversed":
+        state = dict(reversed(state.items()))
+        expected = OrderedDict(reversed(expected.items()))
+    stripped = strip_state_dict(state)
+    assert list(stripped) == list(expected)
+    assert all(torch.equal(stripped[key], expected[key]) for key in expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_vanilla_model_takes_it_strictly(converted):
+    vanilla = ws.strip(converted)
+    for parameter in vanilla.parameters():
+        nn.init.zeros_(parameter)
+    vanilla.load_state_dict(strip_state_dict(converted.state_dict()), strict=True)
+
+
+def test_tied_weights_fold_once_and_stay_tied():
+    model = ws.convert(Tied(), config=EVERYTHING)
+    done = []
+    state, report = strip_state_dict_with_report(
+        model.state_dict(), progress=lambda *counts: done.append(counts)
+    )
+    assert state["first.weight"].data_ptr() == state["second.weight"].data_ptr()
+    assert report.layers == 2
+    assert done == [(1, 2), (2, 2)]
+    excitations = [key for key in model.state_dict() if ".excitation." in key]
+    assert report.removed_tensors == len(excitations)
+
+
+def test_equal_weights_that_are_not_tied_stay_apart():
+    layer = nn.Linear(4, 4)
+    model = ws.convert(nn.Sequential(layer, copy.deepcopy(layer)), mode="mwe")
+    state = strip_state_dict(model.state_dict())
+    assert state["0.weight"].data_ptr() != state["1.weight"].data_ptr()
+
+
+def test_what_was_tied_to_a_raw_weight_after_conversion_is_refused():
+    model = ws.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), mode="mwe")
+    state = model.state_dict()
+    state["head.weight"] = state["0.raw_weight"]
+    with pytest.raises(SurgeryError, match=r"'head\.weight' was tied"):
+        strip_state_dict(state)
+
+
+def test_a_weight_that_is_not_finite_names_its_layer():
+    model = ws.convert(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 2, 3)), mode="mwe")
+    with torch.no_grad():
+        model[1].raw_weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(SurgeryError, match="layer '1' holds"):
+        strip_state_dict(model.state_dict())
+
+
+def test_a_raw_name_without_excitation_is_somebodys_own():
+    own = {"raw_weight": torch.ones(2), "layer.raw_data": torch.ones(1), "weight": torch.ones(2)}
+    with pytest.warns(NothingToStripWarning):
+        state = strip_state_dict(own)
+    assert list(state) == list(own)
+    assert not is_excited_state_dict(own)
+
+
+def test_a_vanilla_state_dict_is_returned_with_a_warning():
+    vanilla = torchvision.models.resnet18(num_classes=3).state_dict()
+    with pytest.warns(NothingToStripWarning, match="nothing to strip"):
+        state = strip_state_dict(vanilla)
+    assert list(state) == list(vanilla)
+    assert all(state[key] is vanilla[key] for key in vanilla)
+
+
+def test_an_unknown_excitation_names_its_layer():
+    state = {"head.raw_weight": torch.ones(2, 2), "head.excitation.tomorrow.a": torch.ones(1)}
+    with pytest.raises(InputError, match="layer 'head': there is no excitation called 'tomorrow'"):
+        strip_state_dict(state)
+
+
+def test_an_incomplete_excitation_is_an_input_error():
+    state = dict(ws.convert(nn.Conv2d(4, 4, 3), mode="lwe").state_dict())
+    del state["excitation.lwe.fc1.bias"]
+    with pytest.raises(InputError, match="cannot be rebuilt"):
+        strip_state_dict(state)
+
+
+def test_an_excitation_of_another_layers_shape_is_a_surgery_error():
+    state = dict(ws.convert(nn.Conv2d(4, 4, 3), mode="lwe").state_dict())
+    state["raw_weight"] = torch.ones(4, 7, 3, 3)
+    with pytest.raises(SurgeryError, match="cannot be computed"):
+        strip_state_dict(state)
+
+
+def test_a_weight_both_vanilla_and_excited_is_refused():
+    state = dict(ws.convert(nn.Conv2d(4, 4, 3), mode="lwe").state_dict())
+    state["weight"] = state["raw_weight"].clone()
+    with pytest.raises(InputError, match="both 'weight' and its excited form"):
+        strip_state_dict(state)
+
+
+def test_a_sharded_state_dict_is_refused():
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    state = dict(ws.convert(nn.Linear(4, 4), mode="mwe").state_dict())
+    state["raw_weight"] = torch.ones(4, 4).as_subclass(Sharded)
+    with pytest.raises(InputError, match="sharded"):
+        strip_state_dict(state)

@@ -1,0 +1,255 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import we_surgery as ws
+from we_surgery.checkpoint import (
+    Architecture,
+    Metadata,
+    check_target,
+    read,
+    write_module,
+    write_safetensors,
+    write_state_dict,
+)
+from we_surgery.checkpoint import writing as writing_module
+from we_surgery.errors import InputError, SurgeryError
+
+STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+WRITERS = {
+    "module": lambda path, **options: write_module(nn.Linear(3, 2), path, **options),
+    "state_dict": lambda path, **options: write_state_dict(STATE, path, metadata=None, **options),
+    "safetensors": lambda path, **options: write_safetensors(STATE, path, metadata=None, **options),
+}
+
+
+@pytest.fixture(params=WRITERS, ids=list(WRITERS))
+def write(request):
+    return WRITERS[request.param]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_and_nothing_beside_it(write, tmp_path):
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    read(tmp_path / "out")
+
+
+def test_an_existing_file_needs_force(write, tmp_path):
+    (tmp_path / "out").write_text("before")
+    with pytest.raises(InputError, match="exists already") as caught:
+        write(tmp_path / "out")
+    assert "--force" in caught.value.cure
+    assert (tmp_path / "out").read_text() == "before"
+    write(tmp_path / "out", force=True)
+    read(tmp_path / "out")
+
+
+def test_the_mode_follows_the_umask(write, tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("step", ["write", "_sync", "replace"])
+def test_a_failure_midway_leaves_the_target_as_it_was(write, step, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("before")
+
+    def fail(*args, **kwargs):
+        if step == "write" and args and hasattr(args[-1], "write"):
+            args[-1].write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    if step == "write":
+        monkeypatch.setattr(torch, "save", fail)
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
+    elif step == "_sync":
+        monkeypatch.setattr(writing_module, "_sync", fail)
+    else:
+        monkeypatch.setattr(writing_module.Path, "replace", fail)
+    with pytest.raises(SurgeryError, match="No space left"):
+        write(tmp_path / "out", force=True)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "before"
+
+
+def test_an_interrupt_leaves_no_temporary_file(write, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing_module, "_sync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_the_target_is_never_there_half_written(write, tmp_path, monkeypatch):
+    seen = []
+    sync = writing_module._sync
+
+    def watch(path):
+        seen.append((path.name, (tmp_path / "out").exists()))
+        sync(path)
+
+    monkeypatch.setattr(writing_module, "_sync", watch)
+    write(tmp_path / "out")
+    # The file is synced before it gets its name, and the folder after.
+    assert [exists for _, exists in seen] == [False, True]
+    assert seen[1][0] == tmp_path.name
+
+
+def test_a_module_that_cannot_be_pickled_says_so_and_leaves_nothing(tmp_path):
+    model = nn.Linear(2, 2)
+    model.activation = lambda x: x
+    with pytest.raises(SurgeryError, match="cannot be pickled") as caught:
+        write_module(model, tmp_path / "out.pt")
+    assert "state dict" in caught.value.cure
+    assert names(tmp_path) == []
+
+
+def test_targets_that_cannot_be_written_are_refused_beforehand(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        check_target(tmp_path)
+    with pytest.raises(InputError, match="there is no folder"):
+        check_target(tmp_path / "missing" / "out.pt", force=True)
+    with pytest.raises(InputError, match="no regular file"):
+        check_target("/dev/null", force=True)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_target(tmp_path / ("a" * 5000))
+    check_target(tmp_path / "out.pt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="not writable"):
+        check_target(tmp_path / "out.pt")
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(InputError, match="not writable"):
+        check_target(tmp_path / "out.pt")
+
+
+METADATA = Metadata(
+    plan={"schema": 1, "layers": []},
+    architecture=Architecture("timm:test_vit", {"num_classes": 3}),
+)
+
+
+def test_a_bare_state_dict_is_just_that(tmp_path):
+    write_state_dict(STATE, tmp_path / "out.pt", metadata=None)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(found) == list(STATE)
+
+
+def test_a_state_dict_describes_itself_under_weights_only(tmp_path):
+    write_state_dict(STATE, tmp_path / "out.pt", metadata=METADATA)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(found) == ["we_surgery", "state_dict"]
+    assert found["we_surgery"]["schema"] == 1
+    assert found["we_surgery"]["we_surgery"] == ws.__version__
+    contents = read(tmp_path / "out.pt")
+    assert contents.metadata == METADATA
+    assert contents.notes == []
+
+
+def test_a_safetensors_header_describes_the_file(tmp_path):
+    write_safetensors(STATE, tmp_path / "out.safetensors", metadata=METADATA)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "pt"
+    assert json.loads(header["we_surgery"]) == METADATA.to_dict()
+    assert read(tmp_path / "out.safetensors").metadata == METADATA
+    write_safetensors(STATE, tmp_path / "bare.safetensors", metadata=None)
+    assert read(tmp_path / "bare.safetensors").metadata is None
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    for name, write in WRITERS.items():
+        for copy in "ab":
+            torch.manual_seed(0)
+            write(tmp_path / f"{name}.{copy}")
+        first, second = ((tmp_path / f"{name}.{copy}").read_bytes() for copy in "ab")
+        assert first == second, name
+
+
+def test_tied_and_strided_tensors_are_whole_in_safetensors(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "tied.a": whole,
+        "tied.b": whole,
+        "slice": whole[1:3, 2:],
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "empty": torch.ones(0),
+        "scalar": torch.tensor(3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "grad": nn.Parameter(torch.ones(3)),
+    }
+    write_safetensors(state, tmp_path / "out.safetensors", metadata=None)
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_state_dict_keeps_ties_and_memory_formats(tmp_path):
+    tied = torch.ones(3)
+    strided = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    write_state_dict({"a": tied, "b": tied, "c": strided}, tmp_path / "out.pt", metadata=None)
+    found = read(tmp_path / "out.pt").state_dict
+    assert found["a"].data_ptr() == found["b"].data_ptr()
+    assert found["c"].stride() == strided.stride()
+
+
+def test_what_safetensors_cannot_hold_is_named(tmp_path):
+    with pytest.raises(InputError, match="'sparse'"):
+        write_safetensors(
+            {"sparse": torch.ones(2, 2).to_sparse()}, tmp_path / "out.safetensors", metadata=None
+        )
+    assert names(tmp_path) == []
+
+
+def test_a_newer_schema_says_which_version_wrote_it():
+    data = METADATA.to_dict() | {"schema": 99, "we_surgery": "9.0"}
+    with pytest.raises(InputError, match=r"schema 99 of we_surgery 9\.0"):
+        Metadata.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"schema": "1"},
+        {"schema": 1, "plan": 3},
+        {"schema": 1, "architecture": 3},
+        {"schema": 1, "architecture": {"name": "nonsense"}},
+        {"schema": 1, "architecture": {"name": "timm:test_vit", "arguments": {3: 4}}},
+    ],
+)
+def test_damaged_metadata_is_an_input_error(data):
+    with pytest.raises(InputError):
+        Metadata.from_dict(data)
+
+
+def test_a_damaged_header_is_an_input_error():
+    with pytest.raises(InputError, match="cannot be read"):
+        Metadata.from_json("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        Metadata.from_json("[" * 100_000)

@@ -1,0 +1,170 @@
+"""The proof of a strip: bit-equality, finiteness, outputs, and the state it leaves behind."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import InputError, SurgeryError
+from we_surgery.proof import (
+    check_fold,
+    check_outputs,
+    eval_mode,
+    largest_differences,
+    refuse_non_finite,
+    run_in_eval,
+)
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def test_equal_folds_pass() -> None:
+    weight = torch.randn(3, 4)
+    check_fold("layer", weight, weight.clone())
+    check_fold("layer", weight.to("meta"), weight.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "folded",
+    [torch.tensor([1.0, 2.0000002]), torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0])],
+    ids=["one bit", "dtype", "shape"],
+)
+def test_a_fold_that_differs_in_a_bit_fails_and_names_the_layer(folded: Tensor) -> None:
+    with pytest.raises(SurgeryError, match=r"layer 'stage\.0' is not bit-equal"):
+        check_fold("stage.0", torch.tensor([1.0, 2.0]), folded)
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_values_that_are_not_finite_are_counted(value: float) -> None:
+    weight = torch.tensor([value, 1.0, value])
+    with pytest.raises(SurgeryError, match="weight of layer 'a' holds 2 non-finite values of 3"):
+        refuse_non_finite("a", weight, "the weight")
+    with pytest.raises(SurgeryError, match="the folded weight of layer 'a' holds 2"):
+        check_fold("a", weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "absolute", "relative"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0, 0.0),
+        ([0.5, 0.0], [0.5, 0.25], 0.25, 0.25),
+        ([100.0, 4.0], [100.0, 3.0], 1.0, 0.01),
+        ([NAN, 1.0], [NAN, 1.0], 0.0, 0.0),
+        ([INFINITY, 1.0], [INFINITY, 1.0], 0.0, 0.0),
+        ([INFINITY, 1.0], [INFINITY, 1.5], 0.5, 0.5),
+        ([INFINITY, 1.0], [1.0, 1.0], INFINITY, INFINITY),
+        ([], [], 0.0, 0.0),
+        ([1 + 2j], [1 + 1j], 1.0, 0.5),
+        ([True, False], [True, True], 1.0, 1.0),
+    ],
+)
+def test_differences_are_absolute_and_relative_to_the_largest_output(
+    before: list[Any], after: list[Any], absolute: float, relative: float
+) -> None:
+    pair = [torch.tensor(before)], [torch.tensor(after)]
+    assert largest_differences(*pair) == pytest.approx((absolute, relative))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [([NAN], [1.0]), ([1.0], [NAN]), ([INFINITY], [-INFINITY]), ([1.0], [1.1])]
+)
+def test_outputs_that_differ_fail(before: list[float], after: list[float]) -> None:
+    good = torch.ones(3)
+    with pytest.raises(SurgeryError, match="outputs differ"):
+        check_outputs([good, torch.tensor(before), good], [good, torch.tensor(after), good])
+
+
+def test_outputs_that_differ_by_rounding_pass() -> None:
+    before = torch.tensor([1000.0, 1.0])
+    assert check_outputs([before], [before + 0.005]) == pytest.approx((0.005, 5e-6), rel=1e-2)
+
+
+@pytest.mark.parametrize("after", [[torch.ones(2)], [torch.ones(3), torch.ones(3)], []])
+def test_outputs_of_another_shape_or_number_fail(after: list[Tensor]) -> None:
+    with pytest.raises(SurgeryError, match="returns other shapes"):
+        check_outputs([torch.ones(3)], after)
+
+
+class Pair(NamedTuple):
+    """A structured output."""
+
+    a: Tensor
+    b: list[Tensor]
+
+
+class Flexible(nn.Module):
+    """Takes and returns what people pass around, and draws random numbers in eval."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, twice: bool = False) -> Any:
+        x = self.dropout(x) * self.scale + torch.rand(3)
+        y = x if y is None else y
+        return Pair(x, [y * 2 if twice else y]) if y is not x else {"out": x}
+
+
+X, Y = torch.ones(3), torch.full((3,), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [(X, 1), ((X,), 1), ([X, Y], 2), ({"x": X, "y": Y, "twice": True}, 2)],
+    ids=["tensor", "tuple", "list", "mapping"],
+)
+def test_example_inputs_come_in_any_form(inputs: Any, count: int) -> None:
+    outputs = run_in_eval(Flexible(), inputs)
+    assert len(outputs) == count
+    assert not any(output.requires_grad for output in outputs)
+    if count == 2 and isinstance(inputs, dict):
+        assert torch.equal(outputs[1], 2 * Y)
+
+
+def test_two_runs_are_given_the_same_random_numbers_and_the_caller_keeps_its_own() -> None:
+    model = Flexible()
+    once = run_in_eval(model, X)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    again = run_in_eval(model, X)
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_module_gets_its_own_training_flag_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)))
+    model[1][1].eval()
+    flags = [m.training for m in model.modules()]
+    with eval_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == flags
+    run_in_eval(model, torch.randn(3, 2))
+    assert [m.training for m in model.modules()] == flags
+    assert model[1][1].num_batches_tracked == 0
+
+
+def test_a_training_flag_comes_back_after_a_failure() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
+    model[0].eval()
+    with pytest.raises(InputError):
+        run_in_eval(model, torch.randn(1, 4))
+    assert [m.training for m in model.modules()] == [True, False, True]
+
+
+def test_a_model_that_fails_on_the_inputs_is_an_input_error_with_its_cause() -> None:
+    with pytest.raises(InputError, match=r"on the example inputs: RuntimeError: .*mat1"):
+        run_in_eval(nn.Linear(3, 2), torch.randn(1, 4))
+
+
+class Silent(nn.Module):
+    """Returns no tensor."""
+
+    def forward(self, x: Tensor) -> str:
+        return "done"
+
+
+def test_a_model_that_returns_no_tensor_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="returns no tensor but str"):
+        run_in_eval(Silent(), X)

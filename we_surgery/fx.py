@@ -1,0 +1,100 @@
+"""Passes over a ``torch.fx.GraphModule``: excite its weights, and strip them again.
+
+Both are ``torch.fx.passes.infra.pass_base.PassBase`` and work on the graph module itself, so they
+stand in a ``PassManager`` between any others::
+
+    PassManager([ExcitePass("lwe"), my_pass])(graph_module)
+    ...  # train
+    StripPass(example_inputs=x)(graph_module)
+
+Layers that the graph calls as modules are excited as :func:`we_surgery.convert` does it. Weights
+that its own calls read (``F.conv2d``, ``F.linear``, their aten operations) get a node:
+``get_attr raw_weight -> call_module excitation -> F.conv2d``. :func:`we_surgery.convert`,
+:func:`we_surgery.strip` and :func:`we_surgery.plan` do the same to a graph module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from we_surgery.config import make_policy
+from we_surgery.errors import InputError
+from we_surgery.planning import Plan
+from we_surgery.planning import plan as make_plan
+from we_surgery.policy import Policy
+from we_surgery.rules import Rule
+from we_surgery.surgery import convert, is_converted, strip
+
+
+class ExcitePass(PassBase):
+    """Excites the conv and linear weights of a graph module, in place.
+
+    ``call`` leaves a graph module that is excited already, or of which the plan leaves all alone,
+    as it is and reports it as not modified. When it raises, the graph module is as it was.
+
+    Args:
+        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
+        config: a YAML file or mapping as in ``configs/``.
+        rules: exceptions; the last that matches a weight wins. A weight that a call reads goes
+            by the name of its module or, where that name is not ``weight``, by its own.
+        plan: a plan made before, edited or not; instead of mode, config and rules.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping: one
+            forward is recorded on them for the plan, and another one proves the result.
+
+    Raises:
+        InputError: the arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        *,
+        config: str | Path | Mapping[str, Any] | Policy | None = None,
+        rules: Sequence[Rule] = (),
+        plan: Plan | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        if plan is not None and (mode is not None or config is not None or rules):
+            raise InputError(
+                "both a plan and a mode, config or rules were given",
+                "Give the plan alone; edit its rows to change it.",
+            )
+        self.policy = None if plan is not None else make_policy(mode, config, rules)
+        self.plan = plan
+        self.example_inputs = example_inputs
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if is_converted(graph_module):
+            return PassResult(graph_module, False)
+        plan = self.plan or make_plan(
+            graph_module, config=self.policy, example_inputs=self.example_inputs
+        )
+        if plan.excited:
+            convert(graph_module, plan=plan, example_inputs=self.example_inputs, inplace=True)
+        return PassResult(graph_module, bool(plan.excited))
+
+
+class StripPass(PassBase):
+    """Folds the excited weights of a graph module, in place, and removes their nodes.
+
+    Each folded weight is compared bit for bit with the excited one. The graph is then what it was
+    before :class:`ExcitePass`, and so are the keys of the state dict and their order. When
+    ``call`` raises, the graph module is as it was.
+
+    Args:
+        example_inputs: with them, the outputs before and after are compared as well.
+    """
+
+    def __init__(self, *, example_inputs: Any = None) -> None:
+        self.example_inputs = example_inputs
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if not is_converted(graph_module):
+            return PassResult(graph_module, False)
+        strip(graph_module, example_inputs=self.example_inputs, inplace=True)
+        return PassResult(graph_module, True)
