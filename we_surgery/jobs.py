@@ -360,6 +360,6 @@ def _write(
         assert model is not None
         checkpoint.write_module(model, target, force=force)
     elif kind == "safetensors":
-        checkpoint.write_safetensors(dict(state), target, metadata=metadata, force=force)
+        checkpoint.write_safetensors(state, target, metadata=metadata, force=force)
     else:
-        checkpoint.write_state_dict(dict(state), target, metadata=metadata, force=force)
+        checkpoint.write_state_dict(state, target, metadata=metadata, force=force)

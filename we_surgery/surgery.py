@@ -90,7 +90,7 @@ def convert(
     and before wrapping the model in DDP, FSDP or ``torch.compile``.
 
     Args:
-        model: any model in eager mode.
+        model: any model in eager mode, also one that is or holds a ``torch.fx.GraphModule``.
         mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.

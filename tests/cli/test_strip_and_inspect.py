@@ -82,6 +82,16 @@ def test_a_trainers_checkpoint_strips_without_model_code(
     assert all(torch.equal(stripped[key], expected[key]) for key in expected)
 
 
+def test_a_stripped_state_dict_keeps_its_modules_versions(
+    converted: nn.Module, tmp_path: Path
+) -> None:
+    """Some models, such as torchvision's MNASNet, refuse a state dict without them."""
+    torch.save(converted.state_dict(), tmp_path / "weights.pt")
+    assert strip(tmp_path / "weights.pt").exit_code == 0
+    stripped = torch.load(tmp_path / "weights.stripped.pt", weights_only=True)
+    assert stripped._metadata["1"]["version"] == nn.BatchNorm2d(1)._version
+
+
 def test_the_output_extension_chooses_safetensors(module_file: Path) -> None:
     target = module_file.with_name("deploy.safetensors")
     assert strip(module_file, "-o", target).exit_code == 0
