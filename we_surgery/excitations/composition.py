@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
+from we_surgery.excitations.lwe import LWE
+from we_surgery.excitations.mwe import MWE
+from we_surgery.excitations.standardize import Standardize
 
 
 class Composition(Excitation):
@@ -51,16 +55,55 @@ class Composition(Excitation):
         # torch.compile and cost no synchronization with a GPU.
         self.is_transposed = groups is not None
         if groups is not None:
-            self.register_buffer(
-                "transposed_groups", torch.zeros(groups, dtype=torch.uint8, device="cpu")
-            )
+            marker = torch.zeros(groups, dtype=torch.uint8, device="cpu")
+            self.register_buffer("transposed_groups", marker)
 
     @property
     def stages(self) -> tuple[Excitation, ...]:
         """The stages in the order they run."""
         return tuple(s for s in self.children() if isinstance(s, Excitation))
 
+    def forward(self, weight: Tensor) -> Tensor:
+        terms = self._terms(weight)
+        if terms is None:
+            return super().forward(weight)
+        return excite_in_closed_form(weight, terms)
+
+    def _terms(self, weight: Tensor) -> Terms | None:
+        """The stages as the closed form takes them; None where they must run one by one."""
+        # A trace that is to be saved cannot hold an autograd function.
+        is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        if is_traced or weight.numel() == 0:
+            return None
+        found: dict[str, Any] = {}
+        for stage in self._modules.values():
+            # Exact types: a subclass may compute something else.
+            if type(stage) is Standardize:
+                if weight.numel() > self._out_channels(weight):
+                    found["standardize_epsilon"] = stage.epsilon
+            elif type(stage) is LWE:
+                names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+                found |= zip(names, stage.layer_tensors(), strict=True)
+            elif type(stage) is MWE:
+                found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
+            else:
+                return None
+        if not found:
+            return None
+        groups = self.transposed_groups.shape[0] if self.is_transposed else None
+        return Terms(**found, transposed_groups=groups)
+
+    def _out_channels(self, weight: Tensor) -> int:
+        if not self.is_transposed:
+            return weight.shape[0]
+        return weight.shape[1] * self.transposed_groups.shape[0]
+
     def excite(self, weight: Tensor) -> Tensor:
+        """The excited weight stage by stage, in full precision.
+
+        The reference that the closed form of :meth:`forward` is tested against, and what runs
+        where a stage is of a class the closed form does not know.
+        """
         filters = self._as_filters(weight)
         for stage in self.stages:
             filters = stage.excite(filters)

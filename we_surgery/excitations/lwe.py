@@ -75,14 +75,15 @@ class LWE(Excitation):
         self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
 
     def excite(self, weight: Tensor) -> Tensor:
-        multiplier = self.multiplier(weight)
-        return weight * multiplier.reshape(*multiplier.shape, *[1] * (weight.ndim - 2))
+        return located(weight, *self.layer_tensors())
 
     def multiplier(self, weight: Tensor) -> Tensor:
         """The location map m ``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
-        pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
-        hidden = F.relu(_linear(pooled, self.fc1))
-        return torch.sigmoid(_linear(hidden, self.fc2))
+        return location_map(weight, *self.layer_tensors())
+
+    def layer_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of ``fc1``, then of ``fc2``."""
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     @classmethod
     def for_layout(
@@ -105,6 +106,23 @@ class LWE(Excitation):
         return module
 
 
-def _linear(inputs: Tensor, layer: nn.Linear) -> Tensor:
+def located(
+    weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """``W_j * m_j`` for a weight ``[O, I, *K]`` of at least float32; see :class:`LWE`."""
+    multiplier = location_map(weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return weight * multiplier.reshape(*multiplier.shape, *[1] * (weight.ndim - 2))
+
+
+def location_map(
+    weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """M ``[O, I]``, a multiplier in (0, 1) for each kernel of ``[O, I, *K]``."""
+    pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
+    hidden = F.relu(_linear(pooled, fc1_weight, fc1_bias))
+    return torch.sigmoid(_linear(hidden, fc2_weight, fc2_bias))
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # The layer's parameters may be half precision; the arithmetic never is.
-    return F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))
+    return F.linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype))

@@ -63,22 +63,13 @@ class MWE(Excitation):
             self.register_buffer("undetached_max", torch.tensor(True, device="cpu"))
 
     def excite(self, weight: Tensor) -> Tensor:
-        limit = self._limit(weight.detach() if self.detach_max else weight)
-        return limit * torch.atanh(weight / limit)
+        return amplified(weight, self.epsilon, self.detach_max)
 
     def invert(self, excited: Tensor) -> Tensor:
         # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
         largest_gain = (1 + self.epsilon) * torch.atanh(1 / (1 + self.epsilon))
-        limit = self._limit(excited / largest_gain)
+        limit = curve_limit(excited / largest_gain, self.epsilon)
         return limit * torch.tanh(excited / limit)
-
-    def _limit(self, weight: Tensor) -> Tensor:
-        """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
-        smallest, largest = torch.aminmax(weight)
-        limit = (1 + self.epsilon) * torch.maximum(-smallest, largest)
-        # Subnormal weights count as zeros: their M_A may round to the largest weight itself.
-        vanishes = limit < torch.finfo(limit.dtype).tiny
-        return torch.where(vanishes, torch.ones_like(limit), limit)
 
     @classmethod
     def for_layout(
@@ -100,3 +91,18 @@ class MWE(Excitation):
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon.item():g}, detach_max={self.detach_max}"
+
+
+def amplified(weight: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
+    """``M_A * atanh(w / M_A)`` for a weight of at least float32; see :class:`MWE`."""
+    limit = curve_limit(weight.detach() if detach_max else weight, epsilon)
+    return limit * torch.atanh(weight / limit)
+
+
+def curve_limit(weight: Tensor, epsilon: Tensor) -> Tensor:
+    """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
+    smallest, largest = torch.aminmax(weight)
+    limit = (1 + epsilon) * torch.maximum(-smallest, largest)
+    # Subnormal weights count as zeros: their M_A may round to the largest weight itself.
+    vanishes = limit < torch.finfo(limit.dtype).tiny
+    return torch.where(vanishes, torch.ones_like(limit), limit)

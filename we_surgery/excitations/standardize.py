@@ -45,16 +45,7 @@ class Standardize(Excitation):
         self.register_hyperparameter("epsilon", epsilon, dtype)
 
     def excite(self, weight: Tensor) -> Tensor:
-        fan_in = weight[0].numel()
-        if fan_in < 2:
-            return weight
-        dims = tuple(range(1, weight.ndim))
-        nearly_centred = weight - weight.detach().mean(dims, keepdim=True)
-        centred = nearly_centred - nearly_centred.mean(dims, keepdim=True)
-        # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
-        # a constant filter needs.
-        norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-        return centred / (norm / math.sqrt(fan_in - 1) + self.epsilon)
+        return standardized(weight, self.epsilon)
 
     @classmethod
     def for_layout(
@@ -74,3 +65,17 @@ class Standardize(Excitation):
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon.item():g}"
+
+
+def standardized(weight: Tensor, epsilon: Tensor) -> Tensor:
+    """``(W_j - mean_j) / (std_j + epsilon)`` for a weight ``[O, I, *K]`` of at least float32."""
+    fan_in = weight[0].numel()
+    if fan_in < 2:
+        return weight
+    dims = tuple(range(1, weight.ndim))
+    nearly_centred = weight - weight.detach().mean(dims, keepdim=True)
+    centred = nearly_centred - nearly_centred.mean(dims, keepdim=True)
+    # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
+    # a constant filter needs.
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
+    return centred / (norm / math.sqrt(fan_in - 1) + epsilon)

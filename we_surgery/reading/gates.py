@@ -1,9 +1,10 @@
 """Which conv and linear operations make an attention gate, by what the data does.
 
 A gate squeezes a feature map, passes the result through a bounded activation, and multiplies the
-very map it was made from: SE, CBAM, ECA, BAM, coordinate attention and their kin, whatever their
-classes are called. ``x * sigmoid(x)`` is none, because what feeds the sigmoid is the map itself;
-nor is a gated linear unit, whose gate multiplies another map than the one it is made from.
+very map it was made from, and from nothing else: SE, CBAM, ECA, BAM, coordinate attention and
+their kin, whatever their classes are called. ``x * sigmoid(x)`` is none, because what feeds the
+sigmoid is the map itself; nor is a gated linear unit, whose gate multiplies another map than the
+one it is made from; nor the update gate of a recurrent cell, which also sees the cell's input.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _PRODUCTS = ("aten.mul", "aten.mul_")
 def gate_operations(recording: Recording) -> dict[fx.Node, str]:
     """The operations inside gates, each with the module in which the gate is applied."""
     fed = fed_by_input(recording.graph)
+    order = {node: index for index, node in enumerate(recording.graph.nodes)}
     found: dict[fx.Node, str] = {}
     for node in recording.graph.nodes:
         if operation_name(node) not in _PRODUCTS:
@@ -39,12 +41,12 @@ def gate_operations(recording: Recording) -> dict[fx.Node, str]:
             activation = _bounded_activation(gate, fed)
             if activation is None:
                 continue
-            made_from = _ancestors(activation)
-            source = next((s for s in _gated_maps(gated, fed) if s in made_from), None)
-            if source is not None:
-                inside = made_from - _ancestors(source) - {source}
-                for operation in inside:
-                    found.setdefault(operation, node.meta[MODULE])
+            for source in _gated_maps(gated, fed):
+                inside = _between(source, activation, fed, order)
+                if inside:
+                    for operation in inside:
+                        found.setdefault(operation, node.meta[MODULE])
+                    break
     return found
 
 
@@ -74,13 +76,23 @@ def _gated_maps(node: fx.Node, fed: set[fx.Node]) -> list[fx.Node]:
     return maps
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """All nodes that ``node`` depends on, without itself."""
-    found: set[fx.Node] = set()
-    pending = list(node.all_input_nodes)
+def _between(
+    source: fx.Node, target: fx.Node, fed: set[fx.Node], order: dict[fx.Node, int]
+) -> set[fx.Node]:
+    """The operations that make ``target`` from ``source``; none if anything else feeds it.
+
+    What depends on the input and stands before ``source`` cannot have been made from it.
+    """
+    inside: set[fx.Node] = set()
+    pending = [n for n in target.all_input_nodes if n in fed]
+    reached = False
     while pending:
         current = pending.pop()
-        if current not in found:
-            found.add(current)
-            pending.extend(current.all_input_nodes)
-    return found
+        if current is source:
+            reached = True
+        elif order[current] < order[source]:
+            return set()
+        elif current not in inside:
+            inside.add(current)
+            pending.extend(n for n in current.all_input_nodes if n in fed)
+    return inside if reached else set()

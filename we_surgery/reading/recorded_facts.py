@@ -15,7 +15,7 @@ from we_surgery.reading.aten_norms import norm_after
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.gates import gate_operations
 from we_surgery.reading.kinds import kind_of
-from we_surgery.reading.recorded import Recording, record
+from we_surgery.reading.recorded import Fakes, Recording, record
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.tree import obstacle_of
 from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
@@ -40,15 +40,16 @@ def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[Recor
     model runs in neither.
     """
     recordings, notes = [], []
+    fakes = Fakes()
     for training in (False, True):
         mode = "train" if training else "eval"
         try:
-            recordings.append(record(model, example_inputs, training=training))
+            recordings.append(record(model, example_inputs, training=training, fakes=fakes))
             continue
         except Exception as error:
             fake_failure = _first_line(error)
         try:
-            recordings.append(record(model, example_inputs, training=training, fake=False))
+            recordings.append(record(model, example_inputs, training=training))
             logger.info("recorded with real tensors in %s mode: %s", mode, fake_failure)
         except Exception as error:
             notes.append(f"does not run in {mode} mode: {_first_line(error)}")

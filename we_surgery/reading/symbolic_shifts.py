@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import WEIGHTED, is_gate
-from we_surgery.reading.recorded import record
+from we_surgery.reading.recorded import Fakes, record
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.symbolic import TracedBlock, join
 
@@ -145,7 +145,7 @@ def _find(
     failure: Exception | None = None
     for inputs in _made_up_inputs(sources, layer, modules):
         try:
-            recording = record(cut, inputs)
+            recording = record(cut, inputs, fakes=Fakes())
         except Exception as error:
             failure = error
             continue

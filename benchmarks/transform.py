@@ -1,0 +1,417 @@
+"""What weight excitation costs: time of the transform, bytes kept, time of a training step.
+
+    python benchmarks/transform.py            # everything, about a quarter of an hour
+    python benchmarks/transform.py --quick    # two networks, few rounds
+    python benchmarks/transform.py --compile  # also torch.compile, on some layers of ResNet50
+
+Three forms of the same mathematics are compared: *naive*, the obvious sequence of operations,
+written out below; *staged*, this package's stages one by one under autograd; and *closed*, the
+closed form that layers use. They are measured in turns, and only ratios of one round are ever
+reported, as median, smallest and largest, because a machine is rarely quiet. Times are CPU
+seconds of one thread.
+
+Writes ``transform.json`` and ``transform.md`` into ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import we_surgery as ws
+from we_surgery.excitations import (
+    LWE,
+    Composition,
+    Excitation,
+    Recipe,
+    WeightLayout,
+    build_excitation,
+)
+
+RESULTS = Path(__file__).parent / "results"
+NETWORKS = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "convnext_tiny")
+QUICK_NETWORKS = ("resnet50", "mobilenet_v2")
+COMPILED_SHAPES = ((64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3), (2048, 512, 1, 1))
+MEMORY_FORMATS = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}
+
+Excite = Callable[[Composition, Tensor], Tensor]
+
+
+@dataclass
+class Layer:
+    """A weight, what excites it, and the gradient that arrives at the excited weight."""
+
+    weight: nn.Parameter
+    excitation: Composition
+    upstream: Tensor
+
+
+@dataclass
+class Spread:
+    """Ratios of interleaved measurements."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Spread:
+        """The spread of one ratio a round."""
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.smallest:.2f} to {self.largest:.2f})"
+
+
+def naive(composition: Composition, weight: Tensor) -> Tensor:
+    """The obvious sequence of operations, each left to autograd.
+
+    Standardized as published layers do it, the map from two 1x1 convs over the pooled kernels,
+    MWE in its logarithmic form with the maximum in the graph. A linear layer is taken as a 1x1
+    conv, and 1x1 kernels are not pooled.
+    """
+    if weight.ndim == 2:
+        return naive(composition, weight[:, :, None, None])[:, :, 0, 0]
+    stages = {stage.name: stage for stage in composition.stages}
+    if "standardize" in stages:
+        mean = weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
+        weight = weight - mean
+        std = weight.reshape(weight.shape[0], -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        weight = weight / std.expand_as(weight)
+    lwe = stages.get("lwe")
+    if isinstance(lwe, LWE):
+        pooled = F.avg_pool2d(weight, weight.shape[2:]) if weight.shape[2] > 1 else weight
+        hidden = F.relu(F.conv2d(pooled, lwe.fc1.weight[:, :, None, None], lwe.fc1.bias))
+        mapped = F.conv2d(hidden, lwe.fc2.weight[:, :, None, None], lwe.fc2.bias)
+        weight = weight * torch.sigmoid(mapped)
+    if "mwe" in stages:
+        limit = 1.1 * weight.abs().max()
+        weight = limit * 0.5 * torch.log((1 + weight / limit) / (1 - weight / limit))
+    return weight
+
+
+def staged(composition: Composition, weight: Tensor) -> Tensor:
+    """The stages one by one, under autograd."""
+    return Excitation.forward(composition, weight)
+
+
+FORMS: dict[str, Excite] = {
+    "naive": naive,
+    "staged": staged,
+    "closed": Composition.forward,  # what an excited layer runs
+}
+
+
+def build_network(name: str, *, device: str = "cpu") -> nn.Module:
+    """An untrained network: torchvision's, or timm's where torchvision writes its own layers."""
+    with torch.device(device):
+        if name == "convnext_tiny":
+            return timm.create_model(name)
+        return torchvision.models.get_model(name, weights=None)  # type: ignore[no-any-return]
+
+
+def excitable_layouts(name: str) -> list[WeightLayout]:
+    """Every conv that is not depthwise; in ConvNeXt, whose 1x1 convs are linear, those too."""
+    layouts = []
+    for module in build_network(name, device="meta").modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels > module.groups:
+            layouts.append(WeightLayout(tuple(module.weight.shape), module.groups))
+        elif isinstance(module, nn.Linear) and name == "convnext_tiny":
+            layouts.append(WeightLayout(tuple(module.weight.shape)))
+    return layouts
+
+
+def make_layer(layout: WeightLayout, memory_format: torch.memory_format, mode: str) -> Layer:
+    """A layer with random weights, excited as ``mode`` excites a conv."""
+    weight = torch.randn(layout.shape) * 0.05
+    if weight.ndim == 4:
+        weight = weight.contiguous(memory_format=memory_format)
+    recipe: Recipe = [{"standardize": {}}, *({name: {}} for name in mode.split("+"))]
+    excitation = build_excitation(recipe, layout)
+    return Layer(nn.Parameter(weight), excitation, torch.randn_like(weight))
+
+
+def seconds_of_a_pass(layers: Sequence[Layer], excite: Excite) -> float:
+    """CPU seconds for the forward passes of all layers, then all backward passes."""
+    start = time.process_time()
+    excited = [excite(layer.excitation, layer.weight) for layer in layers]
+    for layer in reversed(layers):
+        excited.pop().backward(layer.upstream)
+    seconds = time.process_time() - start
+    for layer in layers:
+        layer.weight.grad = None
+        layer.excitation.zero_grad()
+    return seconds
+
+
+def compare(
+    measures: Mapping[str, Callable[[], float]], baseline: str, rounds: int
+) -> dict[str, Spread]:
+    """Each measure over the baseline's of the same round, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    names = list(measures)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds + 1):
+            # Who goes first changes, so that nobody always finds the cache cold.
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(measures[name]())
+    finally:
+        gc.enable()
+    measured = {name: values[1:] for name, values in seconds.items()}
+    return {
+        name: Spread.of([a / b for a, b in zip(values, measured[baseline], strict=True)])
+        for name, values in measured.items()
+        if name != baseline
+    }
+
+
+def compare_transforms(name: str, mode: str, memory_format: str, rounds: int) -> dict[str, Spread]:
+    """Staged and closed over naive, weights only, forward and backward."""
+    torch.manual_seed(0)
+    layers = [
+        make_layer(layout, MEMORY_FORMATS[memory_format], mode)
+        for layout in excitable_layouts(name)
+    ]
+
+    def measure(excite: Excite) -> Callable[[], float]:
+        return lambda: seconds_of_a_pass(layers, excite)
+
+    return compare({form: measure(excite) for form, excite in FORMS.items()}, "naive", rounds)
+
+
+def compare_compiled(memory_format: str, rounds: int) -> dict[str, Spread]:
+    """All forms and the compiled ones over naive, on some shapes: compiling takes minutes."""
+    torch.manual_seed(0)
+    layers = [
+        make_layer(WeightLayout(shape), MEMORY_FORMATS[memory_format], "lwe")
+        for shape in COMPILED_SHAPES
+    ]
+    forms = dict(FORMS)
+    for form in ("staged", "closed"):
+        forms[f"{form}, compiled"] = torch.compile(FORMS[form], fullgraph=True, dynamic=False)
+
+    def measure(excite: Excite) -> Callable[[], float]:
+        return lambda: seconds_of_a_pass(layers, excite)
+
+    return compare({form: measure(excite) for form, excite in forms.items()}, "naive", rounds)
+
+
+@contextlib.contextmanager
+def layers_run(excite: Excite) -> Iterator[None]:
+    """Makes excited layers run this form."""
+    with mock.patch.object(Composition, "forward", lambda self, weight: excite(self, weight)):
+        yield
+
+
+def kept_bytes(model: nn.Module, images: Tensor) -> int:
+    """What autograd keeps for the backward pass, parameters and buffers aside, each once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    total = sum(storage.nbytes() for storage in storages.values())
+    del output
+    return total
+
+
+def kept_over_weights(name: str, mode: str) -> dict[str, float]:
+    """Bytes kept beyond vanilla, as multiples of the bytes of all conv weights."""
+    torch.manual_seed(0)
+    vanilla = build_network(name).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    weights = sum(m.weight.nbytes for m in vanilla.modules() if isinstance(m, nn.Conv2d))
+    before = kept_bytes(vanilla, images)
+    excited = ws.convert(vanilla, mode)
+    kept = {}
+    for form, excite in FORMS.items():
+        with layers_run(excite):
+            kept[form] = (kept_bytes(excited, images) - before) / weights
+    return kept
+
+
+def compare_training_steps(rounds: int, batch: int = 8, pixels: int = 128) -> dict[str, Spread]:
+    """A whole step of ResNet50, excited over vanilla: forward, loss, backward, SGD."""
+    torch.manual_seed(0)
+    vanilla = build_network("resnet50").to(memory_format=torch.channels_last)
+    excited = ws.convert(vanilla, "lwe")
+    images = torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,))
+
+    def measure(model: nn.Module, excite: Excite) -> Callable[[], float]:
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+
+        def step() -> float:
+            start = time.process_time()
+            with layers_run(excite):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+            return time.process_time() - start
+
+        return step
+
+    measures = {"vanilla": measure(vanilla, Composition.forward)}
+    measures |= {form: measure(excited, excite) for form, excite in FORMS.items()}
+    return compare(measures, "vanilla", rounds)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, software and threads."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    return {
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, as plain data; progress goes to stderr."""
+    networks = QUICK_NETWORKS if options.quick else NETWORKS
+    rounds = options.rounds or (3 if options.quick else 11)
+    found: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds}
+
+    def note(*what: object) -> None:
+        sys.stderr.write(" ".join(map(str, what)) + "\n")
+        sys.stderr.flush()
+
+    found["transform"] = []
+    for name in networks:
+        for mode in ("lwe", "lwe+mwe"):
+            for memory_format in MEMORY_FORMATS:
+                ratios = compare_transforms(name, mode, memory_format, rounds)
+                note(name, mode, memory_format, {form: str(r) for form, r in ratios.items()})
+                row = {"network": name, "mode": mode, "memory_format": memory_format}
+                found["transform"].append(
+                    row | {form: asdict(ratio) for form, ratio in ratios.items()}
+                )
+    found["kept"] = []
+    for name in ("resnet50", "mobilenet_v2"):
+        for mode in ("lwe", "lwe+mwe"):
+            kept = kept_over_weights(name, mode)
+            note(name, mode, kept)
+            found["kept"].append({"network": name, "mode": mode} | kept)
+    steps = compare_training_steps(min(rounds, 7))
+    note("step", {form: str(ratio) for form, ratio in steps.items()})
+    found["step"] = {form: asdict(ratio) for form, ratio in steps.items()}
+    if options.compile:
+        found["compiled"] = []
+        for memory_format in MEMORY_FORMATS:
+            ratios = compare_compiled(memory_format, rounds)
+            note("compiled", memory_format, {form: str(r) for form, r in ratios.items()})
+            row = {"memory_format": memory_format}
+            found["compiled"].append(row | {form: asdict(r) for form, r in ratios.items()})
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def as_markdown(found: Mapping[str, Any]) -> str:
+    """The results as tables."""
+    forms = ("staged", "closed")
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    parts = [
+        "# What weight excitation costs\n",
+        "Written by `benchmarks/transform.py`. Ratios of CPU time within a round, one thread: "
+        f"median (smallest to largest) of {found['rounds']} rounds at most.\n",
+        f"Machine: {machine}.\n",
+        "## The transform, weights only, forward and backward (naive = 1)\n",
+        table(
+            ("network", "mode", "memory format", *forms),
+            [
+                [row[key] for key in ("network", "mode", "memory_format")]
+                + [Spread(**row[form]) for form in forms]
+                for row in found["transform"]
+            ],
+        ),
+        "## Bytes kept for the backward pass beyond vanilla (all conv weights = 1)\n",
+        "1.0 of it is the excited weight itself, which the conv keeps.\n",
+        table(
+            ("network", "mode", *FORMS),
+            [
+                (row["network"], row["mode"], *(f"{row[form]:.2f}" for form in FORMS))
+                for row in found["kept"]
+            ],
+        ),
+        "## A training step of ResNet50, batch 8, 128 px, channels_last, mode lwe (vanilla = 1)\n",
+        table(tuple(FORMS), [[Spread(**found["step"][form]) for form in FORMS]]),
+    ]
+    if "compiled" in found:
+        compiled = [form for form in found["compiled"][0] if form != "memory_format"]
+        shapes = ", ".join("x".join(map(str, shape)) for shape in COMPILED_SHAPES)
+        parts += [
+            f"## With torch.compile, on weights of {shapes}, mode lwe (naive = 1)\n",
+            table(
+                ("memory format", *compiled),
+                [
+                    (row["memory_format"], *(Spread(**row[form]) for form in compiled))
+                    for row in found["compiled"]
+                ],
+            ),
+        ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Measures and writes the results."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two networks, three rounds")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (11; quick: 3)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = run(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "transform.json").write_text(json.dumps(found, indent=2) + "\n")
+    text = as_markdown(found)
+    (options.output / "transform.md").write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
