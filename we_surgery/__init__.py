@@ -13,6 +13,7 @@ from we_surgery.errors import InputError as InputError
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import WESurgeryError as WESurgeryError
+from we_surgery.layers import set_recompute as set_recompute
 from we_surgery.planning import Decision as Decision
 from we_surgery.planning import Plan as Plan
 from we_surgery.planning import plan as plan
@@ -23,3 +24,6 @@ from we_surgery.rules import Rule as Rule
 from we_surgery.surgery import convert as convert
 from we_surgery.surgery import strip as strip
 from we_surgery.surgery import strip_with_report as strip_with_report
+from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
+from we_surgery.training import add_to_optimizer as add_to_optimizer
+from we_surgery.training import param_groups as param_groups

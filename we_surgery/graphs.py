@@ -24,6 +24,7 @@ from we_surgery.layers import (
     ExcitedLayer,
     excitation_name,
     excited_names,
+    own_memory,
     raw_name,
     rename_parameter,
 )
@@ -61,15 +62,20 @@ class ExcitedWeight:
         return getattr(self.owner, excitation_name(self.parameter))  # type: ignore[no-any-return]
 
     def excited(self) -> Tensor:
-        """The excited weight."""
-        if isinstance(self.owner, ExcitedLayer):
-            return getattr(self.owner, self.parameter)  # type: ignore[no-any-return]
-        return self.excitation(self.raw)  # type: ignore[no-any-return]
+        """The excited weight, computed now: what is proven must not have been kept."""
+        excitation = self.excitation
+        excitation.forget()
+        try:
+            if isinstance(self.owner, ExcitedLayer):
+                return getattr(self.owner, self.parameter)  # type: ignore[no-any-return]
+            return excitation(self.raw)  # type: ignore[no-any-return]
+        finally:
+            excitation.forget()
 
     def folded(self) -> Tensor:
         """The excited weight in memory of its own."""
         with torch.inference_mode(False), torch.no_grad():
-            return self.excited().detach().clone(memory_format=torch.preserve_format)
+            return own_memory(self.excited().detach(), self.raw)
 
 
 def excited_weights(model: nn.Module) -> Iterator[ExcitedWeight]:

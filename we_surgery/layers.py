@@ -9,6 +9,7 @@ a vanilla model instead of being loaded with the wrong meaning.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from we_surgery.compute_once import excited_weight
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
+from we_surgery.recomputation import ExcitedWeight, can_recompute, recomputed_in_backward
 
 RAW_PREFIX = "raw_"
 EXCITATION = "excitation"
+_HANDED = "_handed_weights"
 
 if TYPE_CHECKING:
     _ModuleBase = nn.Module
@@ -42,9 +46,9 @@ def excitation_name(parameter: str) -> str:
     return stem + EXCITATION if stem != parameter else f"{parameter}_{EXCITATION}"
 
 
-def names_taken(parameter: str) -> tuple[str, str, str]:
+def names_taken(parameter: str) -> tuple[str, ...]:
     """The attributes that exciting ``parameter`` adds to a layer."""
-    return raw_name(parameter), excitation_name(parameter), "layer_name"
+    return raw_name(parameter), excitation_name(parameter), "layer_name", "recompute"
 
 
 class ExcitedLayer(_ModuleBase):
@@ -53,17 +57,29 @@ class ExcitedLayer(_ModuleBase):
     Attributes:
         vanilla_class: the class the layer had and gets back.
         excited_parameters: the parameters that are computed from raw ones.
+        recompute: whether the layer's forward pass keeps no excited weight for the backward
+            pass, which then computes it again.
     """
 
     vanilla_class: ClassVar[type[nn.Module]]
     excited_parameters: ClassVar[tuple[str, ...]]
     layer_name: str
+    recompute: bool = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.recompute or not can_recompute():
+            return super().forward(*args, **kwargs)
+        return forward_with_recomputation(self, super().forward, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.excited_parameters:
             assign_excited(self, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        for parameter in self.excited_parameters:
+            # FSDP2 writes into a weight without a new version, and assigns it before and after.
+            if name == raw_name(parameter):
+                getattr(self, excitation_name(parameter)).forget()
+        super().__setattr__(name, value)
 
     def fuse(self) -> nn.Module:
         """A vanilla layer with the excited weight folded in; this layer is left as it is.
@@ -99,8 +115,13 @@ def excited_property(parameter: str) -> property:
     raw, excitation = raw_name(parameter), excitation_name(parameter)
 
     def read(self: ExcitedLayer) -> Tensor:
+        handed = self.__dict__.get(_HANDED)
+        if handed is not None and parameter in handed:
+            return handed[parameter]  # type: ignore[no-any-return]
         try:
-            return getattr(self, excitation)(getattr(self, raw))  # type: ignore[no-any-return]
+            return excited_weight(
+                getattr(self, excitation), getattr(self, raw), may_hold=not self.recompute
+            )
         except AttributeError as error:
             # Left as it is, it would send Python on to nn.Module.__getattr__, which denies
             # that there is a `weight` and hides the cause.
@@ -113,6 +134,54 @@ def excited_property(parameter: str) -> property:
             raise
 
     return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
+
+
+def forward_with_recomputation(
+    layer: ExcitedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The layer's forward pass, keeping none of its excited weights.
+
+    Each weight is computed once and handed to whatever reads it, already cast where autocast
+    would cast it: its copy could not be told from other tensors.
+    """
+    handed: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for name in layer.excited_parameters:
+            excited: Tensor = getattr(layer, name)
+            device_type = excited.device.type
+            if type(layer) in _WRITTEN_OUT.values() and torch.is_autocast_enabled(device_type):
+                excited = excited.to(torch.get_autocast_dtype(device_type))
+            handed[name] = excited
+        weights = [
+            ExcitedWeight(
+                getattr(layer, excitation_name(name)), getattr(layer, raw_name(name)), excited
+            )
+            for name, excited in handed.items()
+        ]
+        stack.enter_context(recomputed_in_backward(weights))
+        layer.__dict__[_HANDED] = handed
+        stack.callback(layer.__dict__.pop, _HANDED, None)
+        return forward(*args, **kwargs)
+
+
+def set_recompute(model: nn.Module, recompute: bool = True) -> None:
+    """Chooses between memory and time for the excited layers of a model.
+
+    By default a conv keeps its excited weight for the backward pass, as it would keep an
+    ordinary weight: all of them together take as much memory as the weights. With
+    ``recompute`` they are computed a second time in the backward pass instead. It holds for
+    layers that read their own weight; where a parent reads it, and under activation
+    checkpointing or ``torch.compile``, which decide themselves, nothing changes.
+
+    Example:
+        >>> model = ws.convert(model, mode="lwe")
+        >>> ws.set_recompute(model)
+    """
+    for _, layer in excited_layers(model):
+        if recompute:
+            layer.__dict__["recompute"] = True
+        else:
+            layer.__dict__.pop("recompute", None)
 
 
 def raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
@@ -198,6 +267,7 @@ def restore(module: nn.Module) -> None:
         del module._modules[excitation_name(parameter)]
     module.__class__ = module.vanilla_class  # type: ignore[assignment]
     del module.__dict__["layer_name"]
+    module.__dict__.pop("recompute", None)
 
 
 def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
@@ -211,6 +281,7 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
         view._parameters[name] = value  # type: ignore[assignment]
         del view._modules[excitation_name(name)]
     del view.__dict__["layer_name"]
+    view.__dict__.pop("recompute", None)
     return view
 
 
@@ -226,9 +297,23 @@ def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
 
 def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
     """One excited weight of the layer, in memory of its own."""
+    excitation, raw = (
+        getattr(layer, excitation_name(parameter)),
+        getattr(layer, raw_name(parameter)),
+    )
+    excitation.forget()
     with torch.inference_mode(False), torch.no_grad():
         excited: Tensor = getattr(layer, parameter)
-        return excited.detach().clone(memory_format=torch.preserve_format)
+        excitation.forget()
+        return own_memory(excited.detach(), raw)
+
+
+def own_memory(excited: Tensor, raw: Tensor) -> Tensor:
+    """A weight just computed and kept nowhere, as a tensor that nothing else can reach."""
+    # An excitation may have nothing to do and return what it was given.
+    if excited.is_meta or excited.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
+        return excited
+    return excited.clone(memory_format=torch.preserve_format)
 
 
 def change_since_conversion(layer: ExcitedLayer) -> str | None:

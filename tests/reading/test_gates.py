@@ -61,6 +61,21 @@ GATES: dict[str, Callable[[], Unit]] = {
         lambda x, a: x * a(x.mean((2, 3))).sigmoid()[:, :, None, None], nn.Linear(8, 8)
     ),
 }
+
+
+def recurrent_cell(x: Tensor, update: nn.Module, candidate: nn.Module) -> Tensor:
+    state, given = x[:, :4].tanh(), x[:, 4:].relu()
+    both = torch.cat([state, given], 1)
+    keep = update(both).sigmoid()
+    return (1 - keep) * state + keep * candidate(both).tanh()
+
+
+def gated_by_two_sources(x: Tensor, side: nn.Module, mix: nn.Module) -> Tensor:
+    given = side(x)
+    state = x.relu()
+    return state * mix(torch.cat([state, given], 1)).sigmoid()
+
+
 OTHERS: dict[str, Callable[[], Unit]] = {
     "swish": lambda: Unit(lambda x, a: (y := a(x)) * y.sigmoid(), pointwise()),
     "gated linear unit": lambda: Unit(lambda x, a: F.glu(a(x), 1), pointwise(16)),
@@ -69,6 +84,10 @@ OTHERS: dict[str, Callable[[], Unit]] = {
     ),
     "pooled branch": lambda: Unit(lambda x, a: x + a(squeeze(x)), pointwise()),
     "large-kernel product": lambda: Unit(lambda x, a: x * a(x), pointwise()),
+    "update gate of a recurrent cell": lambda: Unit(recurrent_cell, pointwise(4), pointwise(4)),
+    "gate that also sees another map": lambda: Unit(
+        gated_by_two_sources, pointwise(), nn.Conv2d(16, 8, 1)
+    ),
     "sigmoid output": lambda: Unit(lambda x, a: a(x).sigmoid(), pointwise()),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.metadata import METADATA_KEY
+from we_surgery.checkpoint.public_code import read_as_ours
 from we_surgery.checkpoint.wording import listed, quoted
 from we_surgery.errors import InputError, near_matches
 
@@ -28,6 +29,8 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
 
+    One of the WE paper's public code comes under our names and in our shapes.
+
     Args:
         checkpoint: a state dict, or a mapping that holds one.
         key: where in the mapping it is, dotted for a mapping in a mapping; by default the first
@@ -42,7 +45,14 @@ def unwrap(
             "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
         )
     state, notes = _chosen(checkpoint, key) if key is not None else _found(checkpoint)
-    return _clean(state, notes), notes
+    cleaned = _clean(state, notes)
+    renamed, ours, note = read_as_ours(cleaned)
+    if not note:
+        return cleaned, notes
+    versions = getattr(cleaned, VERSIONS, None)
+    if versions is not None:
+        ours = with_versions(ours, {renamed.get(name, name): v for name, v in versions.items()})
+    return ours, [*notes, note]
 
 
 def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], list[str]]:

@@ -33,6 +33,8 @@ class Excitation(nn.Module, ABC):
 
     name: ClassVar[str]
     order: ClassVar[int]
+    kept: Any = None
+    """What :mod:`we_surgery.compute_once` keeps between two reads; no part of any copy or file."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""
@@ -82,14 +84,26 @@ class Excitation(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision, or materializing it with `to_empty`, must move a
         # hyper-parameter and never change its value: epsilon = 0.1 is not 0.09998 in fp16.
-        kept = dict(self._buffers)
+        self.forget()
+        buffers = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
+        for name, before in buffers.items():
             after = self._buffers[name]
             if before is not None and after is not None:
                 target = before.device if after.is_meta else after.device
                 self._buffers[name] = before.to(target)
         return self
+
+    def forget(self) -> None:
+        """Drops what is kept between two reads, so that the next one computes."""
+        self.__dict__.pop("kept", None)
+
+    def train(self, mode: bool = True) -> Self:
+        self.forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
     @staticmethod
     def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def excite_in_closed_form(weight: Tensor, terms: Terms) -> Tensor:
     # What torch.autograd.Function itself asks before it refuses.
     if torch._C._are_functorch_transforms_active():
         return staged(weight, *terms)
+    if not torch.is_grad_enabled():
+        return _forward(weight, terms)[0]
     excited: Tensor = ClosedFormExcitation.apply(weight, *terms)
     return excited
 
@@ -106,34 +108,63 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
     return _as_stored(filters, given).to(weight.dtype)
 
 
+def _forward(weight: Tensor, terms: Terms) -> tuple[Tensor, _Kept]:
+    with _autocast_off(weight.device.type):
+        filters, kept = _excite(_as_filters(weight, terms), terms)
+    excited = _as_stored(filters, terms).to(weight.dtype)
+    if terms.transposed_groups is None:
+        return excited, kept
+    # Regrouping loses the memory format, and a conv's result may depend on it.
+    return torch.empty_like(weight).copy_(excited), kept
+
+
 class ClosedFormExcitation(torch.autograd.Function):
-    """W' from W and the fields of :class:`Terms`."""
+    """W' from W and the fields of :class:`Terms`.
+
+    Outside of ``torch.compile`` the graph node is *repeatable*: two losses that share an excited
+    weight may be differentiated one after the other without ``retain_graph``. The tensors stay
+    with the node, as saved tensors would not, and they are small: the weight and the parameters
+    of LWE live in the model, and the rest are a few numbers a filter.
+    """
 
     # Without a `setup_context`, which torch.func would need: it inspects signatures at each call
     # and takes a fifth of a small layer's time.
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *terms: Any) -> Tensor:
-        given = Terms(*terms)
-        with _autocast_off(weight.device.type):
-            filters, kept = _excite(_as_filters(weight, given), given)
-        excited = _as_stored(filters, given).to(weight.dtype)
-        ctx.save_for_backward(weight, *terms[:_TENSOR_TERMS], *kept)
+        excited, kept = _forward(weight, Terms(*terms))
+        tensors = (weight, *terms[:_TENSOR_TERMS], *kept)
         ctx.plain_terms = terms[_TENSOR_TERMS:]
-        if given.transposed_groups is None:
-            return excited
-        # Regrouping loses the memory format, and a conv's result may depend on it.
-        return torch.empty_like(weight).copy_(excited)
+        ctx.is_repeatable = not torch.compiler.is_compiling()
+        if ctx.is_repeatable:
+            ctx.tensors = tensors
+            ctx.versions = _versions(tensors)
+        else:
+            ctx.save_for_backward(*tensors)
+        return excited
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
+        if not ctx.is_repeatable:
+            weight, *saved = ctx.saved_tensors
+        elif ctx.versions == _versions(ctx.tensors):
+            weight, *saved = ctx.tensors
+        else:
+            raise RuntimeError(
+                "a raw weight or a parameter of its excitation was modified by an inplace "
+                "operation between the forward pass that excited it and this backward pass"
+            )
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
         with _autocast_off(weight.device.type):
             kept = _Kept(*saved[_TENSOR_TERMS:])
             return _backward(gradient, weight, terms, kept, ctx.needs_input_grad)
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    # Not those of the hyper-parameters, buffers that DDP broadcasts before each forward pass.
+    return [tensor._version for tensor in tensors if tensor is not None and tensor.ndim]
 
 
 def _differentiable_backward(
@@ -273,7 +304,7 @@ def _through_gate(
     t = z.sum(1, keepdim=True)
     z.addcmul_(z, multiplier, value=-1)
     # With the small matrix in front, the product is a third faster on a CPU.
-    by_fc2_weight = torch.mm((hidden * r).t(), z).t() if needed[4] else None
+    by_fc2_weight = _transposed(torch.mm((hidden * r).t(), z)) if needed[4] else None
     by_fc2_bias = torch.mv(z.t(), r.squeeze(1)) if needed[5] else None
     if not (needed[0] or needed[2] or needed[3]):
         return g, t, (None, None, by_fc2_weight, by_fc2_bias)
@@ -298,6 +329,11 @@ def _through_gate(
         spread = _spread(torch.mm(v, gate.fc1_weight), centred)
         d = torch.addcmul(spread, g, _spread(multiplier, centred), out=products)
     return d, t, by_fcs
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    # DDP warns of the strides of a single column that `t` leaves.
+    return matrix.t() if matrix.shape[0] > 1 else matrix.view(-1, 1)
 
 
 def _multiplier(hidden: Tensor, fcs: Sequence[Tensor]) -> Tensor:

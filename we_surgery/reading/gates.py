@@ -26,9 +26,14 @@ _ADJUSTMENTS = frozenset(
 _PRODUCTS = ("aten.mul", "aten.mul_")
 
 
-def gate_operations(recording: Recording) -> dict[fx.Node, str]:
-    """The operations inside gates, each with the module in which the gate is applied."""
-    fed = fed_by_input(recording.graph)
+def gate_operations(recording: Recording, fed: set[fx.Node] | None = None) -> dict[fx.Node, str]:
+    """The operations inside gates, each with the module in which the gate is applied.
+
+    Args:
+        recording: a recorded forward.
+        fed: the nodes that depend on the model's input, where they are known already.
+    """
+    fed = fed_by_input(recording.graph) if fed is None else fed
     order = {node: index for index, node in enumerate(recording.graph.nodes)}
     found: dict[fx.Node, str] = {}
     for node in recording.graph.nodes:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,6 +123,7 @@ def record(
             recorder.add_input(tensor)
     with (
         _unlogged(),
+        _uncollected(),
         contextlib.nullcontext() if fakes is None else fakes.mode,
         torch.set_grad_enabled(training),
         torch.random.fork_rng(),
@@ -146,6 +148,18 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keeps the garbage collector from walking a graph again and again while it grows."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
     """Keeps torch from logging an operation that fails on fake tensors, as some are to fail."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
@@ -167,6 +181,11 @@ def _replica(model: nn.Module, fakes: Fakes | None) -> nn.Module:
     if fakes is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = fakes(buffer)
+    for module in model.modules():
+        # A module has a dozen hook dictionaries, mostly empty; copying those is half of the work.
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()
     replica = copy.deepcopy(model, memo)
     drop_user_hooks(replica)
     for module in replica.modules():

@@ -92,8 +92,9 @@ def apply_recordings(
 def _uses(recordings: Sequence[Recording]) -> dict[str, list[_Use]]:
     uses: dict[str, list[_Use]] = {}
     for recording in recordings:
-        gates, fed = gate_operations(recording), fed_by_input(recording.graph)
-        for name, reads in weight_reads(recording).items():
+        fed = fed_by_input(recording.graph)
+        gates = gate_operations(recording, fed)
+        for name, reads in weight_reads(recording, fed).items():
             uses.setdefault(name, []).extend(_Use(r, recording, gates, fed) for r in reads)
     return uses
 

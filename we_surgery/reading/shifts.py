@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,8 +92,9 @@ def shift_before(
     inside, sources = _slice(data, fed, tensors)
     if not _may_shift(inside):
         return None
+    ordered = sorted({*inside, *sources, data})
     for source in sources:
-        codes = _replay(data, inside, source, sources, fed, recording.graph, tensors)
+        codes = _replay(data, inside, source, sources, fed, ordered, tensors)
         shift = find_shift(codes, channel_dim % codes.ndim, source.meta[SHAPE])
         if shift is not None:
             return shift
@@ -107,20 +107,18 @@ class _TensorValues:
     def __init__(self, model: nn.Module, constants: Mapping[str, Tensor]) -> None:
         self._model, self._constants = model, constants
 
-    @cached_property
-    def _named(self) -> dict[str, Tensor]:
-        # On first use: most inputs are moved in no way that needs a value.
-        return {
-            **dict(self._model.named_parameters()),
-            **dict(self._model.named_buffers()),
-            **self._constants,
-        }
-
     def __getitem__(self, name: str) -> Tensor:
-        return self._named[name].detach()
+        return self._tensor(name).detach()
 
     def is_trained(self, name: str) -> bool:
-        return self._named[name].requires_grad
+        return self._tensor(name).requires_grad
+
+    def _tensor(self, name: str) -> Tensor:
+        if name in self._constants:
+            return self._constants[name]
+        owner, _, attribute = name.rpartition(".")
+        value: Tensor = getattr(self._model.get_submodule(owner), attribute)
+        return value
 
 
 def _slice(
@@ -203,12 +201,12 @@ def _replay(
     source: fx.Node,
     sources: list[fx.Node],
     fed: set[fx.Node],
-    graph: fx.Graph,
+    ordered: list[fx.Node],
     tensors: _TensorValues,
 ) -> Tensor:
     """``target`` computed from the codes of ``source``; all other sources are padding."""
     values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
+    for node in ordered:
         if node is source:
             values[node] = position_codes(node.meta[SHAPE])
         elif node in sources:

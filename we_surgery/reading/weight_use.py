@@ -93,9 +93,16 @@ class _Origin:
     computed: bool
 
 
-def weight_reads(recording: Recording) -> dict[str, list[WeightRead]]:
-    """Each parameter's reads as a weight, by its qualified name, in the order of execution."""
-    fed = fed_by_input(recording.graph)
+def weight_reads(
+    recording: Recording, fed: set[fx.Node] | None = None
+) -> dict[str, list[WeightRead]]:
+    """Each parameter's reads as a weight, by its qualified name, in the order of execution.
+
+    Args:
+        recording: a recorded forward.
+        fed: the nodes that depend on the model's input, where they are known already.
+    """
+    fed = fed_by_input(recording.graph) if fed is None else fed
     reads: dict[str, list[WeightRead]] = defaultdict(list)
     for node in recording.graph.nodes:
         name = operation_name(node)

@@ -1,0 +1,152 @@
+"""Every kind of model of torchvision and timm: read, converted, proven, stripped, compared.
+
+    python benchmarks/zoo.py                  # the pinned list, about an hour of one core
+    python benchmarks/zoo.py --only 'swin'    # the names that a regular expression is found in
+    python benchmarks/zoo.py --all            # every timm model that is small enough
+    python benchmarks/zoo.py --list           # choose the pinned list anew
+
+What one model has to do to pass is told in ``zoo_check.py``. Each finished model is appended to
+a progress file; a run that was stopped goes on where it was, and ``--fresh`` begins again. A
+model during which the process died counts as failed. Times are CPU seconds of one thread.
+
+Writes ``results/zoo.json`` and ``docs/zoo.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from zoo_check import check_model, read_without_memory, warm_up
+from zoo_list import PINNED, SMALL_ENOUGH, all_models, choose_models, parameters_of, pinned_models
+from zoo_report import write_results
+from zoo_row import ZooRow
+
+HERE = Path(__file__).parent
+PROGRESS = HERE.parent / "build" / "zoo.jsonl"
+RESULTS = HERE / "results" / "zoo.json"
+SUMMARY = HERE.parent / "docs" / "zoo.md"
+LARGE = "timm:vit_giant_patch14_224"
+"""A model of a thousand million parameters, read on the meta device."""
+
+
+class OutOfTime(BaseException):
+    """A model took longer than one may; no library's ``except Exception`` catches it."""
+
+
+def main() -> None:
+    """Runs what was asked for and writes the results."""
+    options = _options()
+    torch.set_num_threads(1)
+    if options.list:
+        PINNED.write_text("\n".join(choose_models(_note)) + "\n", encoding="utf-8")
+        return
+    if options.fresh:
+        options.progress.unlink(missing_ok=True)
+    names = all_models() if options.all else pinned_models()
+    names = [name for name in names if re.search(options.only, name)]
+    rows = run(names, options)
+    large = read_without_memory(LARGE)
+    _note(str(large))
+    write_results(rows, large, options.mode, len(names), options.json, options.markdown)
+
+
+def run(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the named models; those in the progress file are not run again."""
+    done = _progress(options.progress)
+    warm_up()
+    fresh = 0
+    for index, name in enumerate(names):
+        if name in done or fresh == options.limit:
+            continue
+        if options.all and name.startswith("timm:") and parameters_of(name) > SMALL_ENOUGH:
+            continue
+        fresh += 1
+        _append(options.progress, {"started": name})
+        start = time.monotonic()
+        row = guarded_check(name, options.mode, options.timeout)
+        _append(options.progress, row.to_dict())
+        done[name] = row.to_dict()
+        verdict = "pass" if row.passed else f"FAIL: {row.cause}"
+        _note(f"{index + 1}/{len(names)} {name}: {verdict} ({time.monotonic() - start:.1f} s)")
+        gc.collect()
+    return [done[name] for name in names if name in done]
+
+
+def guarded_check(name: str, mode: str, seconds: int) -> ZooRow:
+    """:func:`check_model`, given up after so many seconds."""
+    try:
+        with _alarm(seconds):
+            return check_model(name, mode)
+    except OutOfTime:
+        return ZooRow(name, cause=f"took longer than {seconds} s")
+
+
+@contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _progress(path: Path) -> dict[str, dict[str, Any]]:
+    """The finished models, and the one during which the process died."""
+    done: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return done
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if "started" in entry:
+            dead = ZooRow(entry["started"], cause="the process died")
+            done[entry["started"]] = dead.to_dict()
+        else:
+            done[entry["name"]] = entry
+    return done
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every timm model of 100M or less")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression")
+    parser.add_argument("--limit", type=int, help="run at most so many models, then report")
+    parser.add_argument("--mode", default="we", help="the mode of the plans (we)")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds a model may take (240)")
+    parser.add_argument("--fresh", action="store_true", help="forget what was done before")
+    parser.add_argument("--list", action="store_true", help="choose the pinned list anew")
+    parser.add_argument("--progress", type=Path, default=PROGRESS, help="where finished rows go")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the table goes")
+    parser.add_argument("--markdown", type=Path, default=SUMMARY, help="where the summary goes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""One model of the zoo: read, converted, proven, stripped, compared.
+
+A model passes when
+
+- the converted model was recorded again in eval and in train mode, and no operation of either
+  reads a converted weight raw;
+- every weight the plan excites was computed by its excitation in one of the two;
+- classes, keys and the keys' order after strip are what they were before convert;
+- every folded weight is bit-equal to the excited one;
+- the outputs of the excited and the stripped model agree within 1e-5 of the larger of 1 and the
+  largest output, while those outputs are finite, not empty, and not those of the raw weights;
+- each conv's and linear's weight has a row in the plan: it is converted, or left alone with a
+  reason.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo_models import Candidate, build, build_bare, candidates
+from zoo_row import ZooRow
+
+import we_surgery as ws
+from we_surgery.graphs import ExcitedWeight, excited_weights
+from we_surgery.layers import excitation_name, raw_name
+from we_surgery.proof import RELATIVE_TOLERANCE, largest_differences, run_in_eval
+from we_surgery.reading.bypass import refuse_bypasses, refuse_excited_activations
+from we_surgery.reading.kinds import kind_of
+from we_surgery.reading.recorded import call
+from we_surgery.reading.recorded_facts import record_both_modes
+
+MODES_RECORDED = 2
+
+Change = Callable[[nn.Module], object]
+
+
+class ZooError(Exception):
+    """A model broke one of the promises."""
+
+
+def check_model(
+    name: str, mode: str = "we", *, before: Change | None = None, after: Change | None = None
+) -> ZooRow:
+    """Takes one model through everything; what goes wrong is in the row, nothing is raised.
+
+    Args:
+        name: ``torchvision:...`` or ``timm:...``.
+        mode: as for ``ws.plan``.
+        before: changes the vanilla model first; for planted faults.
+        after: changes the converted model; for planted faults.
+    """
+    row = ZooRow(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a builder deprecates is no concern of the zoo
+        try:
+            _check(row, mode, before, after)
+            row.passed = True
+        except ZooError as failure:
+            row.cause = str(failure)
+        except Exception as error:
+            row.cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return row
+
+
+def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) -> None:
+    model = build(row.name)
+    if before is not None:
+        before(model)
+    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    inputs, plan, raw_outputs = _read(row, model, mode)
+    _refuse_missing_rows(model, plan)
+    classes = [(name, type(module)) for name, module in model.named_modules()]
+    shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
+
+    with row.timed("convert"):
+        model = ws.convert(model, plan=plan, inplace=True)
+    if after is not None:
+        after(model)
+    with row.timed("prove"):
+        _prove(model, inputs)
+    excited_outputs = run_in_eval(model, inputs)
+    raw: dict[str, Tensor] = {}
+    if not _finite(excited_outputs) or not sum(output.numel() for output in excited_outputs):
+        raw = {path(weight): weight.raw.detach().clone() for weight in excited_weights(model)}
+        calibrate(model, inputs)
+        excited_outputs = run_in_eval(model, inputs)
+    with torch.no_grad():
+        excited = {path(weight): weight.excited().clone() for weight in excited_weights(model)}
+    with row.timed("strip"):
+        stripped, _ = ws.strip_with_report(model, inplace=True)
+
+    if [(name, type(module)) for name, module in stripped.named_modules()] != classes:
+        raise ZooError("the classes after strip are not those before convert")
+    state = stripped.state_dict()
+    if [(key, value.shape, value.dtype) for key, value in state.items()] != shapes:
+        raise ZooError("the keys after strip are not those before convert")
+    unequal = [key for key, value in excited.items() if not torch.equal(state[key], value)]
+    if unequal:
+        raise ZooError(f"{unequal[0]} is not bit-equal to its excited weight")
+    stripped_outputs = run_in_eval(stripped, inputs)
+    if raw:
+        stripped.load_state_dict(raw, strict=False)
+        raw_outputs = run_in_eval(stripped, inputs)
+    _compare(row, raw_outputs, excited_outputs, stripped_outputs)
+
+
+def path(weight: ExcitedWeight) -> str:
+    """The excited weight's key in the vanilla state dict."""
+    return f"{weight.module}.{weight.parameter}".lstrip(".")
+
+
+def calibrate(model: nn.Module, inputs: Any) -> None:
+    """Sets the norms' running statistics to those of these inputs.
+
+    With random weights and the statistics of an untrained norm, deep networks overflow.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        call(model.train(), inputs)
+
+
+def _finite(outputs: Iterable[Tensor]) -> bool:
+    return all(bool(output.isfinite().all()) for output in outputs)
+
+
+def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Any, ws.Plan, list[Tensor]]:
+    """The smallest inputs that the model takes in both modes, its plan, and its outputs."""
+    refusals: list[str] = []
+    for candidate in candidates(row.name, model):
+        try:
+            with row.timed("forward"):
+                outputs = run_in_eval(model, candidate.inputs)
+        except ws.InputError as error:
+            refusals.append(_refusal(candidate, str(error)))
+            continue
+        with row.timed("read"):
+            plan = ws.plan(model, mode, example_inputs=candidate.inputs)
+        row.input_shape = candidate.shape
+        row.note_plan(plan)
+        if plan.rung == "recorded" and not plan.rung_reason:
+            return candidate.inputs, plan, outputs
+        refusals.append(_refusal(candidate, plan.rung_reason))
+    raise ZooError("no input was recorded in eval and train: " + "; ".join(refusals))
+
+
+def _refusal(candidate: Candidate, reason: str) -> str:
+    return f"{'x'.join(map(str, candidate.shape))}: {reason.splitlines()[0]}"
+
+
+def _refuse_missing_rows(model: nn.Module, plan: ws.Plan) -> None:
+    """Each weight of a conv, linear or attention module has a row, or is one with a row."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = {
+        id(parameters.get(f"{decision.module}.{decision.parameter}".lstrip(".")))
+        for decision in plan.decisions
+    }
+    for name, module in model.named_modules():
+        if kind_of(module) is None:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name.endswith("weight") and id(parameter) not in rows:
+                raise ZooError(f"the plan has no row for {name}.{parameter_name}")
+
+
+def _prove(model: nn.Module, inputs: Any) -> None:
+    recordings, notes = record_both_modes(model, inputs)
+    if len(recordings) < MODES_RECORDED:
+        raise ZooError(f"the converted model {'; it '.join(notes)}")
+    weights = list(excited_weights(model))
+    refuse_bypasses(recordings, [_beside(weight, raw_name) for weight in weights])
+    refuse_excited_activations(recordings)
+    called = {name for recording in recordings for name in recording.calls}
+    # One excitation may serve several tied layers, and be called by the name in the first.
+    ran = {w.excitation for w in weights if _beside(w, excitation_name) in called}
+    idle = next((w.name for w in weights if w.excitation not in ran), None)
+    if idle is not None:
+        raise ZooError(f"the excitation of {idle!r} never ran")
+
+
+def _beside(weight: ExcitedWeight, naming: Callable[[str], str]) -> str:
+    """The path of what stands beside an excited weight: its raw weight or its excitation."""
+    return f"{weight.module}.{naming(weight.parameter)}".lstrip(".")
+
+
+def _compare(row: ZooRow, raw: list[Tensor], excited: list[Tensor], stripped: list[Tensor]) -> None:
+    row.difference = largest_differences(excited, stripped)[1]
+    if not row.difference <= RELATIVE_TOLERANCE:
+        raise ZooError(f"the stripped outputs differ by {row.difference:.3g}")
+    if not sum(output.numel() for output in excited):
+        raise ZooError("all outputs are empty, so their comparison proves nothing")
+    if not _finite(excited):
+        raise ZooError("an output is not finite, so the comparison proves nothing")
+    if [output.shape for output in raw] != [output.shape for output in excited]:
+        return  # a detector that finds other boxes
+    row.effect = largest_differences(raw, excited)[1]
+    if row.converted and not row.effect > 0:
+        raise ZooError("the excited outputs are those of the raw weights")
+
+
+def warm_up() -> None:
+    """Reads a small network, so that what torch imports then is not on the first model's time."""
+    ws.plan(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), example_inputs=torch.randn(1, 3, 8, 8))
+
+
+def read_without_memory(name: str, mode: str = "we") -> dict[str, Any]:
+    """Reads a large model on the meta device: the seconds, and what memory grew by."""
+    with torch.device("meta"):
+        model = build_bare(name)
+    *_, candidate = candidates(name, model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    plan = ws.plan(model, mode, example_inputs=candidate.inputs)
+    seconds = time.process_time() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "name": name,
+        "parameters": plan.model_parameters,
+        "rung": plan.rung,
+        "converted": len(plan.excited),
+        "weights": len(plan.decisions),
+        "read_s": round(seconds, 3),
+        "peak_memory_grew_by_mib": round((after - before) / 1024, 1),
+    }

@@ -1,0 +1,189 @@
+"""The zoo's table as JSON, and its summary as Markdown."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+COMMAND = "python benchmarks/zoo.py"
+_SLOW = 0.95
+
+# Reasons that only parameters without a conv, linear or attention layer of their own can have.
+_BARE = (
+    "is multiplied as x @ W",
+    "is one part of a weight",
+    "is a stack of matrices",
+    "is shared with",
+)
+
+Row = Mapping[str, Any]
+
+
+def write_results(
+    rows: Sequence[Row],
+    large: Row,
+    mode: str,
+    asked: int,
+    json_file: Path,
+    markdown_file: Path,
+) -> None:
+    """Writes both files.
+
+    Args:
+        rows: one a finished model.
+        large: what reading a large model on the meta device cost.
+        mode: the mode of the plans.
+        asked: how many models were to be run.
+        json_file: where the table goes, a row a line.
+        markdown_file: where the summary goes.
+    """
+    head = {
+        "command": COMMAND,
+        "mode": mode,
+        "asked": asked,
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.machine()}, one thread",
+        "large": large,
+    }
+    for file in (json_file, markdown_file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    opening = json.dumps(head, indent=1).removesuffix("\n}")
+    json_file.write_text(f'{opening},\n "models": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    markdown_file.write_text(as_markdown(rows, head), encoding="utf-8")
+
+
+def as_markdown(rows: Sequence[Row], head: Row) -> str:
+    """The summary: totals, rungs, reasons, exceptions with their cause, speed."""
+    passed = [row for row in rows if row["passed"]]
+    weights = sum(row["weights"] for row in rows)
+    converted = sum(row["converted"] for row in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    parts = [
+        "# The zoo\n",
+        f"Written by `{head['command']}`; do not edit. Mode `{head['mode']}`, random weights, the "
+        f"smallest inputs each model takes; {versions}; {head['machine']}. Every model's row is "
+        "in [zoo.json](../benchmarks/results/zoo.json); what a model has to do to pass is told "
+        "at the top of [zoo_check.py](../benchmarks/zoo_check.py).\n",
+        _unfinished(len(rows), head["asked"]),
+        _table(
+            ("", "models", "share"),
+            [
+                ("run", len(rows), ""),
+                ("pass", len(passed), _share(len(passed), len(rows))),
+                ("fail", len(rows) - len(passed), _share(len(rows) - len(passed), len(rows))),
+                _whole(rows),
+            ],
+        ),
+        f"{converted:,} of {weights:,} weights were converted. Largest difference of the excited "
+        f"and the stripped outputs, over the larger of 1 and the largest output: "
+        f"{max((row['difference'] or 0.0 for row in rows), default=0.0):.2g}.\n",
+        "## How they were read\n",
+        _table(("rung", "models"), Counter(row["rung"] or "not read" for row in rows).items()),
+        "## Weights left alone\n",
+        _table(("reason", "weights", "models"), _reasons(rows)),
+        "## Exceptions\n",
+        "Weights that neither the mode nor the model asks to leave alone, and models that do not "
+        "pass. Weights multiplied as x @ W, computed from several parts, or stacked belong to "
+        "modules that are no conv, linear or attention layer, such as mixtures of kernels.\n",
+        _table(("model", "weights", "cause"), _exceptions(rows)),
+        "## Speed\n",
+        "CPU seconds of one thread, median and 95th percentile over the models. Reading records "
+        "a forward in eval and one in train mode, without weights; the proof records both again.\n",
+        _table(("step", "median", "95th percentile", "largest"), _speed(rows)),
+        _large(head["large"]),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _unfinished(done: int, asked: int) -> str:
+    if done == asked:
+        return ""
+    return f"This run was stopped after {done} of {asked} models, the smallest first.\n"
+
+
+def _whole(rows: Sequence[Row]) -> tuple[str, int, str]:
+    whole = sum(
+        row["passed"] and all(reason.startswith(_BARE) for reason in row["exceptions"].values())
+        for row in rows
+    )
+    return "every conv, linear and attention layer converted", whole, _share(whole, len(rows))
+
+
+def _reasons(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    weights: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for row in rows:
+        weights.update(row["alone"])
+        models.update(row["alone"].keys())
+    return [(reason, count, models[reason]) for reason, count in weights.most_common()]
+
+
+def _exceptions(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
+    for row in rows:
+        reasons: dict[str, list[str]] = {}
+        for layer, reason in row["exceptions"].items():
+            reasons.setdefault(reason, []).append(layer)
+        for reason, layers in reasons.items():
+            found.append((row["name"], len(layers), f"`{layers[0]}` {_cell(reason)}"))
+        if not row["passed"]:
+            found.append((row["name"], "", f"fails: {_cell(row['cause'])}"))
+    return found or [("none", "", "")]
+
+
+def _speed(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    steps = {
+        "vanilla forward": "forward_s",
+        "read": "read_s",
+        "convert": "convert_s",
+        "proof": "prove_s",
+        "strip": "strip_s",
+    }
+    read = [row for row in rows if row["rung"]]
+    found: list[tuple[object, ...]] = []
+    for step, key in steps.items():
+        times = sorted(row[key] for row in read) or [0.0]
+        found.append((step, *(f"{_at(times, part):.2f}" for part in (0.5, _SLOW, 1.0))))
+    ratios = sorted(row["read_s"] / row["forward_s"] for row in read if row["forward_s"]) or [0.0]
+    found.append(("read / forward", *(f"{_at(ratios, part):.1f}" for part in (0.5, _SLOW, 1.0))))
+    return found
+
+
+def _at(ordered: Sequence[float], part: float) -> float:
+    return ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))]
+
+
+def _large(large: Row) -> str:
+    return (
+        f"On the meta device, {large['name']} with {large['parameters']:,} parameters is read in "
+        f"{large['read_s']:.2f} s ({large['rung']}; {large['converted']} of {large['weights']} "
+        f"weights to convert); the process's peak memory grew by "
+        f"{large['peak_memory_grew_by_mib']:.0f} MiB.\n"
+    )
+
+
+def _share(count: int, whole: int) -> str:
+    return f"{count / max(1, whole):.1%}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _table(header: Sequence[str], rows: object) -> str:
+    lines = [header, ["---"] * len(header), *rows]  # type: ignore[misc]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"

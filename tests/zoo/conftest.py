@@ -1,0 +1,6 @@
+"""The zoo's checks live with its runner in benchmarks/."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

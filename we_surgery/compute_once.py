@@ -1,0 +1,217 @@
+"""An excited weight that is read many times is computed once.
+
+Two reads share one tensor as long as everything it was computed from is as it was:
+
+* In eval mode, with nothing to differentiate, the tensor is kept until something moves. Inference
+  then costs what it costs without excitation.
+* Where a graph is recorded, the tensor is only known by a weak reference: whoever used it (a conv
+  that saved it for its backward pass) keeps it alive, and a second read finds it. Nothing
+  outlives its graph, and two passes may share it because the closed form's node can be walked
+  back through more than once. Where nobody keeps it (autocast saves a half-precision copy), a
+  layer that turns out to be read again holds it until its gradient has arrived.
+
+Everything is: the raw weight, the excitation's parameters, buffers and submodules (the same
+objects, at the same version, at the same address), whether they require gradients, the CUDA
+stream. Under ``torch.compile``, ``torch.func``, tracing, capture and any dispatch or function
+mode each read computes, and so it does where an excitation carries hooks.
+
+Torch keeps no version for writes through ``tensor.data`` or a NumPy alias: in eval mode, call
+``model.eval()`` after them, which forgets what was kept. So does ``model.train()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from we_surgery.excitations import Excitation
+
+
+@dataclass(eq=False, slots=True)
+class _Source:
+    """A tensor or module an excited weight was computed from, and where it was found."""
+
+    owner: dict[str, Any]
+    name: str
+    value: Any
+    version: int
+    address: int
+
+    size: int
+    """Of ``owner``: something may have been added."""
+
+    def has_moved(self) -> bool:
+        tensor = self.value
+        if len(self.owner) != self.size or tensor is not self.owner.get(self.name):
+            return True
+        if not isinstance(tensor, Tensor):
+            return False
+        return tensor._version != self.version or tensor.data_ptr() != self.address
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Kept:
+    """One excited weight and all that it was computed from."""
+
+    raw: Tensor
+    raw_version: int
+    raw_alias: Tensor
+    """The raw weight's memory, which cannot be given to another tensor while this is here."""
+    sources: list[_Source]
+    stream: int | None
+    is_differentiable: bool
+    excited: TensorWeakRef
+    excited_version: int
+    held: Tensor | None
+    is_waiting: bool
+    """Whether a gradient may still arrive."""
+    is_read_often: bool
+
+    def is_current(self, raw: Tensor) -> bool:
+        if raw is not self.raw or raw._version != self.raw_version:
+            return False
+        if raw.data_ptr() != self.raw_alias.data_ptr():
+            return False
+        for source in self.sources:
+            if source.has_moved():
+                return False
+        is_differentiable = _is_differentiable(raw, self.sources)
+        return is_differentiable == self.is_differentiable and _stream(raw) == self.stream
+
+    def value(self) -> Tensor | None:
+        """The excited weight, unless nobody kept it or somebody wrote into it."""
+        excited: Tensor | None = self.excited()
+        if excited is None or excited._version != self.excited_version:
+            return None
+        return excited
+
+
+def excited_weight(excitation: Excitation, raw: Tensor, *, may_hold: bool = True) -> Tensor:
+    """``excitation(raw)``, computed anew only where something has changed since the last time.
+
+    Args:
+        excitation: of an excited layer.
+        raw: the layer's raw weight, ``[O, I, *K]``.
+        may_hold: whether a weight that needs a gradient may be held although nobody else does.
+    """
+    if not _may_share(excitation, raw):
+        return excitation(raw)  # type: ignore[no-any-return]
+    kept: _Kept | None = excitation.kept
+    is_read_often = False
+    if kept is not None:
+        is_read_often = kept.is_read_often
+        if kept.is_current(raw):
+            known = kept.value()
+            if known is not None:
+                return known
+            is_read_often = may_hold and (is_read_often or kept.is_waiting)
+    excitation.forget()
+    return _compute(excitation, raw, is_read_often)
+
+
+def _may_share(excitation: Excitation, raw: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(raw) is not nn.Parameter or raw.numel() == 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    if excitation._forward_hooks or excitation._forward_pre_hooks or excitation._backward_hooks:
+        return False
+    # What a capture replays must be computed within it.
+    return not (raw.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor:
+    try:
+        sources = list(_sources(excitation))
+        raw_version = raw._version
+    except (_UnwatchableError, RuntimeError):  # a tensor made in inference mode has no version
+        return excitation(raw)  # type: ignore[no-any-return]
+    is_differentiable = _is_differentiable(raw, sources)
+    if _is_shared(raw) or (excitation.training and not is_differentiable):
+        return excitation(raw)  # type: ignore[no-any-return]
+    if is_differentiable:
+        excited: Tensor = excitation(raw)
+        # A graph of the stages' own operations can be walked back through only once.
+        if not getattr(excited.grad_fn, "is_repeatable", False):
+            return excited
+    else:
+        # Made in inference mode, it could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            excited = excitation(raw)
+    kept = _Kept(
+        raw=raw,
+        raw_version=raw_version,
+        raw_alias=raw.detach(),
+        sources=sources,
+        stream=_stream(raw),
+        is_differentiable=is_differentiable,
+        excited=TensorWeakRef(excited),
+        excited_version=excited._version,
+        held=excited if is_read_often or not is_differentiable else None,
+        is_waiting=is_differentiable,
+        is_read_often=is_read_often,
+    )
+    if is_differentiable:
+        excited.register_hook(  # type: ignore[no-untyped-call]
+            functools.partial(_let_go, weakref.ref(kept))
+        )
+    excitation.__dict__["kept"] = kept
+    return excited
+
+
+def _let_go(reference: weakref.ref[_Kept], gradient: Tensor) -> None:
+    kept = reference()
+    if kept is not None:
+        kept.held = None
+        kept.is_waiting = False
+
+
+class _UnwatchableError(Exception):
+    """The excited weight depends on something that cannot be watched."""
+
+
+def _sources(excitation: Excitation) -> Iterator[_Source]:
+    """All that an excitation computes from, read each time: anything may have been replaced."""
+    for module in excitation.modules():
+        if "parametrizations" in module._modules:
+            raise _UnwatchableError
+        owners: tuple[dict[str, Any], ...] = (
+            module._modules,
+            module._parameters,
+            module._buffers,
+        )
+        for owner in owners:
+            for name, value in owner.items():
+                version, address = -1, 0
+                if isinstance(value, Tensor):
+                    if type(value) not in (nn.Parameter, Tensor):
+                        raise _UnwatchableError
+                    version, address = value._version, value.data_ptr()
+                yield _Source(owner, name, value, version, address, len(owner))
+
+
+def _is_differentiable(raw: Tensor, sources: list[_Source]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return raw.requires_grad or any(
+        source.version >= 0 and source.value.requires_grad for source in sources
+    )
+
+
+def _is_shared(raw: Tensor) -> bool:
+    """Whether another process may write to the weight."""
+    is_shared: bool = raw.is_shared()  # type: ignore[no-untyped-call]
+    return is_shared and raw.device.type == "cpu"  # on CUDA it is always said to be
+
+
+def _stream(raw: Tensor) -> int | None:
+    return torch.cuda.current_stream(raw.device).cuda_stream if raw.is_cuda else None

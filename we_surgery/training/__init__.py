@@ -1,0 +1,9 @@
+"""Converted models in real training: parameter groups, optimizers, frameworks.
+
+The integrations with frameworks are modules of their own (``we_surgery.training.lightning``,
+``we_surgery.training.transformers``), which import their framework; nothing here does.
+"""
+
+from we_surgery.training.optimizers import StaleOptimizerWarning as StaleOptimizerWarning
+from we_surgery.training.optimizers import add_to_optimizer as add_to_optimizer
+from we_surgery.training.param_groups import param_groups as param_groups

@@ -1,0 +1,168 @@
+"""Optimizers that exist already when a model is converted."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from we_surgery.errors import InputError
+from we_surgery.training.param_groups import Group, refuse_groups_of_another_model, same_options
+from we_surgery.training.vanilla_view import (
+    ExcitationParameters,
+    excitation_parameters,
+    inside_wrappers,
+)
+
+logger = logging.getLogger(__name__)
+
+_FIXED = {
+    "LBFGS": "keeps one flat history over all of its parameters, whose size is fixed",
+    "ZeroRedundancyOptimizer": "has divided its parameters among the processes",
+    "DeepSpeedZeroOptimizer": "has divided its parameters among the processes",
+    "DeepSpeedZeroOptimizer_Stage3": "has divided its parameters among the processes",
+}
+
+
+class StaleOptimizerWarning(UserWarning):
+    """An optimizer holds tensors in the place of parameters that its model has no more."""
+
+
+def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Adds the excitations of a model converted in place to the optimizer that trains it.
+
+    For a model that is converted in the middle of training. Each excitation joins the group of
+    its layer's weight, and its biases the group with the same options and no weight decay where
+    there is one. No group is added, since a learning-rate schedule knows how many there are;
+    what is there keeps its order, its hyper-parameters and its state, and a second call changes
+    nothing. A layer that the optimizer does not train is left out with its excitation.
+
+    Convert with ``inplace=True``: the raw weights are then the Parameters that the optimizer
+    holds. The optimizer's state dicts from before the conversion fit it no more. To resume,
+    build it as the first time: from the vanilla model, then convert in place and call this, and
+    only then load its state.
+
+    Args:
+        optimizer: any torch optimizer, or one wrapped as accelerate does.
+        model: the converted model; also inside DDP or ``torch.compile``.
+
+    Returns:
+        The names of the parameters that were added.
+
+    Raises:
+        InputError: the optimizer holds none of the model's parameters, as after a conversion
+            without ``inplace=True``, or can take no more, as LBFGS. It is as it was.
+
+    Warns:
+        StaleOptimizerWarning: the optimizer holds tensors that are not the model's, of the
+            shapes of parameters it lacks: the model's have been replaced, and are not trained.
+
+    Example:
+        >>> ws.convert(model, inplace=True)
+        >>> added = ws.add_to_optimizer(optimizer, model)
+    """
+    model = inside_wrappers(model)
+    groups = optimizer.param_groups
+    refuse_groups_of_another_model([Group(_options(g), g["params"]) for g in groups], model)
+    excitations = list(excitation_parameters(model))
+    held = {id(tensor): group for group in groups for tensor in group["params"]}
+    _warn_of_replaced_parameters(held.keys(), groups, model, excitations)
+    joining = [
+        (name, parameter, _place(groups, held[id(excitation.raw)], parameter))
+        for excitation in excitations
+        if id(excitation.raw) in held
+        for name, parameter in excitation.named
+        if id(parameter) not in held
+    ]
+    if joining:
+        _refuse_fixed(optimizer, [name for name, parameter, _ in joining if parameter.ndim != 2])
+    for name, parameter, group in joining:
+        _start_early_state(optimizer, parameter, group)
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)
+    logger.info("added %d parameters to %s", len(joining), type(optimizer).__name__)
+    return [name for name, _, _ in joining]
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _place(
+    groups: Iterable[dict[str, Any]], home: dict[str, Any], parameter: nn.Parameter
+) -> dict[str, Any]:
+    if parameter.ndim > 1 or not home.get("weight_decay"):
+        return home
+    undecayed = {**_options(home), "weight_decay": 0}
+    return next((group for group in groups if same_options(_options(group), undecayed)), home)
+
+
+def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
+    for layer in _with_wrapped(optimizer):
+        name = type(layer).__name__
+        if name in _FIXED:
+            raise InputError(
+                f"{name} {_FIXED[name]}, so the excitations cannot be added",
+                "Build the optimizer anew from the converted model's parameters.",
+            )
+        if isinstance(layer, torch.optim.Muon) and not_matrices:
+            raise InputError(
+                f"Muon trains matrices alone, and {not_matrices[0]!r} is none",
+                "Give the excitations' biases an optimizer of their own, such as AdamW.",
+            )
+
+
+def _with_wrapped(optimizer: Any) -> Iterator[Any]:
+    """The optimizer and those it wraps, as accelerate's and timm's Lookahead do."""
+    while optimizer is not None:
+        yield optimizer
+        inner = vars(optimizer).get("optimizer", vars(optimizer).get("_base_optimizer"))
+        optimizer = None if inner is optimizer else inner
+
+
+def _start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any) -> None:
+    """Gives the parameter the state that its optimizer would not make for it when stepping."""
+    for layer in _with_wrapped(optimizer):
+        if isinstance(layer, torch.optim.Adagrad):
+            # Older versions of torch make it when the optimizer is built, and only then.
+            start = group["initial_accumulator_value"]
+            options = [{**_options(group), "params": [parameter]}]
+            twin = torch.optim.Adagrad(options, initial_accumulator_value=start)
+            layer.state[parameter] = twin.state[parameter]
+        elif isinstance(layer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            # Its kernel takes a momentum for all of a group or for none of it.
+            others = (layer.state.get(other, {}) for other in group["params"])
+            if any("momentum_buffer" in state for state in others):
+                layer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.detach())
+
+
+def _warn_of_replaced_parameters(
+    held: Container[int],
+    groups: Iterable[Mapping[str, Any]],
+    model: nn.Module,
+    excitations: Iterable[ExcitationParameters],
+) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    new = {id(parameter) for e in excitations for _, parameter in e.named}
+    strange = {t.shape for group in groups for t in group["params"] if id(t) not in own}
+    replaced = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in held and id(parameter) not in new
+        # Tensors of another model may rightly share the optimizer.
+        if parameter.shape in strange
+    ]
+    if replaced:
+        warnings.warn(
+            f"the optimizer holds tensors that are not the model's, and lacks {len(replaced)} "
+            f"parameters of their shapes, such as {replaced[0]!r}: these are not trained. Build "
+            "the optimizer after whatever replaced them.",
+            StaleOptimizerWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,113 @@
+"""Weight excitation in the Trainer of transformers: a callback that converts and strips."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from we_surgery.errors import WESurgeryError
+from we_surgery.planning import Plan
+from we_surgery.policy import Policy
+from we_surgery.rules import Rule
+from we_surgery.surgery import convert, is_converted, strip
+from we_surgery.training.optimizers import add_to_optimizer
+from we_surgery.training.vanilla_view import inside_wrappers
+
+STRIPPED_FOLDER = "stripped"
+
+
+class WeightExcitation(TrainerCallback):
+    """Converts the Trainer's model before its optimizer is made, and strips each checkpoint.
+
+    The conversion happens in place when the Trainer has been built, so checkpoints resume as
+    ever. In each folder ``checkpoint-N`` lies a folder ``stripped`` with the vanilla model and
+    its configuration, which ``from_pretrained`` opens; a checkpoint of the converted model it
+    would open as well, but with its excited weights drawn anew. Where weights cannot be stripped
+    (they are not finite or sharded) a warning says so and training goes on.
+
+    Args:
+        mode: as in :func:`~we_surgery.convert`.
+        config: as there.
+        rules: as there.
+        plan: as there.
+        example_inputs: as there.
+        strip_checkpoints: whether to write the stripped models.
+
+    Raises:
+        InputError: while the Trainer is built: the request does not fit the model; when training
+            begins: an optimizer that was given to the Trainer cannot take the excitations.
+
+    Example:
+        >>> trainer = Trainer(model, arguments, callbacks=[WeightExcitation("lwe")], ...)
+        >>> trainer.train()
+        >>> strip(trainer.model, inplace=True)
+    """
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        *,
+        config: str | Path | Mapping[str, Any] | Policy | None = None,
+        rules: Sequence[Rule] = (),
+        plan: Plan | None = None,
+        example_inputs: Any = None,
+        strip_checkpoints: bool = True,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "mode": mode,
+            "config": config,
+            "rules": rules,
+            "plan": plan,
+            "example_inputs": example_inputs,
+        }
+        self.strip_checkpoints = strip_checkpoints
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        model = inside_wrappers(kwargs["model"])
+        if not is_converted(model):
+            convert(model, inplace=True, **self.options)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        optimizer = kwargs.get("optimizer")
+        # One that was given to the Trainer was made before the conversion. DeepSpeed's holds
+        # pieces of tensors, and was made by the Trainer.
+        if optimizer is not None and not args.deepspeed:
+            add_to_optimizer(optimizer, kwargs["model"])
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if not (self.strip_checkpoints and state.is_world_process_zero):
+            return
+        checkpoint = Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        try:
+            stripped: Any = strip(inside_wrappers(kwargs["model"]))
+        except WESurgeryError as error:
+            warnings.warn(
+                f"no stripped model was written to {checkpoint}: {error.cause}. The checkpoint "
+                "itself was saved.",
+                stacklevel=2,
+            )
+        else:
+            stripped.save_pretrained(checkpoint / STRIPPED_FOLDER)

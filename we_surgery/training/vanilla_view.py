@@ -1,0 +1,93 @@
+"""A converted model as its vanilla self, for code that goes by parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from we_surgery.graphs import excited_weights
+from we_surgery.layers import ExcitedLayer, excitation_name, raw_name, rename_parameter
+
+_WRAPPED_IN = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+@dataclass(frozen=True)
+class ExcitationParameters:
+    """The trainable parameters that one raw weight's excitation brings.
+
+    Attributes:
+        layer: the layer's name in messages.
+        raw: the raw weight.
+        named: the excitation's parameters by their names in the converted model; none for one
+            without parameters, such as MWE.
+    """
+
+    layer: str
+    raw: nn.Parameter
+    named: tuple[tuple[str, nn.Parameter], ...]
+
+
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside DDP, ``DataParallel`` and ``torch.compile``; the Parameters are the same."""
+    while (attribute := _WRAPPED_IN.get(type(model).__name__)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+def excitation_parameters(model: nn.Module) -> Iterator[ExcitationParameters]:
+    """For each excited weight, in the model's order, what its excitation trains.
+
+    Parameters of an excitation that tied layers share are yielded with the first of them.
+    """
+    seen: set[int] = set()
+    for weight in excited_weights(model):
+        prefix = f"{weight.module}." if weight.module else ""
+        prefix += excitation_name(weight.parameter)
+        named = tuple(
+            (f"{prefix}.{name}", parameter)
+            for name, parameter in weight.excitation.named_parameters()
+            if parameter.requires_grad and id(parameter) not in seen
+        )
+        seen.update(id(parameter) for _, parameter in named)
+        yield ExcitationParameters(weight.name, weight.raw, named)
+
+
+def vanilla_view(model: nn.Module) -> nn.Module:
+    """The vanilla model around the very Parameters of ``model``: for reading names, not to run.
+
+    Classes, names and order are those of the model before its conversion, each raw weight
+    stands under its vanilla name, and no excitation is there. Nothing is copied but the
+    modules' own dictionaries, so that a sharded model, which cannot be deep-copied, has one too.
+    """
+    excited: dict[int, list[str]] = {}
+    for weight in excited_weights(model):
+        excited.setdefault(id(weight.owner), []).append(weight.parameter)
+    return _view(model, excited, {})
+
+
+def _view(
+    module: nn.Module, excited: dict[int, list[str]], views: dict[int, nn.Module]
+) -> nn.Module:
+    if id(module) in views:
+        return views[id(module)]
+    kind = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
+    # Not the class's own __new__: that of a sharded module builds a whole new module.
+    view = views[id(module)] = object.__new__(kind)
+    view.__dict__.update(module.__dict__)
+    view.__dict__["_parameters"] = dict(module._parameters)
+    names = excited.get(id(module), [])
+    for name in names:
+        rename_parameter(view, raw_name(name), name)
+    gone = {excitation_name(name) for name in names}
+    view.__dict__["_modules"] = {
+        name: None if child is None else _view(child, excited, views)
+        for name, child in module._modules.items()
+        if name not in gone
+    }
+    return view
