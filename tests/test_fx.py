@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery import surgery
+from we_surgery import grafting, surgery
 from we_surgery.excitations import Composition
 from we_surgery.fx import ExcitePass, StripPass
 from we_surgery.graphs import excited_weights
@@ -490,7 +490,7 @@ def test_a_graph_that_cannot_be_excited_is_left_as_it_was(
 def test_a_failure_halfway_leaves_the_graph_as_it_was(
     at: str, fails_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(surgery, at), []
+    real, calls = getattr(grafting, at), []
 
     def failing(*arguments: Any) -> None:
         calls.append(arguments)
@@ -500,7 +500,7 @@ def test_a_failure_halfway_leaves_the_graph_as_it_was(
 
     graph_module = traced()
     before = everything_of(graph_module)
-    monkeypatch.setattr(surgery, at, failing)
+    monkeypatch.setattr(grafting, at, failing)
     with pytest.raises(OSError, match="no more"):
         ExcitePass(config=EVERYTHING)(graph_module)
     assert len(calls) >= fails_at

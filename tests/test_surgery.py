@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from toys import EVERYTHING, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
-from we_surgery import surgery
+from we_surgery import grafting
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 from we_surgery.layers import excited_layers
 from we_surgery.planning import Decision, Plan
@@ -360,15 +360,16 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_changes(value: flo
 # Failures on the way
 
 
+@pytest.mark.parametrize("init", ["paper", "preserve"])
 @pytest.mark.parametrize("fails_at", range(6))
 def test_a_failure_at_any_graft_leaves_the_model_as_it_was(
-    fails_at: int, monkeypatch: pytest.MonkeyPatch
+    fails_at: int, init: Literal["paper", "preserve"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Zoo()
     model.attention.eval()
     plan = ws.plan(model, "lwe")
     assert len(plan.excited) == 5
-    before, calls, real = snapshot(model), [], surgery.excite
+    before, calls, real = snapshot(model), [], grafting.excite
 
     def excite(*arguments: Any) -> None:
         if len(calls) == fails_at:
@@ -376,13 +377,13 @@ def test_a_failure_at_any_graft_leaves_the_model_as_it_was(
         calls.append(arguments)
         real(*arguments)
 
-    monkeypatch.setattr(surgery, "excite", excite)
+    monkeypatch.setattr(grafting, "excite", excite)
     if fails_at == 5:
-        ws.convert(model, plan=plan, inplace=True)
+        ws.convert(model, plan=plan, init=init, inplace=True)
         assert snapshot(model) != before
         return
     with pytest.raises(KeyboardInterrupt):
-        ws.convert(model, plan=plan, inplace=True)
+        ws.convert(model, plan=plan, init=init, inplace=True)
     assert snapshot(model) == before
     assert not hasattr(model, "we_surgery_plan")
 
@@ -403,7 +404,7 @@ def test_a_failure_at_any_restored_layer_leaves_the_model_as_it_was(
     fails_at: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained()
-    before, calls, real = snapshot(model), [], surgery.restore
+    before, calls, real = snapshot(model), [], grafting.restore
 
     def restore(layer: nn.Module) -> None:
         if len(calls) == fails_at:
@@ -411,7 +412,7 @@ def test_a_failure_at_any_restored_layer_leaves_the_model_as_it_was(
         calls.append(layer)
         real(layer)
 
-    monkeypatch.setattr(surgery, "restore", restore)
+    monkeypatch.setattr(grafting, "restore", restore)
     with pytest.raises(KeyboardInterrupt):
         ws.strip(model, inplace=inplace)
     assert snapshot(model) == before

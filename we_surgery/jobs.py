@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata
 from we_surgery.errors import InputError, SurgeryError
+from we_surgery.grafting import Init, build_grafts
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.proof import StripReport
@@ -20,7 +21,6 @@ from we_surgery.rules import Rule
 from we_surgery.surgery import (
     PLAN_ATTRIBUTE,
     Progress,
-    build_grafts,
     convert,
     is_converted,
     strip_with_report,
@@ -124,6 +124,7 @@ def convert_file(
     force: bool = False,
     seed: int = 0,
     input_shape: Sequence[int] | None = None,
+    init: Init = "paper",
 ) -> Converted:
     """Reads a model, converts it, and writes it in the kind it came in.
 
@@ -139,6 +140,7 @@ def convert_file(
         seed: seeds the new parameters; torch's own generator is left as it was.
         input_shape: reads the model by recording a forward on random inputs of this shape,
             and proves on them that no converted weight is bypassed.
+        init: as in :func:`we_surgery.convert`.
 
     Raises:
         InputError: bad usage, an unreadable input, or a model that is converted already.
@@ -158,10 +160,20 @@ def convert_file(
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        converted = convert(model, plan=decided, example_inputs=inputs, inplace=True)
-    metadata = Metadata(plan=decided.to_dict(), architecture=source.architecture_of(contents))
+        converted = convert(model, plan=decided, init=init, example_inputs=inputs, inplace=True)
+    architecture = source.architecture_of(contents)
+    metadata = Metadata(plan=decided.to_dict(), architecture=architecture)
     _write(converted, converted.state_dict(), target, kind, metadata, force)
-    return Converted(decided, target, kind, contents.notes)
+    notes = list(contents.notes)
+    has_weights = contents.kind != "architecture" or (
+        architecture is not None and architecture.fetches_weights
+    )
+    if init == "paper" and has_weights:
+        notes.append(
+            "the model no longer computes what the weights that were read made it compute, until "
+            "it is trained further; to start from what it computed, add `--init preserve`"
+        )
+    return Converted(decided, target, kind, notes)
 
 
 def strip_file(

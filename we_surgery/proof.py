@@ -60,6 +60,30 @@ def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
         )
 
 
+def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
+    """Raises unless an excitation starts as what the weight was.
+
+    Args:
+        name: the layer's name, for the message.
+        weight: the weight before the conversion.
+        excited: the excited weight after it; of a half-precision weight within its rounding.
+
+    Raises:
+        SurgeryError: they differ by more than 1e-5 of the largest weight (half precision: by
+            more than 8 times the spacing of numbers there).
+    """
+    if weight.is_meta or weight.numel() == 0:
+        return
+    tolerance = max(1e-5, 8 * torch.finfo(weight.dtype).eps)
+    largest = weight.abs().max().double()
+    difference = (excited.double() - weight.double()).abs().max()
+    if not difference <= tolerance * largest:
+        raise SurgeryError(
+            f"layer {name!r} would start {difference / largest:.1g} away from its weight",
+            "Convert with `init='paper'`, or leave the layer alone by a rule.",
+        )
+
+
 def refuse_non_finite(name: str, weight: Tensor, what: str) -> None:
     """Raises a :class:`SurgeryError` that names the layer if ``weight`` holds Inf or NaN."""
     if weight.is_meta or _is_finite(weight):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,56 +19,20 @@ from we_surgery.errors import (
     SurgeryError,
     near_matches,
 )
-from we_surgery.excitations import Composition, build_excitation
-from we_surgery.graphs import (
-    complete_copies,
-    excited_weights,
-    held_by_graphs,
-    hold,
-    refuse_changed_graphs,
-    refuse_ill_formed_graphs,
-    release,
-    update_graphs,
-)
-from we_surgery.layers import (
-    change_since_conversion,
-    excite,
-    excited_layers,
-    raw_name,
-    restore,
-)
-from we_surgery.planning import Decision, Plan
+from we_surgery.grafting import Graft, Init, build_grafts, graft, ungraft
+from we_surgery.graphs import complete_copies, excited_weights, refuse_changed_graphs
+from we_surgery.layers import change_since_conversion, excited_layers, raw_name
+from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.policy import Policy
-from we_surgery.proof import (
-    StripReport,
-    check_fold,
-    check_outputs,
-    refuse_non_finite,
-    run_in_eval,
-)
-from we_surgery.reading import LayerFacts, obstacle_of, prove_excited, read_tree
+from we_surgery.proof import StripReport, check_fold, check_outputs, run_in_eval
+from we_surgery.reading import prove_excited
 from we_surgery.rules import Rule
 
 logger = logging.getLogger(__name__)
 
 PLAN_ATTRIBUTE = "we_surgery_plan"
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Graft:
-    """One excitation and the parameter it goes to.
-
-    Attributes:
-        module: name of the owning module in the model.
-        parameter: the parameter's name in it.
-        excitation: shared by all grafts of one tied Parameter.
-    """
-
-    module: str
-    parameter: str
-    excitation: Composition
 
 
 def convert(
@@ -79,6 +42,7 @@ def convert(
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
     plan: Plan | None = None,
+    init: Init = "paper",
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -95,6 +59,9 @@ def convert(
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, edited or not; instead of mode, config and rules.
+        init: ``paper`` draws the excitations as any new layer, and the model computes something
+            else than before until it is trained; ``preserve`` starts them so that it computes
+            what it did, within rounding: for pretrained models.
         example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
             model is read by recording a forward, and recorded again once converted, which
             proves that no operation reads a converted weight raw.
@@ -124,13 +91,18 @@ def convert(
             "both a plan and a mode, config or rules were given",
             "Give the plan alone; edit its rows to change it.",
         )
+    if init not in get_args(Init):
+        raise InputError(
+            f"there is no init {init!r}{near_matches(str(init), get_args(Init))}",
+            f"Use one of: {', '.join(get_args(Init))}.",
+        )
     target = model if inplace else copy_model(model)
-    graft(target, build_grafts(target, plan))
+    undo = graft(target, build_grafts(target, plan, init))
     if example_inputs is not None:
         try:
             prove_excited(target, example_inputs)
         except BaseException:
-            _ungraft(target, target.modules())
+            undo()
             raise
     target.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
@@ -206,72 +178,6 @@ def strip_with_report(
     return target, StripReport(folds, total - left, left, *differences)
 
 
-def build_grafts(model: nn.Module, plan: Plan) -> list[Graft]:
-    """The excitations a plan asks for, checked against the model, which is not changed.
-
-    Raises:
-        InputError: a row names no such layer, another shape or kind, an excitation that does
-            not exist, a weight that cannot be excited, or another recipe than its tied layers;
-            or the model's torch.fx graph is not well-formed.
-        SurgeryError: a weight holds Inf or NaN.
-    """
-    refuse_ill_formed_graphs(model)
-    facts = {(f.module, f.parameter): f for f in read_tree(model)}
-    modules = dict(model.named_modules())
-    by_parameter: dict[int, tuple[Decision, Composition]] = {}
-    grafts: list[Graft] = []
-    for decision in plan.excited:
-        key = (decision.module, decision.parameter)
-        fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
-        _check_row(decision, fact, [f.name for f in facts.values()])
-        if any((g.module, g.parameter) == (decision.module, decision.parameter) for g in grafts):
-            raise InputError(
-                f"the plan names layer {decision.layer!r} twice", "Keep one of its rows."
-            )
-        parameter = modules[decision.module]._parameters[decision.parameter]
-        assert parameter is not None
-        refuse_non_finite(decision.layer, parameter, "the weight")
-        if id(parameter) in by_parameter:
-            first, excitation = by_parameter[id(parameter)]
-            if str(first.excitation) != str(decision.excitation):
-                raise InputError(
-                    f"the plan excites the tied layers {first.layer!r} and {decision.layer!r} "
-                    "in different ways",
-                    "Give tied layers the same `excitation`, or leave them all alone.",
-                )
-        else:
-            with torch.inference_mode(False):
-                excitation = build_excitation(
-                    decision.excitation,
-                    decision.layout,
-                    device=parameter.device,
-                    dtype=parameter.dtype,
-                )
-            by_parameter[id(parameter)] = (decision, excitation)
-        grafts.append(Graft(decision.module, decision.parameter, excitation))
-    _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
-    return grafts
-
-
-def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
-    """Attaches excitations in place; on any failure those attached so far come off again."""
-    done: list[nn.Module] = []
-    is_held = held_by_graphs(model)
-    try:
-        for item in grafts:
-            module = model.get_submodule(item.module)
-            item.excitation.train(module.training)
-            if is_held(module, item.parameter):
-                hold(module, item.parameter, item.excitation)
-            else:
-                excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
-            done.append(module)
-        update_graphs(model)
-    except BaseException:
-        _ungraft(model, done)
-        raise
-
-
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy.
 
@@ -324,63 +230,6 @@ def refuse_wrappers(model: nn.Module) -> None:
             "the model is sharded (its parameters are DTensors)",
             "Convert before fully_shard; strip a full state dict with `strip_state_dict`.",
         )
-
-
-def _ungraft(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Takes the excitations of these modules of ``model`` off; raw weights become the weights."""
-    for module in list(modules):
-        restore(module)
-        release(module)
-    update_graphs(model)
-
-
-def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts | None:
-    """Facts of a weight that no conv, linear or attention module owns, as the plan has it."""
-    parameter = owner._parameters.get(decision.parameter) if owner is not None else None
-    if owner is None or parameter is None:
-        return None
-    return LayerFacts(
-        module=decision.module,
-        parameter=decision.parameter,
-        kind=decision.kind,
-        type_name=decision.type_name,
-        layout=replace(decision.layout, shape=tuple(parameter.shape)),
-        obstacle=obstacle_of(owner, decision.parameter),
-    )
-
-
-def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]) -> None:
-    if fact is None:
-        raise InputError(
-            f"the plan names a layer {decision.layer!r} that the model has not"
-            f"{near_matches(decision.layer, names)}",
-            "Use a plan that was made for this model.",
-        )
-    if (fact.kind, fact.layout) != (decision.kind, decision.layout):
-        raise InputError(
-            f"the plan has layer {decision.layer!r} as {decision.kind} of shape {decision.shape} "
-            f"and {decision.groups} groups, the model as {fact.kind} of shape "
-            f"{fact.layout.shape} and {fact.layout.groups} groups",
-            "Use a plan that was made for this model.",
-        )
-    if fact.obstacle is not None:
-        raise InputError(
-            f"the plan excites layer {decision.layer!r}, which {fact.obstacle}",
-            'Give its row `"excitation": []`.',
-        )
-
-
-def _refuse_half_tied(facts: Iterable[LayerFacts], excited: set[tuple[str, str]]) -> None:
-    for fact in facts:
-        owners = [tuple(path.rpartition(".")[::2]) for path in fact.tied_modules]
-        chosen = [owner for owner in owners if owner in excited]
-        if chosen and len(chosen) < len(owners):
-            left = next(owner for owner in owners if owner not in excited)
-            raise InputError(
-                f"the plan excites {'.'.join(chosen[0])!r} but not {'.'.join(left)!r}, "
-                "which is the same Parameter",
-                "Give tied layers the same `excitation`, or leave them all alone.",
-            )
 
 
 def _refuse_changed_layers(model: nn.Module) -> None:
@@ -436,7 +285,7 @@ def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> C
     try:
         for raw, value in folded.values():
             raw.data, raw.grad = value, None
-        _ungraft(target, [weight.owner for weight in weights])
+        ungraft(target, [weight.owner for weight in weights])
     except BaseException:
         undo()
         raise

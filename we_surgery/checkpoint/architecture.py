@@ -51,6 +51,11 @@ class Architecture:
             )
         return Architecture(name, dict(arguments or {}))
 
+    @property
+    def fetches_weights(self) -> bool:
+        """Whether the arguments ask for trained weights."""
+        return any(key.startswith(_FETCHING) and value for key, value in self.arguments.items())
+
     def build(self, allow: Sequence[str] = ()) -> nn.Module:
         """The model, with new weights unless the arguments ask for others.
 

@@ -17,7 +17,8 @@ from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition
-from we_surgery.surgery import PLAN_ATTRIBUTE, Graft, graft, refuse_wrappers
+from we_surgery.grafting import Graft, graft
+from we_surgery.surgery import PLAN_ATTRIBUTE, refuse_wrappers
 
 
 def save(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -19,6 +19,7 @@ from we_surgery.cli.common import (
     source_options,
 )
 from we_surgery.errors import InputError
+from we_surgery.grafting import Init
 from we_surgery.jobs import Converted, convert_file, plan_file
 from we_surgery.plan_table import plan_summary, plan_table
 from we_surgery.planning import Plan
@@ -59,6 +60,14 @@ from we_surgery.rules import SKIP, Rule
     metavar="PATTERN=STAGES",
     help="Give matching layers lwe, mwe, lwe+mwe or skip; the last match wins. Repeatable.",
 )
+@click.option(
+    "--init",
+    type=click.Choice(get_args(Init)),
+    default="paper",
+    show_default=True,
+    help="paper: excitations start as new layers do, for models that were never trained. "
+    "preserve: the converted model starts by computing what the model computes.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seeds the new parameters.")
 @click.option(
     "--input-shape",
@@ -74,6 +83,7 @@ def convert_command(
     plan_path: Path | None,
     skip: Sequence[str],
     rule_texts: Sequence[str],
+    init: Init,
     seed: int,
     input_shape: str | None,
     dry_run: bool,
@@ -94,6 +104,7 @@ def convert_command(
     Examples:
       we-convert model.pt
       we-convert model.pt --dry-run
+      we-convert pretrained.pt --init preserve
       we-convert torchvision:resnet50 --mode we -o resnet50.we.pt
       we-convert weights.safetensors --arch timm:mixer_s16_224 --skip head
       we-convert model.pt --dry-run --json > plan.json; we-convert model.pt --plan plan.json
@@ -127,6 +138,7 @@ def convert_command(
         force=force,
         seed=seed,
         input_shape=shape,
+        init=init,
     )
     _show_result(result, as_json)
 

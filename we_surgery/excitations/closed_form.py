@@ -1,4 +1,4 @@
-"""Standardize, LWE and MWE as one autograd function, with their gradient in closed form.
+"""Standardize, LWE, Rescale and MWE as one autograd function, with their gradient in closed form.
 
 Run stage by stage, autograd keeps every intermediate of a layer until its backward pass: three
 times the weight for standardized LWE, more with MWE. Here the backward pass starts from the
@@ -10,10 +10,10 @@ For one layer, W of shape [O, I, *K] with K kernel positions and a fan-in of N =
     r = 1 / (s + epsilon)      s = |c| / sqrt(N - 1), its standard deviation      [O, 1]
     h = relu(u)                u = r / K * sum_K(c) A^T + a, A and a being fc1's  [O, hidden]
     m = sigmoid(h B^T + b)     B and b being fc2's                                [O, I]
-    w = r m c
+    w = p r m c + q            p and q being Rescale's gain and shift             [O, 1]
     W' = M atanh(w / M)        M = (1 + epsilon) max|w|                           []
 
-A stage that is absent drops its line: c = W and r = 1, m = 1, W' = w.
+A stage that is absent drops its line: c = W and r = 1, m = 1, p = 1 and q = 0, W' = w.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from we_surgery.excitations.base import _HALF, _autocast_off
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
 from we_surgery.excitations.mwe import amplified, curve_limit
+from we_surgery.excitations.rescale import rescaled
 from we_surgery.excitations.standardize import standardized
 
 
@@ -41,6 +42,8 @@ class Terms(NamedTuple):
         fc1_bias: a, ``[hidden]``.
         fc2_weight: B, ``[I, hidden]``.
         fc2_bias: b, ``[I]``.
+        gain: p, ``[O]``. It comes together with ``shift``, and neither is trained.
+        shift: q, ``[O]``.
         mwe_epsilon: 0-d.
         detach_max: as in :class:`~we_surgery.excitations.MWE`.
         transposed_groups: as in :class:`~we_surgery.excitations.Composition`.
@@ -51,6 +54,8 @@ class Terms(NamedTuple):
     fc1_bias: Tensor | None = None
     fc2_weight: Tensor | None = None
     fc2_bias: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
     mwe_epsilon: Tensor | None = None
     detach_max: bool = True
     transposed_groups: int | None = None
@@ -103,6 +108,8 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
         filters = standardized(filters, given.standardize_epsilon)
     if given.fc1_weight is not None:
         filters = located(filters, *_fcs(given, filters.dtype))
+    if given.gain is not None and given.shift is not None:
+        filters = rescaled(filters, given.gain, given.shift)
     if given.mwe_epsilon is not None:
         filters = amplified(filters, given.mwe_epsilon, given.detach_max)
     return _as_stored(filters, given).to(weight.dtype)
@@ -163,8 +170,12 @@ class ClosedFormExcitation(torch.autograd.Function):
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    # Not those of the hyper-parameters, buffers that DDP broadcasts before each forward pass.
-    return [tensor._version for tensor in tensors if tensor is not None and tensor.ndim]
+    # Not those of buffers, which DDP broadcasts before each forward pass.
+    return [
+        tensor._version
+        for tensor in tensors
+        if tensor is not None and (tensor.requires_grad or tensor is tensors[0])
+    ]
 
 
 def _differentiable_backward(
@@ -199,18 +210,23 @@ def _excite(filters: Tensor, terms: Terms) -> tuple[Tensor, _Kept]:
         norm = torch.linalg.vector_norm(excited, dim=dims, keepdim=True).flatten(1)
         to_std = 1 / math.sqrt(_fan_in(filters) - 1)
         scale = torch.add(terms.standardize_epsilon, norm, alpha=to_std).reciprocal_()
+    gain, shift = _rescaling(terms, filters)
+    factor = _product(scale, gain)
     if terms.fc1_weight is not None:
         fcs = _fcs(terms, filters.dtype)
         to_mean = 1 / _kernel_numel(filters)
         sums = torch.mm(_sum_over_kernel(excited), fcs[0].t())
         if scale is None:
             hidden = torch.add(fcs[1], sums, alpha=to_mean).relu_()
-            excited = excited * _spread(_multiplier(hidden, fcs), filters)
         else:
             hidden = torch.addcmul(fcs[1], sums, scale, value=to_mean).relu_()
-            excited.mul_(_spread(_multiplier(hidden, fcs).mul_(scale), filters))
-    elif scale is not None:
-        excited.mul_(_spread(scale, filters))
+        multiplier = _multiplier(hidden, fcs)
+        factor = multiplier if factor is None else multiplier.mul_(factor)
+    if factor is not None:
+        spread = _spread(factor, filters)
+        excited = excited * spread if excited is filters else excited.mul_(spread)
+    if shift is not None:
+        excited.add_(_spread(shift, filters))
     if terms.mwe_epsilon is not None:
         limit = curve_limit(excited, terms.mwe_epsilon)
         ratio = excited / limit if excited is filters else excited.div_(limit)
@@ -223,9 +239,9 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs from G, the gradient of W'.
 
-    With g the gradient of w, and sums over a whole filter written sum_F:
+    With sums over a whole filter written sum_F:
 
-        g  = G / (1 - (w / M)^2)
+        g  = p G / (1 - (w / M)^2), from here on the gradient of r m c
         z  = m (1 - m) sum_K(g c)     dB = z^T (r h)         db = z^T r
         y  = (z B)[h > 0]             dA = v^T sum_K(c)      da = y^T r
         v  = r^2 / K y
@@ -241,9 +257,12 @@ def _backward(
     if hidden is not None:
         fcs = _fcs(terms, filters.dtype)
         gate = _Gate(*fcs[:3], hidden, _multiplier(hidden, fcs))
+    gain, shift = _rescaling(terms, filters)
     if limit is not None and terms.mwe_epsilon is not None:
-        ratio = _ratio(centred, gate, scale, limit)
+        ratio = _ratio(centred, gate, _product(scale, gain), shift, limit)
         g = _through_curve(g, ratio, terms.mwe_epsilon, terms.detach_max)
+    if gain is not None:
+        g = g * _spread(gain, filters)
     t: Tensor | None = None
     by_fcs: tuple[Tensor | None, ...] = (None,) * 4
     if gate is not None:
@@ -251,14 +270,15 @@ def _backward(
     elif scale is not None:
         t = (g * centred).sum(tuple(range(1, g.ndim))).unsqueeze(1)
         g = g * _spread(scale, filters)
+    others = (None,) * (len(Terms._fields) - 5)
     if not needed[0]:
-        return None, None, *by_fcs, None, None, None
+        return None, None, *by_fcs, *others
     if scale is not None and norm is not None and t is not None:
         # A constant filter has c = 0 and t = 0: clamped, its f is 0 too, and not 0 / 0.
         f = t.mul_(scale).mul_(scale).div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
         g.addcmul_(centred, _spread(f, filters), value=-1 / math.sqrt(_fan_in(filters) - 1))
         g.sub_(g.mean(tuple(range(1, g.ndim)), keepdim=True))
-    return _as_stored(g, terms).to(weight.dtype), None, *by_fcs, None, None, None
+    return _as_stored(g, terms).to(weight.dtype), None, *by_fcs, *others
 
 
 def _through_curve(g: Tensor, ratio: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
@@ -275,12 +295,20 @@ def _through_curve(g: Tensor, ratio: Tensor, epsilon: Tensor, detach_max: bool) 
     return g * slope + ratio.sign() * largest * share
 
 
-def _ratio(centred: Tensor, gate: _Gate | None, scale: Tensor | None, limit: Tensor) -> Tensor:
-    """The argument of the curve, w / M, in memory of its own."""
+def _ratio(
+    centred: Tensor,
+    gate: _Gate | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    limit: Tensor,
+) -> Tensor:
+    """The argument of the curve, w / M, in memory of its own; ``scale`` is r p."""
     factor = 1 / limit if scale is None else _spread(scale / limit, centred)
     if gate is None:
-        return centred * factor
-    return (centred * _spread(gate.multiplier, centred)).mul_(factor)
+        ratio = centred * factor
+    else:
+        ratio = (centred * _spread(gate.multiplier, centred)).mul_(factor)
+    return ratio if shift is None else ratio.add_(_spread(shift / limit, centred))
 
 
 class _Gate(NamedTuple):
@@ -329,6 +357,20 @@ def _through_gate(
         spread = _spread(torch.mm(v, gate.fc1_weight), centred)
         d = torch.addcmul(spread, g, _spread(multiplier, centred), out=products)
     return d, t, by_fcs
+
+
+def _rescaling(terms: Terms, filters: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """P and q as ``[O, 1]``."""
+    if terms.gain is None or terms.shift is None:
+        return None, None
+    gain, shift = (values.to(filters.dtype).unsqueeze(1) for values in (terms.gain, terms.shift))
+    return gain, shift
+
+
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
 
 
 def _transposed(matrix: Tensor) -> Tensor:

@@ -8,12 +8,19 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.base import _HALF, Excitation, _autocast_off
 from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
-from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations.rescale import Rescale
+from we_surgery.excitations.standardize import Standardize, deviation_and_mean
+
+_PRESERVABLE = (Standardize, LWE, Rescale, MWE)
+
+
+def _full(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in _HALF else weight
 
 
 class Composition(Excitation):
@@ -84,6 +91,8 @@ class Composition(Excitation):
             elif type(stage) is LWE:
                 names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
                 found |= zip(names, stage.layer_tensors(), strict=True)
+            elif type(stage) is Rescale and not stage.gain.requires_grad:
+                found |= {"gain": stage.gain, "shift": stage.shift}
             elif type(stage) is MWE:
                 found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
             else:
@@ -114,6 +123,56 @@ class Composition(Excitation):
         for stage in reversed(self.stages):
             filters = stage.invert(filters)
         return self._as_stored(filters, excited)
+
+    @torch.no_grad()
+    def preserve(self, weight: Tensor) -> Tensor:
+        """Starts the stages so that a pretrained weight stays what it is.
+
+        MWE is inverted. LWE gets a last layer of zeros, and so one multiplier for all kernels,
+        by which the weight is divided. What standardization takes of each filter, a
+        :class:`Rescale` stage gives back; it is added here.
+
+        Args:
+            weight: the pretrained weight, as the layer stores it.
+
+        Returns:
+            The raw weight whose excitation is ``weight`` up to rounding.
+
+        Raises:
+            NotImplementedError: a stage cannot be started so.
+        """
+        unknown = [stage.name for stage in self.stages if type(stage) not in _PRESERVABLE]
+        if unknown:
+            raise NotImplementedError(f"{unknown[0]} cannot start as an identity")
+        if weight.numel() == 0:
+            return weight
+        with _autocast_off(weight.device.type):
+            return self._preserve(weight)
+
+    def _preserve(self, weight: Tensor) -> Tensor:
+        filters = self._as_filters(_full(weight))
+        stages = {stage.name: stage for stage in self.stages}
+        standardize, lwe, mwe = (stages.get(kind.name) for kind in (Standardize, LWE, MWE))
+        if mwe is not None:
+            filters = mwe.invert(filters)
+        multiplier = 1.0
+        if isinstance(lwe, LWE):
+            fed = filters if standardize is None else standardize.excite(filters)
+            multiplier = lwe.start_constant(fed)
+        if not isinstance(standardize, Standardize) or filters[0].numel() < 2:
+            return self._as_stored(filters / multiplier, weight).to(weight.dtype)
+        stored = self._as_stored(filters, weight).to(weight.dtype)
+        # Of the weight as it is stored, perhaps rounded.
+        deviation, mean = deviation_and_mean(self._as_filters(_full(stored)))
+        self._insert(Rescale((deviation + standardize.epsilon) / multiplier, mean))
+        return stored
+
+    def _insert(self, stage: Excitation) -> None:
+        stages = sorted((*self.stages, stage), key=lambda stage: stage.order)
+        for other in stages:
+            self._modules.pop(other.name, None)
+        for other in stages:
+            self.add_module(other.name, other)
 
     def _as_filters(self, weight: Tensor) -> Tensor:
         if not self.is_transposed:

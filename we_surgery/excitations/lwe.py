@@ -81,6 +81,25 @@ class LWE(Excitation):
         """The location map m ``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
         return location_map(weight, *self.layer_tensors())
 
+    @torch.no_grad()
+    def start_constant(self, weight: Tensor) -> float:
+        """Makes the multiplier the same for all kernels, and able to learn; returns it.
+
+        The last layer becomes zero. The first has no gradient until the last has left zero, and
+        none for good where a hidden unit is off for every filter: such a unit is mirrored.
+
+        Args:
+            weight: what the multiplier is computed from, ``[O, I, *K]``.
+        """
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+        pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
+        is_off = (_linear(pooled, self.fc1.weight, self.fc1.bias) <= 0).all(0)
+        sign = torch.where(is_off, -1.0, 1.0).to(self.fc1.weight.dtype)
+        self.fc1.weight.mul_(sign.unsqueeze(1))
+        self.fc1.bias.mul_(sign)
+        return 0.5  # sigmoid(0)
+
     def layer_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of ``fc1``, then of ``fc2``."""
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias

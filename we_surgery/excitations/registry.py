@@ -14,6 +14,7 @@ from we_surgery.excitations.composition import Composition
 from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
+from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
 
 EXCITATIONS: dict[str, type[Excitation]] = {
@@ -22,6 +23,9 @@ EXCITATIONS: dict[str, type[Excitation]] = {
     MWE.name: MWE,
 }
 """Every excitation by the name that configs, plans and state dicts use."""
+
+_STAGES: dict[str, type[Excitation]] = EXCITATIONS | {Rescale.name: Rescale}
+"""And those that no config asks for but a state dict may hold."""
 
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 """What a layer gets: ``[{"standardize": {}}, {"lwe": {"reduction": 16}}]``; empty: left alone."""
@@ -98,7 +102,10 @@ def rebuild_excitation(state: Mapping[str, Tensor]) -> Composition:
         if rest:
             by_stage.setdefault(stage, {})[rest] = value
     try:
-        stages = [check_stage(name).from_state(entries) for name, entries in by_stage.items()]
+        stages = [
+            (_STAGES.get(name) or check_stage(name)).from_state(entries)
+            for name, entries in by_stage.items()
+        ]
         groups = state["transposed_groups"].shape[0] if "transposed_groups" in state else None
         composition = Composition(stages, groups)
         composition.load_state_dict(dict(state), strict=True, assign=True)

@@ -69,13 +69,27 @@ class Standardize(Excitation):
 
 def standardized(weight: Tensor, epsilon: Tensor) -> Tensor:
     """``(W_j - mean_j) / (std_j + epsilon)`` for a weight ``[O, I, *K]`` of at least float32."""
-    fan_in = weight[0].numel()
-    if fan_in < 2:
+    if weight[0].numel() < 2:
         return weight
+    centred = _centred(weight)
+    return centred / (_deviation(centred) + epsilon)
+
+
+def deviation_and_mean(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[O]`` each, of the filters of ``[O, I, *K]``."""
+    centred = _centred(weight)
+    return _deviation(centred).flatten(), (weight - centred).flatten(1).mean(1)
+
+
+def _centred(weight: Tensor) -> Tensor:
     dims = tuple(range(1, weight.ndim))
     nearly_centred = weight - weight.detach().mean(dims, keepdim=True)
-    centred = nearly_centred - nearly_centred.mean(dims, keepdim=True)
+    return nearly_centred - nearly_centred.mean(dims, keepdim=True)
+
+
+def _deviation(centred: Tensor) -> Tensor:
     # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
     # a constant filter needs.
+    dims = tuple(range(1, centred.ndim))
     norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-    return centred / (norm / math.sqrt(fan_in - 1) + epsilon)
+    return norm / math.sqrt(centred[0].numel() - 1)
