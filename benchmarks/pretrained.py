@@ -6,7 +6,8 @@
 Each model is converted in each mode with ``init="preserve"``, and its outputs in eval mode are
 compared with those of the model itself, over the larger of 1 and the largest output; for scale,
 also with those of ``init="paper"``. Weights are random, the norms' statistics fitted to the
-input where outputs would overflow. With ``--limit N`` the N smallest are taken.
+input where outputs would overflow. With ``--limit N`` the N smallest are taken; stopped by
+Ctrl-C, it writes what is done.
 
 Writes ``pretrained.json`` and ``pretrained.md`` into ``benchmarks/results``.
 """
@@ -14,6 +15,7 @@ Writes ``pretrained.json`` and ``pretrained.md`` into ``benchmarks/results``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import statistics
@@ -110,6 +112,8 @@ def as_markdown(rows: Sequence[Row], listed: int) -> str:
     ]
     for mode in ws.MODES:
         values = [row.preserved[mode] for row in rows if mode in row.preserved]
+        if not values:
+            continue
         middle = statistics.median(values)
         lines.append(f"| `{mode}` | {len(values)} | {middle:.1e} | {max(values):.1e} |")
     left = [row for row in rows if not row.passed]
@@ -127,16 +131,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression")
     parser.add_argument("--limit", type=int, help="at most so many models, the smallest first")
+    parser.add_argument("--mode", action="append", help="one mode, repeatable; by default all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pinned = pinned_models()
     names = [name for name in pinned if re.search(options.only, name)][: options.limit]
-    rows = []
-    for index, name in enumerate(names):
-        rows.append(check(name))
-        largest = max(rows[-1].preserved.values(), default=float("nan"))
-        sys.stderr.write(f"{index + 1}/{len(names)} {name}: {rows[-1].cause or largest}\n")
+    rows: list[Row] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for index, name in enumerate(names):
+            rows.append(check(name, options.mode or tuple(ws.MODES)))
+            largest = max(rows[-1].preserved.values(), default=float("nan"))
+            sys.stderr.write(f"{index + 1}/{len(names)} {name}: {rows[-1].cause or largest}\n")
+            sys.stderr.flush()
     options.output.mkdir(parents=True, exist_ok=True)
     found = [asdict(row) for row in rows]
     (options.output / "pretrained.json").write_text(json.dumps(found, indent=1) + "\n")

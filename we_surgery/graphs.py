@@ -225,10 +225,16 @@ class Fetch:
         return f"{path}{dot}{name}"
 
 
-def fetches(module: fx.GraphModule) -> list[Fetch]:
-    """The nodes of the module's own graph that read parameters, in its order."""
+def fetches(module: nn.Module, graph: fx.Graph | None = None) -> list[Fetch]:
+    """The nodes that read parameters, in their order.
+
+    Args:
+        module: what the nodes' targets start from.
+        graph: a graph of ``module``; by default its own, if it is a GraphModule.
+    """
     found = []
-    for node in module.graph.nodes:
+    own: Any = module.graph if graph is None else graph
+    for node in own.nodes:
         if node.op != "get_attr":
             continue
         path, _, name = str(node.target).rpartition(".")

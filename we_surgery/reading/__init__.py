@@ -10,6 +10,7 @@ from we_surgery.reading.bypass import prove_excited as prove_excited
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
+from we_surgery.reading.graph_calls import traced_reads
 from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
 from we_surgery.reading.symbolic import mark_norms, trace
 from we_surgery.reading.symbolic_shifts import mark_shifts
@@ -42,6 +43,9 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
         shown = "; ".join(untraceable[:_SHOWN_BLOCKS])
         more = len(untraceable) - _SHOWN_BLOCKS
         notes.append(f"torch.fx could not trace {shown}" + (f"; {more} more" if more > 0 else ""))
+    traced = traced_reads(model, blocks)
+    if traced:
+        layers = read_tree(model, traced)
     for block in blocks:
         mark_norms(model, block, layers)
         mark_shifts(model, block, layers)

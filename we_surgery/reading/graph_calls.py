@@ -1,9 +1,9 @@
-"""Weights that the calls of a GraphModule read themselves: ``get_attr -> F.conv2d``."""
+"""Weights that the calls of a graph read themselves: ``get_attr -> F.conv2d``."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from we_surgery.excitations import WeightLayout
 from we_surgery.graphs import Fetch, fetches
 from we_surgery.layers import raw_name
-from we_surgery.reading.symbolic import norm_after_calls, reads_shape_only
+from we_surgery.reading.symbolic import TracedBlock, norm_after_calls, reads_shape_only
 from we_surgery.reading.weight_use import fed_by_input
 
 _aten = torch.ops.aten
@@ -110,18 +110,38 @@ def graph_reads(model: nn.Module) -> list[GraphRead]:
     found: dict[tuple[nn.Module, str], GraphRead] = {}
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
-            for read in _reads_of(module):
+            for read in _reads_of(module, module.graph):
                 key = (read.owner, read.parameter)
                 found[key] = _merged(found[key], read) if key in found else read
     return list(found.values())
 
 
-def _reads_of(module: fx.GraphModule) -> Iterator[GraphRead]:
+def traced_reads(model: nn.Module, blocks: Sequence[TracedBlock]) -> list[GraphRead]:
+    """The weights that the calls of a traced model read themselves, in the graphs' order.
+
+    Where torch.fx has not seen all of the model, what it has not seen may read them too: they
+    are found, and left alone.
+    """
+    is_whole = [block.name for block in blocks] == [""] and not blocks[0].untraceable
+    found: dict[tuple[nn.Module, str], GraphRead] = {}
+    for block in blocks:
+        for read in _reads_of(model.get_submodule(block.name), block.graph):
+            key = (read.owner, read.parameter)
+            found[key] = _merged(found[key], read) if key in found else read
+    if is_whole:
+        return list(found.values())
+    unseen = (
+        "is read by its module's forward, of which torch.fx has not seen all; give example inputs"
+    )
+    return [replace(read, obstacle=read.obstacle or unseen) for read in found.values()]
+
+
+def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
     by_parameter: dict[tuple[nn.Module, str], list[Fetch]] = {}
-    for fetch in fetches(module):
+    for fetch in fetches(module, graph):
         by_parameter.setdefault((fetch.owner, fetch.parameter), []).append(fetch)
     modules = dict(module.named_modules())
-    fed = fed_by_input(module.graph)
+    fed = fed_by_input(graph)
     for (owner, name), group in by_parameter.items():
         tensor = getattr(owner, raw_name(name) if group[0].is_excited else name)
         if tensor is None or isinstance(tensor, UninitializedParameter) or tensor.ndim < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from we_surgery.excitations import Composition, WeightLayout
 from we_surgery.layers import ExcitedLayer, excitation_name, names_taken, raw_name
 from we_surgery.reading.facts import LayerFacts
-from we_surgery.reading.graph_calls import graph_reads
+from we_surgery.reading.graph_calls import GraphRead, graph_reads
 from we_surgery.reading.kinds import (
     is_gate,
     is_norm,
@@ -27,8 +27,13 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_tree(model: nn.Module) -> list[LayerFacts]:
-    """The facts of each weighted layer of ``model``, each Parameter's module once."""
+def read_tree(model: nn.Module, traced: Sequence[GraphRead] = ()) -> list[LayerFacts]:
+    """The facts of each weighted layer of ``model``, each Parameter's module once.
+
+    Args:
+        model: any model.
+        traced: weights outside of weighted layers that a trace has found.
+    """
     modules = dict(_modules_outside_excitations(model))
     in_modules = [
         _facts(name, module, parameter, kind)
@@ -36,7 +41,7 @@ def read_tree(model: nn.Module) -> list[LayerFacts]:
         if (kind := kind_of(module)) is not None
         for parameter in _weights_of(module, kind)
     ]
-    layers = _with_graph_reads(model, modules, in_modules)
+    layers = _with_graph_reads([*graph_reads(model), *traced], modules, in_modules)
     _mark_gates(modules, layers)
     _mark_shifts(modules, layers)
     _mark_norms_by_order(modules, in_modules)
@@ -80,13 +85,13 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
 
 
 def _with_graph_reads(
-    model: nn.Module, modules: dict[str, nn.Module], layers: list[LayerFacts]
+    reads: Sequence[GraphRead], modules: dict[str, nn.Module], layers: list[LayerFacts]
 ) -> list[LayerFacts]:
-    """The layers and the weights that a GraphModule's calls read themselves."""
+    """The layers and the weights that calls of a graph read themselves."""
     names = {module: name for name, module in modules.items()}
     known = {(layer.module, layer.parameter) for layer in layers}
     found: dict[tuple[str, str], LayerFacts] = {}
-    for read in graph_reads(model):
+    for read in reads:
         name = names.get(read.owner)
         if name is None or (name, read.parameter) in known:
             continue
@@ -107,6 +112,7 @@ def _with_graph_reads(
             constant_input=read.constant_input,
         )
         found.setdefault(beside, facts)
+        known.add((name, read.parameter))
         layers = [*layers, facts]
     order = {name: index for index, name in enumerate(modules)}
     return sorted(layers, key=lambda layer: order[layer.module])
