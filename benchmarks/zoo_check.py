@@ -171,7 +171,7 @@ def _refuse_missing_rows(model: nn.Module, plan: ws.Plan) -> None:
 
 
 def _prove(model: nn.Module, inputs: Any) -> None:
-    recordings, notes = record_both_modes(model, inputs)
+    recordings, notes = record_both_modes(model, inputs, faithful=True)
     if len(recordings) < MODES_RECORDED:
         raise ZooError(f"the converted model {'; it '.join(notes)}")
     weights = list(excited_weights(model))

@@ -6,10 +6,13 @@ import gc
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.reading.recorded import EXCITATION, Fakes, record
+from we_surgery.reading.recorded import EXCITATION, Fakes, Metas, record
+from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.weight_use import weight_reads
 
 
 def test_an_excitation_is_one_operation_and_its_result_is_still_computed() -> None:
@@ -43,3 +46,78 @@ def test_the_garbage_collector_is_left_as_it_was_also_after_a_failure(enabled: b
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+class Offset(nn.Module):
+    """A conv and a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.offset = torch.randn(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.offset
+
+
+def test_what_the_meta_device_cannot_run_is_recorded_on_fake_tensors() -> None:
+    model, x = Offset(), torch.randn(1, 3, 6, 6)
+    with pytest.raises(RuntimeError):
+        record(model, x, fakes=Metas())
+    recordings, notes = record_both_modes(model, x)
+    assert [recording.training for recording in recordings] == [False, True]
+    assert not notes
+
+
+class Attention(nn.Module):
+    """A projection before torch's fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_proof_takes_the_path_that_the_real_device_takes() -> None:
+    model, x = Attention(), torch.randn(2, 4, 5, 8)
+    real = record(model, x)
+    faithful, quick = (record_both_modes(model, x, faithful=f)[0][0] for f in (True, False))
+    fused = [
+        {str(n.target) for n in recording.graph.nodes if "attention" in str(n.target)}
+        for recording in (real, faithful, quick)
+    ]
+    assert fused[0] == fused[1] != fused[2]
+
+
+@pytest.mark.parametrize("model", [Attention(), Offset(), nn.Sequential(nn.Conv2d(2, 4, 3))])
+def test_the_same_weights_are_read_on_either_kind_of_stand_in(model: nn.Module) -> None:
+    x = torch.randn(2, 2 if isinstance(model, nn.Sequential) else 3, 6, 8)
+    found = [
+        {name: len(reads) for name, reads in weight_reads(recording[0][0]).items()}
+        for recording in (record_both_modes(model, x, faithful=f) for f in (True, False))
+    ]
+    assert found[0] == found[1] != {}
+
+
+class ShiftIntoNewMemory(nn.Module):
+    """A temporal shift that asks the input for its device to make memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clips = x.view(-1, 4, *x.shape[1:])
+        shifted = torch.zeros(clips.shape, device=x.device, dtype=x.dtype)
+        shifted[:, :-1, :2] = clips[:, 1:, :2]
+        shifted[:, 1:, 2:4] = clips[:, :-1, 2:4]
+        shifted[:, :, 4:] = clips[:, :, 4:]
+        return self.conv(shifted.view(x.shape))
+
+
+def test_memory_that_is_made_on_the_meta_device_is_made_anew_for_a_replay() -> None:
+    (row,) = ws.plan(ShiftIntoNewMemory(), "we", example_inputs=torch.randn(4, 8, 6, 6)).decisions
+    assert "shift-fed" in row.reason

@@ -32,7 +32,7 @@ def prove_excited(model: nn.Module, example_inputs: Any) -> int:
         SurgeryError: an operation outside the excitations reads a raw weight, an excitation
             runs on activations, or the converted model does not run on the inputs.
     """
-    recordings, notes = record_both_modes(model, example_inputs)
+    recordings, notes = record_both_modes(model, example_inputs, faithful=True)
     if not recordings:
         raise SurgeryError(
             f"the converted model {'; it '.join(notes)}",

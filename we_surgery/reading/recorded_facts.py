@@ -15,7 +15,7 @@ from we_surgery.reading.aten_norms import norm_after
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.gates import gate_operations
 from we_surgery.reading.kinds import kind_of
-from we_surgery.reading.recorded import Fakes, Recording, record
+from we_surgery.reading.recorded import Fakes, Metas, Recording, StandIns, record
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.tree import obstacle_of
 from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
@@ -33,26 +33,35 @@ class _Use:
     fed: set[fx.Node]
 
 
-def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[Recording], list[str]]:
-    """Recordings in eval and in train mode, fake tensors first, and what went wrong.
+def record_both_modes(
+    model: nn.Module, example_inputs: Any, *, faithful: bool = False
+) -> tuple[list[Recording], list[str]]:
+    """Recordings in eval and in train mode, and what went wrong.
 
-    Some layers run in one mode alone, such as auxiliary heads. The list is empty when the
-    model runs in neither.
+    On tensors of the meta device, where those fail on fake ones, and where those fail on real
+    ones. Some layers run in one mode alone, such as auxiliary heads. The list is empty when
+    the model runs in neither.
+
+    Args:
+        model: any model in eager mode.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
+        faithful: begin with fake tensors, on which a forward takes the very path, fused kernels
+            included, that it takes on real ones.
     """
     recordings, notes = [], []
-    fakes = Fakes()
+    stand_ins: list[StandIns | None] = [Fakes(), None] if faithful else [Metas(), Fakes(), None]
     for training in (False, True):
         mode = "train" if training else "eval"
-        try:
-            recordings.append(record(model, example_inputs, training=training, fakes=fakes))
-            continue
-        except Exception as error:
-            fake_failure = _first_line(error)
-        try:
-            recordings.append(record(model, example_inputs, training=training))
-            logger.info("recorded with real tensors in %s mode: %s", mode, fake_failure)
-        except Exception as error:
-            notes.append(f"does not run in {mode} mode: {_first_line(error)}")
+        for kind in stand_ins:
+            try:
+                recordings.append(record(model, example_inputs, training=training, fakes=kind))
+                break
+            except Exception as error:
+                failure = _first_line(error)
+            name = "real tensors" if kind is None else type(kind).__name__.lower()
+            logger.info("not recorded on %s in %s mode: %s", name, mode, failure)
+        else:
+            notes.append(f"does not run in {mode} mode: {failure}")
     return recordings, notes
 
 
