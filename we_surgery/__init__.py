@@ -25,5 +25,7 @@ from we_surgery.surgery import convert as convert
 from we_surgery.surgery import strip as strip
 from we_surgery.surgery import strip_with_report as strip_with_report
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
+from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
 from we_surgery.training import param_groups as param_groups
+from we_surgery.training import resume as resume

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +25,7 @@ from we_surgery.proof import check_preserved, refuse_non_finite
 from we_surgery.reading import LayerFacts, obstacle_of, read_tree
 
 Init = Literal["paper", "preserve"]
+Start = Literal["on", "paused"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,16 @@ class Graft:
     raw: Tensor | None = None
 
 
-def build_grafts(model: nn.Module, plan: Plan, init: Init = "paper") -> list[Graft]:
+def build_grafts(
+    model: nn.Module, plan: Plan, init: Init = "paper", start: Start = "on"
+) -> list[Graft]:
     """The excitations a plan asks for, checked against the model, which is not changed.
 
     Args:
         model: a vanilla model.
         plan: made for it.
         init: as in :func:`we_surgery.convert`.
+        start: as in :func:`we_surgery.convert`.
 
     Raises:
         InputError: a row names no such layer, another shape or kind, an excitation that does
@@ -91,7 +96,9 @@ def build_grafts(model: nn.Module, plan: Plan, init: Init = "paper") -> list[Gra
                     dtype=parameter.dtype,
                 )
             by_parameter[id(parameter)] = (decision, excitation)
-            if init == "preserve":
+            if start == "paused":
+                pause(excitation, parameter, decision.layer)
+            elif init == "preserve":
                 raw = _preserve(excitation, parameter, decision.layer)
         grafts.append(Graft(decision.module, decision.parameter, excitation, raw))
     _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
@@ -133,17 +140,29 @@ def graft(model: nn.Module, grafts: Iterable[Graft]) -> Callable[[], None]:
     return undo
 
 
+def pause(excitation: Composition, parameter: nn.Parameter, layer: str) -> None:
+    """Makes a new excitation the identity for now."""
+    with torch.inference_mode(False), _named(layer):
+        excitation.pause(parameter.detach())
+
+
+@contextlib.contextmanager
+def _named(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:
+        raise InputError(
+            f"layer {layer!r} cannot start as what it is: {error}",
+            "Convert with `init='paper'`, or give it another excitation by a rule.",
+        ) from error
+
+
 def _preserve(excitation: Composition, parameter: nn.Parameter, layer: str) -> Tensor | None:
     """The raw weight whose excitation is the parameter; None if it is the parameter itself."""
     weight = parameter.detach()
     with torch.inference_mode(False):
-        try:
+        with _named(layer):
             raw = excitation.preserve(weight)
-        except NotImplementedError as error:
-            raise InputError(
-                f"layer {layer!r} cannot start as what it is: {error}",
-                "Convert with `init='paper'`, or give it another excitation by a rule.",
-            ) from error
         with torch.no_grad():
             check_preserved(layer, weight, excitation(raw))
         # In memory of its own, and with the weight's strides.

@@ -19,7 +19,7 @@ from we_surgery.errors import (
     SurgeryError,
     near_matches,
 )
-from we_surgery.grafting import Graft, Init, build_grafts, graft, ungraft
+from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
 from we_surgery.graphs import complete_copies, excited_weights, refuse_changed_graphs
 from we_surgery.layers import change_since_conversion, excited_layers, raw_name
 from we_surgery.planning import Plan
@@ -43,6 +43,7 @@ def convert(
     rules: Sequence[Rule] = (),
     plan: Plan | None = None,
     init: Init = "paper",
+    start: Start = "on",
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -62,6 +63,8 @@ def convert(
         init: ``paper`` draws the excitations as any new layer, and the model computes something
             else than before until it is trained; ``preserve`` starts them so that it computes
             what it did, within rounding: for pretrained models.
+        start: ``paused`` makes each excited weight the raw weight itself until
+            :func:`we_surgery.resume` (thesis, section 3.4); ``init`` then says nothing.
         example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
             model is read by recording a forward, and recorded again once converted, which
             proves that no operation reads a converted weight raw.
@@ -91,13 +94,17 @@ def convert(
             "both a plan and a mode, config or rules were given",
             "Give the plan alone; edit its rows to change it.",
         )
-    if init not in get_args(Init):
-        raise InputError(
-            f"there is no init {init!r}{near_matches(str(init), get_args(Init))}",
-            f"Use one of: {', '.join(get_args(Init))}.",
-        )
+    for name, value, known in (
+        ("init", init, get_args(Init)),
+        ("start", start, get_args(Start)),
+    ):
+        if value not in known:
+            raise InputError(
+                f"there is no {name} {value!r}{near_matches(str(value), known)}",
+                f"Use one of: {', '.join(known)}.",
+            )
     target = model if inplace else copy_model(model)
-    undo = graft(target, build_grafts(target, plan, init))
+    undo = graft(target, build_grafts(target, plan, init, start))
     if example_inputs is not None:
         try:
             prove_excited(target, example_inputs)

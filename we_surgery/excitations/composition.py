@@ -13,6 +13,7 @@ from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
+from we_surgery.excitations.paused import idle
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize, deviation_and_mean
 
@@ -44,6 +45,7 @@ class Composition(Excitation):
     name: ClassVar[str] = "composition"
     order: ClassVar[int] = 0
     transposed_groups: Tensor
+    paused: Tensor | None
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Composition(Excitation):
         for stage in ordered:
             self.add_module(stage.name, stage)
         self._mark_transposed(transposed_groups)
+        self.register_buffer("paused", None)
 
     def _mark_transposed(self, groups: int | None) -> None:
         # The number is the buffer's length and not its value: shapes are known to
@@ -70,7 +73,53 @@ class Composition(Excitation):
         """The stages in the order they run."""
         return tuple(s for s in self.children() if isinstance(s, Excitation))
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the excited weight is the raw weight until :meth:`resume`."""
+        return self.paused is not None and self.paused.shape[0] > 0
+
+    @torch.no_grad()
+    def pause(self, weight: Tensor) -> None:
+        """Makes this the identity until :meth:`resume`; for a new composition.
+
+        All tensors that it will have then are there from now on.
+
+        Args:
+            weight: the raw weight, for its shape.
+        """
+        self.forget()
+        self.preserve(weight)
+        # As for the groups, the length is what says it: 1 for paused, 0 for resumed.
+        self.paused = torch.zeros(1, dtype=torch.uint8, device=weight.device)
+
+    @torch.no_grad()
+    def resume(self, weight: Tensor) -> Tensor:
+        """Ends the pause without a change of the excited weight.
+
+        Args:
+            weight: the raw weight as it is now.
+
+        Returns:
+            The raw weight to go on with; see :meth:`preserve`.
+        """
+        if not self.is_paused or self.paused is None:
+            return weight
+        self.forget()
+        raw = self.preserve(weight)
+        self.paused = self.paused[:0]
+        return raw
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}paused")
+        if self.paused is not None and loaded is not None and loaded.ndim == 1:
+            self.paused = self.paused.new_zeros(loaded.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def forward(self, weight: Tensor) -> Tensor:
+        if self.is_paused:
+            return idle(weight, list(self.parameters()))
         terms = self._terms(weight)
         if terms is None:
             return super().forward(weight)
@@ -164,7 +213,12 @@ class Composition(Excitation):
         stored = self._as_stored(filters, weight).to(weight.dtype)
         # Of the weight as it is stored, perhaps rounded.
         deviation, mean = deviation_and_mean(self._as_filters(_full(stored)))
-        self._insert(Rescale((deviation + standardize.epsilon) / multiplier, mean))
+        gain, rescale = (deviation + standardize.epsilon) / multiplier, stages.get(Rescale.name)
+        if isinstance(rescale, Rescale):
+            rescale.gain.copy_(gain)
+            rescale.shift.copy_(mean)
+        else:
+            self._insert(Rescale(gain, mean))
         return stored
 
     def _insert(self, stage: Excitation) -> None:

@@ -108,6 +108,7 @@ def rebuild_excitation(state: Mapping[str, Tensor]) -> Composition:
         ]
         groups = state["transposed_groups"].shape[0] if "transposed_groups" in state else None
         composition = Composition(stages, groups)
+        composition.paused = state.get("paused")
         composition.load_state_dict(dict(state), strict=True, assign=True)
     except InputError:
         raise

@@ -1,0 +1,94 @@
+"""Weight excitation that sets in during training (thesis, section 3.4)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from we_surgery.errors import InputError
+from we_surgery.excitations import Composition
+from we_surgery.graphs import excited_weights
+from we_surgery.proof import check_preserved, refuse_non_finite
+from we_surgery.training.vanilla_view import inside_wrappers
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def resume(model: nn.Module) -> int:
+    """Switches paused excitations on, without a jump in what the model computes.
+
+    The raw weights get the values whose excitation the weights are; they stay the same
+    Parameters, and an optimizer that holds them goes on. Momentum is of the weights before. An
+    average of the weights (EMA) is a model of its own: resume it in the same step.
+
+    Args:
+        model: a model converted with ``start="paused"``; also inside DDP or ``torch.compile``,
+            which recompiles once.
+
+    Returns:
+        How many weights are excited from now on; 0 if none was paused.
+
+    Raises:
+        InputError: the model is sharded.
+        SurgeryError: a weight is not finite. The model is as it was.
+    """
+    paused: dict[int, tuple[str, nn.Parameter, Composition]] = {}
+    for weight in excited_weights(inside_wrappers(model)):
+        if weight.excitation.is_paused:
+            paused[id(weight.raw)] = (weight.name, weight.raw, weight.excitation)
+    for name, raw, _ in paused.values():
+        if hasattr(raw, "full_tensor"):
+            raise InputError(
+                f"the raw weight of layer {name!r} is sharded",
+                "Resume before fully_shard, from a full state dict.",
+            )
+        refuse_non_finite(name, raw, "the raw weight")
+    for name, raw, excitation in paused.values():
+        before = raw.clone()
+        raw.copy_(excitation.resume(raw))
+        check_preserved(name, before, excitation(raw))
+    if paused:
+        logger.info("resumed %d excitations", len(paused))
+    return len(paused)
+
+
+class WESchedule:
+    """Plain training first, weight excitation from an epoch on.
+
+    Whether it has set in is part of the model's state dict, so a schedule has no state of its
+    own: a run that is resumed makes it again.
+
+    Args:
+        model: converted with ``start="paused"``; also inside DDP or ``torch.compile``.
+        start_epoch: the first epoch with excitation, counted as :meth:`step` is told.
+
+    Raises:
+        InputError: ``start_epoch`` is negative or no integer.
+
+    Example:
+        >>> model = ws.convert(model, start="paused")
+        >>> schedule = ws.WESchedule(model, start_epoch=30)
+        >>> for epoch in range(90):
+        ...     schedule.step(epoch)
+        ...     train_one_epoch(model)
+    """
+
+    def __init__(self, model: nn.Module, start_epoch: int) -> None:
+        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+            raise InputError(
+                f"start_epoch must be an integer of at least 0, not {start_epoch!r}",
+                "Give the first epoch with excitation, such as 30.",
+            )
+        self.model = model
+        self.start_epoch = start_epoch
+
+    def step(self, epoch: int) -> bool:
+        """To be called before each epoch.
+
+        Returns:
+            Whether excitation has set in just now.
+        """
+        return epoch >= self.start_epoch and resume(self.model) > 0
