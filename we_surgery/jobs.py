@@ -19,7 +19,6 @@ from we_surgery.planning import plan as make_plan
 from we_surgery.proof import StripReport
 from we_surgery.rules import Rule
 from we_surgery.surgery import (
-    PLAN_ATTRIBUTE,
     Progress,
     convert,
     is_converted,
@@ -224,73 +223,6 @@ def strip_file(
     stripped, report = strip_with_report(model, example_inputs=inputs, progress=progress)
     _write(stripped, stripped.state_dict(), target, kind, None, force)
     return Stripped(target, kind, report, contents.notes)
-
-
-@dataclass(frozen=True)
-class ExcitedWeight:
-    """A row of an :class:`Inspection`."""
-
-    name: str
-    shape: tuple[int, ...]
-    stages: tuple[str, ...]
-    added: int
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a file is; see :func:`inspect_file`.
-
-    Attributes:
-        source: the file or architecture.
-        kind: ``module``, ``state_dict``, ``safetensors`` or ``architecture``.
-        tensors: entries of its state dict.
-        values: their numbers in all, without counting tied ones twice.
-        layers: its excited weights; none for a vanilla model.
-        mode: the mode it was converted in, where the file says so.
-        architecture: the architecture, where the file says so.
-        notes: what was chosen and dropped on reading.
-    """
-
-    source: str
-    kind: str
-    tensors: int
-    values: int
-    layers: list[ExcitedWeight]
-    mode: str | None
-    architecture: str | None
-    notes: list[str]
-
-
-def inspect_file(source: Source) -> Inspection:
-    """What a file or architecture is and which of its weights are excited."""
-    contents = source.read()
-    state = contents.state_dict
-    plan = contents.metadata.plan if contents.metadata is not None else None
-    if contents.model is not None:
-        state = contents.model.state_dict()
-        plan = contents.model.__dict__.get(PLAN_ATTRIBUTE, plan)
-    state = state or {}
-    layers = [
-        ExcitedWeight(
-            name=entry.vanilla_key,
-            shape=tuple(entry.raw.shape),
-            stages=tuple(stage.name for stage in entry.rebuild().stages),
-            added=sum(value.numel() for value in entry.excitation.values()),
-        )
-        for entry in checkpoint.find_excited(state)
-    ]
-    distinct = {checkpoint.tensor_identity(value): value.numel() for value in state.values()}
-    architecture = source.architecture_of(contents)
-    return Inspection(
-        source=source.name,
-        kind=contents.kind,
-        tensors=len(state),
-        values=sum(distinct.values()),
-        layers=layers,
-        mode=str(plan["mode"]) if plan and "mode" in plan else None,
-        architecture=None if architecture is None else architecture.name,
-        notes=contents.notes,
-    )
 
 
 def _random_inputs(shape: Sequence[int] | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from we_surgery.compute_once import excited_weight
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
-from we_surgery.recomputation import ExcitedWeight, can_recompute, recomputed_in_backward
+from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 
 RAW_PREFIX = "raw_"
 EXCITATION = "excitation"
@@ -153,7 +153,7 @@ def forward_with_recomputation(
                 excited = excited.to(torch.get_autocast_dtype(device_type))
             handed[name] = excited
         weights = [
-            ExcitedWeight(
+            HandedWeight(
                 getattr(layer, excitation_name(name)), getattr(layer, raw_name(name)), excited
             )
             for name, excited in handed.items()

@@ -54,7 +54,7 @@ def can_recompute() -> bool:
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None
 
 
-class ExcitedWeight(NamedTuple):
+class HandedWeight(NamedTuple):
     """An excited weight and what it was computed from."""
 
     excitation: Excitation
@@ -65,7 +65,7 @@ class ExcitedWeight(NamedTuple):
 
 
 @contextlib.contextmanager
-def recomputed_in_backward(weights: Iterable[ExcitedWeight]) -> Iterator[None]:
+def recomputed_in_backward(weights: Iterable[HandedWeight]) -> Iterator[None]:
     """Whatever autograd would keep of these weights in this context, it computes again instead."""
     # Not the excited weights themselves: autograd keeps the hooks, and the hooks this.
     sources = {

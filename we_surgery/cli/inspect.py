@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from we_surgery.cli.common import SurgeryCommand, console, make_source, say, source_options
-from we_surgery.jobs import Inspection, inspect_file
+from we_surgery.inspection import Inspection, inspect_file
 
 
 @click.command("inspect", cls=SurgeryCommand)

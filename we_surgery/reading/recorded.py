@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from we_surgery.excitations import Composition
+from we_surgery.reading.hooks import drop_hooks
 
 MODULE = "module"
 """Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
@@ -228,7 +229,7 @@ def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()
     replica = copy.deepcopy(model, memo)
-    drop_user_hooks(replica)
+    drop_hooks(replica, keep_torchs_own=True)
     for module in replica.modules():
         if isinstance(module, Composition):
             # One operation instead of some forty: who reads its result matters, not how it
@@ -239,23 +240,6 @@ def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
 
 def _weight_to_weight(weight: Tensor) -> Tensor:
     return weight * 1
-
-
-def drop_user_hooks(model: nn.Module) -> None:
-    """Removes the hooks of a copy but those of torch itself, such as ``weight_norm``'s.
-
-    A deep copy shares a hook that is a function; it must not be called on a trial run.
-    """
-    for module in model.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            for key, hook in list(hooks.items()):
-                if not (getattr(hook, "__module__", None) or "").startswith("torch."):
-                    del hooks[key]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

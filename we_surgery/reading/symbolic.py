@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from we_surgery.reading.aten_norms import is_norm_operation, passes_scale
 from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.hooks import drop_hooks
 from we_surgery.reading.kinds import WEIGHTED, is_gate, is_norm
 
 # Operations that pass a feature map on: a conv's scale reaches what follows them unchanged.
@@ -173,10 +174,7 @@ def join(name: str, path: str) -> str:
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` on the meta device, without hooks.
-
-    A hook is a function, which a deep copy shares, and may keep what it is given.
-    """
+    """A deep copy of ``model`` on the meta device, without hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -184,14 +182,7 @@ def weightless_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     weightless = copy.deepcopy(model, memo)
-    for module in weightless.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            hooks.clear()
+    drop_hooks(weightless, keep_torchs_own=False)
     return weightless
 
 
