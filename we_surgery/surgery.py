@@ -107,7 +107,8 @@ def convert(
     undo = graft(target, build_grafts(target, plan, init, start))
     if example_inputs is not None:
         try:
-            prove_excited(target, example_inputs)
+            ran_in_both = plan.rung == "recorded" and not plan.rung_reason
+            prove_excited(target, example_inputs, ran_in_both=ran_in_both)
         except BaseException:
             undo()
             raise

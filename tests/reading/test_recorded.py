@@ -121,3 +121,42 @@ class ShiftIntoNewMemory(nn.Module):
 def test_memory_that_is_made_on_the_meta_device_is_made_anew_for_a_replay() -> None:
     (row,) = ws.plan(ShiftIntoNewMemory(), "we", example_inputs=torch.randn(4, 8, 6, 6)).decisions
     assert "shift-fed" in row.reason
+
+
+class Alias(nn.Conv2d):
+    """A conv that computes with another tensor over its weight's memory."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.alias = self.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.alias, self.bias)
+
+
+def test_a_layer_that_runs_without_its_weight_fails_the_proof() -> None:
+    model, x = nn.Sequential(Alias(), nn.BatchNorm2d(4)), torch.randn(2, 3, 6, 6)
+    assert not ws.plan(model, example_inputs=x).excited
+    plan = ws.plan(model)
+    assert plan.excited  # its dataflow is inside a leaf
+    with pytest.raises(ws.SurgeryError, match="module '0' runs, but nothing reads its 'weight'"):
+        ws.convert(model, plan=plan, example_inputs=x, inplace=True)
+    assert type(model[0]) is Alias
+
+
+class Unconvertible(nn.Module):
+    """Trains only as long as its conv has an ordinary weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and "weight" not in self.conv._parameters:
+            raise RuntimeError("no weight")
+        return self.conv(x)
+
+
+def test_a_mode_that_only_the_vanilla_model_runs_in_fails_the_proof() -> None:
+    with pytest.raises(ws.SurgeryError, match=r"does not run in train mode: .*no weight"):
+        ws.convert(Unconvertible(), example_inputs=torch.randn(1, 3, 6, 6))

@@ -18,22 +18,24 @@ from we_surgery.reading.recorded_facts import record_both_modes
 from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
 
 
-def prove_excited(model: nn.Module, example_inputs: Any) -> int:
+def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
     """Records a converted model again and checks who reads its raw weights.
 
     Args:
         model: a converted model; it is not changed.
         example_inputs: as the model's forward takes them.
+        ran_in_both: whether the vanilla model ran on them in eval and in train mode.
 
     Returns:
         How many excited weights the recorded forwards computed.
 
     Raises:
         SurgeryError: an operation outside the excitations reads a raw weight, an excitation
-            runs on activations, or the converted model does not run on the inputs.
+            runs on activations or not at all though its layer does, or the converted model
+            does not run on the inputs.
     """
     recordings, notes = record_both_modes(model, example_inputs, faithful=True)
-    if not recordings:
+    if not recordings or (ran_in_both and notes):
         raise SurgeryError(
             f"the converted model {'; it '.join(notes)}",
             "Give inputs the vanilla model runs on; nothing was changed.",
@@ -44,11 +46,22 @@ def prove_excited(model: nn.Module, example_inputs: Any) -> int:
     }
     refuse_bypasses(recordings, list(raw))
     refuse_excited_activations(recordings)
+    called = {name for recording in recordings for name in recording.calls}
+    # One excitation may serve several tied layers, and be called by the name in the first.
     computed = {
-        f"{weight.module}.{excitation_name(weight.parameter)}".lstrip(".")
+        weight.excitation
         for weight in raw.values()
+        if f"{weight.module}.{excitation_name(weight.parameter)}".lstrip(".") in called
     }
-    return len({called for r in recordings for called in r.calls if called in computed})
+    for weight in raw.values():
+        if weight.module in called and weight.excitation not in computed:
+            raise SurgeryError(
+                f"module {weight.module!r} runs, but nothing reads its {weight.parameter!r}: it "
+                "may keep another tensor over the same memory",
+                "Leave that layer alone by a rule, or make the module read the layer's "
+                "`weight` when it runs; nothing was changed.",
+            )
+    return len(computed)
 
 
 def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -> None:
