@@ -118,7 +118,12 @@ def as_markdown(rows: Sequence[Row], listed: int) -> str:
         lines.append(f"| `{mode}` | {len(values)} | {middle:.1e} | {max(values):.1e} |")
     left = [row for row in rows if not row.passed]
     if left:
-        lines += ["", "Not within the bound:\n", "| model | difference by mode, or cause |"]
+        lines += [
+            "",
+            "Not within the bound. A detector with random weights chooses among boxes of nearly "
+            "equal scores, and a difference in the last digit of a score chooses others.\n",
+        ]
+        lines += ["| model | difference by mode, or cause |"]
         lines.append("| --- | --- |")
         for row in left:
             modes = ", ".join(f"{mode} {value:.1e}" for mode, value in row.preserved.items())

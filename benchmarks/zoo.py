@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                  # the pinned list, about an hour of one core
     python benchmarks/zoo.py --only 'swin'    # the names that a regular expression is found in
     python benchmarks/zoo.py --all            # every timm model that is small enough
+    python benchmarks/zoo.py --times          # only read the finished models anew, for the times
     python benchmarks/zoo.py --list           # choose the pinned list anew
 
 What one model has to do to pass is told in ``zoo_check.py``. Each finished model is appended to
@@ -28,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from zoo_check import check_model, read_without_memory, warm_up
+from zoo_check import check_model, read_without_memory, time_reading, warm_up
 from zoo_list import PINNED, SMALL_ENOUGH, all_models, choose_models, parameters_of, pinned_models
 from zoo_report import write_results
 from zoo_row import ZooRow
@@ -56,7 +57,7 @@ def main() -> None:
         options.progress.unlink(missing_ok=True)
     names = all_models() if options.all else pinned_models()
     names = [name for name in names if re.search(options.only, name)]
-    rows = run(names, options)
+    rows = read_again(names, options) if options.times else run(names, options)
     large = read_without_memory(LARGE)
     _note(str(large))
     write_results(rows, large, options.mode, len(names), options.json, options.markdown)
@@ -82,6 +83,19 @@ def run(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
         _note(f"{index + 1}/{len(names)} {name}: {verdict} ({time.monotonic() - start:.1f} s)")
         gc.collect()
     return [done[name] for name in names if name in done]
+
+
+def read_again(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The finished rows of the named models, with what their reading says now."""
+    done = _progress(options.progress)
+    finished = [name for name in names if name in done]
+    warm_up()
+    for index, name in enumerate(finished[: options.limit]):
+        done[name] |= time_reading(name, options.mode)
+        _append(options.progress, done[name])
+        _note(f"{index + 1}/{len(finished)} {name}: {done[name]['read_s']} s")
+        gc.collect()
+    return [done[name] for name in finished]
 
 
 def guarded_check(name: str, mode: str, seconds: int) -> ZooRow:
@@ -140,6 +154,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="run at most so many models, then report")
     parser.add_argument("--mode", default="we", help="the mode of the plans (we)")
     parser.add_argument("--timeout", type=int, default=240, help="seconds a model may take (240)")
+    parser.add_argument("--times", action="store_true", help="only read finished models anew")
     parser.add_argument("--fresh", action="store_true", help="forget what was done before")
     parser.add_argument("--list", action="store_true", help="choose the pinned list anew")
     parser.add_argument("--progress", type=Path, default=PROGRESS, help="where finished rows go")

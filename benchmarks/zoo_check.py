@@ -110,6 +110,16 @@ def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) 
     _compare(row, raw_outputs, excited_outputs, stripped_outputs)
 
 
+def time_reading(name: str, mode: str) -> dict[str, Any]:
+    """What a finished row says of a model's reading, measured anew: times and counts."""
+    row = ZooRow(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _read(row, build(name), mode)
+    fresh = row.to_dict()
+    return {key: fresh[key] for key in ("forward_s", "read_s", "weights", "converted", "alone")}
+
+
 def path(weight: ExcitedWeight) -> str:
     """The excited weight's key in the vanilla state dict."""
     return f"{weight.module}.{weight.parameter}".lstrip(".")
