@@ -160,3 +160,26 @@ class Unconvertible(nn.Module):
 def test_a_mode_that_only_the_vanilla_model_runs_in_fails_the_proof() -> None:
     with pytest.raises(ws.SurgeryError, match=r"does not run in train mode: .*no weight"):
         ws.convert(Unconvertible(), example_inputs=torch.randn(1, 3, 6, 6))
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers before a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+        self.cell = nn.GRUCell(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(self.lstm(x)[0][:, -1]))
+
+
+def test_recurrent_layers_are_left_alone() -> None:
+    x = torch.randn(2, 5, 4)
+    plan = ws.plan(Recurrent(), "mwe", example_inputs=x)
+    assert [decision.layer for decision in plan.excited] == ["head"]
+    left = [decision for decision in plan.decisions if not decision.excitation]
+    assert all("recurrent layer" in decision.reason for decision in left)
+    converted = ws.convert(Recurrent(), plan=plan, example_inputs=x)
+    ws.strip(converted, example_inputs=x)

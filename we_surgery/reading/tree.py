@@ -133,6 +133,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return f"computes its {parameter} in a way of its own"
     if isinstance(weight, UninitializedParameter):
         return "is lazy and has no shape before its first forward"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "belongs to a recurrent layer, which hands its weights over in a way of its own"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return "belongs to a container, which would run an excitation as one of its layers"
     if weight.dtype not in _EXCITABLE_DTYPES:
