@@ -43,7 +43,6 @@ class _Source:
     value: Any
     version: int
     address: int
-
     size: int
     """Of ``owner``: something may have been added."""
 

@@ -109,12 +109,17 @@ class Excitation(nn.Module, ABC):
     def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
         if weight.numel() == 0:
             return weight
-        full = weight.float() if weight.dtype in _HALF else weight
-        with _autocast_off(weight.device.type):
-            return compute(full).to(weight.dtype)
+        with autocast_off(weight.device.type):
+            return compute(in_full_precision(weight)).to(weight.dtype)
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def in_full_precision(weight: Tensor) -> Tensor:
+    """The weight in float32 if it is half precision, and itself otherwise."""
+    return weight.float() if weight.dtype in _HALF else weight
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast on that kind of device."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from we_surgery.excitations.base import _HALF, _autocast_off
+from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
 from we_surgery.excitations.mwe import amplified, curve_limit
@@ -116,7 +116,7 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
 
 
 def _forward(weight: Tensor, terms: Terms) -> tuple[Tensor, _Kept]:
-    with _autocast_off(weight.device.type):
+    with autocast_off(weight.device.type):
         filters, kept = _excite(_as_filters(weight, terms), terms)
     excited = _as_stored(filters, terms).to(weight.dtype)
     if terms.transposed_groups is None:
@@ -164,7 +164,7 @@ class ClosedFormExcitation(torch.autograd.Function):
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
-        with _autocast_off(weight.device.type):
+        with autocast_off(weight.device.type):
             kept = _Kept(*saved[_TENSOR_TERMS:])
             return _backward(gradient, weight, terms, kept, ctx.needs_input_grad)
 
@@ -421,7 +421,7 @@ def _fcs(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _as_filters(weight: Tensor, terms: Terms) -> Tensor:
-    full = weight.float() if weight.dtype in _HALF else weight
+    full = in_full_precision(weight)
     return full if terms.transposed_groups is None else to_filters(full, terms.transposed_groups)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from we_surgery.excitations.base import _HALF, Excitation, _autocast_off
+from we_surgery.excitations.base import Excitation, autocast_off, in_full_precision
 from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
@@ -18,10 +18,6 @@ from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize, deviation_and_mean
 
 _PRESERVABLE = (Standardize, LWE, Rescale, MWE)
-
-
-def _full(weight: Tensor) -> Tensor:
-    return weight.float() if weight.dtype in _HALF else weight
 
 
 class Composition(Excitation):
@@ -195,11 +191,11 @@ class Composition(Excitation):
             raise NotImplementedError(f"{unknown[0]} cannot start as an identity")
         if weight.numel() == 0:
             return weight
-        with _autocast_off(weight.device.type):
+        with autocast_off(weight.device.type):
             return self._preserve(weight)
 
     def _preserve(self, weight: Tensor) -> Tensor:
-        filters = self._as_filters(_full(weight))
+        filters = self._as_filters(in_full_precision(weight))
         stages = {stage.name: stage for stage in self.stages}
         standardize, lwe, mwe = (stages.get(kind.name) for kind in (Standardize, LWE, MWE))
         if mwe is not None:
@@ -212,7 +208,7 @@ class Composition(Excitation):
             return self._as_stored(filters / multiplier, weight).to(weight.dtype)
         stored = self._as_stored(filters, weight).to(weight.dtype)
         # Of the weight as it is stored, perhaps rounded.
-        deviation, mean = deviation_and_mean(self._as_filters(_full(stored)))
+        deviation, mean = deviation_and_mean(self._as_filters(in_full_precision(stored)))
         gain, rescale = (deviation + standardize.epsilon) / multiplier, stages.get(Rescale.name)
         if isinstance(rescale, Rescale):
             rescale.gain.copy_(gain)
