@@ -18,6 +18,8 @@ from we_surgery.proof import refuse_non_finite
 
 Progress = Callable[[int, int], None]
 
+_ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class StateDictReport:
@@ -71,13 +73,13 @@ class ExcitedEntry:
         return (tensor_identity(self.raw), *((key, tensor_identity(value)) for key, value in own))
 
     def rebuild(self) -> Composition:
-        """The excitation, sharing memory with the state dict.
+        """The excitation, sharing memory with the state dict where that is aligned.
 
         Raises:
             InputError: an unknown or incomplete excitation.
         """
         try:
-            return rebuild_excitation({k: v.detach() for k, v in self.excitation.items()})
+            return rebuild_excitation({k: _aligned(v) for k, v in self.excitation.items()})
         except InputError as error:
             raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
 
@@ -91,7 +93,7 @@ class ExcitedEntry:
         excitation = self.rebuild()
         try:
             with torch.no_grad():
-                excited = excitation(self.raw.detach())
+                excited = excitation(_aligned(self.raw))
                 # A folded weight may leave the excitation in another memory format.
                 folded = torch.empty_like(self.raw, requires_grad=False).copy_(excited)
         except RuntimeError as error:
@@ -224,6 +226,14 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()
     layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
     return (tensor.device, storage.data_ptr(), *layout)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, where torch's own allocator would have put it."""
+    tensor = tensor.detach()
+    # A file's reader lays tensors at any address, and matrix products round differently there:
+    # the fold would not be bit-equal to what the trained model computes.
+    return tensor if tensor.is_meta or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _refuse_sharded(state: Mapping[str, Tensor]) -> None:
