@@ -15,19 +15,13 @@ that its own calls read (``F.conv2d``, ``F.linear``, their aten operations) get 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from we_surgery.config import make_policy
-from we_surgery.errors import InputError
-from we_surgery.planning import Plan
+from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.planning import plan as make_plan
-from we_surgery.policy import Policy
-from we_surgery.rules import Rule
 from we_surgery.surgery import convert, is_converted, strip
 
 
@@ -39,43 +33,27 @@ class ExcitePass(PassBase):
 
     Args:
         mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
-        config: a YAML file or mapping as in ``configs/``.
-        rules: exceptions; the last that matches a weight wins. A weight that a call reads goes
-            by the name of its module or, where that name is not ``weight``, by its own.
-        plan: a plan made before, edited or not; instead of mode, config and rules.
-        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping: one
-            forward is recorded on them for the plan, and another one proves the result.
+        **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``, ``init``,
+            ``start``, ``example_inputs``. In rules, a weight that a call reads goes by the name of
+            its module or, where that name is not ``weight``, by its own.
 
     Raises:
         InputError: the arguments do not fit together.
     """
 
-    def __init__(
-        self,
-        mode: str | None = None,
-        *,
-        config: str | Path | Mapping[str, Any] | Policy | None = None,
-        rules: Sequence[Rule] = (),
-        plan: Plan | None = None,
-        example_inputs: Any = None,
-    ) -> None:
-        if plan is not None and (mode is not None or config is not None or rules):
-            raise InputError(
-                "both a plan and a mode, config or rules were given",
-                "Give the plan alone; edit its rows to change it.",
-            )
-        self.policy = None if plan is not None else make_policy(mode, config, rules)
-        self.plan = plan
-        self.example_inputs = example_inputs
+    def __init__(self, mode: str | None = None, **options: Unpack[ConvertOptions]) -> None:
+        self.options = resolve_options(mode, options)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if is_converted(graph_module):
             return PassResult(graph_module, False)
-        plan = self.plan or make_plan(
-            graph_module, config=self.policy, example_inputs=self.example_inputs
+        options = self.options.copy()
+        policy = options.pop("config", None)
+        plan = options["plan"] = options.get("plan") or make_plan(
+            graph_module, config=policy, example_inputs=options.get("example_inputs")
         )
         if plan.excited:
-            convert(graph_module, plan=plan, example_inputs=self.example_inputs, inplace=True)
+            convert(graph_module, **options, inplace=True)
         return PassResult(graph_module, bool(plan.excited))
 
 

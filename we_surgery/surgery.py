@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from we_surgery.errors import (
     InputError,
     NothingToStripWarning,
     SurgeryError,
-    near_matches,
 )
 from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
 from we_surgery.graphs import complete_copies, excited_weights, refuse_changed_graphs
 from we_surgery.layers import change_since_conversion, excited_layers, raw_name
+from we_surgery.options import resolve_options
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.policy import Policy
@@ -87,22 +87,11 @@ def convert(
             stacklevel=2,
         )
         return model if inplace else copy_model(model)
+    options = resolve_options(
+        mode, {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
+    )
     if plan is None:
-        plan = make_plan(model, mode, config=config, rules=rules, example_inputs=example_inputs)
-    elif mode is not None or config is not None or rules:
-        raise InputError(
-            "both a plan and a mode, config or rules were given",
-            "Give the plan alone; edit its rows to change it.",
-        )
-    for name, value, known in (
-        ("init", init, get_args(Init)),
-        ("start", start, get_args(Start)),
-    ):
-        if value not in known:
-            raise InputError(
-                f"there is no {name} {value!r}{near_matches(str(value), known)}",
-                f"Use one of: {', '.join(known)}.",
-            )
+        plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
     target = model if inplace else copy_model(model)
     undo = graft(target, build_grafts(target, plan, init, start))
     if example_inputs is not None:

@@ -95,6 +95,17 @@ def test_it_converts_before_the_optimizer_is_made_and_strips_each_checkpoint(tmp
     vanilla.load_state_dict(ws.strip_state_dict(torch.load(tmp_path / "epoch=1.ckpt")))
 
 
+def test_a_pretrained_network_starts_as_what_it_is(tmp_path):
+    module = network()
+    x = torch.randn(2, 3, 8, 8)
+    expected = module.net.eval()(x)
+    callback = WeightExcitation(config=EVERYTHING, submodule="net", init="preserve")
+    run = trainer(tmp_path, callback, enable_checkpointing=False)
+    callback.setup(run, module, "fit")
+    assert is_converted(module.net)
+    torch.testing.assert_close(module.net(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_whole_module_is_converted_by_default(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="last")
     module = network()

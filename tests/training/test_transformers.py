@@ -111,6 +111,15 @@ def test_it_converts_before_the_optimizer_is_made_and_strips_each_checkpoint(nam
     assert all(torch.equal(value, by_callback[key]) for key, value in by_file.items())
 
 
+def test_a_pretrained_model_starts_as_what_it_is(tmp_path):
+    model = build("resnet").eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x).logits
+    trainer(model, tmp_path, WeightExcitation(config=CONFIG, init="preserve"))
+    assert is_converted(model)
+    torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 # Not the ViT: the Trainer of transformers 5.23 writes its weights under the names of the hub and
 # looks for the model's when it resumes, also without any excitation.
 @pytest.mark.parametrize("name", ["resnet", "convnext v2"])

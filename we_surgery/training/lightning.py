@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -18,9 +18,7 @@ from we_surgery.checkpoint import (
     write_safetensors,
 )
 from we_surgery.errors import InputError, WESurgeryError
-from we_surgery.planning import Plan
-from we_surgery.policy import Policy
-from we_surgery.rules import Rule
+from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.surgery import convert, is_converted
 
 SIDE_FILE = ".stripped.safetensors"
@@ -40,20 +38,18 @@ class WeightExcitation(Callback):
 
     Args:
         mode: as in :func:`~we_surgery.convert`.
-        config: as there.
-        rules: as there; the layers' names begin at the submodule.
-        plan: as there.
-        example_inputs: as there.
         submodule: the attribute of the LightningModule that holds the network, such as
             ``model``; the rest, losses with weights of their own for instance, is then left
             alone, and the stripped file has the network's own names. By default all is
             converted.
         strip_checkpoints: whether to write the stripped files.
+        **options: those of ``convert``: ``config``, ``rules`` (the layers' names begin at the
+            submodule), ``plan``, ``init``, ``start``, ``example_inputs``.
 
     Raises:
-        InputError: in ``setup``: there is no such submodule, the request does not fit the
-            model, or a callback before this one has copied the model already; when fitting
-            starts: nothing was converted.
+        InputError: the options do not fit together; in ``setup``: nor the model, there is no
+            such submodule, or a callback before this one has copied the model already; when
+            fitting starts: nothing was converted.
 
     Example:
         >>> trainer = Trainer(callbacks=[WeightExcitation("lwe", submodule="model")])
@@ -64,20 +60,11 @@ class WeightExcitation(Callback):
         self,
         mode: str | None = None,
         *,
-        config: str | Path | Mapping[str, Any] | Policy | None = None,
-        rules: Sequence[Rule] = (),
-        plan: Plan | None = None,
-        example_inputs: Any = None,
         submodule: str = "",
         strip_checkpoints: bool = True,
+        **options: Unpack[ConvertOptions],
     ) -> None:
-        self.options: dict[str, Any] = {
-            "mode": mode,
-            "config": config,
-            "rules": rules,
-            "plan": plan,
-            "example_inputs": example_inputs,
-        }
+        self.options = resolve_options(mode, options)
         self.submodule = submodule
         self.strip_checkpoints = strip_checkpoints
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from we_surgery.errors import WESurgeryError
-from we_surgery.planning import Plan
-from we_surgery.policy import Policy
-from we_surgery.rules import Rule
+from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.surgery import convert, is_converted, strip
 from we_surgery.training.optimizers import add_to_optimizer
 from we_surgery.training.vanilla_view import inside_wrappers
@@ -32,15 +29,14 @@ class WeightExcitation(TrainerCallback):
 
     Args:
         mode: as in :func:`~we_surgery.convert`.
-        config: as there.
-        rules: as there.
-        plan: as there.
-        example_inputs: as there.
         strip_checkpoints: whether to write the stripped models.
+        **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``init``, ``start``,
+            ``example_inputs``.
 
     Raises:
-        InputError: while the Trainer is built: the request does not fit the model; when training
-            begins: an optimizer that was given to the Trainer cannot take the excitations.
+        InputError: the options do not fit together; while the Trainer is built: nor the model;
+            when training begins: an optimizer that was given to the Trainer cannot take the
+            excitations.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[WeightExcitation("lwe")], ...)
@@ -52,19 +48,10 @@ class WeightExcitation(TrainerCallback):
         self,
         mode: str | None = None,
         *,
-        config: str | Path | Mapping[str, Any] | Policy | None = None,
-        rules: Sequence[Rule] = (),
-        plan: Plan | None = None,
-        example_inputs: Any = None,
         strip_checkpoints: bool = True,
+        **options: Unpack[ConvertOptions],
     ) -> None:
-        self.options: dict[str, Any] = {
-            "mode": mode,
-            "config": config,
-            "rules": rules,
-            "plan": plan,
-            "example_inputs": example_inputs,
-        }
+        self.options = resolve_options(mode, options)
         self.strip_checkpoints = strip_checkpoints
 
     def on_init_end(

@@ -1,0 +1,66 @@
+"""The options of ``convert``, for whatever converts a model later: callbacks and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, get_args
+
+from we_surgery.config import make_policy
+from we_surgery.errors import InputError, near_matches
+from we_surgery.grafting import Init, Start
+from we_surgery.planning import Plan
+from we_surgery.policy import Policy
+from we_surgery.rules import Rule
+
+
+class ConvertOptions(TypedDict, total=False):
+    """How to convert a model: keyword arguments of :func:`we_surgery.convert`."""
+
+    config: str | Path | Mapping[str, Any] | Policy | None
+    rules: Sequence[Rule]
+    plan: Plan | None
+    init: Init
+    start: Start
+    example_inputs: Any
+
+
+def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions:
+    """Options that are known to fit together, before there is a model.
+
+    Args:
+        mode: as in :func:`we_surgery.convert`.
+        options: some or all of them.
+
+    Returns:
+        The options, with mode, config and rules as one policy under ``config``.
+
+    Raises:
+        InputError: an unknown option or value, or a plan together with what makes one.
+    """
+    known = ConvertOptions.__annotations__
+    for name in options:
+        if name not in known:
+            raise InputError(
+                f"there is no option {name!r}{near_matches(name, known)}",
+                f"The options are those of `convert`: {', '.join(known)}.",
+            )
+    for name, value, choices in (
+        ("init", options.get("init", "paper"), get_args(Init)),
+        ("start", options.get("start", "on"), get_args(Start)),
+    ):
+        if value not in choices:
+            raise InputError(
+                f"there is no {name} {value!r}{near_matches(str(value), choices)}",
+                f"Use one of: {', '.join(choices)}.",
+            )
+    resolved = options.copy()
+    config, rules = resolved.pop("config", None), resolved.pop("rules", ())
+    if resolved.get("plan") is None:
+        resolved["config"] = make_policy(mode, config, rules)
+    elif mode is not None or config is not None or rules:
+        raise InputError(
+            "both a plan and a mode, config or rules were given",
+            "Give the plan alone; edit its rows to change it.",
+        )
+    return resolved
