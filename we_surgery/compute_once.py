@@ -142,6 +142,8 @@ def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor
         # A graph of the stages' own operations can be walked back through only once.
         if not getattr(excited.grad_fn, "is_repeatable", False):
             return excited
+        if any(source.has_moved() for source in sources):  # a stage has advanced its buffers
+            sources = list(_sources(excitation))
     else:
         # Made in inference mode, it could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():

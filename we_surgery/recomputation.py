@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from we_surgery.excitations import Excitation
+from we_surgery.excitations.repeatable import refuse_modified, versions
+from we_surgery.excitations.rerun import advanced_buffers, holding
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,19 +26,16 @@ class _Note:
 
     excitation: Excitation
     raw: Tensor
-    versions: tuple[int, ...]
+    versions: list[int]
+    advanced: dict[str, Tensor]
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def rebuild(self) -> Tensor:
-        if self.versions != _versions(self.excitation, self.raw):
-            raise RuntimeError(
-                "a raw weight or a parameter of its excitation was modified by an inplace "
-                "operation between the forward pass that excited it and this backward pass"
-            )
-        with torch.no_grad():
+        refuse_modified(self.versions, _versions(self.excitation, self.raw))
+        with torch.no_grad(), holding(self.excitation, self.advanced):
             excited = self.excitation(self.raw).to(self.dtype)
         return torch.as_strided(excited, self.size, self.stride, self.offset)
 
@@ -73,6 +72,7 @@ def recomputed_in_backward(weights: Iterable[HandedWeight]) -> Iterator[None]:
             excitation,
             raw,
             _versions(excitation, raw),
+            advanced_buffers(excitation),
         )
         for excitation, raw, excited in weights
     }
@@ -91,5 +91,5 @@ def recomputed_in_backward(weights: Iterable[HandedWeight]) -> Iterator[None]:
         yield
 
 
-def _versions(excitation: Excitation, raw: Tensor) -> tuple[int, ...]:
-    return raw._version, *(parameter._version for parameter in excitation.parameters())
+def _versions(excitation: Excitation, raw: Tensor) -> list[int]:
+    return versions(raw, list(excitation.parameters()))

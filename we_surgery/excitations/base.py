@@ -28,7 +28,10 @@ class Excitation(nn.Module, ABC):
 
     Subclasses set ``name`` (their key in a state dict and in a config) and
     ``order`` (their place when several are composed), write :meth:`excite`,
-    and give :meth:`for_layout` and :meth:`from_state`.
+    and give :meth:`for_layout` and :meth:`from_state`. Nothing of :meth:`excite` is
+    kept for the backward pass, which runs it again
+    (:mod:`we_surgery.excitations.rerun`): it is a pure function, and what moves
+    from step to step moves in :meth:`advance`.
     """
 
     name: ClassVar[str]
@@ -42,7 +45,27 @@ class Excitation(nn.Module, ABC):
 
     @abstractmethod
     def excite(self, weight: Tensor) -> Tensor:
-        """The excited weight; called in full precision with at least one element."""
+        """The excited weight; called in full precision with at least one element.
+
+        The same weight, parameters and buffers give the same bits each time: a buffer that
+        moves, or a random number, belongs in :meth:`advance`.
+        """
+
+    def advance(self, weight: Tensor) -> None:
+        """Moves the buffers that follow training, such as a power iteration's; mostly nothing.
+
+        Called in training mode before each excited weight that is computed for a gradient, and
+        never in eval mode, in a fold or in the second run of a backward pass, which has the
+        buffers of the first.
+
+        Args:
+            weight: what :meth:`excite` will be given, detached.
+        """
+
+    @property
+    def advances(self) -> bool:
+        """Whether :meth:`advance` does anything."""
+        return type(self).advance is not Excitation.advance
 
     def right_inverse(self, excited: Tensor) -> Tensor:
         """A raw weight whose excitation is ``excited``.

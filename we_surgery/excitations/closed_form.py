@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from we_surgery.excitations import repeatable
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
@@ -129,9 +130,7 @@ class ClosedFormExcitation(torch.autograd.Function):
     """W' from W and the fields of :class:`Terms`.
 
     Outside of ``torch.compile`` the graph node is *repeatable*: two losses that share an excited
-    weight may be differentiated one after the other without ``retain_graph``. The tensors stay
-    with the node, as saved tensors would not, and they are small: the weight and the parameters
-    of LWE live in the model, and the rest are a few numbers a filter.
+    weight may be differentiated one after the other without ``retain_graph``.
     """
 
     # Without a `setup_context`, which torch.func would need: it inspects signatures at each call
@@ -140,42 +139,25 @@ class ClosedFormExcitation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *terms: Any) -> Tensor:
         excited, kept = _forward(weight, Terms(*terms))
-        tensors = (weight, *terms[:_TENSOR_TERMS], *kept)
+        tensors = (*terms[:_TENSOR_TERMS], *kept)
         ctx.plain_terms = terms[_TENSOR_TERMS:]
         ctx.is_repeatable = not torch.compiler.is_compiling()
         if ctx.is_repeatable:
-            ctx.tensors = tensors
-            ctx.versions = _versions(tensors)
+            repeatable.keep(ctx, weight, tensors)
         else:
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(weight, *tensors)
         return excited
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.is_repeatable:
-            weight, *saved = ctx.saved_tensors
-        elif ctx.versions == _versions(ctx.tensors):
-            weight, *saved = ctx.tensors
-        else:
-            raise RuntimeError(
-                "a raw weight or a parameter of its excitation was modified by an inplace "
-                "operation between the forward pass that excited it and this backward pass"
-            )
+        tensors = repeatable.kept(ctx) if ctx.is_repeatable else ctx.saved_tensors
+        weight, *saved = tensors
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
         with autocast_off(weight.device.type):
             kept = _Kept(*saved[_TENSOR_TERMS:])
             return _backward(gradient, weight, terms, kept, ctx.needs_input_grad)
-
-
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    # Not those of buffers, which DDP broadcasts before each forward pass.
-    return [
-        tensor._version
-        for tensor in tensors
-        if tensor is not None and (tensor.requires_grad or tensor is tensors[0])
-    ]
 
 
 def _differentiable_backward(

@@ -14,9 +14,11 @@ from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.paused import idle
+from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize, deviation_and_mean
 
+_NOTHING = Terms()
 _PRESERVABLE = (Standardize, LWE, Rescale, MWE)
 
 
@@ -116,17 +118,32 @@ class Composition(Excitation):
     def forward(self, weight: Tensor) -> Tensor:
         if self.is_paused:
             return idle(weight, list(self.parameters()))
-        terms = self._terms(weight)
-        if terms is None:
-            return super().forward(weight)
-        return excite_in_closed_form(weight, terms)
-
-    def _terms(self, weight: Tensor) -> Terms | None:
-        """The stages as the closed form takes them; None where they must run one by one."""
         # A trace that is to be saved cannot hold an autograd function.
         is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-        if is_traced or weight.numel() == 0:
-            return None
+        terms = self._terms(weight)
+        if is_traced or weight.numel() == 0 or terms is _NOTHING:
+            return super().forward(weight)
+        if terms is not None:
+            return excite_in_closed_form(weight, terms)
+        if self.training and torch.is_grad_enabled():
+            self._advance_stages(weight)
+        return excite_and_rerun(self, weight)
+
+    @torch.no_grad()
+    def _advance_stages(self, weight: Tensor) -> None:
+        stages = self.stages
+        last = max((i for i, stage in enumerate(stages) if stage.advances), default=-1)
+        if last < 0 or torch._C._are_functorch_transforms_active():
+            return
+        with autocast_off(weight.device.type):
+            filters = self._as_filters(in_full_precision(weight.detach()))
+            for stage in stages[:last]:
+                stage.advance(filters)
+                filters = stage.excite(filters)
+            stages[last].advance(filters)
+
+    def _terms(self, weight: Tensor) -> Terms | None:
+        """The stages as the closed form takes them; None where it does not know them."""
         found: dict[str, Any] = {}
         for stage in self._modules.values():
             # Exact types: a subclass may compute something else.
@@ -143,7 +160,7 @@ class Composition(Excitation):
             else:
                 return None
         if not found:
-            return None
+            return _NOTHING
         groups = self.transposed_groups.shape[0] if self.is_transposed else None
         return Terms(**found, transposed_groups=groups)
 
