@@ -12,6 +12,7 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery.cli import strip_command
+from we_surgery.graphs import excited_weights
 from we_surgery.surgery import is_converted
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -172,6 +173,47 @@ def test_averaged_weights_are_what_is_stripped(tmp_path):
         Network().load_state_dict(state)
     assert torch.equal(side["stem.weight"], averaged["net.stem.weight"])
     assert not torch.equal(side["stem.weight"], trained["net.stem.weight"])
+
+
+def paused_count(model: nn.Module) -> int:
+    return sum(weight.excitation.is_paused for weight in excited_weights(model))
+
+
+def test_excitation_sets_in_at_its_epoch_in_the_average_too_and_the_run_resumes(tmp_path):
+    class Watched(Network):
+        def on_train_epoch_start(self):
+            self.paused = [*getattr(self, "paused", []), paused_count(self)]
+
+    def fit(folder, epochs: int = 4, **options) -> tuple[Network, nn.Module]:
+        torch.manual_seed(0)
+        module, averaging = Watched(), EMAWeightAveraging(decay=0.5)
+        excitation = WeightExcitation(config=EVERYTHING, submodule="net", start_epoch=2)
+        saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, excitation, averaging, saving, epochs=epochs)
+        run.fit(module, batches(), **options)
+        return module
+
+    straight = fit(tmp_path / "straight")
+    everything = paused_count(ws.convert(ConvNet(), config=EVERYTHING, start="paused"))
+    assert straight.paused == [everything, everything, 0, 0]
+    for epoch, found in enumerate((everything, everything, 0, 0)):
+        checkpoint = torch.load(tmp_path / "straight" / f"epoch={epoch}.ckpt", weights_only=True)
+        for key in ("state_dict", "current_model_state"):
+            lengths = [len(v) for k, v in checkpoint[key].items() if k.endswith(".paused")]
+            assert sum(lengths) == found
+            ConvNet().load_state_dict(
+                {
+                    name.removeprefix("net."): value
+                    for name, value in ws.strip_state_dict(checkpoint, key=key).items()
+                    if name.startswith("net.")
+                }
+            )
+    for epoch in (1, 2):
+        path = tmp_path / "straight" / f"epoch={epoch}.ckpt"
+        resumed = fit(tmp_path / f"resumed {epoch}", ckpt_path=path)
+        assert resumed.paused == straight.paused[epoch + 1 :]
+        for name, value in straight.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_the_command_strips_a_checkpoint_with_hyperparameters(tmp_path):

@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import we_surgery as ws
 from tests.toys import EVERYTHING, ConvNet
 from we_surgery.layers import excited_layers
+from we_surgery.training.schedule import paused_until
 
 
 def paused(**options: object) -> nn.Module:
@@ -175,6 +178,66 @@ def test_a_schedule_sets_in_once_at_its_epoch() -> None:
     for wrong in (-1, 1.5, True):
         with pytest.raises(ws.InputError, match="start_epoch"):
             ws.WESchedule(model, start_epoch=wrong)  # type: ignore[arg-type]
+
+
+AVERAGES = {
+    "timm": lambda model: ModelEmaV3(model, decay=0.5),
+    "torch": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    "torch with buffers": lambda model: AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_sets_in_with_its_model_without_a_jump_and_goes_on(kind: str) -> None:
+    model = paused()
+    average = AVERAGES[kind](model)
+    update = getattr(average, "update", None) or average.update_parameters
+    for seed in range(3):
+        train(model, 2, seed)
+        update(model)
+    before = outputs(average.module)
+    assert not torch.allclose(before, outputs(model), atol=1e-3)
+    schedule = ws.WESchedule(model, 1, average)
+    assert not schedule.step(0)
+    assert schedule.step(1)
+    torch.testing.assert_close(outputs(average.module), before, rtol=1e-4, atol=1e-4)
+    train(model, 2)
+    update(model)
+    assert not torch.equal(outputs(average.module), before)
+    for _ in range(40):
+        update(model)
+    expected = outputs(model.eval() if kind == "timm" else model)
+    torch.testing.assert_close(outputs(average.module), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_that_was_left_paused_does_not_go_on_silently(kind: str) -> None:
+    model = paused()
+    average = AVERAGES[kind](model)
+    ws.resume(model)
+    with pytest.raises(RuntimeError, match="shape"):
+        (getattr(average, "update", None) or average.update_parameters)(model)
+
+
+def test_a_weight_of_an_average_that_is_not_finite_resumes_nothing() -> None:
+    model = paused()
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        average.head.raw_weight[0, 0] = float("nan")
+    with pytest.raises(ws.SurgeryError, match="head"):
+        ws.resume(model, average)
+    assert all(layer.excitation.is_paused for _, layer in excited_layers(model))
+
+
+def test_the_start_of_a_callbacks_options() -> None:
+    assert paused_until(None, {"start": "on"}) == {"start": "on"}
+    assert paused_until(3, {"init": "paper"}) == {"init": "paper", "start": "paused"}
+    with pytest.raises(ws.InputError, match="both start_epoch=3 and start='on'"):
+        paused_until(3, {"start": "on"})
+    with pytest.raises(ws.InputError, match="start_epoch must be an integer"):
+        paused_until(-1, {})
 
 
 def test_an_unknown_start_is_refused() -> None:

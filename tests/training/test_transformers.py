@@ -9,6 +9,7 @@ from torch import nn
 from toys import is_vanilla
 
 import we_surgery as ws
+from we_surgery.graphs import excited_weights
 from we_surgery.surgery import is_converted
 
 transformers = pytest.importorskip("transformers")
@@ -132,6 +133,36 @@ def test_training_resumes_where_it_was(name, tmp_path):
     )
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_excitation_sets_in_at_its_epoch_and_the_run_resumes(tmp_path):
+    def paused(model: nn.Module) -> int:
+        return sum(weight.excitation.is_paused for weight in excited_weights(model))
+
+    class Watching(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            found.append((state.global_step, paused(model)))
+
+    def train(**options) -> nn.Module:
+        model = build("resnet")
+        callback = WeightExcitation(config=CONFIG, start_epoch=1)
+        run = trainer(model, tmp_path, callback, Watching())
+        run.args.max_steps = 5  # of two an epoch
+        run.train(**options)
+        return model
+
+    found: list[tuple[int, int]] = []
+    straight = train()
+    everything = found[0][1]
+    assert everything > 3
+    assert found == [(1, everything), (2, everything), (3, 0), (4, 0), (5, 0)]
+    for step in (2, 3):
+        found.clear()
+        resumed = train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [after for after, _ in found] == list(range(step + 1, 6))
+        assert all(left == (everything if after < 3 else 0) for after, left in found)
+        for name, value in straight.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_an_optimizer_that_was_made_before_gets_the_excitations(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from we_surgery.errors import InputError
 from we_surgery.excitations import Composition
 from we_surgery.graphs import excited_weights
+from we_surgery.options import ConvertOptions
 from we_surgery.proof import check_preserved, refuse_non_finite
 from we_surgery.training.vanilla_view import inside_wrappers
 
@@ -17,28 +18,30 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def resume(model: nn.Module) -> int:
+def resume(model: nn.Module, *averages: nn.Module) -> int:
     """Switches paused excitations on, without a jump in what the model computes.
 
     The raw weights get the values whose excitation the weights are; they stay the same
-    Parameters, and an optimizer that holds them goes on. Momentum is of the weights before. An
-    average of the weights (EMA) is a model of its own: resume it in the same step.
+    Parameters, and an optimizer that holds them goes on. Momentum is of the weights before.
 
     Args:
         model: a model converted with ``start="paused"``; also inside DDP or ``torch.compile``,
             which recompiles once.
+        *averages: averages of its weights (EMA), copies such as ``ModelEmaV3`` and
+            ``AveragedModel`` keep: each has weights of its own, and sets in with the model.
 
     Returns:
-        How many weights are excited from now on; 0 if none was paused.
+        How many weights are excited from now on, those of averages too; 0 if none was paused.
 
     Raises:
         InputError: the model is sharded.
         SurgeryError: a weight is not finite. The model is as it was.
     """
     paused: dict[int, tuple[str, nn.Parameter, Composition]] = {}
-    for weight in excited_weights(inside_wrappers(model)):
-        if weight.excitation.is_paused:
-            paused[id(weight.raw)] = (weight.name, weight.raw, weight.excitation)
+    for root in (model, *averages):
+        for weight in excited_weights(inside_wrappers(root)):
+            if weight.excitation.is_paused:
+                paused[id(weight.raw)] = (weight.name, weight.raw, weight.excitation)
     for name, raw, _ in paused.values():
         if hasattr(raw, "full_tensor"):
             raise InputError(
@@ -64,6 +67,7 @@ class WESchedule:
     Args:
         model: converted with ``start="paused"``; also inside DDP or ``torch.compile``.
         start_epoch: the first epoch with excitation, counted as :meth:`step` is told.
+        *averages: averages of its weights (EMA), as for :func:`resume`.
 
     Raises:
         InputError: ``start_epoch`` is negative or no integer.
@@ -76,14 +80,11 @@ class WESchedule:
         ...     train_one_epoch(model)
     """
 
-    def __init__(self, model: nn.Module, start_epoch: int) -> None:
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
-            raise InputError(
-                f"start_epoch must be an integer of at least 0, not {start_epoch!r}",
-                "Give the first epoch with excitation, such as 30.",
-            )
+    def __init__(self, model: nn.Module, start_epoch: int, *averages: nn.Module) -> None:
+        _check_epoch(start_epoch)
         self.model = model
         self.start_epoch = start_epoch
+        self.averages = averages
 
     def step(self, epoch: int) -> bool:
         """To be called before each epoch.
@@ -91,4 +92,30 @@ class WESchedule:
         Returns:
             Whether excitation has set in just now.
         """
-        return epoch >= self.start_epoch and resume(self.model) > 0
+        return epoch >= self.start_epoch and resume(self.model, *self.averages) > 0
+
+
+def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOptions:
+    """The options of a conversion that is paused until an epoch; as they are if there is none.
+
+    Raises:
+        InputError: ``start_epoch`` is negative or no integer, or the options say
+            ``start="on"``.
+    """
+    if start_epoch is None:
+        return options
+    _check_epoch(start_epoch)
+    if options.get("start", "paused") != "paused":
+        raise InputError(
+            f"both start_epoch={start_epoch} and start={options['start']!r} were given",
+            "Give start_epoch alone: excitation is paused until then.",
+        )
+    return {**options, "start": "paused"}
+
+
+def _check_epoch(start_epoch: object) -> None:
+    if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+        raise InputError(
+            f"start_epoch must be an integer of at least 0, not {start_epoch!r}",
+            "Give the first epoch with excitation, such as 30.",
+        )

@@ -13,6 +13,7 @@ from we_surgery.errors import WESurgeryError
 from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.surgery import convert, is_converted, strip
 from we_surgery.training.optimizers import add_to_optimizer
+from we_surgery.training.schedule import WESchedule, paused_until
 from we_surgery.training.vanilla_view import inside_wrappers
 
 STRIPPED_FOLDER = "stripped"
@@ -29,6 +30,8 @@ class WeightExcitation(TrainerCallback):
 
     Args:
         mode: as in :func:`~we_surgery.convert`.
+        start_epoch: the first epoch with excitation: until then it is paused, as by
+            ``start="paused"``.
         strip_checkpoints: whether to write the stripped models.
         **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``init``, ``start``,
             ``example_inputs``.
@@ -48,10 +51,12 @@ class WeightExcitation(TrainerCallback):
         self,
         mode: str | None = None,
         *,
+        start_epoch: int | None = None,
         strip_checkpoints: bool = True,
         **options: Unpack[ConvertOptions],
     ) -> None:
-        self.options = resolve_options(mode, options)
+        self.start_epoch = start_epoch
+        self.options = resolve_options(mode, paused_until(start_epoch, options))
         self.strip_checkpoints = strip_checkpoints
 
     def on_init_end(
@@ -77,6 +82,17 @@ class WeightExcitation(TrainerCallback):
         # pieces of tensors, and was made by the Trainer.
         if optimizer is not None and not args.deepspeed:
             add_to_optimizer(optimizer, kwargs["model"])
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.start_epoch is not None:
+            # A run that is resumed within an epoch begins at a fraction.
+            WESchedule(kwargs["model"], self.start_epoch).step(int(state.epoch or 0))
 
     def on_save(
         self,

@@ -1,0 +1,187 @@
+"""What the callbacks for Lightning under its two names share; nothing here imports Lightning.
+
+``lightning.pytorch`` and ``pytorch_lightning`` are the same code with classes of their own, and a
+Trainer of one takes callbacks and modules of its own only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from we_surgery.checkpoint import (
+    is_excited_state_dict,
+    strip_state_dict_with_report,
+    write_safetensors,
+)
+from we_surgery.errors import InputError, WESurgeryError
+from we_surgery.options import ConvertOptions, resolve_options
+from we_surgery.surgery import convert, is_converted
+from we_surgery.training.schedule import WESchedule, paused_until
+
+SIDE_FILE = ".stripped.safetensors"
+
+
+class ExcitingCallback:
+    """The methods of the callback ``WeightExcitation``, which stands in the modules that use it."""
+
+    checkpoint_io: ClassVar[type[StrippingIO]]
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        *,
+        submodule: str = "",
+        start_epoch: int | None = None,
+        strip_checkpoints: bool = True,
+        **options: Unpack[ConvertOptions],
+    ) -> None:
+        super().__init__()
+        self.start_epoch = start_epoch
+        self.options = resolve_options(mode, paused_until(start_epoch, options))
+        self.submodule = submodule
+        self.strip_checkpoints = strip_checkpoints
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        if stage == "fit":
+            self.convert(trainer, pl_module)
+        strategy = trainer.strategy
+        inner = strategy.checkpoint_io
+        if isinstance(inner, StrippingIO):
+            inner = inner.inner
+        strategy.checkpoint_io = self.checkpoint_io(inner, self, trainer, pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        if not is_converted(pl_module):
+            raise InputError(
+                f"{type(self).__name__} has converted nothing: the model had no weights in "
+                "`setup`, or the plan leaves all of them alone",
+                "Build the layers in the LightningModule's __init__, or convert them where "
+                "`configure_model` builds them; `ws.plan(model)` gives the reasons.",
+            )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        if self.start_epoch is not None:
+            averages = (
+                value
+                for callback in trainer.callbacks
+                for value in vars(callback).values()
+                if isinstance(value, AveragedModel)
+            )
+            WESchedule(pl_module, self.start_epoch, *averages).step(trainer.current_epoch)
+
+    def convert(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Converts the network in place, unless it is converted or not built yet."""
+        network = self.network(pl_module)
+        if is_converted(network) or next(network.parameters(), None) is None:
+            return
+        for callback in trainer.callbacks:
+            copies = (AveragedModel, type(pl_module))
+            if any(isinstance(value, copies) for value in vars(callback).values()):
+                raise InputError(
+                    f"{type(callback).__name__} has copied the model before its conversion",
+                    f"List {type(self).__name__} before it in the trainer's callbacks.",
+                )
+        convert(network, inplace=True, **self.options)
+
+    def network(self, pl_module: nn.Module) -> nn.Module:
+        """The module that is converted."""
+        try:
+            return pl_module.get_submodule(self.submodule)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(
+                f"{type(pl_module).__name__} has no submodule {self.submodule!r}",
+                f"Its submodules are: {names}.",
+            ) from error
+
+
+class StrippingIO:
+    """Saves and loads as another does, with a stripped file beside each checkpoint.
+
+    Args:
+        inner: what saves and loads.
+        callback: whose model it is.
+        trainer: the callback's.
+        pl_module: the trainer's.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        callback: ExcitingCallback,
+        trainer: Any,
+        pl_module: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.callback = callback
+        self.trainer = trainer
+        self.pl_module = pl_module
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        if not self.callback.strip_checkpoints:
+            return
+        if "://" in str(path):
+            _warn(path, "it is not in a local folder")
+            return
+        try:
+            write_stripped(checkpoint, side_file(path), self.callback.submodule)
+        except WESurgeryError as error:
+            _warn(path, error.cause)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, *args, **kwargs)
+        state = checkpoint.get("state_dict")
+        if isinstance(state, Mapping) and is_excited_state_dict(state):
+            # While fitting it is converted already.
+            self.callback.convert(self.trainer, self.pl_module)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+        if "://" not in str(path):
+            side_file(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+
+def side_file(checkpoint: str | Path) -> Path:
+    """Where the stripped weights of a checkpoint lie: ``last.ckpt``, ``last.stripped...``."""
+    path = Path(checkpoint)
+    return path.with_name(path.name.removesuffix(".ckpt") + SIDE_FILE)
+
+
+def write_stripped(checkpoint: Mapping[str, Any], path: Path, submodule: str = "") -> None:
+    """Writes the vanilla weights of a Lightning checkpoint as safetensors.
+
+    Args:
+        checkpoint: what Lightning saves, with its ``state_dict``.
+        path: the file; overwritten.
+        submodule: whose weights alone are written, by the names they have in it.
+
+    Raises:
+        InputError: the state dict is sharded or cannot be written.
+        SurgeryError: a folded weight is not finite, or writing failed.
+    """
+    state, _ = strip_state_dict_with_report(checkpoint, key="state_dict")
+    prefix = f"{submodule}." if submodule else ""
+    network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    write_safetensors(network, path, metadata=None, force=True)
+
+
+def _warn(path: Any, cause: str) -> None:
+    warnings.warn(
+        f"no stripped file was written beside {path}: {cause}. The checkpoint itself was saved; "
+        "strip it with `we-strip`.",
+        stacklevel=3,
+    )
