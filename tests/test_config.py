@@ -19,7 +19,7 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_is_a_config_with_that_name(mode: str) -> None:
     assert make_policy(mode) == make_policy(config={"mode": mode})
-    assert make_policy(mode).cells == MODES[mode]
+    assert make_policy(mode).cells == MODES[mode].cells
 
 
 def test_nothing_said_means_lwe() -> None:
@@ -122,7 +122,7 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
     """
     policy = make_policy(config=write(tmp_path, text))
     assert policy.mode == "we"
-    assert policy.cells == {**MODES["we"], "linear": "skip", "shift": "lwe+mwe"}
+    assert policy.cells == {**MODES["we"].cells, "linear": "skip", "shift": "lwe+mwe"}
     assert policy.options == {"mwe": {"epsilon": 0.2, "detach_max": False}}
     assert policy.rules == (
         Rule("layer4.*", "lwe+mwe", "on", {"mwe": {"epsilon": 0.05}}),

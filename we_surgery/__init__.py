@@ -13,11 +13,16 @@ from we_surgery.errors import InputError as InputError
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import WESurgeryError as WESurgeryError
+from we_surgery.excitations import EXCITATIONS as EXCITATIONS
+from we_surgery.excitations import Excitation as Excitation
+from we_surgery.excitations import WeightLayout as WeightLayout
+from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.layers import set_recompute as set_recompute
 from we_surgery.planning import Decision as Decision
 from we_surgery.planning import Plan as Plan
 from we_surgery.planning import plan as plan
 from we_surgery.policy import MODES as MODES
+from we_surgery.policy import Mode as Mode
 from we_surgery.policy import Policy as Policy
 from we_surgery.proof import StripReport as StripReport
 from we_surgery.rules import Rule as Rule

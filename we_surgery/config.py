@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import yaml
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage
-from we_surgery.policy import DEFAULT_MODE, MODES, Policy
-from we_surgery.rules import SKIP, Rule, check_standardize, stage_names
+from we_surgery.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
+from we_surgery.recipe_text import SKIP, YAMLLoader, parse_recipe
+from we_surgery.rules import Rule, check_standardize
 
 
 def make_policy(
@@ -62,15 +62,14 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
             f"{source} is not a mapping but {type(config).__name__}",
             "Write `mode: lwe` or see the files in configs/.",
         )
-    cell_names = tuple(MODES[DEFAULT_MODE])
-    known = ("mode", *cell_names, "standardize", *EXCITATIONS, "rules")
+    known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules")
     _refuse_unknown(config, known, source)
     mode = _check_mode(config.get("mode", DEFAULT_MODE))
-    cells = dict(MODES[mode])
-    for cell in cell_names:
+    cells = MODES[mode].cells
+    for cell in CELLS:
         if cell in config:
-            cells[cell] = "+".join(stage_names(config[cell], f"{cell} in {source}")) or SKIP
-    standardize, options = _split_options(config, source)
+            cells[cell] = _cell(config[cell], f"{cell} in {source}")
+    standardize, own_options = _split_options(config, source)
     rules = config.get("rules") or []
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise InputError(
@@ -80,7 +79,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
         mode=mode,
         cells=cells,
         standardize=standardize or "auto",
-        options=options,
+        options=merged_options(MODES[mode].options, own_options),
         rules=tuple(_rule_from_config(rule, source) for rule in rules),
     )
 
@@ -94,19 +93,10 @@ def policy_from_file(path: str | Path) -> Policy:
     return policy_from_config(_read_yaml(path), str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, which YAML 1.1 takes for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _read_yaml(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
-        config = yaml.load(text, _Loader)
+        config = yaml.load(text, YAMLLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise InputError(
@@ -123,6 +113,17 @@ def _check_mode(mode: object) -> str:
             f"Use one of: {', '.join(MODES)}.",
         )
     return mode
+
+
+def _cell(text: object, where: str) -> str:
+    stages = parse_recipe(text, where)
+    for name, options in stages.items():
+        if options:
+            raise InputError(
+                f"{where} has options in parentheses: {text!r}",
+                f"Write them once, under the key {name!r}.",
+            )
+    return "+".join(stages) or SKIP
 
 
 def _split_options(

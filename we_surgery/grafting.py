@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -67,6 +67,7 @@ def build_grafts(
     modules = dict(model.named_modules())
     by_parameter: dict[int, tuple[Decision, Composition]] = {}
     grafts: list[Graft] = []
+    parts: dict[Hashable, nn.Module] = {}
     for decision in plan.excited:
         key = (decision.module, decision.parameter)
         fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
@@ -94,7 +95,9 @@ def build_grafts(
                     decision.layout,
                     device=parameter.device,
                     dtype=parameter.dtype,
+                    parts=parts,
                 )
+                excitation.prepare(parameter.detach())
             by_parameter[id(parameter)] = (decision, excitation)
             if start == "paused":
                 pause(excitation, parameter, decision.layer)

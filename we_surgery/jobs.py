@@ -16,6 +16,7 @@ from we_surgery.errors import InputError, SurgeryError
 from we_surgery.grafting import Init, build_grafts
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
+from we_surgery.policy import Policy
 from we_surgery.proof import StripReport
 from we_surgery.rules import Rule
 from we_surgery.surgery import (
@@ -95,7 +96,7 @@ def plan_file(
     source: Source,
     *,
     mode: str | None = None,
-    config: Path | None = None,
+    config: Path | Policy | None = None,
     rules: Sequence[Rule] = (),
     plan: Plan | None = None,
     input_shape: Sequence[int] | None = None,
@@ -115,7 +116,7 @@ def convert_file(
     source: Source,
     *,
     mode: str | None = None,
-    config: Path | None = None,
+    config: Path | Policy | None = None,
     rules: Sequence[Rule] = (),
     plan: Plan | None = None,
     output: Path | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class Plan:
             mode=str(data.get("mode", "")),
             rung=str(data.get("rung", "")),
             rung_reason=str(data.get("rung_reason", "")),
-            decisions=tuple(_decision(row, source) for row in data["layers"]),
+            decisions=_decisions(data["layers"], source),
             model_parameters=int(data.get("model_parameters", 0)),
             pattern_matches=dict(data.get("pattern_matches", {})),
         )
@@ -188,7 +188,7 @@ def plan(
 
     Args:
         model: any model; it is not altered.
-        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
+        mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
@@ -205,7 +205,8 @@ def plan(
     reading = read(model, example_inputs)
     modules = dict(model.named_modules())
     matches = _count_matches(policy, reading.layers, modules)
-    decisions = [_decide(policy, facts, modules[facts.module]) for facts in reading.layers]
+    parts: dict[Hashable, nn.Module] = {}
+    decisions = [_decide(policy, facts, modules[facts.module], parts) for facts in reading.layers]
     return Plan(
         mode=policy.mode,
         rung=reading.rung,
@@ -216,7 +217,9 @@ def plan(
     )
 
 
-def _decide(policy: Policy, facts: LayerFacts, module: nn.Module) -> Decision:
+def _decide(
+    policy: Policy, facts: LayerFacts, module: nn.Module, parts: dict[Hashable, nn.Module]
+) -> Decision:
     recipe, reason = policy.decide(facts, module)
     return Decision(
         module=facts.module,
@@ -227,16 +230,26 @@ def _decide(policy: Policy, facts: LayerFacts, module: nn.Module) -> Decision:
         groups=facts.layout.groups,
         excitation=recipe,
         reason=reason,
-        added_parameters=added_parameters(recipe, facts.layout),
+        added_parameters=added_parameters(recipe, facts.layout, parts),
     )
 
 
-def added_parameters(recipe: Recipe, layout: WeightLayout) -> int:
-    """How many parameters an excitation of this recipe has; nothing is allocated."""
+def added_parameters(
+    recipe: Recipe, layout: WeightLayout, parts: dict[Hashable, nn.Module] | None = None
+) -> int:
+    """How many parameters an excitation of this recipe adds; nothing is allocated.
+
+    Args:
+        recipe: its stages and their options.
+        layout: of the layer's weight.
+        parts: what layers counted before have in common and is not counted again; it is filled.
+    """
     if not recipe:
         return 0
-    excitation = build_excitation(recipe, layout, device="meta")
-    return sum(parameter.numel() for parameter in excitation.parameters())
+    parts = {} if parts is None else parts
+    known = {id(parameter) for part in parts.values() for parameter in part.parameters()}
+    excitation = build_excitation(recipe, layout, device="meta", parts=parts)
+    return sum(p.numel() for p in excitation.parameters() if id(p) not in known)
 
 
 def _settle_ties(layers: Sequence[LayerFacts], decisions: Sequence[Decision]) -> list[Decision]:
@@ -295,7 +308,12 @@ def _row(decision: Decision) -> dict[str, Any]:
     return row
 
 
-def _decision(row: Any, source: str) -> Decision:
+def _decisions(rows: list[Any], source: str) -> tuple[Decision, ...]:
+    parts: dict[Hashable, nn.Module] = {}
+    return tuple(_decision(row, source, parts) for row in rows)
+
+
+def _decision(row: Any, source: str, parts: dict[Hashable, nn.Module]) -> Decision:
     try:
         decision = Decision(
             module=str(row["module"]),
@@ -313,7 +331,7 @@ def _decision(row: Any, source: str) -> Decision:
         )
         # Counted anew: the row may have been edited.
         if decision.shared_with is None:
-            added = added_parameters(decision.excitation, decision.layout)
+            added = added_parameters(decision.excitation, decision.layout, parts)
             decision = replace(decision, added_parameters=added)
         return decision
     except InputError:

@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from we_surgery.excitations import Recipe, Standardize
+from we_surgery.excitations import EXCITATIONS, Recipe, Standardize, check_stage
 from we_surgery.reading import LayerFacts
-from we_surgery.rules import SKIP, Rule, stage_names
+from we_surgery.recipe_text import SKIP, parse_recipe
+from we_surgery.rules import Rule
 
-MODES: dict[str, dict[str, str]] = {
-    "lwe": {"conv": "lwe", "depthwise": SKIP, "shift": SKIP, "linear": "mwe", "gate": SKIP},
-    "mwe": {"conv": "mwe", "depthwise": "mwe", "shift": "mwe", "linear": "mwe", "gate": SKIP},
-    "we": {"conv": "lwe", "depthwise": "mwe", "shift": "mwe", "linear": "mwe", "gate": SKIP},
-    "lwe+mwe": {
-        "conv": "lwe+mwe",
-        "depthwise": "mwe",
-        "shift": "mwe",
-        "linear": "mwe",
-        "gate": SKIP,
-    },
+
+@dataclass(frozen=True)
+class Mode:
+    """What each sort of layer gets, under one name.
+
+    Attributes:
+        summary: it in a line.
+        source: the paper and section or table.
+        conv: stage names joined by ``+``, or ``skip``.
+        depthwise: of convs whose filters see one input channel.
+        shift: of convs fed by a shift.
+        linear: of linear and attention layers.
+        gate: of layers inside attention gates.
+        options: options by stage name.
+    """
+
+    summary: str
+    source: str
+    conv: str
+    depthwise: str
+    shift: str
+    linear: str = "mwe"
+    gate: str = SKIP
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """What each sort of layer gets, by its name in configs."""
+        return {cell: getattr(self, cell) for cell in CELLS}
+
+
+CELLS = ("conv", "depthwise", "shift", "linear", "gate")
+
+MODES: dict[str, Mode] = {
+    "lwe": Mode("LWE on convs, MWE on linear layers", "WE paper, section 3.2", "lwe", SKIP, SKIP),
+    "mwe": Mode("MWE on every layer", "WE paper, section 3.3", "mwe", "mwe", "mwe"),
+    "we": Mode(
+        "LWE on convs, MWE on depthwise, shift-fed and linear layers",
+        "WE paper, Table 1 (MobileNetV2-WE) and section 4.6",
+        *("lwe", "mwe", "mwe"),
+    ),
+    "lwe+mwe": Mode(
+        "LWE, then MWE, on convs; MWE on all others",
+        "WE paper, Table 3",
+        *("lwe+mwe", "mwe", "mwe"),
+    ),
 }
 """What each mode gives each sort of layer. A linear layer has no kernel locations to weigh,
 so it gets MWE (thesis, section 3.5); a depthwise conv's LWE gate would be absorbed by the norm
@@ -50,14 +86,24 @@ class Policy:
     """
 
     mode: str = DEFAULT_MODE
-    cells: Mapping[str, str] = field(default_factory=lambda: MODES[DEFAULT_MODE])
+    cells: Mapping[str, str] = field(default_factory=lambda: MODES[DEFAULT_MODE].cells)
     standardize: str = "auto"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     def with_rules(self, rules: Sequence[Rule]) -> Policy:
         """This policy with further rules after its own."""
-        return Policy(self.mode, self.cells, self.standardize, self.options, (*self.rules, *rules))
+        return replace(self, rules=(*self.rules, *rules))
+
+    def with_options(self, options: Mapping[str, Mapping[str, Any]]) -> Policy:
+        """This policy with further options by stage name, over its own.
+
+        Raises:
+            InputError: there is no such stage or option.
+        """
+        for name, values in options.items():
+            check_stage(name, values)
+        return replace(self, options=merged_options(self.options, options))
 
     def decide(self, facts: LayerFacts, module: nn.Module) -> tuple[Recipe, str]:
         """What one layer gets, and why; an empty recipe leaves it alone."""
@@ -78,22 +124,34 @@ class Policy:
             return [], "applied to a constant alone, such as a table of positions"
         elif rule is not None:
             reason = f"{reason}; options of rule {rule.pattern!r}"
-        names = list(stage_names(excite, reason))
+        names = list(parse_recipe(excite, reason))
         if not names:
             return [], reason
         wanted = (rule.standardize if rule is not None else None) or self.standardize
         explicit = rule is not None and rule.standardize is not None
-        if Standardize.name not in names:
+        for name in list(names):
+            unfit = EXCITATIONS[name].misfit(facts.layout)
+            if unfit is not None:
+                names.remove(name)
+                reason = f"{reason}; not {name}: it {unfit}"
+        if any(EXCITATIONS[name].takes_standardized for name in names) and all(
+            EXCITATIONS[name].order != Standardize.order for name in names
+        ):
             standardized, why = _standardizes(facts, cell, wanted, explicit)
             if standardized:
                 names.insert(0, Standardize.name)
             if why:
                 reason = f"{reason}; {why}"
-        options = {name: dict(self.options.get(name, {})) for name in names}
-        for name, values in (rule.options if rule is not None else {}).items():
-            if name in options:
-                options[name] |= values
-        return [{name: options[name]} for name in names], reason
+        options = merged_options(self.options, rule.options if rule is not None else {})
+        return [{name: options.get(name, {})} for name in names], reason
+
+
+def merged_options(
+    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Options by stage; those of ``second`` win."""
+    names = dict.fromkeys((*first, *second))
+    return {name: {**first.get(name, {}), **second.get(name, {})} for name in names}
 
 
 def _cell_of(facts: LayerFacts) -> tuple[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from we_surgery.errors import InputError
-from we_surgery.excitations import EXCITATIONS, check_stage
+from we_surgery.excitations import check_stage
+from we_surgery.recipe_text import SKIP, parse_recipe
 
-SKIP = "skip"
 STANDARDIZE_CHOICES = ("auto", "on", "off")
 
 Pattern = str | type | Callable[[nn.Module, str], bool]
@@ -27,7 +27,8 @@ class Rule:
         match: a name glob (``layer4.*``; ``*`` also crosses dots), a regular expression
             (``re:layer[34]``, searched in the name), a class by name (``type:StdConv2d``,
             subclasses included), a class, or a callable ``(module, name) -> bool``.
-        excite: stage names joined by ``+``, or ``skip``; None keeps the mode's choice.
+        excite: stage names joined by ``+``, or ``skip``; None keeps the mode's choice. A stage may
+            bring its options: ``lwe(attention=cbam, skip=true)+mwe``.
         standardize: ``auto``, ``on`` or ``off``; None keeps the policy's choice.
         options: options by stage name, such as ``{"lwe": {"reduction": 8}}``.
     """
@@ -38,12 +39,18 @@ class Rule:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        options = {name: dict(values) for name, values in self.options.items()}
         if self.excite is not None:
-            stage_names(self.excite, f"rule {self.pattern!r}")
+            stages = parse_recipe(self.excite, f"rule {self.pattern!r}")
+            object.__setattr__(self, "excite", "+".join(stages) or SKIP)
+            for name, typed in stages.items():
+                if typed:
+                    options[name] = options.get(name, {}) | typed
+        object.__setattr__(self, "options", options)
         standardize = check_standardize(self.standardize, f"rule {self.pattern!r}")
         object.__setattr__(self, "standardize", standardize)
-        for name, options in self.options.items():
-            check_stage(name, options)
+        for name, own in self.options.items():
+            check_stage(name, own)
         if isinstance(self.match, str) and self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -75,26 +82,6 @@ class Rule:
             classes = type(module).__mro__
             return any(wanted in (c.__name__, f"{c.__module__}.{c.__name__}") for c in classes)
         return fnmatch.fnmatchcase(name, self.match)
-
-
-def stage_names(excite: object, where: str) -> tuple[str, ...]:
-    """The stages of ``lwe+mwe``, checked; none for ``skip``."""
-    if excite == SKIP:
-        return ()
-    if not isinstance(excite, str) or not excite:
-        raise InputError(
-            f"{where}: {excite!r} is no recipe",
-            f"Write {SKIP}, one of {', '.join(EXCITATIONS)}, or several joined by '+'.",
-        )
-    names = excite.replace(" ", "").split("+")
-    orders = [check_stage(name).order for name in names]
-    if orders != sorted(set(orders)):
-        ordered = sorted(set(names), key=lambda name: EXCITATIONS[name].order)
-        raise InputError(
-            f"{where}: the stages of {excite!r} are out of order or repeated",
-            f"Write {'+'.join(ordered)}: that is the order they run in.",
-        )
-    return tuple(names)
 
 
 def check_standardize(value: object, where: str) -> str | None:

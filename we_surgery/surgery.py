@@ -56,7 +56,7 @@ def convert(
 
     Args:
         model: any model in eager mode, also one that is or holds a ``torch.fx.GraphModule``.
-        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
+        mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, edited or not; instead of mode, config and rules.

@@ -192,3 +192,32 @@ def test_help_shows_an_example(command: list[str]) -> None:
     assert result.exit_code == 0
     assert "Example" in result.output
     assert "model" in result.output
+
+
+def test_options_go_to_all_layers_and_those_of_a_rule_to_its_own(model_file: Path) -> None:
+    words = ("--option", "mwe.epsilon=0.2", "--rule", "0=lwe(reduction=2)+mwe", "--dry-run")
+    result = run(model_file, "--mode", "we", *words, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["mode"] == "we"
+    conv, linear = (row["excitation"] for row in plan["layers"])
+    assert conv == [{"standardize": {}}, {"lwe": {"reduction": 2}}, {"mwe": {"epsilon": 0.2}}]
+    assert linear == [{"mwe": {"epsilon": 0.2}}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--option", "epsilon=0.2"), "takes STAGE.NAME=VALUE, not 'epsilon=0.2'"),
+        (("--option", "mwe.eps=0.2"), "mwe has no option 'eps'; did you mean 'epsilon'"),
+        (("--option", "mew.eps=0.2"), "no excitation called 'mew'"),
+        (("--option", "mwe.epsilon=["), "the value of --option 'mwe.epsilon=[' cannot be read"),
+        (("--rule", "lwe(reduction=8)"), "takes PATTERN=STAGES"),
+    ],
+)
+def test_an_option_that_is_none_is_bad_usage(
+    model_file: Path, words: tuple[str, str], message: str
+) -> None:
+    result = run(model_file, *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -136,8 +136,8 @@ def test_a_rescaling_is_undone_by_its_inverse() -> None:
 
 
 def test_a_stage_that_cannot_start_so_is_named() -> None:
-    class Doubled(LWE):
-        pass
+    class Unknown(LWE):
+        start_affine = Excitation.start_affine
 
     with pytest.raises(NotImplementedError, match="lwe cannot start"):
-        Composition([Doubled(4)]).preserve(torch.randn(2, 4, 3, 3))
+        Composition([Unknown(4)]).preserve(torch.randn(2, 4, 3, 3))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+import yaml
 
 from we_surgery.cli.common import (
     SurgeryCommand,
@@ -18,21 +20,42 @@ from we_surgery.cli.common import (
     say,
     source_options,
 )
+from we_surgery.config import make_policy
 from we_surgery.errors import InputError
+from we_surgery.family import family, family_table
 from we_surgery.grafting import Init
 from we_surgery.jobs import Converted, convert_file, plan_file
 from we_surgery.plan_table import plan_summary, plan_table
 from we_surgery.planning import Plan
-from we_surgery.policy import DEFAULT_MODE, MODES
-from we_surgery.rules import SKIP, Rule
+from we_surgery.policy import DEFAULT_MODE, MODES, Policy
+from we_surgery.recipe_text import RECIPE_PATTERN, SKIP, YAMLLoader
+from we_surgery.rules import Rule
 
 
-@click.command("convert", cls=SurgeryCommand)
+class _ConvertCommand(SurgeryCommand):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # It needs no SOURCE, and says the same before and after --json.
+        if "--list-modes" in args:
+            if "--json" in args:
+                click.echo(json.dumps([method.to_dict() for method in family()], indent=2))
+            else:
+                console().print(family_table())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+@click.command("convert", cls=_ConvertCommand)
 @source_options
 @click.option(
     "--mode",
     type=click.Choice(list(MODES)),
     help=f"What the layers get.  [default: {DEFAULT_MODE}]",
+)
+@click.option(
+    "--list-modes",
+    is_flag=True,
+    expose_value=False,
+    help="List all modes and excitations with their options and sources, and do nothing else.",
 )
 @click.option(
     "--config",
@@ -58,7 +81,16 @@ from we_surgery.rules import SKIP, Rule
     "rule_texts",
     multiple=True,
     metavar="PATTERN=STAGES",
-    help="Give matching layers lwe, mwe, lwe+mwe or skip; the last match wins. Repeatable.",
+    help="Give matching layers lwe, mwe, lwe+mwe, lwe(attention=cbam), ... or skip; the last match "
+    "wins. Repeatable.",
+)
+@click.option(
+    "--option",
+    "option_texts",
+    multiple=True,
+    metavar="STAGE.NAME=VALUE",
+    help="Set an option of a stage, such as lwe.attention=cbam; --list-modes names them. "
+    "Repeatable.",
 )
 @click.option(
     "--init",
@@ -83,6 +115,7 @@ def convert_command(
     plan_path: Path | None,
     skip: Sequence[str],
     rule_texts: Sequence[str],
+    option_texts: Sequence[str],
     init: Init,
     seed: int,
     input_shape: str | None,
@@ -107,6 +140,7 @@ def convert_command(
       we-convert pretrained.pt --init preserve
       we-convert torchvision:resnet50 --mode we -o resnet50.we.pt
       we-convert weights.safetensors --arch timm:mixer_s16_224 --skip head
+      we-convert model.pt --option lwe.attention=cbam --rule 'layer4.*=lwe(skip=true)+mwe'
       we-convert model.pt --dry-run --json > plan.json; we-convert model.pt --plan plan.json
 
     \b
@@ -114,23 +148,27 @@ def convert_command(
     """
     source = make_source(**source_arguments)
     rules = [Rule(pattern, SKIP) for pattern in skip] + [_rule(text) for text in rule_texts]
-    if plan_path is not None and (mode or config or rules):
+    options = _options(option_texts)
+    if plan_path is not None and (mode or config or rules or options):
         raise InputError(
-            "--plan was given together with --mode, --config, --skip or --rule",
+            "--plan was given together with --mode, --config, --skip, --rule or --option",
             "Give the plan alone; edit its rows to change it.",
         )
+    recipe: Path | Policy | None = config
+    if options:
+        recipe, mode = make_policy(mode, config).with_options(options), None
     shape = parse_shape(input_shape)
     plan = None if plan_path is None else Plan.from_file(plan_path)
     if dry_run:
         planned = plan_file(
-            source, mode=mode, config=config, rules=rules, plan=plan, input_shape=shape
+            source, mode=mode, config=recipe, rules=rules, plan=plan, input_shape=shape
         )
         _show_plan(planned, as_json)
         return
     result = convert_file(
         source,
         mode=mode,
-        config=config,
+        config=recipe,
         rules=rules,
         plan=plan,
         output=output,
@@ -144,13 +182,32 @@ def convert_command(
 
 
 def _rule(text: str) -> Rule:
-    # From the right: a pattern may hold '=', the stages never do.
-    pattern, equals, stages = text.rpartition("=")
-    if not equals or not pattern:
+    # The last '=' before something that can be a recipe: a pattern may hold others.
+    found = re.fullmatch(rf"(.+)=({RECIPE_PATTERN})", text)
+    if found is None:
         raise InputError(
-            f"--rule takes PATTERN=STAGES, not {text!r}", "Write for example 'layer4.*=mwe'."
+            f"--rule takes PATTERN=STAGES, not {text!r}",
+            "Write for example 'layer4.*=mwe' or 'layer4.*=lwe(attention=cbam)+mwe'.",
         )
-    return Rule(pattern, stages)
+    return Rule(found[1], found[2])
+
+
+def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    options: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
+        if found is None:
+            raise InputError(
+                f"--option takes STAGE.NAME=VALUE, not {text!r}",
+                "Write for example lwe.attention=cbam.",
+            )
+        try:
+            options.setdefault(found[1], {})[found[2]] = yaml.load(found[3], YAMLLoader)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"the value of --option {text!r} cannot be read", "Quote it as a YAML value."
+            ) from error
+    return options
 
 
 def _show_plan(result: Converted, as_json: bool) -> None:

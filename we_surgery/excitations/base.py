@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from we_surgery.excitations.layout import WeightLayout
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class Affine(NamedTuple):
+    """``gain_j * W_j + shift_j`` for each filter j: ``[O]`` each, or one number for all filters."""
+
+    gain: Tensor | float = 1.0
+    shift: Tensor | float = 0.0
 
 
 class Excitation(nn.Module, ABC):
@@ -27,8 +34,9 @@ class Excitation(nn.Module, ABC):
     in float32 would no longer be what was trained.
 
     Subclasses set ``name`` (their key in a state dict and in a config) and
-    ``order`` (their place when several are composed), write :meth:`excite`,
-    and give :meth:`for_layout` and :meth:`from_state`. Nothing of :meth:`excite` is
+    ``order`` (their place when several are composed; two of one place exclude
+    each other), write :meth:`excite`, and give :meth:`for_layout` and
+    :meth:`from_state`; the rest has a default. Nothing of :meth:`excite` is
     kept for the backward pass, which runs it again
     (:mod:`we_surgery.excitations.rerun`): it is a pure function, and what moves
     from step to step moves in :meth:`advance`.
@@ -36,6 +44,15 @@ class Excitation(nn.Module, ABC):
 
     name: ClassVar[str]
     order: ClassVar[int]
+    summary: ClassVar[str] = ""
+    """What it does, in a line, for listings."""
+    source: ClassVar[str] = ""
+    """The paper and section it is from."""
+    published: ClassVar[tuple[str, ...]] = ()
+    """The results its authors print, also those where it did not help."""
+    deploys_to: ClassVar[str] = "the vanilla layer, bit-equal"
+    takes_standardized: ClassVar[bool] = False
+    """Whether its paper standardizes the weights of convs first."""
     kept: Any = None
     """What :mod:`we_surgery.compute_once` keeps between two reads; no part of any copy or file."""
 
@@ -92,6 +109,58 @@ class Excitation(nn.Module, ABC):
         """An excitation shaped as its state dict says; parameter values are assigned after."""
 
     @classmethod
+    def misfit(cls, layout: WeightLayout) -> str | None:
+        """Why this can do nothing for a weight of that layout, as a sentence's end; None if it can.
+
+        The plan then leaves this stage out, with that reason.
+        """
+        return None
+
+    def prepare(self, weight: Tensor) -> None:
+        """Takes what it starts from, such as a norm, from the weight it is going to excite.
+
+        Called once, at the conversion, without gradients and in full precision.
+
+        Args:
+            weight: ``[O, I, *K]``, as :meth:`excite` will get it.
+        """
+
+    def share(self, parts: dict[Hashable, nn.Module]) -> None:
+        """Takes the modules that all layers of a model have in common from ``parts``.
+
+        Or puts them there, for the layers after it. Called once for each layer of a conversion.
+        """
+
+    def start_affine(self, weight: Tensor) -> Affine:
+        """Starts a stage that comes before :class:`Rescale` so that its effect can be undone.
+
+        Args:
+            weight: what it is fed, ``[O, I, *K]``.
+
+        Returns:
+            What makes ``weight`` of ``excite(weight)``. A gain that is a number says that this
+            holds for any other multiple of ``weight`` as well.
+
+        Raises:
+            NotImplementedError: there is no such start.
+        """
+        raise NotImplementedError(f"{self.name} cannot start as an identity")
+
+    def start_inverse(self, weight: Tensor) -> Tensor:
+        """Starts a stage that comes after :class:`Rescale` so that it can yield ``weight``.
+
+        Returns:
+            What it has to be fed for that.
+
+        Raises:
+            NotImplementedError: there is no such start.
+        """
+        try:
+            return self.invert(weight)
+        except NotImplementedError:
+            raise NotImplementedError(f"{self.name} cannot start as an identity") from None
+
+    @classmethod
     def options(cls) -> dict[str, Any]:
         """The names and defaults of the options :meth:`for_layout` takes."""
         parameters = inspect.signature(cls.for_layout).parameters.values()
@@ -103,6 +172,22 @@ class Excitation(nn.Module, ABC):
         """Registers a number that no tensor shape shows as a 0-d buffer, never below float32."""
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         self.register_buffer(name, torch.tensor(value, dtype=precision, device="cpu"))
+
+    def register_choice(self, option: str, value: str, default: str) -> None:
+        """Makes the state dict say a choice that no tensor shape shows, by the presence of a key.
+
+        ``gate: tanh`` becomes the key ``gate_tanh``; a default leaves none, so that files of
+        before the option was there mean what they meant.
+        """
+        if value != default:
+            self.register_buffer(f"{option}_{value}", torch.tensor(True, device="cpu"))
+
+    @staticmethod
+    def read_choice(
+        state: Mapping[str, Tensor], option: str, choices: Collection[str], default: str
+    ) -> str:
+        """What :meth:`register_choice` has made a state dict say."""
+        return next((value for value in choices if f"{option}_{value}" in state), default)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision, or materializing it with `to_empty`, must move a

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from we_surgery.excitations.base import Excitation, autocast_off, in_full_precision
+from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
 from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
@@ -16,28 +16,27 @@ from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.paused import idle
 from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
-from we_surgery.excitations.standardize import Standardize, deviation_and_mean
+from we_surgery.excitations.standardize import Standardize
 
 _NOTHING = Terms()
-_PRESERVABLE = (Standardize, LWE, Rescale, MWE)
 
 
 class Composition(Excitation):
-    """The stages of an excited layer, in their fixed order: standardize, locate, amplify.
+    """The stages of an excited layer, in their fixed order: normalize, locate, amplify, mask.
 
     The papers compose in one order only (WE paper, Table 3: standardization, then the
     LWE gate, then MWE with its maximum taken over the gated weight), so each stage
-    carries its place and appears at most once; a state dict needs no list of stages
+    carries its place, and a place is taken at most once; a state dict needs no list of stages
     beyond its own keys, ``standardize.epsilon``, ``lwe.fc1.weight``, ``mwe.epsilon``.
 
     Args:
-        stages: at least one excitation; at most one of each name.
+        stages: at least one excitation; at most one of each ``order``.
         transposed_groups: groups of a transposed conv, whose ``[C, O/g, *K]`` weight is
             regrouped into filters before the first stage and back after the last;
             None for every other layer.
 
     Raises:
-        ValueError: no stage, or two stages of one name.
+        ValueError: no stage, or two stages of one name or place.
     """
 
     name: ClassVar[str] = "composition"
@@ -50,9 +49,11 @@ class Composition(Excitation):
         ordered = sorted(stages, key=lambda stage: stage.order)
         if not ordered:
             raise ValueError("a composition needs at least one stage")
+        names = ", ".join(stage.name for stage in ordered)
         if len({stage.name for stage in ordered}) < len(ordered):
-            names = ", ".join(stage.name for stage in ordered)
             raise ValueError(f"a composition takes each stage once, not {names}")
+        if len({stage.order for stage in ordered}) < len(ordered):
+            raise ValueError(f"two of {names} take the same place; a composition takes one of them")
         for stage in ordered:
             self.add_module(stage.name, stage)
         self._mark_transposed(transposed_groups)
@@ -187,11 +188,26 @@ class Composition(Excitation):
         return self._as_stored(filters, excited)
 
     @torch.no_grad()
+    def prepare(self, weight: Tensor) -> None:
+        last = max((i for i, stage in enumerate(self.stages) if _prepares(stage)), default=-1)
+        if last < 0 or weight.numel() == 0:
+            return
+        with autocast_off(weight.device.type):
+            filters = self._as_filters(in_full_precision(weight))
+            for stage in self.stages[: last + 1]:
+                stage.prepare(filters)
+                filters = stage.excite(filters)
+
+    def share(self, parts: dict[Hashable, nn.Module]) -> None:
+        for stage in self.stages:
+            stage.share(parts)
+
+    @torch.no_grad()
     def preserve(self, weight: Tensor) -> Tensor:
         """Starts the stages so that a pretrained weight stays what it is.
 
-        MWE is inverted. LWE gets a last layer of zeros, and so one multiplier for all kernels,
-        by which the weight is divided. What standardization takes of each filter, a
+        Stages such as MWE are inverted. LWE starts as one multiplier for all kernels, by which
+        the weight is divided. What standardization and its like take of each filter, a
         :class:`Rescale` stage gives back; it is added here.
 
         Args:
@@ -203,36 +219,37 @@ class Composition(Excitation):
         Raises:
             NotImplementedError: a stage cannot be started so.
         """
-        unknown = [stage.name for stage in self.stages if type(stage) not in _PRESERVABLE]
-        if unknown:
-            raise NotImplementedError(f"{unknown[0]} cannot start as an identity")
         if weight.numel() == 0:
             return weight
         with autocast_off(weight.device.type):
             return self._preserve(weight)
 
     def _preserve(self, weight: Tensor) -> Tensor:
+        others = [stage for stage in self.stages if stage.name != Rescale.name]
         filters = self._as_filters(in_full_precision(weight))
-        stages = {stage.name: stage for stage in self.stages}
-        standardize, lwe, mwe = (stages.get(kind.name) for kind in (Standardize, LWE, MWE))
-        if mwe is not None:
-            filters = mwe.invert(filters)
-        multiplier = 1.0
-        if isinstance(lwe, LWE):
-            fed = filters if standardize is None else standardize.excite(filters)
-            multiplier = lwe.start_constant(fed)
-        if not isinstance(standardize, Standardize) or filters[0].numel() < 2:
-            return self._as_stored(filters / multiplier, weight).to(weight.dtype)
-        stored = self._as_stored(filters, weight).to(weight.dtype)
+        for stage in reversed([s for s in others if s.order > Rescale.order]):
+            filters = stage.start_inverse(filters)
         # Of the weight as it is stored, perhaps rounded.
-        deviation, mean = deviation_and_mean(self._as_filters(in_full_precision(stored)))
-        gain, rescale = (deviation + standardize.epsilon) / multiplier, stages.get(Rescale.name)
+        stored = self._as_stored(filters, weight).to(weight.dtype)
+        fed = self._as_filters(in_full_precision(stored))
+        undone = Affine()
+        for stage in (s for s in others if s.order < Rescale.order):
+            gain, shift = stage.start_affine(fed)
+            fed = stage.excite(fed)
+            undone = Affine(undone.gain * gain, undone.shift + undone.gain * shift)
+        if not isinstance(undone.gain, Tensor):
+            return self._as_stored(filters * undone.gain, weight).to(weight.dtype)
+        self._rescale_by(undone, fed)
+        return stored
+
+    def _rescale_by(self, undone: Affine, filters: Tensor) -> None:
+        gain, shift = (filters.new_zeros(filters.shape[0]) + values for values in undone)
+        rescale = self._modules.get(Rescale.name)
         if isinstance(rescale, Rescale):
             rescale.gain.copy_(gain)
-            rescale.shift.copy_(mean)
+            rescale.shift.copy_(shift)
         else:
-            self._insert(Rescale(gain, mean))
-        return stored
+            self._insert(Rescale(gain, shift))
 
     def _insert(self, stage: Excitation) -> None:
         stages = sorted((*self.stages, stage), key=lambda stage: stage.order)
@@ -262,3 +279,7 @@ class Composition(Excitation):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         raise TypeError("a composition is rebuilt from its stages; see `rebuild_excitation`")
+
+
+def _prepares(stage: Excitation) -> bool:
+    return type(stage).prepare is not Excitation.prepare

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.base import Affine, Excitation
 from we_surgery.excitations.layout import WeightLayout
 
 
@@ -39,6 +39,13 @@ class LWE(Excitation):
 
     name: ClassVar[str] = "lwe"
     order: ClassVar[int] = 10
+    summary: ClassVar[str] = "a learned multiplier for each (output, input) location of a kernel"
+    source: ClassVar[str] = "WE paper, section 3.2, eq. 1"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet, ResNet50: 75.8 -> 77.1 top-1 (WE paper, Table 1)",
+        "ImageNet, ResNet18: 70.6 -> 71.0 top-1 (WE paper, Table 1)",
+    )
+    takes_standardized: ClassVar[bool] = True
     fc1: nn.Linear
     fc2: nn.Linear
 
@@ -99,6 +106,9 @@ class LWE(Excitation):
         self.fc1.weight.mul_(sign.unsqueeze(1))
         self.fc1.bias.mul_(sign)
         return 0.5  # sigmoid(0)
+
+    def start_affine(self, weight: Tensor) -> Affine:
+        return Affine(1 / self.start_constant(weight))
 
     def layer_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of ``fc1``, then of ``fc2``."""

@@ -40,6 +40,14 @@ class MWE(Excitation):
 
     name: ClassVar[str] = "mwe"
     order: ClassVar[int] = 20
+    summary: ClassVar[str] = "a curve that amplifies a layer's large weights"
+    source: ClassVar[str] = "WE paper, section 3.3, eqs. 2 and 3"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet, ResNet50: 75.83 -> 76.52 top-1 at epsilon 0.1, 76.38 at 0.001, 76.43 at 0.2 "
+        "(WE paper, Tables 3 and 5)",
+        "Jester, TSM-ResNet50: 96.3 -> 96.6 top-1 (WE paper, Table 6)",
+    )
+    takes_standardized: ClassVar[bool] = True
     epsilon: Tensor
 
     def __init__(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Excitation
@@ -17,18 +17,58 @@ from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
 
-EXCITATIONS: dict[str, type[Excitation]] = {
-    Standardize.name: Standardize,
-    LWE.name: LWE,
-    MWE.name: MWE,
-}
+EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in (Standardize, LWE, MWE)}
 """Every excitation by the name that configs, plans and state dicts use."""
 
-_STAGES: dict[str, type[Excitation]] = EXCITATIONS | {Rescale.name: Rescale}
-"""And those that no config asks for but a state dict may hold."""
+_RESERVED = {Rescale.name, Composition.name, "skip", "mode", "rules", "match", "excite", "kept"} | {
+    "conv",
+    "depthwise",
+    "shift",
+    "linear",
+    "gate",
+    "paused",
+    "transposed_groups",
+}
+"""Names that configs and state dicts give another meaning."""
+
+_Class = TypeVar("_Class", bound=type[Excitation])
 
 Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
 """What a layer gets: ``[{"standardize": {}}, {"lwe": {"reduction": 16}}]``; empty: left alone."""
+
+
+def register_excitation(excitation: _Class) -> _Class:
+    """Makes a method of your own known to configs, plans, files and the command line.
+
+    To be called, or used as a decorator, where the program that converts, loads or strips
+    imports it. The same class may be registered again.
+
+    Args:
+        excitation: with its ``name`` and ``order`` set.
+
+    Raises:
+        InputError: the name is taken, is no plain identifier, or means something else in a
+            config; or the class is still abstract.
+    """
+    name = getattr(excitation, "name", None)
+    if not isinstance(name, str) or not name.isidentifier() or not hasattr(excitation, "order"):
+        raise InputError(
+            f"{excitation.__name__} has no usable `name` and `order`: {name!r}",
+            'Give it a class attribute such as `name = "my_excitation"`, and an `order`.',
+        )
+    missing = sorted(getattr(excitation, "__abstractmethods__", ()))
+    if missing:
+        raise InputError(
+            f"{excitation.__name__} does not define {', '.join(missing)}", "Define them."
+        )
+    known = EXCITATIONS.get(name)
+    if name in _RESERVED or known not in (None, excitation):
+        raise InputError(
+            f"the name {name!r} is taken by {known.__name__ if known else 'a key of configs'}",
+            f"Give {excitation.__name__} another `name`.",
+        )
+    EXCITATIONS[name] = excitation
+    return excitation
 
 
 def check_stage(name: object, options: object = None) -> type[Excitation]:
@@ -64,8 +104,16 @@ def build_excitation(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    parts: dict[Hashable, nn.Module] | None = None,
 ) -> Composition:
     """A new composition for one layer, its parameters in their default initialization.
+
+    Args:
+        recipe: its stages and their options.
+        layout: of the layer's weight.
+        device: of the layer.
+        dtype: of the layer.
+        parts: the modules that all layers of one model have in common; it is filled.
 
     Raises:
         InputError: an unknown stage, an unknown option, a value out of range, or a
@@ -83,7 +131,10 @@ def build_excitation(
         if isinstance(error, InputError):
             raise
         raise InputError(str(error), "Correct the option in the config, rule or plan.") from error
-    return composition if device is None else composition.to(device)
+    if device is not None:
+        composition.to(device)
+    composition.share({} if parts is None else parts)
+    return composition
 
 
 def rebuild_excitation(state: Mapping[str, Tensor]) -> Composition:
@@ -103,7 +154,7 @@ def rebuild_excitation(state: Mapping[str, Tensor]) -> Composition:
             by_stage.setdefault(stage, {})[rest] = value
     try:
         stages = [
-            (_STAGES.get(name) or check_stage(name)).from_state(entries)
+            (Rescale if name == Rescale.name else check_stage(name)).from_state(entries)
             for name, entries in by_stage.items()
         ]
         groups = state["transposed_groups"].shape[0] if "transposed_groups" in state else None
