@@ -16,7 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
-from we_surgery.excitations import LWE, MWE, closed_form
+from we_surgery.excitations import LWE, MWE, formulas
+from we_surgery.excitations.terms import Kept, Terms
 from we_surgery.layers import WEConv2d
 
 
@@ -24,13 +25,13 @@ from we_surgery.layers import WEConv2d
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all weights that were excited, in order."""
     shapes: list[tuple[int, ...]] = []
-    original = closed_form._excite
+    original = formulas.excite
 
-    def counted(filters: Tensor, terms: closed_form.Terms) -> tuple[Tensor, closed_form._Kept]:
+    def counted(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
         shapes.append(tuple(filters.shape))
         return original(filters, terms)
 
-    monkeypatch.setattr(closed_form, "_excite", counted)
+    monkeypatch.setattr(formulas, "excite", counted)
     return shapes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
-from we_surgery.excitations.closed_form import Terms, excite_in_closed_form
+from we_surgery.excitations.closed_form import excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
@@ -17,6 +17,7 @@ from we_surgery.excitations.paused import idle
 from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations.terms import Terms
 
 _NOTHING = Terms()
 

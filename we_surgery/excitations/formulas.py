@@ -1,0 +1,230 @@
+"""The formulas of standardize, LWE, Rescale and MWE together, and of their gradient.
+
+For one layer, W of shape [O, I, *K] with K kernel positions and a fan-in of N = I * K:
+
+    c = W - mean(W)            the mean of each filter                            [O, I, *K]
+    r = 1 / (s + epsilon)      s = |c| / sqrt(N - 1), its standard deviation      [O, 1]
+    h = relu(u)                u = r / K * sum_K(c) A^T + a, A and a being fc1's  [O, hidden]
+    m = sigmoid(h B^T + b)     B and b being fc2's                                [O, I]
+    w = p r m c + q            p and q being Rescale's gain and shift             [O, 1]
+    W' = M atanh(w / M)        M = (1 + epsilon) max|w|                           []
+
+A stage that is absent drops its line: c = W and r = 1, m = 1, p = 1 and q = 0, W' = w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from we_surgery.excitations.mwe import curve_limit
+from we_surgery.excitations.terms import Kept, Terms, fcs_in, rescaling
+
+
+def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
+    """W' in memory of its own, line by line as in this module's docstring."""
+    mean = norm = scale = hidden = limit = None
+    excited = filters
+    if terms.standardize_epsilon is not None:
+        dims = tuple(range(1, filters.ndim))
+        mean = filters.mean(dims, keepdim=True)
+        excited = filters - mean
+        # Centred twice, as `standardized` is; the corrected mean is the one to keep.
+        correction = excited.mean(dims, keepdim=True)
+        excited.sub_(correction)
+        mean.add_(correction)
+        norm = torch.linalg.vector_norm(excited, dim=dims, keepdim=True).flatten(1)
+        to_std = 1 / math.sqrt(_fan_in(filters) - 1)
+        scale = torch.add(terms.standardize_epsilon, norm, alpha=to_std).reciprocal_()
+    gain, shift = rescaling(terms, filters)
+    factor = _product(scale, gain)
+    if terms.fc1_weight is not None:
+        fcs = fcs_in(terms, filters.dtype)
+        to_mean = 1 / _kernel_numel(filters)
+        sums = torch.mm(_sum_over_kernel(excited), fcs[0].t())
+        if scale is None:
+            hidden = torch.add(fcs[1], sums, alpha=to_mean).relu_()
+        else:
+            hidden = torch.addcmul(fcs[1], sums, scale, value=to_mean).relu_()
+        multiplier = _multiplier(hidden, fcs)
+        factor = multiplier if factor is None else multiplier.mul_(factor)
+    if factor is not None:
+        spread = _spread(factor, filters)
+        excited = excited * spread if excited is filters else excited.mul_(spread)
+    if shift is not None:
+        excited.add_(_spread(shift, filters))
+    if terms.mwe_epsilon is not None:
+        limit = curve_limit(excited, terms.mwe_epsilon)
+        ratio = excited / limit if excited is filters else excited.div_(limit)
+        excited = ratio.atanh_().mul_(limit)
+    return excited, Kept(mean, norm, scale, hidden, limit)
+
+
+def differentiate(
+    g: Tensor, filters: Tensor, terms: Terms, kept: Kept, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of W, A, a, B and b from G, the gradient of W'.
+
+    With sums over a whole filter written sum_F:
+
+        g  = p G / (1 - (w / M)^2), from here on the gradient of r m c
+        z  = m (1 - m) sum_K(g c)     dB = z^T (r h)         db = z^T r
+        y  = (z B)[h > 0]             dA = v^T sum_K(c)      da = y^T r
+        v  = r^2 / K y
+        d  = r m g + v A              the gradient of c, were r a constant
+        t  = sum_F(m g c) + sum(y (h - a))
+        f  = r^2 t / ((N - 1) s)
+        dW = d - f c - mean(d - f c)
+    """
+    mean, norm, scale, hidden, limit = kept
+    centred = filters if mean is None else filters - mean
+    gate = None
+    if hidden is not None:
+        fcs = fcs_in(terms, filters.dtype)
+        gate = _Gate(*fcs[:3], hidden, _multiplier(hidden, fcs))
+    gain, shift = rescaling(terms, filters)
+    if limit is not None and terms.mwe_epsilon is not None:
+        ratio = _ratio(centred, gate, _product(scale, gain), shift, limit)
+        g = _through_curve(g, ratio, terms.mwe_epsilon, terms.detach_max)
+    if gain is not None:
+        g = g * _spread(gain, filters)
+    t: Tensor | None = None
+    by_fcs: tuple[Tensor | None, ...] = (None,) * 4
+    if gate is not None:
+        g, t, by_fcs = _through_gate(g, centred, gate, scale, needed)
+    elif scale is not None:
+        t = (g * centred).sum(tuple(range(1, g.ndim))).unsqueeze(1)
+        g = g * _spread(scale, filters)
+    if not needed[0]:
+        return None, *by_fcs
+    if scale is not None and norm is not None and t is not None:
+        # A constant filter has c = 0 and t = 0: clamped, its f is 0 too, and not 0 / 0.
+        f = t.mul_(scale).mul_(scale).div_(norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        g.addcmul_(centred, _spread(f, filters), value=-1 / math.sqrt(_fan_in(filters) - 1))
+        g.sub_(g.mean(tuple(range(1, g.ndim)), keepdim=True))
+    return g, *by_fcs
+
+
+def _through_curve(g: Tensor, ratio: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
+    """From the gradient of W' to that of w; ``ratio``, w / M, is used up."""
+    if detach_max:
+        return g / ratio.square_().neg_().add_(1)
+    # M moves with the largest weight: dW'/dM = atanh(w / M) - (w / M) / (1 - (w / M)^2). Equally
+    # large weights share what comes of it.
+    slope = 1 / (1 - ratio * ratio)
+    of_limit = (g * (torch.atanh(ratio) - ratio * slope)).sum()
+    magnitude = ratio.abs()
+    largest = magnitude == magnitude.max()
+    share = of_limit * (1 + epsilon) / largest.sum()
+    return g * slope + ratio.sign() * largest * share
+
+
+def _ratio(
+    centred: Tensor,
+    gate: _Gate | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    limit: Tensor,
+) -> Tensor:
+    """The argument of the curve, w / M, in memory of its own; ``scale`` is r p."""
+    factor = 1 / limit if scale is None else _spread(scale / limit, centred)
+    if gate is None:
+        ratio = centred * factor
+    else:
+        ratio = (centred * _spread(gate.multiplier, centred)).mul_(factor)
+    return ratio if shift is None else ratio.add_(_spread(shift / limit, centred))
+
+
+class _Gate(NamedTuple):
+    """LWE of one layer in full precision, with its h and m."""
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    hidden: Tensor
+    multiplier: Tensor
+
+
+def _through_gate(
+    g: Tensor, centred: Tensor, gate: _Gate, scale: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """d, t, and the gradients of A, a, B and b; ``gate.multiplier`` is used up."""
+    multiplier, hidden = gate.multiplier, gate.hidden
+    r = hidden.new_ones(hidden.shape[0], 1) if scale is None else scale
+    products = g * centred
+    z = _sum_over_kernel(products).mul_(multiplier)
+    t = z.sum(1, keepdim=True)
+    z.addcmul_(z, multiplier, value=-1)
+    # With the small matrix in front, the product is a third faster on a CPU.
+    by_fc2_weight = _transposed(torch.mm((hidden * r).t(), z)) if needed[3] else None
+    by_fc2_bias = torch.mv(z.t(), r.squeeze(1)) if needed[4] else None
+    if not (needed[0] or needed[1] or needed[2]):
+        return g, t, (None, None, by_fc2_weight, by_fc2_bias)
+
+    y = torch.mm(z, gate.fc2_weight).mul_(hidden > 0)
+    t.add_((y * (hidden - gate.fc1_bias)).sum(1, keepdim=True))
+    by_fc1_bias = torch.mv(y.t(), r.squeeze(1)) if needed[2] else None
+    v = y.mul_(r * r)
+    kernel = _kernel_numel(centred)
+    if kernel > 1:
+        v.div_(kernel)
+    by_fc1_weight = torch.mm(v.t(), _sum_over_kernel(centred)) if needed[1] else None
+    by_fcs = (by_fc1_weight, by_fc1_bias, by_fc2_weight, by_fc2_bias)
+    if not needed[0]:
+        return g, t, by_fcs
+
+    if scale is not None:
+        multiplier.mul_(scale)
+    if kernel == 1:
+        d = multiplier.mul_(g.flatten(1)).addmm_(v, gate.fc1_weight).view(centred.shape)
+    else:
+        spread = _spread(torch.mm(v, gate.fc1_weight), centred)
+        d = torch.addcmul(spread, g, _spread(multiplier, centred), out=products)
+    return d, t, by_fcs
+
+
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    # DDP warns of the strides of a single column that `t` leaves.
+    return matrix.t() if matrix.shape[0] > 1 else matrix.view(-1, 1)
+
+
+def _multiplier(hidden: Tensor, fcs: Sequence[Tensor]) -> Tensor:
+    """LWE's m, ``[O, I]``."""
+    # Not addmm, which is slower on a CPU by more than the addition.
+    return torch.mm(hidden, fcs[2].t()).add_(fcs[3]).sigmoid_()
+
+
+def _sum_over_kernel(filters: Tensor) -> Tensor:
+    """``[O, I]``; the same memory where a kernel has one position."""
+    kernel = _kernel_numel(filters)
+    if kernel == 1:
+        return filters.flatten(1)
+    if filters.device.type == "cpu" and filters.is_contiguous():
+        # A CPU sums nine neighbours slowly, two to three times slower than it multiplies them
+        # by a column of ones.
+        ones = filters.new_ones(kernel, 1)
+        return torch.mm(filters.reshape(-1, kernel), ones).view(filters.shape[:2])
+    return filters.sum(tuple(range(2, filters.ndim)))
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """``[O, 1]`` or ``[O, I]`` made to broadcast over filters ``[O, I, *K]``."""
+    return values if like.ndim == 2 else values.view(*values.shape, *[1] * (like.ndim - 2))
+
+
+def _kernel_numel(filters: Tensor) -> int:
+    return math.prod(filters.shape[2:])
+
+
+def _fan_in(filters: Tensor) -> int:
+    return math.prod(filters.shape[1:])

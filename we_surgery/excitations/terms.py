@@ -1,0 +1,69 @@
+"""What one composition is made of, as plain tensors, and what its forward pass leaves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """What one composition is made of; None for whatever it does not have.
+
+    Attributes:
+        standardize_epsilon: 0-d; only for filters of at least two weights.
+        fc1_weight: A, ``[hidden, I]``. The four tensors of LWE come together.
+        fc1_bias: a, ``[hidden]``.
+        fc2_weight: B, ``[I, hidden]``.
+        fc2_bias: b, ``[I]``.
+        gain: p, ``[O]``. It comes together with ``shift``, and neither is trained.
+        shift: q, ``[O]``.
+        mwe_epsilon: 0-d.
+        detach_max: as in :class:`~we_surgery.excitations.MWE`.
+        transposed_groups: as in :class:`~we_surgery.excitations.Composition`.
+    """
+
+    standardize_epsilon: Tensor | None = None
+    fc1_weight: Tensor | None = None
+    fc1_bias: Tensor | None = None
+    fc2_weight: Tensor | None = None
+    fc2_bias: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    mwe_epsilon: Tensor | None = None
+    detach_max: bool = True
+    transposed_groups: int | None = None
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass; None where a stage is absent."""
+
+    mean: Tensor | None
+    """``[O, 1, ...]``"""
+    norm: Tensor | None
+    """|c|, ``[O, 1]``"""
+    scale: Tensor | None
+    """r, ``[O, 1]``"""
+    hidden: Tensor | None
+    """h, ``[O, hidden]``"""
+    limit: Tensor | None
+    """M, 0-d"""
+
+
+def fcs_in(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, a, B and b in ``dtype``."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
+        term if term.dtype == dtype else term.to(dtype)
+        for term in terms[1:5]
+        if isinstance(term, Tensor)
+    )
+    return fc1_weight, fc1_bias, fc2_weight, fc2_bias
+
+
+def rescaling(terms: Terms, filters: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """P and q as ``[O, 1]``."""
+    if terms.gain is None or terms.shift is None:
+        return None, None
+    gain, shift = (values.to(filters.dtype).unsqueeze(1) for values in (terms.gain, terms.shift))
+    return gain, shift
