@@ -39,13 +39,15 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_converted_model_compiles_to_one_graph(backend: str) -> None:
+def test_a_converted_model_compiles_to_one_graph(backend: str, autocast: bool) -> None:
     plain = ws.convert(ConvNet(), config=EVERYTHING)
     compiled = copy.deepcopy(plain)
     run = torch.compile(compiled, fullgraph=True, backend=backend)
     x = image()
-    expected, found = plain(x), run(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, found = plain(x).float(), run(x).float()
     torch.testing.assert_close(found, expected)
     expected.square().sum().backward()
     found.square().sum().backward()

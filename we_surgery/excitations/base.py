@@ -228,6 +228,10 @@ def in_full_precision(weight: Tensor) -> Tensor:
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast on that kind of device."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    # A compiled backward pass runs under the autocast of its forward pass, which is not known yet
+    # while it is traced.
+    if device_type != "meta" and (
+        torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
+    ):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
