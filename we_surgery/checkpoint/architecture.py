@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ class Architecture:
         else:
             factory = _imported_factory(source, name)
         try:
-            with working_folder_importable():
+            # torchvision and timm import optional packages, which are not sought in that folder.
+            is_own = source not in ("torchvision", "timm")
+            with working_folder_importable() if is_own else nullcontext():
                 model = factory(**arguments)
         except Exception as error:
             raise InputError(

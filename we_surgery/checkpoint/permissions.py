@@ -26,8 +26,20 @@ from we_surgery import layers
 from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
 
-# Of torch only where layers live: torch.distributed has a Module that makes code from strings.
-_PACKAGES = ("torch.nn", "torch.ao", "torchvision", "timm", "we_surgery")
+# Only where layers live: torch.distributed has a Module that makes code from strings, and whole
+# frameworks come along with our own callbacks.
+_PACKAGES = (
+    "torch.nn",
+    "torch.ao.nn",
+    "torch.ao.quantization",
+    "torchvision.models",
+    "torchvision.ops",
+    "torchvision.transforms",
+    "timm.layers",
+    "timm.models",
+    "we_surgery.excitations",
+    "we_surgery.layers",
+)
 
 # Their methods compile code they hold, or join a process group.
 _REFUSED_CLASSES: tuple[type, ...] = (
@@ -79,6 +91,7 @@ class Why(Enum):
     MAIN = "was defined in the script that saved it"
     WRAPPER = "is a wrapper"
     MISUSED = "is called in a way that torch.save never writes"
+    HELD = "is no layer, and held where a model would call it"
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,9 @@ def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Per
             if not _may_call(call, objects):
                 path = _path(call.function)
                 refusals[path] = Refusal(path, Why.MISUSED)
+        for path in actions.held:
+            if not _may_be_held(objects.get(path), allow):
+                refusals[path] = Refusal(path, Why.HELD)
         for target, state in actions.states:
             if not _may_set_state(target, state, objects):
                 path = _path(target.by if isinstance(target, Made) else target)
@@ -258,6 +274,8 @@ def _reduce_rule(path: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 
 def _may_set_state(target: Any, state: Any, objects: dict[str, Any]) -> bool:
+    if isinstance(target, Name):
+        return False
     path = _path(target.by) if isinstance(target, Made) else ""
     if path == _PARTIAL:
         # The state names the callable anew.
@@ -270,6 +288,13 @@ def _may_set_state(target: Any, state: Any, objects: dict[str, Any]) -> bool:
             and all(a is b or a == b for a, b in zip(state[2:], _NUMBER_STATE, strict=True))
         )
     return path not in objects or isinstance(objects[path], type)
+
+
+def _may_be_held(found: Any, allow: Sequence[str]) -> bool:
+    """Whether a module may hold ``found`` as a value, which its forward may call."""
+    if not isinstance(found, type):
+        return found is not functools.partial
+    return issubclass(found, nn.Module) and covers((*_PARTIAL_OVER, *allow), found.__module__)
 
 
 def _is_tuple(value: Any) -> bool:

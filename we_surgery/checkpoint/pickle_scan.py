@@ -69,11 +69,13 @@ class Actions:
 
     Attributes:
         names: by their paths, in the order they are asked for.
+        held: those of them that end up as a value in some object, and are not only called.
         calls: in their order.
         states: pairs of an object and the state it would be given (``__setstate__``).
     """
 
     names: dict[str, Name] = field(default_factory=dict)
+    held: dict[str, Name] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     states: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -108,7 +110,16 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
     def take_to_mark() -> Sequence[Any]:
         nonlocal stack
         taken, stack = stack, marked.pop()
-        return taken
+        return hold(taken)
+
+    def hold(values: Sequence[Any]) -> Sequence[Any]:
+        actions.held.update({value.path: value for value in values if isinstance(value, Name)})
+        return values
+
+    def refuse_items_of_made_objects() -> None:
+        target = stack[-1]
+        if isinstance(target, Made) and not _is_torch_mapping(target):
+            raise ValueError("it sets items of an object, which torch.save never writes")
 
     for instruction, argument, _ in pickletools.genops(stream):
         match instruction.name:
@@ -121,10 +132,11 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
                 stack.append(name)
             case "NEWOBJ" | "REDUCE" as kind:
                 function, arguments = take(2)
+                hold([arguments])
                 actions.calls.append(Call(function, arguments, constructs=kind == "NEWOBJ"))
                 stack.append(Made(function))
             case "BUILD":
-                (state,) = take(1)
+                (state,) = hold(take(1))
                 actions.states.append((stack[-1], state))
             case "MARK":
                 marked.append(stack)
@@ -135,13 +147,17 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3" as size:
-                stack.append(tuple(take(_TUPLES[size])))
+                stack.append(tuple(hold(take(_TUPLES[size]))))
             case "APPEND":
-                take(1)
-            case "SETITEM":
-                take(2)
-            case "APPENDS" | "SETITEMS":
+                hold(take(1))
+            case "APPENDS":
                 take_to_mark()
+            case "SETITEM":
+                hold(take(2))
+                refuse_items_of_made_objects()
+            case "SETITEMS":
+                take_to_mark()
+                refuse_items_of_made_objects()
             case "BINPERSID":
                 (key,) = take(1)
                 if isinstance(key, tuple) and key[:1] == ("module",):
@@ -159,6 +175,10 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
                 stack.append(_constant(kind, argument))
             case kind:
                 raise ValueError(f"it has an instruction {kind}, which torch.save never writes")
+
+
+def _is_torch_mapping(made: Made) -> bool:
+    return isinstance(made.by, Name) and made.by.module == "collections"
 
 
 def _constant(kind: str, argument: Any) -> Any:

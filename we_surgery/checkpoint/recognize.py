@@ -79,11 +79,12 @@ def recognize(path: Path) -> FileKind:
 def _recognize_zip(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] or name for name in archive.namelist()}
+            records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(
             f"{path} is a damaged or cut short zip archive: {error}", "Save or fetch it again."
         ) from error
+    names = {record.filename.partition("/")[2] or record.filename for record in records}
     if "constants.pkl" in names:
         raise InputError(f"{path} is TorchScript, whose layers cannot be changed", _EAGER)
     if {"archive_format", "serialized_exported_program.json"} & names:
@@ -92,4 +93,19 @@ def _recognize_zip(path: Path) -> FileKind:
         )
     if "data.pkl" not in names:
         raise InputError(f"{path} is a zip archive that torch.save did not write", _KNOWN_FORMATS)
+    # Either could make a small file fill the memory, or show each reader something else.
+    packed = next((r for r in records if r.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise InputError(
+            f"{path} has a packed record {packed.filename!r}, and torch.save packs none",
+            "Save it again with torch.save, or unpack it and zip it without compression.",
+        )
+    if (
+        len({record.filename for record in records}) < len(records)
+        or sum(record.file_size for record in records) > path.stat().st_size
+    ):
+        raise InputError(
+            f"{path} is a damaged or doctored zip archive: its records repeat or overlap",
+            "Save or fetch it again.",
+        )
     return FileKind.ZIP

@@ -16,6 +16,7 @@ from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
 from we_surgery.checkpoint.pickle_scan import Actions, scan
 from we_surgery.checkpoint.recognize import FileKind
+from we_surgery.checkpoint.soundness import refuse_unsound
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 
@@ -46,7 +47,9 @@ def unpickle(path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool) -
             safe = _safe_globals(path, file, kind, allow)
             file.seek(0)
             with torch.serialization.safe_globals(safe):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        refuse_unsound(found, path)
+        return found
     except InputError:
         raise
     # A damaged file can raise anything from inside the unpickler and the classes it names.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -113,29 +114,58 @@ def _indices(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+class _Cut(nn.Module):
+    """A piece of a traced model, run node by node.
+
+    No ``GraphModule``: its generated code would spell out the modules' names, and a name in a
+    file can be any text.
+
+    Args:
+        parts: what the graph's nodes refer to, by their targets in it.
+        graph: the piece; its placeholders are the inputs.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module | Tensor], graph: fx.Graph) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.graph = graph
+
+    def forward(self, *sources: Tensor) -> Any:
+        return fx.Interpreter(self, graph=self.graph).run(*sources)
+
+
 def _cut_out(
     root: nn.Module,
     block: TracedBlock,
     inside: list[fx.Node],
     sources: list[fx.Node],
     data: fx.Node,
-) -> fx.GraphModule:
+) -> _Cut:
     """The nodes ``inside`` as a module from ``sources`` to ``data``."""
     graph = fx.Graph()
     copies = {source: graph.placeholder(f"source_{i}") for i, source in enumerate(sources)}
+    parts: dict[str, nn.Module | Tensor] = {}
+    part_names: dict[str, str] = {}
     for node in inside:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            target = str(node.target)
+            if target not in part_names:
+                part_names[target] = f"part_{len(parts)}"
+                constants = block.constants
+                part = constants[target] if target in constants else attrgetter(target)(root)
+                parts[part_names[target]] = part
+            copy.target = part_names[target]
     graph.output(copies[data])
-    used = {str(n.target) for n in inside if n.op in ("call_module", "get_attr")}
-    parts = {
-        name: block.constants[name] if name in block.constants else attrgetter(name)(root)
-        for name in used
-    }
-    return fx.GraphModule(parts, graph)
+    return _Cut(parts, graph)
 
 
 def _find(
-    cut: fx.GraphModule,
+    cut: _Cut,
     sources: list[fx.Node],
     layer: LayerFacts,
     modules: dict[str, nn.Module],

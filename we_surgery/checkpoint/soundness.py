@@ -1,0 +1,149 @@
+"""Whether what a pickle made is built as its classes would have built it.
+
+A pickle sets a module's attributes without asking its class. It could put another callable where
+a method belongs, add hooks, or name a submodule with a piece of code for tools that write
+programs from names. What torch.save writes of a torchvision or timm model does none of that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import InputError
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+
+# An expanded tensor is small in a file and as large as it says once something computes with it.
+_MOST_REPEATED = 1 << 24
+
+
+def refuse_unsound(found: Any, path: Path) -> None:
+    """Raises if a file's object could make torch's or our code do what its classes do not.
+
+    No method of any object in it is called.
+
+    Raises:
+        InputError: a module hides a method, has a hook, contains itself, was never initialized
+            or has a name that no program gives; a tensor hides a method, has a hook, or says
+            to be vastly larger than its memory.
+    """
+    fault = _fault(found)
+    if fault is not None:
+        raise InputError(
+            f"{path} is damaged or doctored: {fault}",
+            "Save or fetch it again. Only if you trust where the file is from: --trust "
+            "(`trust=True`) opens it as it is.",
+        )
+
+
+def _fault(found: Any) -> str | None:
+    seen: set[int] = set()
+    modules: list[nn.Module] = []
+    pending = [found]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        fault: str | None = None
+        if isinstance(value, nn.Module):
+            modules.append(value)
+            fault = _fault_in_module(value)
+        elif isinstance(value, Tensor):
+            fault = _fault_in_tensor(value)
+        if fault is not None:
+            return fault
+        pending.extend(_inside(value))
+    return _cycle(modules)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What an object holds, found without calling a method that a file may have put there."""
+    if isinstance(value, dict):
+        yield from dict.keys(value)
+        yield from dict.values(value)
+    elif isinstance(value, list | tuple | set):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.args, value.keywords)
+    if not isinstance(value, type):
+        yield getattr(value, "__dict__", None)
+
+
+def _fault_in_module(module: nn.Module) -> str | None:
+    kind = type(module)
+    attributes = vars(module)
+    names = [*attributes]
+    for table, allowed in zip(_TABLES, (Tensor, Tensor, nn.Module), strict=True):
+        entries = attributes.get(table)
+        if not isinstance(entries, dict):
+            return f"a {kind.__name__} was never initialized"
+        for name, value in dict.items(entries):
+            if value is not None and not isinstance(value, allowed):
+                return f"{_shortened(name)} of a {kind.__name__} is of type {type(value).__name__}"
+            names.append(name)
+    for name in names:
+        if not _is_plain_name(name):
+            return f"a {kind.__name__} has an attribute called {_shortened(name)}"
+        if callable(getattr(kind, name, None)):
+            return f"{name!r} of a {kind.__name__} hides the method of that name"
+    hooks = [name for name in _HOOKS if attributes.get(name)]
+    if hooks:
+        return f"a {kind.__name__} has {hooks[0]}, which would run when it is used"
+    return None
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether a program may have given this name, and none that programs are made of."""
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        return False
+    is_special = name.startswith("__") and name.endswith("__")
+    return not is_special and not any(character in name for character in "\"'\\")
+
+
+def _cycle(modules: list[nn.Module]) -> str | None:
+    """Whether one contains itself; walking it would never end."""
+    above: set[int] = set()
+    done: set[int] = set()
+    # Each module is entered once, and left after all below it.
+    pending = [(module, False) for module in modules]
+    while pending:
+        module, leaves = pending.pop()
+        if leaves:
+            above.discard(id(module))
+            done.add(id(module))
+        elif id(module) in above:
+            return f"a {type(module).__name__} contains itself"
+        elif id(module) not in done:
+            above.add(id(module))
+            below = dict.values(vars(module)["_modules"])
+            pending.append((module, True))
+            pending.extend((child, False) for child in below if child is not None)
+    return None
+
+
+def _fault_in_tensor(tensor: Tensor) -> str | None:
+    for name in vars(tensor):
+        if not _is_plain_name(name):
+            return f"a tensor has an attribute called {_shortened(name)}"
+        if hasattr(Tensor, name):
+            return f"{name!r} of a tensor hides the attribute of that name"
+    if tensor._backward_hooks:
+        return "a tensor has hooks, which would run in a backward pass"
+    if tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized:
+        values = tensor.numel()
+        held = tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1)
+        if values > _MOST_REPEATED and values > 1000 * held:
+            return f"a tensor of {tuple(tensor.shape)} repeats the {held} values it holds"
+    return None
+
+
+def _shortened(name: Any) -> str:
+    return repr(name)[:60] if isinstance(name, str) else f"a {type(name).__name__}"
