@@ -39,7 +39,7 @@ def make_policy(
     settings: Any = config or {}
     source = "the config"
     if isinstance(config, str | Path):
-        settings, source = _read_yaml(config), str(config)
+        settings, source = read_yaml(config), str(config)
     if mode is not None and isinstance(settings, Mapping):
         settings = {"mode": mode, **settings}
     policy = policy_from_config(settings, source)
@@ -90,10 +90,15 @@ def policy_from_file(path: str | Path) -> Policy:
     Raises:
         InputError: the file cannot be read, is no YAML, or holds no valid config.
     """
-    return policy_from_config(_read_yaml(path), str(path))
+    return policy_from_config(read_yaml(path), str(path))
 
 
-def _read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; an empty one holds an empty mapping.
+
+    Raises:
+        InputError: the file cannot be read, or is no YAML.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         config = yaml.load(text, YAMLLoader)

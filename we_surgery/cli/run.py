@@ -1,0 +1,121 @@
+"""``we-surgery run``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
+
+
+@click.command("run", cls=SurgeryCommand)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the images, in the layout that the recipe names.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the run.  [default: runs/RECIPE]",
+)
+@click.option(
+    "--backbone",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Trained weights of the backbone, for recipes that start from one.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the folder.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Train one epoch of two synthetic batches in place of the images.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, ...")
+@click.option("--workers", type=int, default=4, show_default=True, help="Processes reading images.")
+@click.option(
+    "--step-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images of one process in one step; gradients are accumulated to the recipe's batch.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the forward pass, in place of the recipe's; half precision is mixed (AMP).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the whole run.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def run_command(
+    recipe: Path,
+    data: Path | None,
+    output: Path | None,
+    backbone: Path | None,
+    resume: bool,
+    dry_run: bool,
+    device: str,
+    workers: int,
+    step_batch: int | None,
+    precision: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train, strip and verify an experiment of the papers, as RECIPE says.
+
+    RECIPE is a YAML file such as those in configs/recipes/. The run's folder gets summary.csv,
+    checkpoints, the stripped state dict and result.json, which holds this run's figures beside
+    the published ones.
+
+    \b
+    Examples:
+      we-surgery run configs/recipes/imagenet/resnet50-lwe.yaml --dry-run
+      we-surgery run configs/recipes/cifar100/vgg19-lwe.yaml --data DIR --device cuda
+      torchrun --nproc-per-node 8 -m we_surgery run configs/recipes/imagenet/resnet50-lwe.yaml \\
+        --data DIR --device cuda --precision bfloat16
+
+    \b
+    Exit codes: 0 done, 1 training or the proof failed, 2 bad usage or missing images.
+    """
+    from we_surgery.recipes import load_recipe, run_recipe
+
+    settings = load_recipe(recipe)
+    if precision is not None:
+        settings = settings.replace(precision=precision)
+    with progress_bar(settings.title) as update:
+        result = run_recipe(
+            settings,
+            data,
+            output or Path("runs") / settings.name,
+            backbone=backbone,
+            resume=resume,
+            dry_run=dry_run,
+            device=device,
+            workers=workers,
+            step_batch=step_batch,
+            seed=seed,
+            progress=lambda what, done, total: update(done, total),
+        )
+    if result is None:
+        return
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2))
+        return
+    table = Table("metric", "published", "best epoch", "last epoch", "stripped")
+    for name in result.stripped:
+        figures = (result.published, result.best, result.last, result.stripped)
+        table.add_row(name, *(f"{row[name]:.2f}" if name in row else "" for row in figures))
+    console().print(table)
+    say(f"published in {result.source}")
+    say(
+        f"parameters: {result.training_parameters:,} in training, "
+        f"{result.deployed_parameters:,} deployed"
+    )
+    say(f"wrote {result.file}")

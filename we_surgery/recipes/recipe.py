@@ -1,0 +1,238 @@
+"""A YAML file -> a recipe: everything one experiment needs but the images."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from we_surgery.checkpoint import Architecture
+from we_surgery.config import make_policy, read_yaml
+from we_surgery.errors import InputError, near_matches
+from we_surgery.grafting import Init
+
+Task = Literal["classification", "segmentation", "video"]
+Layout = Literal[
+    "imagefolder", "cifar10", "cifar100", "tiny-imagenet", "voc", "cityscapes", "frames"
+]
+Crop = Literal["resized", "padded", "scaled", "center"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of an experiment.
+
+    Attributes:
+        layout: how they lie in their folder; see :mod:`we_surgery.recipes.layouts`.
+        classes: number of classes.
+        input_size: channels, height, width of what the network sees.
+        train: name of the training split.
+        validation: name of the split that is evaluated.
+        crop: training crops: ``resized`` (random area and ratio), ``padded`` (4 pixels around),
+            ``scaled`` (random scale, for segmentation), ``center`` (none at random).
+        crop_pct: share of the resized image's side that the evaluation's centre crop keeps.
+        color_jitter: strength of brightness, contrast and saturation changes.
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
+        frames: of a video, a clip has so many.
+        sampling: ``dense`` takes neighbouring frames, ``strided`` one of each equal part.
+    """
+
+    layout: Layout
+    classes: int
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    train: str = "train"
+    validation: str = "val"
+    crop: Crop = "resized"
+    crop_pct: float = 0.875
+    color_jitter: float = 0.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    frames: int = 0
+    sampling: Literal["dense", "strided"] = "dense"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an experiment is trained.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: over all processes and accumulated steps.
+        optimizer: arguments of ``timm.optim.create_optimizer_v2``: ``opt``, ``lr``, ...
+        decay_all: whether biases and norm scales are decayed like weights, as plain SGD does.
+        schedule: arguments of ``timm.scheduler.create_scheduler_v2``: ``sched``, ...
+        smoothing: label smoothing.
+        excite_from: the first epoch with excitation; before it, it is paused.
+        init: as in :func:`we_surgery.convert`.
+        ema_decay: of a moving average of the weights; None keeps none.
+        precision: of the forward pass; half precision is mixed (AMP).
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: Mapping[str, Any]
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    decay_all: bool = True
+    smoothing: float = 0.0
+    excite_from: int = 0
+    init: Init = "paper"
+    ema_decay: float | None = None
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment.
+
+    Attributes:
+        name: its file's name without extension.
+        title: what it is, in a few words.
+        source: where the figures were published.
+        task: decides on the loss and the metric.
+        published: the published figures by metric, in percent; empty where there are none.
+        notes: what the source leaves open and how it was settled.
+        model: architecture by name, and the arguments of its factory.
+        surgery: a config as in ``configs/``, or None for a vanilla network.
+        data: the images.
+        training: how it is trained.
+        backbone: whether ``--backbone`` gives the trained weights of ``model.backbone``.
+    """
+
+    name: str
+    title: str
+    source: str
+    task: Task
+    model: Architecture
+    data: Data
+    training: Training
+    published: Mapping[str, float] = field(default_factory=dict)
+    notes: str = ""
+    surgery: Mapping[str, Any] | None = None
+    backbone: bool = False
+
+    def replace(self, **training: Any) -> Recipe:
+        """This recipe with other training settings."""
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **training))
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from a YAML file.
+
+    A file may begin with ``extends: OTHER.yaml``, a path from its own folder: mappings are
+    merged key by key, and everything else is replaced.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown or missing, or a value is not of
+            its type.
+    """
+    path = Path(path)
+    settings = _merged(path, ())
+    where = f"the recipe {path}"
+    model = settings.pop("model", None)
+    if isinstance(model, str):
+        model = {"name": model}
+    if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
+        raise InputError(
+            f"{where} names no model",
+            "Write `model: torchvision:resnet50`, or a mapping of `name` and `arguments`.",
+        )
+    _refuse_unknown(model, ("name", "arguments"), f"model in {where}")
+    surgery = settings.get("surgery")
+    if surgery is not None:
+        make_policy(config=surgery)
+    parts = {
+        "name": path.stem,
+        "model": Architecture.parse(model["name"], model.get("arguments")),
+        "data": _fill(Data, settings.pop("data", {}), f"data in {where}"),
+        "training": _fill(Training, settings.pop("training", {}), f"training in {where}"),
+    }
+    return _fill(Recipe, settings | parts, where)
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"the recipe {path} extends itself", "Remove the circle of `extends`.")
+    settings = read_yaml(path)
+    if not isinstance(settings, Mapping):
+        raise InputError(
+            f"the recipe {path} is not a mapping but {type(settings).__name__}",
+            "See the files in configs/recipes/.",
+        )
+    settings = dict(settings)
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    return _merge(_merged(path.parent / str(base), (*seen, path.resolve())), settings)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` over ``base``: mappings key by key, but a surgery as a whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = value
+        if isinstance(known, Mapping) and isinstance(value, Mapping) and key != "surgery":
+            merged[key] = _merge(known, value)
+    return merged
+
+
+def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
+    """A dataclass from a mapping, each value checked against its field's type."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is not a mapping but {values!r}", "See configs/recipes/.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _refuse_unknown(values, tuple(fields), where)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(
+            f"{where} lacks {', '.join(missing)}", "Add it; see the files in configs/recipes/."
+        )
+    types = typing.get_type_hints(kind)
+    return kind(**{k: _checked(v, types[k], f"{k} in {where}") for k, v in values.items()})
+
+
+def _checked(value: Any, wanted: Any, where: str) -> Any:
+    """A value as YAML gave it, made to fit its field."""
+    origin, choices = typing.get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        if value in choices:
+            return value
+        hint = near_matches(str(value), choices)
+        raise InputError(f"{where} is {value!r}{hint}", f"Use one of: {', '.join(choices)}.")
+    if origin is types.UnionType:
+        return None if value is None else _checked(value, choices[0], where)
+    kind = origin or wanted
+    if kind is tuple and isinstance(value, list) and all(_is_number(v) for v in value):
+        return tuple(value)
+    if kind is float and _is_number(value):
+        return float(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{where} cannot be {value!r}", f"Give a {kind.__name__.lower()}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise InputError(
+                f"{where} has an unknown key {key!r}{near_matches(str(key), known)}",
+                f"Known keys are: {', '.join(known)}.",
+            )

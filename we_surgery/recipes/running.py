@@ -1,0 +1,265 @@
+"""A recipe from the first epoch to the stripped file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import update_summary
+from timm.utils.distributed import init_distributed_device_so
+from torch import nn
+
+from we_surgery import checkpoint
+from we_surgery.errors import InputError
+from we_surgery.recipes.loaders import Loaders, make_loaders, synthetic_loaders
+from we_surgery.recipes.place import Place
+from we_surgery.recipes.recipe import Recipe
+from we_surgery.recipes.training_run import Progress, TrainingRun
+from we_surgery.surgery import convert, is_converted, strip_with_report
+
+logger = logging.getLogger(__name__)
+
+LAST = "last.pth.tar"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found.
+
+    Attributes:
+        recipe: the recipe's name.
+        source: where figures were published.
+        published: the published figures, in percent.
+        last: this run's, of the last epoch.
+        best: those of its best epoch.
+        stripped: those of the stripped model, which are the last ones' up to rounding.
+        output_difference: largest output difference of the excited and the stripped model over
+            one batch; None for a vanilla network.
+        training_parameters: of the network in training.
+        deployed_parameters: of the stripped one.
+        file: the stripped state dict.
+    """
+
+    recipe: str
+    source: str
+    published: Mapping[str, float]
+    last: Mapping[str, float]
+    best: Mapping[str, float]
+    stripped: Mapping[str, float]
+    output_difference: float | None
+    training_parameters: int
+    deployed_parameters: int
+    file: str
+
+
+def run_recipe(
+    recipe: Recipe,
+    data: Path | None,
+    output: Path,
+    *,
+    backbone: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    device: str = "cpu",
+    workers: int = 4,
+    step_batch: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> RunResult | None:
+    """Trains, strips and verifies what a recipe says; under ``torchrun`` on several devices.
+
+    Args:
+        recipe: the experiment.
+        data: folder of the images; not read in a dry run.
+        output: folder of the run: ``summary.csv``, checkpoints, ``stripped.pt``, ``result.json``.
+        backbone: trained weights of ``model.backbone``, for a recipe that wants them.
+        resume: go on from the last checkpoint in ``output``.
+        dry_run: two synthetic batches and one epoch in place of the images.
+        device: ``cpu``, ``cuda``, ...
+        workers: processes that read images.
+        step_batch: images of one process in one step; the recipe's batch is reached by
+            accumulating gradients. By default there is nothing to accumulate.
+        seed: of initialization and of each epoch.
+        progress: called with what is done, how much of it, and of how much.
+
+    Returns:
+        The result; None in every process but the first.
+
+    Raises:
+        InputError: images are missing, the batch cannot be divided so, ``output`` holds a run.
+        SurgeryError: training diverged, or the proof of strip failed.
+    """
+    _check_output(output, resume)
+    if backbone is None and recipe.backbone and not dry_run:
+        raise InputError(
+            f"{recipe.title} starts from a trained backbone",
+            "Give its weights with --backbone FILE, such as the stripped file of an ImageNet run.",
+        )
+    if data is None and not dry_run:
+        raise InputError("no data folder was given", "Give --data DIR, or try --dry-run.")
+    placed = init_distributed_device_so(device)
+    place = Place(torch.device(placed["device"]), placed["global_rank"], placed["world_size"])
+    try:
+        size, accumulation = _divide(recipe.training.batch_size, step_batch, place.processes)
+        if dry_run:
+            loaders = synthetic_loaders(recipe, size, batches=2, seed=seed)
+            recipe, accumulation = recipe.replace(epochs=1, excite_from=0), 1
+        else:
+            assert data is not None
+            loaders = make_loaders(recipe, data, size, workers, place)
+        torch.manual_seed(seed)
+        model = _build(recipe, backbone, loaders)
+        model.to(place.device)
+        steps = len(loaders.train)
+        run = TrainingRun(recipe, model, place, steps, accumulation, seed)
+        best, last = _train(run, loaders, output, resume, progress)
+        return _finish(run, loaders, output, best, last, progress)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    exists = (output / LAST).exists()
+    if resume and not exists:
+        raise InputError(f"there is no run to resume in {output}", "Leave out --resume.")
+    if not resume and output.exists() and any(output.iterdir()):
+        raise InputError(
+            f"{output} exists and is not empty",
+            "Go on with --resume, or give another folder with --output.",
+        )
+
+
+def _divide(batch_size: int, step_batch: int | None, processes: int) -> tuple[int, int]:
+    """Images of one process in one step, and steps of one update."""
+    size = step_batch or batch_size // processes
+    accumulation, rest = divmod(batch_size, max(size * processes, 1))
+    if rest or not accumulation:
+        raise InputError(
+            f"a batch of {batch_size} cannot be made of steps of {size} images in each of "
+            f"{processes} processes",
+            "Give a --step-batch that divides it.",
+        )
+    return size, accumulation
+
+
+def _build(recipe: Recipe, backbone: Path | None, loaders: Loaders) -> nn.Module:
+    model = recipe.model.build()
+    if backbone is not None:
+        _load_backbone(model, backbone)
+    if recipe.surgery is None:
+        return model
+    return convert(
+        model,
+        config=recipe.surgery,
+        init=recipe.training.init,
+        start="paused" if recipe.training.excite_from else "on",
+        # Shift-fed convs are found by what the data does.
+        example_inputs=next(iter(loaders.validation))[0][:2],
+        inplace=True,
+    )
+
+
+def _load_backbone(model: nn.Module, file: Path) -> None:
+    target = getattr(model, "backbone", None)
+    state = checkpoint.read(str(file)).state_dict
+    if not isinstance(target, nn.Module) or state is None:
+        raise InputError(
+            f"{file} cannot be a backbone: "
+            + ("the model has none" if state is not None else "it holds no state dict"),
+            "Give a state dict, for a network with a module called `backbone`.",
+        )
+    # The classifier of the backbone's own training is not part of it.
+    missing = target.load_state_dict(state, strict=False).missing_keys
+    if missing:
+        raise InputError(
+            f"{file} lacks {len(missing)} tensors of the backbone, such as {missing[0]!r}",
+            "Give the stripped state dict of the same network.",
+        )
+
+
+def _train(
+    run: TrainingRun, loaders: Loaders, output: Path, resume: bool, progress: Progress
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics of the best and of the last epoch."""
+    first = run.resume(output / LAST) if resume else 0
+    saver = None
+    history = output / "history.json"
+    metrics: list[dict[str, float]] = []
+    if run.place.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        saver = run.saver(output)
+        if resume:
+            saver.load_state_dict_from_checkpoint(str(output / LAST))
+            metrics = json.loads(history.read_text(encoding="utf-8"))[:first]
+    board = _tensorboard(output) if run.place.rank == 0 else None
+    for epoch in range(first, run.epochs):
+        trained = run.train_epoch(loaders.train, epoch, progress)
+        found = run.evaluate(run.evaluated, loaders.validation, progress)
+        metrics.append(found)
+        if saver is None:
+            continue
+        rate = run.optimizer.param_groups[0]["lr"]
+        update_summary(epoch, trained, found, str(output / "summary.csv"), lr=rate)
+        history.write_text(json.dumps(metrics), encoding="utf-8")
+        saver.save_checkpoint(epoch, metric=next(iter(found.values())))
+        if board is not None:
+            for name, value in {**trained, **found, "lr": rate}.items():
+                board.add_scalar(name, value, epoch)
+            board.flush()
+        logger.info("epoch %d: %s, %s", epoch + 1, trained, found)
+    best = max(metrics, key=lambda row: next(iter(row.values())), default={})
+    return best, (metrics[-1] if metrics else {})
+
+
+def _tensorboard(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("tensorboard is not installed; there is summary.csv")
+        return None
+    return SummaryWriter(str(output))
+
+
+def _finish(
+    run: TrainingRun,
+    loaders: Loaders,
+    output: Path,
+    best: dict[str, float],
+    last: dict[str, float],
+    progress: Progress,
+) -> RunResult | None:
+    excited = run.evaluated.eval()
+    stripped, difference = excited, None
+    if is_converted(excited):
+        inputs = next(iter(loaders.validation))[0].to(run.place.device)
+        stripped, report = strip_with_report(excited, example_inputs=inputs)
+        difference = report.output_difference
+    found = run.evaluate(stripped, loaders.validation, progress)
+    if run.place.rank != 0:
+        return None
+    file = output / "stripped.pt"
+    checkpoint.write_state_dict(stripped.state_dict(), file, metadata=None, force=True)
+    result = RunResult(
+        recipe=run.recipe.name,
+        source=run.recipe.source,
+        published=run.recipe.published,
+        last=last,
+        best=best,
+        stripped=found,
+        output_difference=difference,
+        training_parameters=_parameters(run.model),
+        deployed_parameters=_parameters(stripped),
+        file=str(file),
+    )
+    (output / "result.json").write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
+    return result
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,179 @@
+"""One training run: timm's optimizer, schedule, moving average and checkpoints around a model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import load_checkpoint, resume_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, random_seed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from we_surgery.errors import SurgeryError
+from we_surgery.recipes.loaders import Batches
+from we_surgery.recipes.place import Place
+from we_surgery.recipes.recipe import Recipe
+from we_surgery.recipes.tasks import loss_of, main_output, make_metric
+from we_surgery.training import WESchedule
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+class TrainingRun:
+    """A model in training.
+
+    Args:
+        recipe: its settings.
+        model: converted or vanilla, on the device.
+        place: where it runs.
+        steps: batches of this process in an epoch.
+        accumulation: batches whose gradients make one update.
+        seed: each epoch's random numbers follow from it and the epoch, so that a run that is
+            resumed goes on as it would have.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        place: Place,
+        steps: int,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        settings = recipe.training
+        self.recipe, self.place, self.seed = recipe, place, seed
+        self.accumulation = accumulation
+        self.model = model
+        self.optimizer = create_optimizer_v2(
+            model, filter_bias_and_bn=not settings.decay_all, **settings.optimizer
+        )
+        self.updates = max(steps // accumulation, 1)
+        schedule = dict(settings.schedule)
+        self.steps_schedule = bool(schedule.pop("per_update", False))
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=settings.epochs,
+            step_on_epochs=not self.steps_schedule,
+            updates_per_epoch=self.updates,
+            **schedule,
+        )
+        self.excitation = WESchedule(model, settings.excite_from) if settings.excite_from else None
+        self.average: Any = None
+        if settings.ema_decay is not None:
+            self.average = ModelEmaV3(model, decay=settings.ema_decay)
+        self.scaler: Any = None
+        if settings.precision == "float16":
+            self.scaler = NativeScaler(device=place.device.type)
+        self.trained: nn.Module = model
+        if place.processes > 1:
+            self.trained = DistributedDataParallel(
+                model, device_ids=None if place.device.type == "cpu" else [place.device]
+            )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose figures count: the moving average where there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def saver(self, folder: Path) -> CheckpointSaver:
+        """Timm's saver, for the first process."""
+        return CheckpointSaver(
+            self.model,
+            self.optimizer,
+            model_ema=self.average,
+            amp_scaler=self.scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            max_history=1,
+        )
+
+    def resume(self, checkpoint: Path) -> int:
+        """Goes on from a checkpoint of :meth:`saver`; returns the epoch to go on with."""
+        epoch = resume_checkpoint(self.model, str(checkpoint), self.optimizer, self.scaler)
+        if self.average is not None:
+            load_checkpoint(self.average.module, str(checkpoint), use_ema=True)
+        return epoch or 0
+
+    def train_epoch(self, batches: Batches, epoch: int, progress: Progress) -> dict[str, float]:
+        """One pass; returns the mean loss.
+
+        Raises:
+            SurgeryError: the loss is not finite.
+        """
+        random_seed(self.seed + epoch, self.place.rank)
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        if self.excitation is not None and self.excitation.step(epoch) and self.average is not None:
+            WESchedule(self.average.module, 0).step(epoch)
+        if not self.steps_schedule:
+            self.scheduler.step(epoch)
+        self.trained.train()
+        losses = []
+        total = len(batches)  # type: ignore[arg-type]
+        for step, (images, labels) in enumerate(batches):
+            is_last = (step + 1) % self.accumulation == 0 or step + 1 == total
+            losses.append(self._step(images, labels, is_last))
+            if is_last and self.steps_schedule:
+                self.scheduler.step_update(epoch * self.updates + step // self.accumulation + 1)
+            progress(f"epoch {epoch + 1} of {self.epochs}", step + 1, total)
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise SurgeryError(
+                f"the loss of epoch {epoch + 1} is {loss}: training has diverged",
+                "The last checkpoint is of the epoch before; lower the learning rate.",
+            )
+        return {"loss": loss}
+
+    def _step(self, images: Tensor, labels: Tensor, is_last: bool) -> Tensor:
+        device = self.place.device
+        images, labels = images.to(device), labels.to(device)
+        is_parallel = isinstance(self.trained, DistributedDataParallel)
+        waits = contextlib.nullcontext() if is_last or not is_parallel else self.trained.no_sync()  # type: ignore[operator]
+        with waits:
+            with self._autocast():
+                outputs = self.trained(images)
+                loss = loss_of(outputs, labels, self.recipe.training.smoothing)
+            share = loss / self.accumulation
+            if self.scaler is not None:
+                self.scaler(share, self.optimizer, need_update=is_last)
+            else:
+                torch.autograd.backward(share)
+                if is_last:
+                    self.optimizer.step()
+        if is_last:
+            self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update(self.model)
+        return loss.detach()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        precision = self.recipe.training.precision
+        if precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.place.device.type, getattr(torch, precision))
+
+    def evaluate(self, model: nn.Module, batches: Batches, progress: Progress) -> dict[str, float]:
+        """The task's metrics of a model, over all processes."""
+        metric = make_metric(self.recipe.task, self.recipe.data.classes, self.place.device)
+        total = len(batches)  # type: ignore[arg-type]
+        model.eval()
+        with torch.no_grad(), self._autocast():
+            for step, (images, labels) in enumerate(batches):
+                outputs = main_output(model(images.to(self.place.device)))
+                metric.update(outputs.float(), labels.to(self.place.device))
+                progress("evaluating", step + 1, total)
+        if self.place.processes > 1:
+            torch.distributed.all_reduce(metric.counts)
+        return metric.result()
