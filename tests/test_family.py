@@ -20,15 +20,15 @@ def listed(*arguments: str) -> str:
     return result.output
 
 
-def test_every_mode_and_excitation_is_listed_with_its_source() -> None:
+def test_every_mode_excitation_and_transplant_is_listed_with_its_source() -> None:
     names = [method.name for method in family()]
-    assert set(names) == {*ws.MODES, *ws.EXCITATIONS}
+    assert set(names) == {*ws.MODES, *ws.EXCITATIONS, *ws.TRANSPLANTS}
     assert all(method.summary and method.source and method.options for method in family())
 
 
 def test_list_modes_prints_the_family() -> None:
     printed = listed("--list-modes")
-    assert all(name in printed for name in (*ws.MODES, *ws.EXCITATIONS))
+    assert all(name in printed for name in (*ws.MODES, *ws.EXCITATIONS, *ws.TRANSPLANTS))
 
 
 @pytest.mark.parametrize("order", [("--list-modes", "--json"), ("--json", "--list-modes")])

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch import Tensor, fx, nn
 
 import we_surgery as ws
-from tests.toys import EVERYTHING, ConvNet
+from tests.toys import EVERYTHING, EXCITING_MODES, ConvNet
 from we_surgery.cli.convert import convert_command
 from we_surgery.excitations import Composition
 from we_surgery.layers import excited_layers
@@ -33,7 +33,7 @@ def difference(model: nn.Module, other: nn.Module, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("standardize", ["auto", "on", "off"])
-@pytest.mark.parametrize("mode", ws.MODES)
+@pytest.mark.parametrize("mode", EXCITING_MODES)
 def test_the_outputs_stay_what_they_were(mode: str, standardize: str) -> None:
     model, x = pretrained(), torch.randn(2, 3, 8, 8)
     config = {"mode": mode, "standardize": standardize}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import EVERYTHING, is_vanilla
+from toys import EVERYTHING, EXCITING_MODES, is_vanilla
 
 import we_surgery as ws
 from we_surgery.layers import excited_layers
@@ -74,7 +74,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 CONFIGS = st.one_of(
     st.builds(
         lambda mode, standardize: {"mode": mode, "standardize": standardize},
-        st.sampled_from(list(ws.MODES)),
+        st.sampled_from(EXCITING_MODES),
         st.sampled_from(["auto", "on", "off"]),
     ),
     st.just(EVERYTHING),

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.layers import excited_layers
+from we_surgery.policy import MODES
+
+EXCITING_MODES = [mode for mode in MODES if mode != "none"]
 
 EVERYTHING = {"mode": "lwe+mwe", "linear": "lwe+mwe", "depthwise": "lwe+mwe", "shift": "lwe"}
 """A config that leaves few layers alone, and none with a gentle excitation."""

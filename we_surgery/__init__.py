@@ -34,3 +34,5 @@ from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
 from we_surgery.training import param_groups as param_groups
 from we_surgery.training import resume as resume
+from we_surgery.transplants import TRANSPLANTS as TRANSPLANTS
+from we_surgery.transplants import Transplant as Transplant

@@ -13,19 +13,22 @@ from we_surgery.excitations import EXCITATIONS, Standardize, check_stage
 from we_surgery.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
 from we_surgery.recipe_text import SKIP, YAMLLoader, parse_recipe
 from we_surgery.rules import Rule, check_standardize
+from we_surgery.transplants import parse_transplants
 
 
 def make_policy(
     mode: str | None = None,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
 ) -> Policy:
-    """The policy of a mode or of a config, with further rules.
+    """The policy of a mode or of a config, with further rules and transplants.
 
     Args:
         mode: a mode's name, for a config that names none, or the same.
         config: a YAML file, a mapping of the same shape, or a policy.
         rules: exceptions, added after the config's.
+        transplants: as in :func:`we_surgery.convert`, added after the config's.
 
     Raises:
         InputError: something in them is unknown or does not fit together.
@@ -35,7 +38,7 @@ def make_policy(
             raise InputError(
                 "both a mode and a ready-made policy were given", "Give one of the two."
             )
-        return config.with_rules(rules)
+        return config.with_rules(rules).with_transplants(parse_transplants(transplants))
     settings: Any = config or {}
     source = "the config"
     if isinstance(config, str | Path):
@@ -48,7 +51,7 @@ def make_policy(
             f"the mode {mode!r} contradicts {source}, which says {policy.mode!r}",
             "Give only the config, or change its `mode`.",
         )
-    return policy.with_rules(rules)
+    return policy.with_rules(rules).with_transplants(parse_transplants(transplants))
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:
@@ -62,7 +65,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
             f"{source} is not a mapping but {type(config).__name__}",
             "Write `mode: lwe` or see the files in configs/.",
         )
-    known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules")
+    known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules", "transplants")
     _refuse_unknown(config, known, source)
     mode = _check_mode(config.get("mode", DEFAULT_MODE))
     cells = MODES[mode].cells
@@ -81,6 +84,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
         standardize=standardize or "auto",
         options=merged_options(MODES[mode].options, own_options),
         rules=tuple(_rule_from_config(rule, source) for rule in rules),
+        transplants=parse_transplants(config.get("transplants") or (), f"transplants in {source}"),
     )
 
 

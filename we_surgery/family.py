@@ -1,9 +1,9 @@
-"""All methods there are, as a listing: the modes, and the excitations they are made of."""
+"""All methods there are, as a listing: modes, the excitations they are made of, transplants."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from we_surgery.excitations import EXCITATIONS
 from we_surgery.policy import MODES
+from we_surgery.transplants import TRANSPLANTS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Method:
 
     Attributes:
         name: as configs, rules and the command line take it.
-        kind: ``mode`` or ``excitation``.
+        kind: ``mode``, ``excitation`` or ``transplant``.
         summary: what it does, in a line.
         source: the paper and section or table.
         options: the options' names and defaults; for a mode, what it sets.
@@ -42,7 +43,7 @@ class Method:
 
 
 def family() -> list[Method]:
-    """Every mode and every excitation, registered ones of the user included."""
+    """Every mode, excitation and transplant, registered ones of the user included."""
     modes = [
         Method(
             name=name,
@@ -65,7 +66,19 @@ def family() -> list[Method]:
         )
         for name, excitation in sorted(EXCITATIONS.items(), key=lambda item: item[1].order)
     ]
-    return modes + excitations
+    transplants = [
+        Method(
+            name=name,
+            kind="transplant",
+            summary=transplant.summary,
+            source=transplant.source,
+            options={field.name: field.default for field in fields(transplant)},
+            published=transplant.published,
+            deploys_to=transplant.deploys_to,
+        )
+        for name, transplant in TRANSPLANTS.items()
+    ]
+    return modes + excitations + transplants
 
 
 def family_table() -> RenderableType:
@@ -73,14 +86,18 @@ def family_table() -> RenderableType:
     modes = Table(title="modes", title_justify="left", header_style="bold")
     for heading in ("mode", "what it does", "source"):
         modes.add_column(heading, overflow="fold")
-    excitations = Table(title="excitations", title_justify="left", header_style="bold")
-    for heading in ("excitation", "what it does", "options", "source", "after strip"):
-        excitations.add_column(heading, overflow="fold")
+    tables = {
+        kind: Table(title=f"{kind}s", title_justify="left", header_style="bold")
+        for kind in ("excitation", "transplant")
+    }
+    for kind, table in tables.items():
+        for heading in (kind, "what it does", "options", "source", "after strip"):
+            table.add_column(heading, overflow="fold")
     for row in family():
         if row.kind == "mode":
             modes.add_row(row.name, Text(row.summary), Text(row.source))
         else:
             options = ", ".join(f"{key}={value}" for key, value in row.options.items())
             cells = (row.summary, options, row.source, row.deploys_to)
-            excitations.add_row(row.name, *map(Text, cells))
-    return Group(modes, Text(), excitations)
+            tables[row.kind].add_row(row.name, *map(Text, cells))
+    return Group(modes, *tables.values())

@@ -52,9 +52,9 @@ class ExcitePass(PassBase):
         plan = options["plan"] = options.get("plan") or make_plan(
             graph_module, config=policy, example_inputs=options.get("example_inputs")
         )
-        if plan.excited:
+        if plan.changes:
             convert(graph_module, **options, inplace=True)
-        return PassResult(graph_module, bool(plan.excited))
+        return PassResult(graph_module, plan.changes)
 
 
 class StripPass(PassBase):

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.grafting import Init, build_grafts
+from we_surgery.grafting import Init
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.policy import Policy
 from we_surgery.proof import StripReport
 from we_surgery.rules import Rule
 from we_surgery.surgery import (
+    PLAN_ATTRIBUTE,
     Progress,
     convert,
     is_converted,
+    stored_plan,
     strip_with_report,
 )
 
@@ -98,6 +100,7 @@ def plan_file(
     mode: str | None = None,
     config: Path | Policy | None = None,
     rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
     plan: Plan | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> Converted:
@@ -105,10 +108,17 @@ def plan_file(
     contents, model = _read_vanilla(source)
     if plan is None:
         inputs = _random_inputs(input_shape)
-        plan = make_plan(model, mode, config=config, rules=rules, example_inputs=inputs)
+        plan = make_plan(
+            model,
+            mode,
+            config=config,
+            rules=rules,
+            transplants=transplants,
+            example_inputs=inputs,
+        )
     else:
         with torch.random.fork_rng():
-            build_grafts(model, plan)
+            convert(model, plan=plan, inplace=True)
     return Converted(plan, None, contents.kind, contents.notes)
 
 
@@ -118,6 +128,7 @@ def convert_file(
     mode: str | None = None,
     config: Path | Policy | None = None,
     rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
     plan: Plan | None = None,
     output: Path | None = None,
     to: str | None = None,
@@ -133,7 +144,8 @@ def convert_file(
         mode: as in :func:`we_surgery.convert`.
         config: as in :func:`we_surgery.convert`.
         rules: as in :func:`we_surgery.convert`.
-        plan: a plan to do exactly, instead of mode, config and rules.
+        transplants: as in :func:`we_surgery.convert`.
+        plan: a plan to do exactly, instead of mode, config, rules and transplants.
         output: the file to write; by default beside the input, ``model.we.pt``.
         to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
         force: overwrite an existing file.
@@ -152,8 +164,15 @@ def convert_file(
     target, kind = _target(source.name, contents.kind, output, to, ".we")
     checkpoint.check_target(target, force=force)
     inputs = _random_inputs(input_shape)
-    decided = plan or make_plan(model, mode, config=config, rules=rules, example_inputs=inputs)
-    if not decided.excited:
+    decided = plan or make_plan(
+        model,
+        mode,
+        config=config,
+        rules=rules,
+        transplants=transplants,
+        example_inputs=inputs,
+    )
+    if not decided.changes:
         raise SurgeryError(
             f"the plan excites none of the {len(decided.decisions)} layers of {source.name}",
             "See the reasons with --dry-run, and change the mode, config or rules.",
@@ -162,7 +181,7 @@ def convert_file(
         torch.manual_seed(seed)
         converted = convert(model, plan=decided, init=init, example_inputs=inputs, inplace=True)
     architecture = source.architecture_of(contents)
-    metadata = Metadata(plan=decided.to_dict(), architecture=architecture)
+    metadata = Metadata(plan=converted.__dict__[PLAN_ATTRIBUTE], architecture=architecture)
     _write(converted, converted.state_dict(), target, kind, metadata, force)
     notes = list(contents.notes)
     has_weights = contents.kind != "architecture" or (
@@ -207,7 +226,9 @@ def strip_file(
     target, kind = _target(source.name, contents.kind, output, to, ".stripped")
     checkpoint.check_target(target, force=force)
     if contents.state_dict is not None and kind != "module" and input_shape is None:
-        _refuse_vanilla(checkpoint.is_excited_state_dict(contents.state_dict), source.name)
+        plan = None if contents.metadata is None else contents.metadata.stored_plan
+        is_excited = checkpoint.is_excited_state_dict(contents.state_dict)
+        _refuse_vanilla(is_excited or (plan is not None and plan.changes), source.name)
         state, found = checkpoint.strip_state_dict_with_report(
             contents.state_dict, progress=progress
         )
@@ -215,15 +236,25 @@ def strip_file(
         left = sum(value.numel() for value in state.values())
         before = sum(value.numel() for value in contents.state_dict.values())
         report = StripReport(found.layers, before - left, left)
-        _write(None, state, target, kind, None, force)
+        kept = None if plan is None else plan.kept
+        _write(None, state, target, kind, _kept_metadata(kept, source, contents), force)
         return Stripped(target, kind, report, [*contents.notes, *found.notes])
     model = source.load(contents)
     _refuse_vanilla(is_converted(model), source.name)
     inputs = _random_inputs(input_shape)
     # Not in place: the fold is then compared with the excited model itself.
     stripped, report = strip_with_report(model, example_inputs=inputs, progress=progress)
-    _write(stripped, stripped.state_dict(), target, kind, None, force)
+    plan = stored_plan(stripped)
+    metadata = _kept_metadata(plan, source, contents)
+    _write(stripped, stripped.state_dict(), target, kind, metadata, force)
     return Stripped(target, kind, report, contents.notes)
+
+
+def _kept_metadata(plan: Plan | None, source: Source, contents: Contents) -> Metadata | None:
+    """What a stripped file says of itself: nothing, unless transplants are part of its model."""
+    if plan is None or not plan.transplants:
+        return None
+    return Metadata(plan=plan.to_dict(), architecture=source.architecture_of(contents))
 
 
 def _random_inputs(shape: Sequence[int] | None) -> Tensor | None:

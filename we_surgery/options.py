@@ -19,6 +19,7 @@ class ConvertOptions(TypedDict, total=False):
 
     config: str | Path | Mapping[str, Any] | Policy | None
     rules: Sequence[Rule]
+    transplants: Sequence[Any]
     plan: Plan | None
     init: Init
     start: Start
@@ -33,7 +34,7 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
         options: some or all of them.
 
     Returns:
-        The options, with mode, config and rules as one policy under ``config``.
+        The options, with mode, config, rules and transplants as one policy under ``config``.
 
     Raises:
         InputError: an unknown option or value, or a plan together with what makes one.
@@ -56,11 +57,12 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
             )
     resolved = options.copy()
     config, rules = resolved.pop("config", None), resolved.pop("rules", ())
+    transplants = resolved.pop("transplants", ())
     if resolved.get("plan") is None:
-        resolved["config"] = make_policy(mode, config, rules)
-    elif mode is not None or config is not None or rules:
+        resolved["config"] = make_policy(mode, config, rules, transplants)
+    elif mode is not None or config is not None or rules or transplants:
         raise InputError(
-            "both a plan and a mode, config or rules were given",
+            "both a plan and a mode, config, rules or transplants were given",
             "Give the plan alone; edit its rows to change it.",
         )
     return resolved

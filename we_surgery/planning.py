@@ -13,13 +13,17 @@ from torch import nn
 
 import we_surgery
 from we_surgery.config import make_policy
+from we_surgery.copies import copy_model, drawing_nothing
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Recipe, WeightLayout, build_excitation
 from we_surgery.policy import Policy
 from we_surgery.reading import LayerFacts, layer_display_name, read
 from we_surgery.rules import Rule
+from we_surgery.transplants.rows import TransplantDecision, decide
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ_VERSIONS = (1, 2)
+"""Version 1 knew no transplants."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Plan:
         decisions: a row for each weight, in the model's order.
         model_parameters: parameters of the vanilla model.
         pattern_matches: how many layers each rule's pattern matched.
+        transplants: a row for each place of a transplant, in the order in which they go in.
+            They go in first: the names of ``decisions`` are those of the model that has them.
     """
 
     mode: str
@@ -95,16 +101,40 @@ class Plan:
     decisions: tuple[Decision, ...]
     model_parameters: int
     pattern_matches: Mapping[str, int] = field(default_factory=dict)
+    transplants: tuple[TransplantDecision, ...] = ()
 
     @property
     def excited(self) -> tuple[Decision, ...]:
-        """The rows that change something."""
+        """The rows of the weights that are excited."""
         return tuple(decision for decision in self.decisions if decision.excitation)
 
     @property
+    def changes(self) -> bool:
+        """Whether any row changes something."""
+        return bool(self.excited) or any(row.attach for row in self.transplants)
+
+    @property
     def added_parameters(self) -> int:
-        """Parameters that training gains; none of them is left after strip."""
-        return sum(decision.added_parameters for decision in self.decisions)
+        """Parameters that training gains."""
+        by_transplants = sum(row.added_parameters for row in self.transplants)
+        return by_transplants + sum(decision.added_parameters for decision in self.decisions)
+
+    @property
+    def kept_parameters(self) -> int:
+        """Those of them that are left after strip: none of an excitation's."""
+        return sum(row.added_parameters for row in self.transplants if row.stays)
+
+    @property
+    def kept(self) -> Plan:
+        """What the plan says of the model after strip: the transplants that stay."""
+        kept = tuple(row for row in self.transplants if row.stays)
+        return replace(self, decisions=(), pattern_matches={}, transplants=kept)
+
+    def after(self, earlier: Plan | None) -> Plan:
+        """This plan, made for a model that the plan ``earlier`` was done to before."""
+        if earlier is None:
+            return self
+        return replace(self, transplants=(*earlier.transplants, *self.transplants))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types, with the schema's version."""
@@ -117,6 +147,7 @@ class Plan:
             "model_parameters": self.model_parameters,
             "added_parameters": self.added_parameters,
             "pattern_matches": dict(self.pattern_matches),
+            "transplants": [row.to_dict() for row in self.transplants],
             "layers": [_row(decision) for decision in self.decisions],
         }
 
@@ -136,9 +167,10 @@ class Plan:
                 f"{source} is no plan: it has no list `layers`",
                 "Make one with `we-convert MODEL --dry-run --json`.",
             )
-        if data.get("schema") != SCHEMA_VERSION:
+        if data.get("schema") not in _READ_VERSIONS:
+            known = " and ".join(map(str, _READ_VERSIONS))
             raise InputError(
-                f"{source} has schema {data.get('schema')!r}; this version reads {SCHEMA_VERSION}",
+                f"{source} has schema {data.get('schema')!r}; this version reads {known}",
                 "Make the plan again, or install the version of we_surgery that wrote it.",
             )
         return cls(
@@ -148,6 +180,9 @@ class Plan:
             decisions=_decisions(data["layers"], source),
             model_parameters=int(data.get("model_parameters", 0)),
             pattern_matches=dict(data.get("pattern_matches", {})),
+            transplants=tuple(
+                TransplantDecision.from_dict(row, source) for row in data.get("transplants") or ()
+            ),
         )
 
     @classmethod
@@ -182,6 +217,7 @@ def plan(
     *,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
     example_inputs: Any = None,
 ) -> Plan:
     """Decides what each layer of ``model`` would get. Changes nothing.
@@ -191,6 +227,7 @@ def plan(
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
+        transplants: as in :func:`we_surgery.convert`.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments: one forward of a weightless copy is recorded on them, which
             tells more of the model than its modules do.
@@ -201,7 +238,14 @@ def plan(
     Raises:
         InputError: an unknown mode, option or key, or a pattern that matches no layer.
     """
-    policy = make_policy(mode, config, rules)
+    policy = make_policy(mode, config, rules, transplants)
+    vanilla_parameters = sum(_numel(parameter) for parameter in model.parameters())
+    places: tuple[TransplantDecision, ...] = ()
+    if policy.transplants:
+        # What they add is read as well: a gate's layers are found as such.
+        model = copy_model(model, share_tensors=True)
+        with drawing_nothing(model):
+            places = decide(model, policy.transplants)
     reading = read(model, example_inputs)
     modules = dict(model.named_modules())
     matches = _count_matches(policy, reading.layers, modules)
@@ -212,8 +256,9 @@ def plan(
         rung=reading.rung,
         rung_reason=reading.rung_reason,
         decisions=tuple(_settle_ties(reading.layers, decisions)),
-        model_parameters=sum(_numel(parameter) for parameter in model.parameters()),
+        model_parameters=vanilla_parameters,
         pattern_matches=matches,
+        transplants=places,
     )
 
 

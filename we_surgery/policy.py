@@ -12,6 +12,7 @@ from we_surgery.excitations import EXCITATIONS, Recipe, Standardize, check_stage
 from we_surgery.reading import LayerFacts
 from we_surgery.recipe_text import SKIP, parse_recipe
 from we_surgery.rules import Rule
+from we_surgery.transplants import Transplant
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ MODES: dict[str, Mode] = {
         "WE paper, Table 3",
         *("lwe+mwe", "mwe", "mwe"),
     ),
+    "none": Mode("nothing, for transplants alone", "-", SKIP, SKIP, SKIP, linear=SKIP),
 }
 """What each mode gives each sort of layer. A linear layer has no kernel locations to weigh,
 so it gets MWE (thesis, section 3.5); a depthwise conv's LWE gate would be absorbed by the norm
@@ -83,6 +85,7 @@ class Policy:
             a fan-in over 1; ``on`` all conv weights but depthwise ones; ``off`` none.
         options: options by stage name.
         rules: exceptions, the last match wins.
+        transplants: what is put into the model first, in this order.
     """
 
     mode: str = DEFAULT_MODE
@@ -90,10 +93,15 @@ class Policy:
     standardize: str = "auto"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    transplants: tuple[Transplant, ...] = ()
 
     def with_rules(self, rules: Sequence[Rule]) -> Policy:
         """This policy with further rules after its own."""
         return replace(self, rules=(*self.rules, *rules))
+
+    def with_transplants(self, transplants: Sequence[Transplant]) -> Policy:
+        """This policy with further transplants after its own."""
+        return replace(self, transplants=(*self.transplants, *transplants))
 
     def with_options(self, options: Mapping[str, Mapping[str, Any]]) -> Policy:
         """This policy with further options by stage name, over its own.

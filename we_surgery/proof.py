@@ -28,6 +28,7 @@ class StripReport:
         output_difference: largest absolute difference of the outputs of the excited and
             the stripped model in eval mode; None without example inputs.
         relative_difference: the same over the larger of 1 and the largest output.
+        transplants: transplants that were taken out.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class StripReport:
     parameters: int
     output_difference: float | None = None
     relative_difference: float | None = None
+    transplants: int = 0
 
 
 def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:

@@ -45,8 +45,7 @@ def parse_recipe(text: object, where: str) -> dict[str, dict[str, Any]]:
         )
     stages: list[tuple[str, Mapping[str, Any]]] = []
     for part in (found.strip() for found in re.split(r"\+(?![^()]*\))", text)):
-        name, _, rest = part.partition("(")
-        options = _options(part, rest, where) if rest else {}
+        name, options = name_and_options(part, where)
         check_stage(name, options)
         stages.append((name, options))
     names = [name for name, _ in stages]
@@ -63,6 +62,16 @@ def parse_recipe(text: object, where: str) -> dict[str, dict[str, Any]]:
             f"Write {'+'.join(ordered)}: that is the order they run in.",
         )
     return {name: dict(options) for name, options in stages}
+
+
+def name_and_options(text: str, where: str) -> tuple[str, Mapping[str, Any]]:
+    """``lwe(reduction=8)`` as its name and options, neither of them checked.
+
+    Raises:
+        InputError: the options cannot be read.
+    """
+    name, _, rest = text.partition("(")
+    return name, _options(text, rest, where) if rest else {}
 
 
 def _options(stage: str, text: str, where: str) -> Mapping[str, Any]:

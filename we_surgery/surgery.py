@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from we_surgery.errors import (
-    AlreadyConvertedWarning,
-    InputError,
-    NothingToStripWarning,
-    SurgeryError,
-)
-from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
-from we_surgery.graphs import complete_copies, excited_weights, refuse_changed_graphs
-from we_surgery.layers import change_since_conversion, excited_layers, raw_name
+from we_surgery.copies import copy_model
+from we_surgery.errors import AlreadyConvertedWarning, InputError, NothingToStripWarning
+from we_surgery.grafting import Init, Start
+from we_surgery.graphs import excited_weights
+from we_surgery.operations import OPERATIONS
+from we_surgery.operations import Progress as Progress
 from we_surgery.options import resolve_options
 from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
 from we_surgery.policy import Policy
-from we_surgery.proof import StripReport, check_fold, check_outputs, run_in_eval
+from we_surgery.proof import StripReport, check_outputs, run_in_eval
 from we_surgery.reading import prove_excited
 from we_surgery.rules import Rule
+from we_surgery.transplants import rows as transplant_rows
 
 logger = logging.getLogger(__name__)
 
 PLAN_ATTRIBUTE = "we_surgery_plan"
-Progress = Callable[[int, int], None]
 
 
 def convert(
@@ -41,13 +38,14 @@ def convert(
     *,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
     plan: Plan | None = None,
     init: Init = "paper",
     start: Start = "on",
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Gives the conv and linear layers of ``model`` excited weights.
+    """Gives the conv and linear layers of ``model`` excited weights, after any transplants.
 
     Everything is checked before the first change; on any failure the model is exactly as it
     was. The new parameters are drawn from torch's global random generator, as any new layer's
@@ -59,7 +57,9 @@ def convert(
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
         config: a YAML file or mapping as in ``configs/``.
         rules: exceptions; the last that matches a layer wins.
-        plan: a plan made before, edited or not; instead of mode, config and rules.
+        transplants: other methods of the papers that are put in first, such as ``["se"]`` or
+            ``[{"max_dropout": {"rate": 0.3}}]``; see :mod:`we_surgery.transplants`.
+        plan: a plan made before, edited or not; instead of mode, config, rules, transplants.
         init: ``paper`` draws the excitations as any new layer, and the model computes something
             else than before until it is trained; ``preserve`` starts them so that it computes
             what it did, within rounding: for pretrained models.
@@ -88,20 +88,28 @@ def convert(
         )
         return model if inplace else copy_model(model)
     options = resolve_options(
-        mode, {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
+        mode,
+        {
+            "config": config,
+            "rules": rules,
+            "transplants": transplants,
+            "plan": plan,
+            "init": init,
+            "start": start,
+        },
     )
     if plan is None:
         plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
     target = model if inplace else copy_model(model)
-    undo = graft(target, build_grafts(target, plan, init, start))
-    if example_inputs is not None:
-        try:
+    with ExitStack() as undos:
+        for operation in OPERATIONS:
+            undo, plan = operation.attach(target, plan, init, start)
+            undos.callback(undo)
+        if example_inputs is not None:
             ran_in_both = plan.rung == "recorded" and not plan.rung_reason
             prove_excited(target, example_inputs, ran_in_both=ran_in_both)
-        except BaseException:
-            undo()
-            raise
-    target.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
+        undos.pop_all()
+    target.__dict__[PLAN_ATTRIBUTE] = plan.after(_kept_plan(target)).to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
     return target
 
@@ -148,56 +156,54 @@ def strip_with_report(
     refuse_wrappers(model)
     if not is_converted(model):
         warnings.warn(
-            "the model has no excited layers; there is nothing to strip.",
+            "the model is not converted; there is nothing to strip.",
             NothingToStripWarning,
             stacklevel=3,
         )
         left = sum(parameter.numel() for parameter in model.parameters())
         return (model if inplace else copy_model(model)), StripReport(0, 0, left)
-    _refuse_changed_layers(model)
+    for operation in OPERATIONS:
+        operation.refuse_changed(model)
     before = None if example_inputs is None else run_in_eval(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
     folds = sum(1 for _ in excited_weights(model))
+    transplants = sum(1 for _ in transplant_rows.attached(model))
     target = model if inplace else copy_model(model)
-    undo = _fold(target, model, progress)
-    try:
-        differences = (
+    with ExitStack() as undos:
+        for operation in reversed(OPERATIONS):
+            undos.callback(operation.detach(target, model, progress))
+        absolute, relative = (
             (None, None)
             if before is None
             else check_outputs(before, run_in_eval(target, example_inputs))
         )
-    except BaseException:
-        undo()
-        raise
+        undos.pop_all()
+    kept = _kept_plan(target)
     target.__dict__.pop(PLAN_ATTRIBUTE, None)
+    if kept is not None:
+        target.__dict__[PLAN_ATTRIBUTE] = kept.to_dict()
     logger.info("folded %d excited weights", folds)
+    if transplants:
+        logger.info("took out %d transplants", transplants)
     left = sum(parameter.numel() for parameter in target.parameters())
-    return target, StripReport(folds, total - left, left, *differences)
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy.
-
-    Raises:
-        SurgeryError: the model holds something that cannot be copied.
-    """
-    try:
-        # Parameters that are made in inference mode cannot be trained.
-        with torch.inference_mode(False):
-            memo: dict[int, Any] = {}
-            copied = copy.deepcopy(model, memo)
-            complete_copies(model, memo)
-            return copied
-    except Exception as error:
-        raise SurgeryError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            "Pass `inplace=True` to change the model itself.",
-        ) from error
+    return target, StripReport(folds, total - left, left, absolute, relative, transplants)
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether any weight of the model is excited."""
-    return next(excited_weights(model), None) is not None
+    """Whether strip has something to take off the model."""
+    return any(operation.attached(model) for operation in OPERATIONS)
+
+
+def stored_plan(model: nn.Module) -> Plan | None:
+    """The plan that was done to the model; of a stripped one, its transplants that stay."""
+    stored = model.__dict__.get(PLAN_ATTRIBUTE)
+    return None if stored is None else Plan.from_dict(stored, "the plan of the model")
+
+
+def _kept_plan(model: nn.Module) -> Plan | None:
+    """What the model's plan says of the transplants that are part of it after strip."""
+    plan = stored_plan(model)
+    return plan.kept if plan is not None and plan.kept.transplants else None
 
 
 def refuse_wrappers(model: nn.Module) -> None:
@@ -227,63 +233,3 @@ def refuse_wrappers(model: nn.Module) -> None:
             "the model is sharded (its parameters are DTensors)",
             "Convert before fully_shard; strip a full state dict with `strip_state_dict`.",
         )
-
-
-def _refuse_changed_layers(model: nn.Module) -> None:
-    """Raises if something was put on an excited layer, or on its raw weight, after `convert`."""
-    for name, layer in excited_layers(model):
-        change = change_since_conversion(layer)
-        if change is not None:
-            raise SurgeryError(
-                f"layer {name!r} was changed after its conversion: {change}",
-                "Remove the pruning mask, parametrization or wrapper that was put on it.",
-            )
-    refuse_changed_graphs(model)
-    weights = list(excited_weights(model))
-    raw_weights = {id(weight.raw): weight.module for weight in weights}
-    own = {(weight.owner, raw_name(weight.parameter)) for weight in weights}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, attribute = name.rpartition(".")
-        if id(parameter) in raw_weights and (model.get_submodule(owner), attribute) not in own:
-            raise SurgeryError(
-                f"{name!r} was tied to the raw weight of {raw_weights[id(parameter)]!r} after "
-                "its conversion",
-                "Tie layers before converting, so that the plan can decide for all of them.",
-            )
-
-
-def _fold(target: nn.Module, excited: nn.Module, progress: Progress | None) -> Callable[[], None]:
-    """Replaces each excited layer of ``target`` by its vanilla self; returns the undo.
-
-    All folds are computed and compared with the excited weights of ``excited`` (``target``
-    itself, or the model it is a copy of) before the first layer is changed.
-    """
-    weights = list(excited_weights(target))
-    references = {(w.module, w.parameter): w for w in excited_weights(excited)}
-    folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    for index, weight in enumerate(weights):
-        raw = weight.raw
-        if id(raw) not in folded:
-            folded[id(raw)] = (raw, weight.folded())
-        with torch.no_grad():
-            reference = references[weight.module, weight.parameter].excited()
-        check_fold(weight.name, reference, folded[id(raw)][1])
-        if progress is not None:
-            progress(index + 1, len(weights))
-    kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
-    grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
-
-    def undo() -> None:
-        for raw, data, gradient in kept:
-            raw.data, raw.grad = data, gradient
-        left = {(w.module, w.parameter) for w in excited_weights(target)}
-        graft(target, [g for g in grafts if (g.module, g.parameter) not in left])
-
-    try:
-        for raw, value in folded.values():
-            raw.data, raw.grad = value, None
-        ungraft(target, [weight.owner for weight in weights])
-    except BaseException:
-        undo()
-        raise
-    return undo

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import we_surgery as ws
-from tests.toys import EVERYTHING, ConvNet
+from tests.toys import EVERYTHING, EXCITING_MODES, ConvNet
 from we_surgery.layers import excited_layers
 from we_surgery.training.schedule import paused_until
 
@@ -51,7 +51,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("standardize", ["on", "off", "auto"])
-@pytest.mark.parametrize("mode", ws.MODES)
+@pytest.mark.parametrize("mode", EXCITING_MODES)
 def test_a_paused_model_is_the_vanilla_one_and_resumes_without_a_jump(
     mode: str, standardize: str
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import we_surgery
 from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.errors import InputError
+from we_surgery.planning import Plan
 
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 1
@@ -26,6 +27,15 @@ class Metadata:
 
     plan: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
+
+    @property
+    def stored_plan(self) -> Plan | None:
+        """The plan as one.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return None if self.plan is None else Plan.from_dict(self.plan, "the plan in the file")
 
     def to_dict(self) -> dict[str, Any]:
         """The metadata as JSON types, with the schema's version.

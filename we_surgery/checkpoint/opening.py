@@ -19,6 +19,7 @@ from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition
 from we_surgery.grafting import Graft, graft
 from we_surgery.surgery import PLAN_ATTRIBUTE, refuse_wrappers
+from we_surgery.transplants.rows import attach
 
 
 def save(
@@ -112,9 +113,12 @@ def model_from(
     # The weights drawn here are replaced, so the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
         model = architecture.build((allow,) if isinstance(allow, str) else tuple(allow))
+        plan = None if contents.metadata is None else contents.metadata.stored_plan
+        if plan is not None:
+            attach(model, plan.transplants, loading=True)
     _fill(model, contents.state_dict, architecture)
-    if contents.metadata is not None and contents.metadata.plan is not None:
-        model.__dict__[PLAN_ATTRIBUTE] = dict(contents.metadata.plan)
+    if plan is not None:
+        model.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     return model
 
 

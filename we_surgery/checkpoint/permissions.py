@@ -39,6 +39,7 @@ _PACKAGES = (
     "timm.models",
     "we_surgery.excitations",
     "we_surgery.layers",
+    "we_surgery.transplants",
 )
 
 # Their methods compile code they hold, or join a process group.

@@ -93,6 +93,14 @@ class _ConvertCommand(SurgeryCommand):
     "Repeatable.",
 )
 @click.option(
+    "--transplant",
+    "transplants",
+    multiple=True,
+    metavar="NAME",
+    help="Put in another method of the papers first, such as max_dropout or "
+    "'max_dropout(rate=0.3)'; --list-modes names them. Repeatable.",
+)
+@click.option(
     "--init",
     type=click.Choice(get_args(Init)),
     default="paper",
@@ -116,6 +124,7 @@ def convert_command(
     skip: Sequence[str],
     rule_texts: Sequence[str],
     option_texts: Sequence[str],
+    transplants: Sequence[str],
     init: Init,
     seed: int,
     input_shape: str | None,
@@ -149,9 +158,10 @@ def convert_command(
     source = make_source(**source_arguments)
     rules = [Rule(pattern, SKIP) for pattern in skip] + [_rule(text) for text in rule_texts]
     options = _options(option_texts)
-    if plan_path is not None and (mode or config or rules or options):
+    if plan_path is not None and (mode or config or rules or options or transplants):
         raise InputError(
-            "--plan was given together with --mode, --config, --skip, --rule or --option",
+            "--plan was given together with --mode, --config, --skip, --rule, --option or "
+            "--transplant",
             "Give the plan alone; edit its rows to change it.",
         )
     recipe: Path | Policy | None = config
@@ -161,7 +171,13 @@ def convert_command(
     plan = None if plan_path is None else Plan.from_file(plan_path)
     if dry_run:
         planned = plan_file(
-            source, mode=mode, config=recipe, rules=rules, plan=plan, input_shape=shape
+            source,
+            mode=mode,
+            config=recipe,
+            rules=rules,
+            transplants=transplants,
+            plan=plan,
+            input_shape=shape,
         )
         _show_plan(planned, as_json)
         return
@@ -170,6 +186,7 @@ def convert_command(
         mode=mode,
         config=recipe,
         rules=rules,
+        transplants=transplants,
         plan=plan,
         output=output,
         to=to,

@@ -66,6 +66,8 @@ def strip_command(
         f"{report.layers} weights folded, each bit-equal to its excited one; "
         f"{report.removed_parameters:,} training-only values removed"
     )
+    if report.transplants:
+        say(f"{report.transplants} transplants taken out")
     if report.output_difference is not None:
         say(
             f"largest output difference {report.output_difference:g} "

@@ -1,0 +1,150 @@
+"""What surgery can do to a model. Plan, convert, strip and files know operations and no method.
+
+An operation reads its rows of the plan, attaches what they say, and detaches it at strip to what
+is deployed. Operations are attached in their order here, for the transplants make layers that
+excitation then finds, and detached in the opposite order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import SurgeryError
+from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
+from we_surgery.graphs import excited_weights, refuse_changed_graphs
+from we_surgery.layers import change_since_conversion, excited_layers, raw_name
+from we_surgery.planning import Plan
+from we_surgery.proof import check_fold
+from we_surgery.transplants import Undo, rows
+
+Progress = Callable[[int, int], None]
+
+
+class Operation(ABC):
+    """One kind of surgery."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
+        """Does what the plan says, in place; on a failure the model is as it was.
+
+        Returns:
+            What takes it back, and the plan with the parameters counted that were added.
+
+        Raises:
+            InputError: the plan does not fit the model.
+            SurgeryError: a weight holds Inf or NaN.
+        """
+
+    @abstractmethod
+    def attached(self, model: nn.Module) -> int:
+        """In how many places strip would take something off."""
+
+    def refuse_changed(self, model: nn.Module) -> None:  # noqa: B027
+        """Raises if something was put on the model after its conversion that strip cannot undo.
+
+        Raises:
+            SurgeryError: naming the layer.
+        """
+
+    @abstractmethod
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
+        """Takes everything off, in place, down to what is deployed.
+
+        Args:
+            model: a converted model.
+            reference: the model it is a copy of, or itself.
+            progress: called with (places done, places in all).
+
+        Returns:
+            What puts it back on.
+
+        Raises:
+            SurgeryError: the proof failed; the model is as it was.
+        """
+
+
+class Transplantation(Operation):
+    """Layers replaced or added; see :mod:`we_surgery.transplants`."""
+
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
+        undo, counted = rows.attach(model, plan.transplants)
+        return undo, replace(plan, transplants=tuple(counted))
+
+    def attached(self, model: nn.Module) -> int:
+        return sum(1 for _ in rows.attached(model))
+
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
+        return rows.detach(model)
+
+
+class WeightExcitation(Operation):
+    """Weights computed from raw ones; see :mod:`we_surgery.excitations`."""
+
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
+        return graft(model, build_grafts(model, plan, init, start)), plan
+
+    def attached(self, model: nn.Module) -> int:
+        return sum(1 for _ in excited_weights(model))
+
+    def refuse_changed(self, model: nn.Module) -> None:
+        for name, layer in excited_layers(model):
+            change = change_since_conversion(layer)
+            if change is not None:
+                raise SurgeryError(
+                    f"layer {name!r} was changed after its conversion: {change}",
+                    "Remove the pruning mask, parametrization or wrapper that was put on it.",
+                )
+        refuse_changed_graphs(model)
+        weights = list(excited_weights(model))
+        raw_weights = {id(weight.raw): weight.module for weight in weights}
+        own = {(weight.owner, raw_name(weight.parameter)) for weight in weights}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owner, _, attribute = name.rpartition(".")
+            if id(parameter) in raw_weights and (model.get_submodule(owner), attribute) not in own:
+                raise SurgeryError(
+                    f"{name!r} was tied to the raw weight of {raw_weights[id(parameter)]!r} after "
+                    "its conversion",
+                    "Tie layers before converting, so that the plan can decide for all of them.",
+                )
+
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
+        # All folds are computed and compared with the excited weights of the reference before the
+        # first layer is changed.
+        weights = list(excited_weights(model))
+        references = {(w.module, w.parameter): w for w in excited_weights(reference)}
+        folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for index, weight in enumerate(weights):
+            raw = weight.raw
+            if id(raw) not in folded:
+                folded[id(raw)] = (raw, weight.folded())
+            with torch.no_grad():
+                excited = references[weight.module, weight.parameter].excited()
+            check_fold(weight.name, excited, folded[id(raw)][1])
+            if progress is not None:
+                progress(index + 1, len(weights))
+        kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
+        grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
+
+        def undo() -> None:
+            for raw, data, gradient in kept:
+                raw.data, raw.grad = data, gradient
+            left = {(w.module, w.parameter) for w in excited_weights(model)}
+            graft(model, [g for g in grafts if (g.module, g.parameter) not in left])
+
+        try:
+            for raw, value in folded.values():
+                raw.data, raw.grad = value, None
+            ungraft(model, [weight.owner for weight in weights])
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+OPERATIONS: tuple[Operation, ...] = (Transplantation(), WeightExcitation())
+"""In the order in which they are attached."""

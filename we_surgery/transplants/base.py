@@ -1,0 +1,123 @@
+"""What every transplant has in common: where it goes, how it is put in, how it comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model that a transplant is meant for.
+
+    Attributes:
+        place: the name of the module there ("" for the model itself); for a node of a
+            ``torch.fx`` graph the graph module's name, ``@`` and the node's name.
+        type_name: the module's class, qualified, or the function that the node calls.
+        reason: why the transplant goes there, or why it does not.
+        fits: whether it can go there.
+    """
+
+    place: str
+    type_name: str
+    reason: str
+    fits: bool = True
+
+
+@dataclass(frozen=True)
+class Transplant(ABC):
+    """A method that changes the layers of a model, with its options as fields.
+
+    Subclasses are frozen dataclasses; they set the class attributes and write :meth:`sites` and
+    :meth:`attach`, and :meth:`attached` and :meth:`detach` where something comes out at strip.
+
+    Attributes:
+        match: a pattern, as of a rule, for the places it may go to.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """What it does, in a line."""
+    source: ClassVar[str]
+    """The paper, and the code it was compared with."""
+    published: ClassVar[tuple[str, ...]]
+    """The results its authors print, also where it did not help."""
+    deploys_to: ClassVar[str]
+    """What is left of it after strip."""
+
+    match: str = "*"
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is part of the deployed model."""
+        return False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the method itself, without ``match``."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "match"}
+
+    @abstractmethod
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        """The places in ``model`` that it is meant for, in the model's order."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, place: str) -> Undo:
+        """Puts it into one place of ``model``; returns what takes it out again.
+
+        New modules get their neighbours' device and dtype.
+
+        Raises:
+            InputError: it cannot go there.
+        """
+
+    def reattach(self, model: nn.Module, place: str) -> Undo:
+        """:meth:`attach` to a model whose weights are yet to be loaded."""
+        return self.attach(model, place)
+
+    @classmethod
+    def attached(cls, model: nn.Module) -> Iterator[str]:
+        """The places where strip takes it out; none for what stays."""
+        return iter(())
+
+    @classmethod
+    def detach(cls, model: nn.Module) -> Undo:
+        """Takes all of them out; returns what puts them in again."""
+        return _nothing
+
+
+def _nothing() -> None:
+    return None
+
+
+def qualified_name(thing: Any) -> str:
+    """``torch.nn.modules.dropout.Dropout`` for a class or function."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> Undo:
+    """Puts ``replacement`` where ``name`` is, wherever that module is registered.
+
+    Returns:
+        What puts the old one back.
+    """
+    old = model.get_submodule(name)
+    slots = [
+        (parent, child_name)
+        for parent in model.modules()
+        for child_name, child in parent._modules.items()
+        if child is old
+    ]
+
+    def put(module: nn.Module) -> None:
+        for parent, child_name in slots:
+            parent._modules[child_name] = module
+
+    put(replacement)
+    return lambda: put(old)

@@ -1,0 +1,339 @@
+"""MaxDropout: drops the largest activations instead of random ones (Santos et al., ICPR 2020).
+
+Formula, of the authors' code, in training: ``u = (x - min x) / (max x - min x)`` over the whole
+tensor, batch included, and ``y = 0 where u > 1 - rate, else x``. Nothing is rescaled and nothing
+is random. In eval mode it is the identity.
+
+Three things to know of it. The rate is no share: of rectified normal features at rate 0.3 it drops
+0.07 % for a batch of one and 0.012 % for a batch of 128, for the largest value decides; it
+differs between the processes of DDP. The paper's text tells it in another way (a rate drawn anew
+for each layer, and a tensor normalized by its Euclidean norm). And the authors' models make the
+layer anew in each forward, so that it drops at test time too, and their published figures, if
+they come from that code, include it: that is ``always_on``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from we_surgery.errors import InputError
+from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name
+
+_FUNCTIONS: dict[Any, str] = {
+    F.dropout: "torch.nn.functional.dropout",
+    F.dropout1d: "torch.nn.functional.dropout1d",
+    F.dropout2d: "torch.nn.functional.dropout2d",
+    F.dropout3d: "torch.nn.functional.dropout3d",
+    torch.ops.aten.dropout.default: "torch.ops.aten.dropout.default",
+}
+_FUNCTIONS_BY_NAME = {name: function for function, name in _FUNCTIONS.items()}
+
+
+def drop_largest(x: Tensor, rate: float) -> Tensor:
+    """``x`` with the elements zeroed that exceed ``1 - rate`` of the way from min to max.
+
+    Args:
+        x: activations of any shape.
+        rate: from 0 (nothing) to 1 (all but the smallest).
+
+    Returns:
+        A tensor of the same shape and dtype. What is kept passes its gradient, what is dropped
+        none. A constant tensor is kept.
+    """
+    if x.numel() == 0:
+        return x
+    with torch.no_grad():
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        smallest, largest = torch.aminmax(values)
+        # A constant tensor gives NaN here, which exceeds nothing.
+        dropped = (values - smallest) / (largest - smallest) > 1 - rate
+    return x.masked_fill(dropped, 0)
+
+
+class MaxDropout(nn.Module):
+    """Drops the largest activations in training, none in eval mode.
+
+    Args:
+        rate: see :func:`drop_largest`.
+        always_on: drop in eval mode too, as the authors' models do.
+
+    Raises:
+        ValueError: the rate is outside of 0 to 1.
+    """
+
+    def __init__(self, rate: float = 0.3, always_on: bool = False) -> None:
+        super().__init__()
+        _check_rate(rate)
+        self.rate = rate
+        self.always_on = always_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_largest(x, self.rate) if self.training or self.always_on else x
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, always_on={self.always_on}"
+
+
+class SwappedDropout(MaxDropout):
+    """What a dropout layer becomes, in place; it keeps what the layer had and is given back."""
+
+    vanilla_class: ClassVar[type[nn.Module]]
+
+
+class MaxDropoutOfDropout(SwappedDropout, nn.Dropout):
+    """What an ``nn.Dropout`` becomes."""
+
+    vanilla_class = nn.Dropout
+
+
+class MaxDropoutOfDropout1d(SwappedDropout, nn.Dropout1d):
+    """What an ``nn.Dropout1d`` becomes."""
+
+    vanilla_class = nn.Dropout1d
+
+
+class MaxDropoutOfDropout2d(SwappedDropout, nn.Dropout2d):
+    """What an ``nn.Dropout2d`` becomes."""
+
+    vanilla_class = nn.Dropout2d
+
+
+class MaxDropoutOfDropout3d(SwappedDropout, nn.Dropout3d):
+    """What an ``nn.Dropout3d`` becomes."""
+
+    vanilla_class = nn.Dropout3d
+
+
+_SWAPPED: dict[type[nn.Module], type[SwappedDropout]] = {
+    swapped.vanilla_class: swapped
+    for swapped in (
+        MaxDropoutOfDropout,
+        MaxDropoutOfDropout1d,
+        MaxDropoutOfDropout2d,
+        MaxDropoutOfDropout3d,
+    )
+}
+
+
+def max_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    rate: float,
+    always_on: bool = False,
+    instead_of: str,
+) -> Tensor:
+    """What a call of a dropout function in a graph becomes: the same arguments, and ours.
+
+    Args:
+        x: activations.
+        p: the dropout's own probability, which it gets back; unused.
+        training: as the call had it.
+        inplace: as the call had it; unused.
+        rate: see :func:`drop_largest`.
+        always_on: drop whatever ``training`` says.
+        instead_of: the name of the function that was called; unused.
+    """
+    if has_torch_function_unary(x):  # as in F.dropout: a tracer keeps the call whole
+        return handle_torch_function(
+            max_dropout,
+            (x,),
+            x,
+            p,
+            training,
+            inplace,
+            rate=rate,
+            always_on=always_on,
+            instead_of=instead_of,
+        )
+    return drop_largest(x, rate) if training or always_on else x
+
+
+@dataclass(frozen=True)
+class MaxDropoutTransplant(Transplant):
+    """MaxDropout in the place of dropout layers, and of ``F.dropout`` calls in graphs.
+
+    Attributes:
+        rate: the threshold; by default each dropout's own probability.
+        always_on: also in eval mode. It then stays at strip, for taking it out would change
+            what the model computes.
+    """
+
+    name: ClassVar[str] = "max_dropout"
+    summary: ClassVar[str] = "drops the largest activations in the place of dropout's random ones"
+    source: ClassVar[str] = "Santos et al., ICPR 2020; code cfsantos/MaxDropout-torch"
+    published: ClassVar[tuple[str, ...]] = (
+        "test error, CIFAR-10/100: ResNet18 4.72/22.46 -> 4.66/21.93; with cutout 3.99/21.96 -> "
+        "3.76/21.82",
+        "WRN-28-10 4.00/19.25, with dropout 3.89/18.89, with MaxDropout 3.84/18.81",
+    )
+    deploys_to: ClassVar[str] = "the dropout layers it replaced (nothing, in eval mode)"
+
+    rate: float | None = None
+    always_on: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            _check_rate(self.rate)
+
+    @property
+    def stays(self) -> bool:
+        return self.always_on
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        found = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                found.append(self._site(name, module))
+            if isinstance(module, fx.GraphModule):
+                found += [self._node_site(name, node) for node in _dropout_nodes(module)]
+        return found
+
+    def _site(self, name: str, module: nn.modules.dropout._DropoutNd) -> Site:
+        type_name = qualified_name(type(module))
+        if isinstance(module, SwappedDropout):
+            return Site(name, type_name, "is MaxDropout already", fits=False)
+        if type(module) not in _SWAPPED:
+            return Site(name, type_name, "no plain dropout but a kind of its own", fits=False)
+        return Site(name, type_name, *self._verdict(module.p))
+
+    def _node_site(self, name: str, node: fx.Node) -> Site:
+        type_name = _FUNCTIONS[node.target]
+        arguments = _arguments(node)
+        place = f"{name}@{node.name}"
+        if not isinstance(arguments["p"], float | int):
+            return Site(place, type_name, "its probability is computed", fits=False)
+        if arguments["training"] is False:
+            return Site(place, type_name, "the graph was traced in eval mode", fits=False)
+        return Site(place, type_name, *self._verdict(arguments["p"]))
+
+    def _verdict(self, p: float) -> tuple[str, bool]:
+        if self.rate is not None:
+            return f"dropout of {p:g}", True
+        return f"dropout of {p:g}, which is the rate" if p else "its probability is 0", p > 0
+
+    def attach(self, model: nn.Module, place: str) -> Undo:
+        graph_module, at, node_name = place.partition("@")
+        if at:
+            return self._attach_to_node(model.get_submodule(graph_module), node_name)
+        module = model.get_submodule(place)
+        if type(module) not in _SWAPPED:
+            raise InputError(
+                f"{place!r} is no dropout layer but {qualified_name(type(module))}",
+                'Give its row in the plan `"attach": false`.',
+            )
+        module.__dict__["rate"] = module.p if self.rate is None else self.rate
+        module.__dict__["always_on"] = self.always_on
+        module.__class__ = _SWAPPED[type(module)]
+
+        def undo() -> None:
+            _restore(module)
+
+        return undo
+
+    def _attach_to_node(self, module: nn.Module, name: str) -> Undo:
+        graph_module = module if isinstance(module, fx.GraphModule) else None
+        nodes = {} if graph_module is None else {n.name: n for n in _dropout_nodes(graph_module)}
+        if graph_module is None or name not in nodes:
+            raise InputError(
+                f"there is no dropout node {name!r} in the graph",
+                "Use a plan that was made for this graph.",
+            )
+        node = nodes[name]
+        kept = (node.target, node.args, node.kwargs)
+        arguments = _arguments(node)
+        own = {
+            "rate": arguments["p"] if self.rate is None else self.rate,
+            "always_on": self.always_on,
+            "instead_of": _FUNCTIONS[node.target],
+        }
+        node.target, node.kwargs = max_dropout, {**node.kwargs, **own}
+        graph_module.recompile()
+
+        def undo() -> None:
+            node.target, node.args, node.kwargs = kept
+            graph_module.recompile()
+
+        return undo
+
+    @classmethod
+    def attached(cls, model: nn.Module) -> Iterator[str]:
+        for name, module in model.named_modules():
+            if isinstance(module, SwappedDropout) and not module.always_on:
+                yield name
+            elif isinstance(module, fx.GraphModule):
+                yield from (f"{name}@{node.name}" for node in _swapped_nodes(module))
+
+    @classmethod
+    def detach(cls, model: nn.Module) -> Undo:
+        undos: list[Undo] = []
+        for module in model.modules():
+            if isinstance(module, SwappedDropout) and not module.always_on:
+                undos.append(_restore(module))
+            elif isinstance(module, fx.GraphModule):
+                undos += [_restore_node(module, node) for node in list(_swapped_nodes(module))]
+
+        def undo() -> None:
+            for one in reversed(undos):
+                one()
+
+        return undo
+
+
+def _restore(module: nn.Module) -> Undo:
+    swapped, rate, always_on = type(module), module.rate, module.always_on
+
+    def undo() -> None:
+        module.__dict__.update(rate=rate, always_on=always_on)
+        module.__class__ = swapped
+
+    module.__class__ = swapped.vanilla_class  # type: ignore[attr-defined]
+    del module.__dict__["rate"], module.__dict__["always_on"]
+    return undo
+
+
+def _restore_node(module: fx.GraphModule, node: fx.Node) -> Undo:
+    kwargs = dict(node.kwargs)
+    own = ("rate", "always_on", "instead_of")
+
+    def undo() -> None:
+        node.target, node.kwargs = max_dropout, kwargs
+        module.recompile()
+
+    node.target = _FUNCTIONS_BY_NAME[str(kwargs["instead_of"])]
+    node.kwargs = {name: value for name, value in kwargs.items() if name not in own}
+    module.recompile()
+    return undo
+
+
+def _dropout_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in _FUNCTIONS:
+            yield node
+
+
+def _swapped_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for node in module.graph.nodes:
+        is_ours = node.op == "call_function" and node.target is max_dropout
+        if is_ours and not node.kwargs.get("always_on", False):
+            yield node
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The call's ``p`` and ``training``, wherever they stand."""
+    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+    return {"p": 0.5, "training": True, **given, **node.kwargs}
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"the rate must be from 0 to 1, not {rate!r}")

@@ -1,0 +1,83 @@
+"""The transplants by name, and how a config asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from we_surgery.errors import InputError, near_matches
+from we_surgery.recipe_text import name_and_options
+from we_surgery.transplants.base import Transplant
+from we_surgery.transplants.max_dropout import MaxDropoutTransplant
+
+TRANSPLANTS: dict[str, type[Transplant]] = {
+    transplant.name: transplant for transplant in (MaxDropoutTransplant,)
+}
+"""Every transplant by the name that configs and plans use."""
+
+
+def build_transplant(name: object, options: object = None, where: str = "") -> Transplant:
+    """A transplant from its name and options.
+
+    Args:
+        name: one of :data:`TRANSPLANTS`.
+        options: a mapping of its options, or None.
+        where: what asks for it, for messages.
+
+    Raises:
+        InputError: there is no such transplant or option, or a value is out of range.
+    """
+    prefix = f"{where}: " if where else ""
+    if not isinstance(name, str) or name not in TRANSPLANTS:
+        raise InputError(
+            f"{prefix}there is no transplant called {name!r}{near_matches(str(name), TRANSPLANTS)}",
+            f"Use one of: {', '.join(TRANSPLANTS)}.",
+        )
+    transplant = TRANSPLANTS[name]
+    known = {field.name: field.default for field in fields(transplant)}
+    shown = ", ".join(f"{option}: {default}" for option, default in known.items())
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(
+            f"{prefix}the options of {name} must be a mapping, not {options!r}",
+            f"Write them as {{{shown}}}.",
+        )
+    for option in options or {}:
+        if option not in known:
+            raise InputError(
+                f"{prefix}{name} has no option {option!r}{near_matches(str(option), known)}",
+                f"Its options are: {', '.join(known)}.",
+            )
+    try:
+        return transplant(**(options or {}))
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{prefix}{name}: {error}", f"Its options are {{{shown}}}.") from error
+
+
+def parse_transplants(asked: Any, where: str = "transplants") -> tuple[Transplant, ...]:
+    """A list such as ``["se", {"max_dropout": {"rate": 0.3}}]`` as transplants.
+
+    Args:
+        asked: names, with options or without (``max_dropout(rate=0.3)``), mappings of a name to
+            its options, and ready-made transplants.
+        where: what asks for them, for messages.
+
+    Raises:
+        InputError: it is no such list, or as :func:`build_transplant`.
+    """
+    if not isinstance(asked, Sequence) or isinstance(asked, str):
+        raise InputError(
+            f"{where} is not a list but {asked!r}",
+            "Write for example `[se]` or `[{max_dropout: {rate: 0.3}}]`.",
+        )
+    found: list[Transplant] = []
+    for item in asked:
+        if isinstance(item, Transplant):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            found += [build_transplant(name, options, where) for name, options in item.items()]
+        else:
+            found.append(build_transplant(*name_and_options(str(item), where), where))
+    return tuple(found)
