@@ -16,6 +16,7 @@ from we_surgery.errors import WESurgeryError as WESurgeryError
 from we_surgery.excitations import EXCITATIONS as EXCITATIONS
 from we_surgery.excitations import Excitation as Excitation
 from we_surgery.excitations import WeightLayout as WeightLayout
+from we_surgery.excitations import average_location_nets as average_location_nets
 from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.layers import set_recompute as set_recompute
 from we_surgery.planning import Decision as Decision

@@ -60,6 +60,12 @@ MODES: dict[str, Mode] = {
         "WE paper, Table 3",
         *("lwe+mwe", "mwe", "mwe"),
     ),
+    "thesis": Mode(
+        "what the thesis proposes: LWE by CBAM with skips on convs, MWE on linear layers",
+        "thesis, section 3.2",
+        *("lwe", SKIP, SKIP),
+        options={"lwe": {"attention": "cbam", "skip": True, "activation": "leaky_relu"}},
+    ),
     "none": Mode("nothing, for transplants alone", "-", SKIP, SKIP, SKIP, linear=SKIP),
 }
 """What each mode gives each sort of layer. A linear layer has no kernel locations to weigh,

@@ -4,6 +4,11 @@ from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.composition import Composition as Composition
 from we_surgery.excitations.layout import WeightLayout as WeightLayout
 from we_surgery.excitations.lwe import LWE as LWE
+from we_surgery.excitations.lwe_bam import BAMLWE as BAMLWE
+from we_surgery.excitations.lwe_cbam import CBAMLWE as CBAMLWE
+from we_surgery.excitations.lwe_global import GlobalLWE as GlobalLWE
+from we_surgery.excitations.lwe_global import average_location_nets as average_location_nets
+from we_surgery.excitations.lwe_triplet import TripletLWE as TripletLWE
 from we_surgery.excitations.mwe import MWE as MWE
 from we_surgery.excitations.registry import EXCITATIONS as EXCITATIONS
 from we_surgery.excitations.registry import Recipe as Recipe

@@ -152,7 +152,7 @@ class Composition(Excitation):
             if type(stage) is Standardize:
                 if weight.numel() > self._out_channels(weight):
                     found["standardize_epsilon"] = stage.epsilon
-            elif type(stage) is LWE:
+            elif isinstance(stage, LWE) and stage.is_paper_form:
                 names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
                 found |= zip(names, stage.layer_tensors(), strict=True)
             elif type(stage) is Rescale and not stage.gain.requires_grad:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.functions import (
+    ACTIVATIONS,
+    check_choice,
+    check_flag,
+    kernel_mean,
+    linear,
+    spread,
+)
 from we_surgery.excitations.layout import WeightLayout
+
+Inner = str | Mapping[str, Mapping[str, Any]]
 
 
 class LWE(Excitation):
@@ -22,19 +32,31 @@ class LWE(Excitation):
     The paper feeds the standardized weight: compose with
     :class:`~we_surgery.excitations.Standardize`.
 
+    What computes the multiplier is its *attention*; this class is that of the paper, ``se``, and
+    each other one is a subclass of its own.
+
     Args:
         in_channels: C, the layer's input channels over all groups.
         groups: the layer's groups; one filter sees I = C / groups channels.
         reduction: hidden width is ``max(in_channels // reduction, 1)``, from the
             full ``in_channels`` also for grouped convs (only so does ResNeXt50
             reach the 27.9 M parameters of Table 1).
+        kernel_size: K of the layer's weight; empty for a linear layer.
+        skip: the multiplier is ``1 + m``; None is the attention's own form, which is
+            without for all but ``bam``.
+        activation: between ``fc1`` and ``fc2``; Table 6.10 of the thesis compares some.
+        gate: after ``fc2``, in the place of the sigmoid.
+        inner: excites the weights of ``fc1`` and ``fc2`` themselves, standardized first: stage
+            names joined by ``+``, or a mapping of stages to options, which may hold a further
+            ``inner`` (thesis, chapter 8).
         device, dtype: those of the layer.
 
     Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias,
     in torch's default initialization (supplement, section 1).
 
     Raises:
-        ValueError: a width is not positive, or groups do not divide in_channels.
+        ValueError: a width is not positive, groups do not divide in_channels, or there is no
+            such activation or gate.
     """
 
     name: ClassVar[str] = "lwe"
@@ -46,8 +68,25 @@ class LWE(Excitation):
         "ImageNet, ResNet18: 70.6 -> 71.0 top-1 (WE paper, Table 1)",
     )
     takes_standardized: ClassVar[bool] = True
+
+    attention: ClassVar[str] = "se"
+    attentions: ClassVar[dict[str, type[LWE]]] = {}
+    """Each class by the name of its attention, as the option takes it."""
+    has_own_skip: ClassVar[bool] = False
+    lacks: ClassVar[tuple[str, ...]] = ("resize", "averaged")
+    """The options that mean nothing to this attention."""
+
+    skip: bool
+    activation: str
+    gate: str
     fc1: nn.Linear
     fc2: nn.Linear
+
+    def __init_subclass__(cls, *, attention: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if attention is not None:
+            cls.attention = attention
+            LWE.attentions[attention] = cls
 
     def __init__(
         self,
@@ -55,6 +94,11 @@ class LWE(Excitation):
         groups: int = 1,
         reduction: int = 16,
         *,
+        kernel_size: tuple[int, ...] = (),
+        skip: bool | None = None,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        inner: Inner | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,25 +112,86 @@ class LWE(Excitation):
                 raise ValueError(f"lwe: {name} must be a positive integer, not {value!r}")
         if in_channels % groups:
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
+        self._choose(
+            self.has_own_skip if skip is None else check_flag("lwe: skip", skip),
+            check_choice("lwe: activation", activation, ACTIVATIONS),
+            check_choice("lwe: gate", gate, ACTIVATIONS),
+        )
         hidden = max(in_channels // reduction, 1)
-        self._add_layers(in_channels // groups, hidden, device, dtype)
+        self._add_layers(in_channels // groups, hidden, kernel_size, device, dtype)
+        if inner is not None:
+            self._excite_layers(inner, device, dtype)
+
+    def _choose(self, skip: bool, activation: str, gate: str) -> None:
+        self.skip, self.activation, self.gate = skip, activation, gate
+        self.register_choice("attention", self.attention, LWE.attention)
+        self.register_choice("skip", _ON[skip], _ON[self.has_own_skip])
+        self.register_choice("activation", activation, "relu")
+        self.register_choice("gate", gate, "sigmoid")
 
     def _add_layers(
         self,
         channels: int,
         hidden: int,
+        kernel_size: tuple[int, ...],
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
 
+    def _excite_layers(
+        self, inner: Inner, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        # Within: the registry lists this class.
+        from we_surgery.excitations.registry import build_excitation
+
+        if not isinstance(inner, str | Mapping) or not inner:
+            raise ValueError(f"lwe: inner must name excitations, not {inner!r}")
+        stages: Mapping[str, Mapping[str, Any]] = (
+            {stage: {} for stage in inner.split("+")} if isinstance(inner, str) else inner
+        )
+        recipe: list[Mapping[str, Mapping[str, Any]]] = [{"standardize": {}}]
+        recipe += [{stage: options or {}} for stage, options in stages.items()]
+        for name, fc in (("fc1", self.fc1), ("fc2", self.fc2)):
+            layout = WeightLayout(tuple(fc.weight.shape))
+            excitation = build_excitation(recipe, layout, device=device, dtype=dtype)
+            self.add_module(f"{name}_excitation", excitation)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether its own layers are excited."""
+        return "fc1_excitation" in self._modules
+
+    @property
+    def is_paper_form(self) -> bool:
+        """Whether it is what eq. 1 says, which the closed form knows."""
+        choices = (self.skip, self.activation, self.gate)
+        return type(self) is LWE and choices == (False, "relu", "sigmoid") and not self.is_stacked
+
     def excite(self, weight: Tensor) -> Tensor:
-        return located(weight, *self.layer_tensors())
+        return weight * spread(self.multiplier(weight), weight)
 
     def multiplier(self, weight: Tensor) -> Tensor:
-        """The location map m ``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
-        return location_map(weight, *self.layer_tensors())
+        """The location map of a weight ``[O, I, *K]`` of at least float32.
+
+        Returns:
+            ``[O, I]``, or ``[O, I, *K]`` where the attention tells positions of a kernel apart.
+        """
+        gated = ACTIVATIONS[self.gate](self._mlp(kernel_mean(weight)))
+        return 1 + gated if self.skip else gated
+
+    def _mlp(self, pooled: Tensor) -> Tensor:
+        """``fc2(activation(fc1(p)))`` of ``[O, I]``."""
+        return self._fc("fc2", ACTIVATIONS[self.activation](self._fc("fc1", pooled)))
+
+    def _fc(self, name: str, inputs: Tensor) -> Tensor:
+        fc, excitation = self._modules[name], self._modules.get(f"{name}_excitation")
+        assert isinstance(fc, nn.Linear)
+        weight = fc.weight.to(inputs.dtype)
+        if isinstance(excitation, Excitation):
+            weight = excitation.excite(weight)
+        return linear(inputs, weight, fc.bias)
 
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
@@ -98,14 +203,32 @@ class LWE(Excitation):
         Args:
             weight: what the multiplier is computed from, ``[O, I, *K]``.
         """
+        if self.is_stacked:
+            raise NotImplementedError("a stacked lwe cannot start as an identity")
         nn.init.zeros_(self.fc2.weight)
-        nn.init.zeros_(self.fc2.bias)
-        pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
-        is_off = (_linear(pooled, self.fc1.weight, self.fc1.bias) <= 0).all(0)
+        nn.init.constant_(self.fc2.bias, self.start_bias)
+        self._wake_units(weight)
+        return self.skip + self.gate_at(self.start_bias)
+
+    def _wake_units(self, weight: Tensor) -> None:
+        pooled = self._pooled(weight)
+        is_off = (linear(pooled, self.fc1.weight, self.fc1.bias) <= 0).all(0)
         sign = torch.where(is_off, -1.0, 1.0).to(self.fc1.weight.dtype)
         self.fc1.weight.mul_(sign.unsqueeze(1))
         self.fc1.bias.mul_(sign)
-        return 0.5  # sigmoid(0)
+
+    def _pooled(self, weight: Tensor) -> Tensor:
+        """All that the layers are fed, ``[N, I]``."""
+        return kernel_mean(weight)
+
+    @property
+    def start_bias(self) -> float:
+        """Where the gate starts so that it is neither 0 nor flat."""
+        return 0.0 if self.gate == "sigmoid" else 1.0
+
+    def gate_at(self, value: float) -> float:
+        """The gate of one number."""
+        return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64)).item()
 
     def start_affine(self, weight: Tensor) -> Affine:
         return Affine(1 / self.start_constant(weight))
@@ -121,37 +244,82 @@ class LWE(Excitation):
         *,
         device: torch.device | None,
         dtype: torch.dtype | None,
+        attention: str = "se",
         reduction: int = 16,
+        skip: bool | None = None,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        inner: Inner | None = None,
+        resize: str = "linear",
+        averaged: bool = False,
     ) -> Self:
-        return cls(layout.in_channels, layout.groups, reduction, device=device, dtype=dtype)
+        check_choice("lwe: attention", attention, LWE.attentions)
+        kind = LWE.attentions[attention] if cls is LWE else cls
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "skip": skip,
+            "activation": activation,
+            "gate": gate,
+            "inner": inner,
+            "resize": resize,
+            "averaged": averaged,
+        }
+        defaults = cls.options()
+        for name in kind.lacks:
+            if options.pop(name) != defaults[name]:
+                raise ValueError(f"lwe: attention {attention} has no option {name}")
+        module: Self = kind(  # type: ignore[assignment]
+            layout.in_channels,
+            layout.groups,
+            kernel_size=layout.kernel_size,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+        return module
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        hidden, channels = state["fc1.weight"].shape
-        module = cls.__new__(cls)
+        # Within: the registry lists this class.
+        from we_surgery.excitations.registry import rebuild_excitation
+
+        attention = cls.read_choice(state, "attention", LWE.attentions, "se")
+        kind = LWE.attentions[attention] if cls is LWE else cls
+        module = kind.__new__(kind)
         Excitation.__init__(module)
-        # On meta, so that rebuilding draws no random numbers; the values are assigned after.
-        module._add_layers(channels, hidden, torch.device("meta"), state["fc1.weight"].dtype)
-        return module
+        module._choose(
+            cls.read_choice(state, "skip", _ON.values(), _ON[kind.has_own_skip]) == "on",
+            cls.read_choice(state, "activation", ACTIVATIONS, "relu"),
+            cls.read_choice(state, "gate", ACTIVATIONS, "sigmoid"),
+        )
+        module._rebuild_layers(state)
+        for name in ("fc1_excitation", "fc2_excitation"):
+            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)}
+            if own:
+                module.add_module(name, rebuild_excitation(own))
+        return module  # type: ignore[return-value]
+
+    def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
+        """The layers in the shapes that the state dict has, on meta: no random numbers drawn."""
+        hidden, channels = state["fc1.weight"].shape
+        dtype = state["fc1.weight"].dtype
+        self._add_layers(channels, hidden, self._kernel_size(state), torch.device("meta"), dtype)
+
+    def _kernel_size(self, state: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return ()
+
+    def extra_repr(self) -> str:
+        choices = f"attention={self.attention}, skip={self.skip}"
+        return f"{choices}, activation={self.activation}, gate={self.gate}"
+
+
+LWE.attentions[LWE.attention] = LWE
+_ON = {True: "on", False: "off"}
 
 
 def located(
     weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> Tensor:
-    """``W_j * m_j`` for a weight ``[O, I, *K]`` of at least float32; see :class:`LWE`."""
-    multiplier = location_map(weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return weight * multiplier.reshape(*multiplier.shape, *[1] * (weight.ndim - 2))
-
-
-def location_map(
-    weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
-) -> Tensor:
-    """M ``[O, I]``, a multiplier in (0, 1) for each kernel of ``[O, I, *K]``."""
-    pooled = weight.mean(tuple(range(2, weight.ndim))) if weight.ndim > 2 else weight
-    hidden = F.relu(_linear(pooled, fc1_weight, fc1_bias))
-    return torch.sigmoid(_linear(hidden, fc2_weight, fc2_bias))
-
-
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # The layer's parameters may be half precision; the arithmetic never is.
-    return F.linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype))
+    """Eq. 1 for a weight ``[O, I, *K]`` of at least float32, as the closed form needs it."""
+    hidden = F.relu(linear(kernel_mean(weight), fc1_weight, fc1_bias))
+    return weight * spread(torch.sigmoid(linear(hidden, fc2_weight, fc2_bias)), weight)

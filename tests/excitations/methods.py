@@ -1,0 +1,56 @@
+"""Every method of the registry as recipes, for the tests that each of them has to pass.
+
+A new line of the registry is here by itself, in its defaults; its further forms are added below.
+"""
+
+from typing import Any
+
+import pytest
+
+from we_surgery.excitations import EXCITATIONS, Recipe, WeightLayout
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "lwe": [
+        {"skip": True, "gate": "tanh", "activation": "swish"},
+        {"attention": "cbam", "reduction": 2},
+        {"attention": "cbam", "skip": True, "activation": "leaky_relu"},
+        {"attention": "bam", "reduction": 2},
+        {"attention": "bam", "skip": False, "gate": "tanh"},
+        {"attention": "triplet"},
+        {"attention": "triplet", "skip": True},
+        {"attention": "global"},
+        {"attention": "global", "resize": "area", "averaged": True, "reduction": 8},
+        {"inner": "lwe"},
+        {"inner": "mwe"},
+        {"inner": {"lwe": {"inner": "lwe+mwe", "skip": True}}},
+    ],
+}
+OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]
+RECIPES: list[Recipe] = [[{name: form}] for name, form in OPTIONS]
+
+LAYOUTS = {
+    "conv1d": WeightLayout((6, 8, 5)),
+    "conv2d": WeightLayout((6, 8, 3, 3)),
+    "even kernel": WeightLayout((6, 8, 2, 4)),
+    "conv3d": WeightLayout((4, 6, 1, 3, 2)),
+    "1x1": WeightLayout((6, 8, 1, 1)),
+    "grouped": WeightLayout((6, 4, 3, 3), groups=2),
+    "depthwise": WeightLayout((6, 1, 3, 3), groups=6),
+    "one filter": WeightLayout((1, 4, 3, 3)),
+    "linear": WeightLayout((6, 8)),
+    "transposed": WeightLayout((8, 3, 3, 2), groups=2, transposed=True),
+}
+
+
+def name_of(recipe: Recipe) -> str:
+    ((name, options),) = recipe[0].items()
+    return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
+every_method = pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def fits(recipe: Recipe, layout: WeightLayout) -> bool:
+    ((name, _),) = recipe[0].items()
+    return EXCITATIONS[name].misfit(layout) is None

@@ -1,0 +1,151 @@
+"""LWE by one location net for all layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from we_surgery.excitations.functions import (
+    ACTIVATIONS,
+    check_choice,
+    check_flag,
+    kernel_mean,
+    linear,
+)
+from we_surgery.excitations.lwe import LWE
+
+WIDTH = 64
+"""The channels that the net sees, whatever the layer has."""
+
+RESIZINGS = ("linear", "area")
+
+
+class LocationNet(nn.Module):
+    """The two layers that all excited layers of a model have in common."""
+
+    def __init__(
+        self,
+        hidden: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(WIDTH, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, WIDTH, device=device, dtype=dtype)
+
+
+class GlobalLWE(LWE, attention="global"):
+    """``W_j * m_j`` with ``m_j = to_I(sigmoid(fc2(relu(fc1(to_64(mean_K(W_j)))))))``.
+
+    Thesis, section 4.2. ``fc1`` and ``fc2`` (64 -> 64 / reduction -> 64) are one module for all
+    layers of a conversion; ``to_n`` resizes along the input channels. A model whose layers
+    differ in device or dtype has one net for each.
+
+    Args:
+        in_channels, groups, reduction, skip, activation, gate, device, dtype: as in
+            :class:`~we_surgery.excitations.LWE`; the hidden width is ``64 // reduction``.
+        kernel_size: of the layer's weight; not used.
+        resize: ``linear`` interpolation as in the thesis' code, which from 256 channels on sees
+            only some of them, or ``area``, the mean over all.
+        averaged: each layer has a net of its own, and :func:`average_location_nets` makes their
+            weights one, but not their biases, after each optimizer step: that is what the
+            thesis' code does.
+    """
+
+    lacks: ClassVar[tuple[str, ...]] = ("inner",)
+    resize: str
+    averaged: bool
+    net: LocationNet
+
+    def __init__(
+        self,
+        in_channels: int,
+        groups: int = 1,
+        reduction: int = 16,
+        *,
+        resize: str = "linear",
+        averaged: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, groups, reduction, **options)
+        # An integer by now.
+        hidden = max(WIDTH // reduction, 1)
+        self._choose_net(
+            check_choice("lwe: resize", resize, RESIZINGS),
+            check_flag("lwe: averaged", averaged),
+        )
+        self.net = LocationNet(hidden, options.get("device"), options.get("dtype"))
+
+    def _choose_net(self, resize: str, averaged: bool) -> None:
+        self.resize, self.averaged = resize, averaged
+        self.register_choice("resize", resize, "linear")
+        self.register_choice("net", "averaged" if averaged else "shared", "shared")
+
+    def _add_layers(self, *_: Any) -> None:
+        """Its only layers are those of the net."""
+
+    def share(self, parts: dict[Hashable, nn.Module]) -> None:
+        if self.averaged:
+            return
+        weight = self.net.fc1.weight
+        key = (type(self), weight.shape, weight.device, weight.dtype)
+        shared = parts.setdefault(key, self.net)
+        assert isinstance(shared, LocationNet)
+        self.net = shared
+
+    def multiplier(self, weight: Tensor) -> Tensor:
+        """``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
+        fc1, fc2 = self.net.fc1, self.net.fc2
+        hidden = linear(self._resized(kernel_mean(weight), WIDTH), fc1.weight, fc1.bias)
+        located = linear(ACTIVATIONS[self.activation](hidden), fc2.weight, fc2.bias)
+        gated = self._resized(ACTIVATIONS[self.gate](located), weight.shape[1])
+        return 1 + gated if self.skip else gated
+
+    def _resized(self, rows: Tensor, size: int) -> Tensor:
+        """``[O, n]`` as ``[O, size]``."""
+        if rows.shape[1] == size:
+            return rows
+        return F.interpolate(rows.unsqueeze(1), size, mode=self.resize).squeeze(1)
+
+    @torch.no_grad()
+    def start_constant(self, weight: Tensor) -> float:
+        """As in LWE, but that no unit is mirrored: another layer may have it on."""
+        nn.init.zeros_(self.net.fc2.weight)
+        nn.init.constant_(self.net.fc2.bias, self.start_bias)
+        return self.skip + self.gate_at(self.start_bias)
+
+    def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
+        self._choose_net(
+            self.read_choice(state, "resize", RESIZINGS, "linear"),
+            self.read_choice(state, "net", ("averaged", "shared"), "shared") == "averaged",
+        )
+        weight = state["net.fc1.weight"]
+        self.net = LocationNet(weight.shape[0], torch.device("meta"), weight.dtype)
+
+
+@torch.no_grad()
+def average_location_nets(model: nn.Module) -> int:
+    """Makes the weights of all ``averaged`` location nets of a model their mean; biases stay.
+
+    To be called after each optimizer step, as by
+    ``optimizer.register_step_post_hook(lambda *_: ws.average_location_nets(model))``.
+
+    Returns:
+        How many nets there are.
+    """
+    nets = [m.net for m in model.modules() if isinstance(m, GlobalLWE) and m.averaged]
+    for weights in ([net.fc1.weight for net in nets], [net.fc2.weight for net in nets]):
+        if weights:
+            _average(weights)
+    return len(nets)
+
+
+def _average(weights: Iterable[Tensor]) -> None:
+    weights = list(weights)
+    mean = torch.stack([weight.float() for weight in weights]).mean(0)
+    for weight in weights:
+        weight.copy_(mean)
