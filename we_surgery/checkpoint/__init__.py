@@ -17,6 +17,7 @@ from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
 from we_surgery.checkpoint.writing import check_target as check_target
+from we_surgery.checkpoint.writing import write_bytes as write_bytes
 from we_surgery.checkpoint.writing import write_module as write_module
 from we_surgery.checkpoint.writing import write_safetensors as write_safetensors
 from we_surgery.checkpoint.writing import write_state_dict as write_state_dict

@@ -99,6 +99,20 @@ def write_safetensors(
     _write_whole(Path(path), force, write)
 
 
+def write_bytes(content: bytes, path: str | Path, *, force: bool = False) -> None:
+    """Writes a file of any other kind.
+
+    Raises:
+        InputError: the target cannot be written to, or exists without ``force``.
+        SurgeryError: writing failed; the target is as it was.
+    """
+    _write_whole(Path(path), force, lambda temporary: _fill(temporary, content))
+
+
+def _fill(temporary: Path, content: bytes) -> None:
+    temporary.write_bytes(content)
+
+
 def check_target(path: str | Path, *, force: bool = False) -> None:
     """Checks that a file can be written, before any work is done for it.
 

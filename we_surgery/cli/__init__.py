@@ -3,6 +3,7 @@
 import click
 
 import we_surgery as package
+from we_surgery.cli.analyse import analyse_group as analyse_group
 from we_surgery.cli.convert import convert_command as convert_command
 from we_surgery.cli.inspect import inspect_command as inspect_command
 from we_surgery.cli.run import run_command as run_command
@@ -15,6 +16,7 @@ from we_surgery.cli.strip import strip_command as strip_command
         "strip": strip_command,
         "inspect": inspect_command,
         "run": run_command,
+        "analyse": analyse_group,
     }
 )
 @click.version_option(package.__version__, package_name="we-surgery")

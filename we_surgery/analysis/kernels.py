@@ -1,0 +1,126 @@
+"""The weights that are measured, and which of their cells make a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import InputError, near_matches
+from we_surgery.excitations import WeightLayout
+from we_surgery.excitations.layout import from_filters
+from we_surgery.reading import read_tree
+from we_surgery.rules import Rule
+from we_surgery.surgery import is_converted, strip
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredWeight:
+    """One conv or linear weight of a vanilla model.
+
+    Attributes:
+        name: the layer's name, as plans and patterns have it.
+        kind: ``conv2d``, ``linear``, ...
+        parameter: the weight.
+        layout: how its axes are read.
+        owners: the modules that have it; several where it is tied.
+    """
+
+    name: str
+    kind: str
+    parameter: nn.Parameter
+    layout: WeightLayout
+    owners: tuple[nn.Module, ...]
+
+
+def as_deployed(model: nn.Module) -> nn.Module:
+    """The model itself if it is vanilla, and a stripped copy if it is converted.
+
+    What is measured is what a deployed weight does. In a converted model the raw weight is not
+    that: setting one to zero would change the standardization and the maximum of all others.
+    """
+    return strip(model) if is_converted(model) else model
+
+
+def find_weights(
+    model: nn.Module, layers: Sequence[str] = (), *, kinds: str = "conv"
+) -> list[MeasuredWeight]:
+    """The weights of a vanilla model in its order, each Parameter once.
+
+    Args:
+        model: a vanilla model.
+        layers: patterns as in a :class:`~we_surgery.Rule`; none takes all.
+        kinds: what the kind begins with: ``conv``, ``linear``, or "" for all.
+
+    Raises:
+        InputError: a pattern matches nothing, or there is no such weight.
+    """
+    modules = dict(model.named_modules())
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in modules.values():
+        for own in module._parameters.values():
+            if own is not None:
+                owners.setdefault(own, []).append(module)
+    found: dict[nn.Parameter, MeasuredWeight] = {}
+    for facts in read_tree(model):
+        owner = modules[facts.module]
+        # A parametrized weight is computed, and cannot be written to.
+        parameter = owner._parameters.get(facts.parameter)
+        if not facts.kind.startswith(kinds) or parameter is None or parameter in found:
+            continue
+        found[parameter] = MeasuredWeight(
+            facts.name, facts.kind, parameter, facts.layout, tuple(owners[parameter])
+        )
+    weights = list(found.values())
+    chosen = weights if not layers else _matching(weights, layers)
+    if not chosen:
+        raise InputError(
+            f"the model has no {kinds or 'conv or linear'} weight to measure",
+            "Give a model with such layers.",
+        )
+    return chosen
+
+
+def _matching(weights: Sequence[MeasuredWeight], layers: Sequence[str]) -> list[MeasuredWeight]:
+    matched: set[str] = set()
+    for pattern in layers:
+        rule = Rule(pattern)
+        hits = {w.name for w in weights if any(rule.matches(o, w.name) for o in w.owners)}
+        if not hits:
+            raise InputError(
+                f"the pattern {pattern!r} matches no layer"
+                f"{near_matches(pattern, [weight.name for weight in weights])}",
+                "Give a layer's name, a glob such as 'layer4.*', re:REGEX or type:CLASS.",
+            )
+        matched |= hits
+    return [weight for weight in weights if weight.name in matched]
+
+
+def kernel_cells(layout: WeightLayout, chosen: Tensor) -> Tensor:
+    """The flat indices of whole kernels in a weight as its layer stores it.
+
+    Args:
+        layout: of the weight.
+        chosen: ``[O, I]``, bool: which kernels, by filter and input channel of the filter.
+
+    Returns:
+        int64, ascending.
+    """
+    outputs, channels = layout.out_channels, layout.channels
+    mask = chosen.reshape(outputs, channels, *[1] * len(layout.kernel_size))
+    mask = mask.expand(outputs, channels, *layout.kernel_size)
+    if layout.transposed:
+        mask = from_filters(mask, layout.groups)
+    return mask.flatten().nonzero().flatten()
+
+
+def equidistant(size: int, count: int) -> list[int]:
+    """``count`` rounded indices from 0 to ``size - 1``; fewer where there are not as many."""
+    return sorted(set(torch.linspace(0, size - 1, min(count, size)).round().long().tolist()))
+
+
+def union(parts: Iterable[tuple[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
+    """Cells of several weights; those without any are left out."""
+    return {parameter: cells for parameter, cells in parts if cells.numel()}

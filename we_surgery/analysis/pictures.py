@@ -1,0 +1,254 @@
+"""The measurements as pictures, legible in print and without colour vision.
+
+Colour never says something alone: lines differ in style and marker, bars in hatching, and the
+maps use viridis, whose lightness rises with the value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from we_surgery.analysis.importance import LocationMaps, MagnitudeCurve
+from we_surgery.analysis.multipliers import GRANULARITIES, MultiplierValidity
+from we_surgery.analysis.pruning import PruningCurve
+from we_surgery.analysis.sensitivity import Sweep
+from we_surgery.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = MagnitudeCurve | LocationMaps | MultiplierValidity | PruningCurve | Sweep
+"""Whatever an analysis returns."""
+
+_SETTINGS = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "we_surgery",
+}
+_STYLES = (("-", "o", "#1b3a6b"), ("--", "s", "#c4661f"), (":", "^", "#5f5f5f"))
+_HATCHES = {"lowest": ("#c9d7ea", "//"), "random": ("#e6e6e6", ".."), "highest": ("#1b3a6b", "")}
+_UNITS = {"accuracy": "accuracy", "log_likelihood": "mean log likelihood", "metric_fn": "metric"}
+
+
+def check_pictures() -> None:
+    """Says before a long run whether its picture could be drawn.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    _matplotlib("matplotlib")
+
+
+def draw(result: Result) -> Figure:
+    """A measurement as a matplotlib figure.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    drawers: dict[type, Callable[[Any], Figure]] = {
+        MagnitudeCurve: _magnitude,
+        LocationMaps: _locations,
+        MultiplierValidity: _validity,
+        PruningCurve: _pruning,
+        Sweep: _sweep,
+    }
+    with _style():
+        return drawers[type(result)](result)
+
+
+def render(result: Result, kind: str) -> bytes:
+    """A measurement as a file; the same result gives the same bytes.
+
+    Args:
+        result: what an analysis returned.
+        kind: ``png`` or ``svg``.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    figure = draw(result)
+    buffer = io.BytesIO()
+    with _style():
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _style() -> AbstractContextManager[None]:
+    found: AbstractContextManager[None] = _matplotlib("matplotlib").rc_context(_SETTINGS)
+    return found
+
+
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            "pictures need matplotlib, which is not installed",
+            "Install it with `pip install 'we-surgery[plot]'`, or leave pictures out "
+            "(--no-picture; `picture=False`).",
+        ) from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure: Figure = _matplotlib("matplotlib.figure").Figure((width, height), layout="constrained")
+    return figure
+
+
+def _magnitude(curve: MagnitudeCurve) -> Figure:
+    figure = _figure(5.2, 3.2)
+    axes = figure.subplots()
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    style, marker, color = _STYLES[0]
+    axes.plot(curve.positions, curve.drops, style, marker=marker, markersize=2.5, color=color)
+    axes.set_xlabel("percentile of weight magnitude in each layer")
+    axes.set_ylabel(f"D, decrease in {_UNITS[curve.score]}")
+    axes.set_title(f"One weight of each of {len(curve.layers)} conv layers at zero", loc="left")
+    return figure
+
+
+def _locations(maps: LocationMaps) -> Figure:
+    columns = min(len(maps.maps), 6)
+    rows = math.ceil(len(maps.maps) / columns)
+    figure = _figure(1.35 * columns + 1.1, 1.55 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    drops = [value for one in maps.maps for line in one.drops for value in line]
+    image = None
+    for index, axes in enumerate(grid.flat):
+        if index >= len(maps.maps):
+            axes.set_visible(False)
+            continue
+        one = maps.maps[index]
+        image = axes.imshow(one.drops, cmap="viridis", vmin=min(drops), vmax=max(drops))
+        axes.set_title(one.layer, fontsize=7)
+        axes.set_xticks(range(len(one.in_channels)), one.in_channels, fontsize=5)
+        axes.set_yticks(range(len(one.out_channels)), one.out_channels, fontsize=5)
+        axes.tick_params(length=1.5, pad=1.5)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30)
+    bar.set_label(f"D, decrease in {_UNITS[maps.score]}")
+    figure.supxlabel("input channel", fontsize=8)
+    figure.supylabel("output channel", fontsize=8)
+    return figure
+
+
+def _validity(validity: MultiplierValidity) -> Figure:
+    figure = _figure(5.6, 3.3)
+    axes = figure.subplots()
+    found = {row.granularity for row in validity.measurements}
+    names = [name for name in GRANULARITIES if name in found]
+    ends = [end for end in _HATCHES if any(row.end == end for row in validity.measurements)]
+    for index, end in enumerate(ends):
+        color, hatch = _HATCHES[end]
+        places = [at + 0.26 * (index - (len(ends) - 1) / 2) for at in range(len(names))]
+        drops = [validity.drop(name, end) for name in names]
+        axes.bar(
+            places,
+            drops,
+            0.24,
+            color=color,
+            hatch=hatch,
+            edgecolor="#222222",
+            linewidth=0.8,
+            label=f"{end} multiplier" if end != "random" else "random choice (mean, each draw)",
+        )
+        for at, name in zip(places, names, strict=True):
+            if end == "random":
+                draws = [
+                    row.drop
+                    for row in validity.measurements
+                    if (row.granularity, row.end) == (name, end)
+                ]
+                axes.plot([at] * len(draws), draws, "k_", markersize=7)
+    axes.axhline(0, color="#222222", linewidth=0.8)
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_ylabel(f"D, decrease in {_UNITS[validity.score]}")
+    amount = "One unit" if validity.share is None else f"{validity.share:.0%}"
+    axes.set_title(f"{amount} of each layer at zero", loc="left")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _pruning(curve: PruningCurve) -> Figure:
+    figure = _figure(5.2, 3.3)
+    axes = figure.subplots()
+    axes.axhline(curve.baseline, color="#999999", linewidth=0.8, label="not pruned")
+    criteria = list(dict.fromkeys(row.criterion for row in curve.measurements))
+    for criterion, (style, marker, color) in zip(criteria, _STYLES, strict=False):
+        rows = sorted(
+            (row for row in curve.measurements if row.criterion == criterion),
+            key=lambda row: row.share,
+        )
+        axes.plot(
+            [100 * row.share for row in rows],
+            [row.metric for row in rows],
+            style,
+            marker=marker,
+            markersize=4,
+            color=color,
+            label=_CRITERIA[criterion],
+        )
+    axes.set_xlabel("kernels removed in each layer, %")
+    axes.set_ylabel(_UNITS[curve.score])
+    axes.set_title(f"{len(curve.layers)} layers pruned, no training after", loc="left")
+    axes.legend(fontsize=7)
+    return figure
+
+
+_CRITERIA = {
+    "multiplier": "lowest multipliers first",
+    "magnitude": "smallest weights first",
+    "random": "at random",
+}
+
+
+def _sweep(result: Sweep) -> Figure:
+    names = list(dict.fromkeys(row.variant for row in result.runs))
+    figure = _figure(6.0, 0.45 * len(names) + 1.2)
+    axes = figure.subplots()
+    seeds = sorted({row.seed for row in result.runs})
+    for at, name in enumerate(names):
+        own = [row for row in result.runs if row.variant == name]
+        reached = [(row.seed, row.metric) for row in own if row.metric is not None]
+        for seed, metric in reached:
+            axes.plot(
+                metric,
+                at,
+                _marker(seeds.index(seed)),
+                color="#c4661f",
+                markersize=5,
+                markerfacecolor="none",
+            )
+        if reached:
+            mean = sum(metric for _, metric in reached) / len(reached)
+            axes.plot([mean, mean], [at - 0.28, at + 0.28], color="#1b3a6b", linewidth=2.2)
+        if len(reached) < len(own):
+            axes.annotate(
+                f"{len(own) - len(reached)} of {len(own)} failed",
+                (0.99, at),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=7,
+            )
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"{_UNITS[result.score]} (a mark a seed, the bar their mean)")
+    axes.set_title(result.title, loc="left")
+    return figure
+
+
+def _marker(index: int) -> str:
+    markers: Sequence[str] = ("o", "s", "^", "D", "v", "P", "X", "*")
+    return markers[index % len(markers)]

@@ -1,0 +1,127 @@
+"""What a long run has done so far, on disk, so that it can be stopped and taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from we_surgery.errors import InputError
+
+_SCHEMA = 1
+
+
+class ProgressFile:
+    """A file of JSON lines: first what is being done, then one line for each result.
+
+    A line is whole or it does not count: a run that was killed while writing loses that line.
+
+    Args:
+        path: the file, which a run that ended early has left or which is created; None keeps
+            results in memory alone.
+        job: what is being done, in JSON types. A file of another job is refused.
+
+    Attributes:
+        resumed: results that were there at the beginning.
+
+    Raises:
+        InputError: the file is of another job, or no progress file, or cannot be written to.
+    """
+
+    def __init__(self, path: Path | None, job: Mapping[str, Any]) -> None:
+        self.path = path
+        self._results: dict[str, Any] = {}
+        self._header: Mapping[str, Any] | None = None
+        """Still to be written: a run that fails at once leaves no file."""
+        header = {"we_surgery_progress": _SCHEMA, **json.loads(json.dumps(job))}
+        if path is not None:
+            try:
+                self._open(path, header)
+            except OSError as error:
+                raise InputError(
+                    f"the progress file {path} cannot be used: {error}",
+                    "Name another file, or make its folder writable.",
+                ) from error
+        self.resumed = len(self._results)
+
+    def _open(self, path: Path, header: dict[str, Any]) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            found = lines[0] if lines else None
+            self._results = dict(line for line in lines[1:])
+        except ValueError as error:
+            raise InputError(
+                f"{path} is no progress file: {error}", "Name another file, or remove this one."
+            ) from error
+        if found is None and content:
+            raise InputError(
+                f"{path} is no progress file", "Name another file, or remove this one."
+            )
+        if found is not None and found != header:
+            raise InputError(
+                f"{path} is the progress of something else: {_difference(found, header)}",
+                "Run that to its end, name another file, or remove this one.",
+            )
+        if found is None:
+            self._header = header
+        elif len(whole) < len(content):
+            os.truncate(path, len(whole))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: str) -> Any:
+        return self._results[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Keeps a result, in JSON types."""
+        self._results[key] = value
+        if self.path is not None:
+            with self.path.open("a") as file:
+                if self._header is not None:
+                    file.write(json.dumps(self._header) + "\n")
+                    self._header = None
+                file.write(json.dumps([key, value]) + "\n")
+
+    def remove(self) -> None:
+        """Deletes the file: the run is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
+    if not isinstance(found, Mapping) or "we_surgery_progress" not in found:
+        return "it is no progress file"
+    keys = [key for key in wanted if found.get(key) != wanted[key]]
+    return f"{', '.join(keys or sorted(found))} differ"
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Equal for models of the same tensors: SHA-256 over the state dict's names and bytes."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(fingerprint(value).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(*values: Any) -> str:
+    """SHA-256 over the shapes, dtypes and bytes of tensors in any nesting, and the rest's text."""
+    digest = hashlib.sha256()
+    for leaf in torch.utils._pytree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            flat = leaf.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()

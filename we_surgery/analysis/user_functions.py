@@ -1,0 +1,87 @@
+"""Functions that a user names on the command line, such as ``my_project.data:test_loader``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery.errors import InputError, near_matches
+
+_LOADER_CURE = (
+    "Name an iterable of (inputs, labels), or a function without arguments that returns one."
+)
+_REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def imported(reference: str, option: str) -> Any:
+    """What ``package.module:name`` names, imported from the environment or the current folder.
+
+    Args:
+        reference: the name.
+        option: where the user gave it, for messages.
+
+    Raises:
+        InputError: it has another form, or there is no such module or name.
+    """
+    if not _REFERENCE.fullmatch(reference):
+        raise InputError(
+            f"{option} takes package.module:name, not {reference!r}",
+            "Write for example my_data:test_loader for a function in my_data.py.",
+        )
+    module_name, _, name = reference.partition(":")
+    try:
+        with working_folder_importable():
+            module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"{option}: the module {module_name!r} cannot be imported: "
+            f"{type(error).__name__}: {error}",
+            "Start in the folder it lies in, or install its package.",
+        ) from error
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise InputError(
+            f"{option}: {module_name} has no {name!r}{near_matches(name, vars(module))}",
+            "Correct the name.",
+        ) from error
+
+
+def imported_metric(metric: str | None, loader: str | None) -> Any:
+    """The metric of ``--metric`` or the batches that the function of ``--loader`` returns.
+
+    Raises:
+        InputError: not exactly one was given, or it cannot be imported or called.
+    """
+    if (metric is None) == (loader is None):
+        raise InputError(
+            "an analysis needs --loader or --metric, and takes one of them",
+            "Give --loader package.module:function, a function that returns an iterable of "
+            "(inputs, labels), or --metric package.module:function, which takes a model and "
+            "returns a number.",
+        )
+    if metric is not None:
+        found = imported(metric, "--metric")
+        if not callable(found):
+            raise InputError(
+                f"--metric {metric} is {type(found).__name__}, no function",
+                "Name a function that takes a model and returns a number.",
+            )
+        return found
+    assert loader is not None
+    found = imported(loader, "--loader")
+    batches = found
+    if callable(found):
+        try:
+            with working_folder_importable():
+                batches = found()
+        except Exception as error:
+            raise InputError(
+                f"--loader {loader} fails: {type(error).__name__}: {error}", _LOADER_CURE
+            ) from error
+    if callable(batches) or not isinstance(batches, Iterable):
+        raise InputError(f"--loader {loader} gives {type(batches).__name__}", _LOADER_CURE)
+    return batches

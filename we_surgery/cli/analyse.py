@@ -1,0 +1,315 @@
+"""``we-surgery analyse``: the papers' measurements on a model and data of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.table import Table
+
+from we_surgery.analysis.importance import location_maps, magnitude_curve
+from we_surgery.analysis.multipliers import GRANULARITIES, multiplier_validity
+from we_surgery.analysis.pictures import Result
+from we_surgery.analysis.progress_bar import progress_bar
+from we_surgery.analysis.pruning import CRITERIA, pruning_curve
+from we_surgery.analysis.results import check_result, save_result, to_json
+from we_surgery.analysis.scores import SCORES
+from we_surgery.analysis.sensitivity import (
+    Sweep,
+    Variant,
+    epsilon_variants,
+    initialization_variants,
+    normalization_free_variants,
+    reduction_variants,
+    sweep,
+)
+from we_surgery.analysis.user_functions import imported, imported_metric
+from we_surgery.cli.common import SurgeryCommand, console, make_source, say, source_options
+from we_surgery.errors import InputError
+from we_surgery.surgery import is_converted
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."
+
+
+@click.group("analyse")
+def analyse_group() -> None:
+    """Measure what a model's weights are worth, and draw it.
+
+    Data and metrics are functions of yours, named as package.module:function; modules in the
+    current folder are found. A converted model is measured as it would be deployed.
+
+    \b
+    Examples:
+      we-surgery analyse importance model.pt --loader my_data:test_loader -o out/importance
+      we-surgery analyse location trained.we.pt --loader my_data:test_loader -o out/location
+      we-surgery analyse multipliers trained.we.pt --metric my_code:top1 -o out/multipliers
+      we-surgery analyse prune trained.we.pt --loader my_data:test_loader -o out/prune
+    """
+
+
+def measuring_options(command: Command) -> Command:
+    """What is measured, and where the result goes."""
+    for decorate in reversed(
+        [
+            click.option(
+                "--loader",
+                metavar="NAME",
+                help="package.module:function that returns an iterable of (inputs, labels).",
+            ),
+            click.option(
+                "--metric",
+                metavar="NAME",
+                help="package.module:function that takes a model and returns a number of which "
+                "more is better. Instead of --loader; computes nothing shared.",
+            ),
+            click.option(
+                "--score",
+                type=click.Choice(list(SCORES)),
+                default="accuracy",
+                show_default=True,
+                help="Of a loader. log_likelihood moves where no prediction does.",
+            ),
+            click.option(
+                "-o",
+                "--output",
+                type=click.Path(path_type=Path),
+                required=True,
+                metavar="STEM",
+                help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg. While it runs, "
+                "STEM.progress.jsonl keeps what is done, and the same command goes on from it.",
+            ),
+            click.option("--no-picture", is_flag=True, help="Write no PNG and SVG."),
+            click.option("--force", is_flag=True, help="Overwrite files that exist."),
+            click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+layers_option = click.option(
+    "--layers",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only matching layers: a name glob, re:REGEX or type:CLASS. Repeatable.",
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random choices.")
+
+
+@analyse_group.command("importance", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@source_options
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 100),
+    default=100,
+    show_default=True,
+    help="Percentiles measured, evenly up to the 100th.",
+)
+@layers_option
+@measuring_options
+def importance_command(steps: int, **options: Any) -> None:
+    """Zero the weight at each percentile of magnitude, in all conv layers at once (Fig. 1a).
+
+    \b
+    Example:
+      we-surgery analyse importance model.pt --loader my_data:test_loader -o out/importance
+    """
+    positions = sorted({round(100 * (step + 1) / steps) for step in range(steps)})
+    _analyse(magnitude_curve, options, positions=positions)
+
+
+@analyse_group.command("location", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@source_options
+@click.option(
+    "--samples",
+    nargs=2,
+    type=click.IntRange(1),
+    default=(5, 5),
+    show_default=True,
+    help="Output channels of each layer, and input channels of each of those.",
+)
+@layers_option
+@measuring_options
+def location_command(samples: tuple[int, int], **options: Any) -> None:
+    """Zero single kernels of each conv with a kernel larger than 1, one heat map a layer (Fig. 2).
+
+    With --loader, what a batch computes before it reaches a layer is computed once.
+
+    \b
+    Example:
+      we-surgery analyse location model.pt --loader my_data:test_loader -o out/location
+    """
+    _analyse(location_maps, options, samples=samples)
+
+
+@analyse_group.command("multipliers", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@source_options
+@click.option(
+    "--granularity",
+    "granularities",
+    multiple=True,
+    type=click.Choice(GRANULARITIES),
+    help="What one unit is. Repeatable.  [default: all]",
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1),
+    help="Remove that share of the units of each layer instead of one.",
+)
+@click.option("--random-draws", type=click.IntRange(0), default=3, show_default=True)
+@seed_option
+@layers_option
+@measuring_options
+def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
+    """Remove what has the lowest multipliers in each layer, then the highest (D_L and D_H).
+
+    \b
+    Example:
+      we-surgery analyse multipliers trained.we.pt --loader my_data:test_loader -o out/multipliers
+    """
+    _analyse(multiplier_validity, options, granularities=granularities or GRANULARITIES)
+
+
+@analyse_group.command("prune", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@source_options
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    type=click.FloatRange(0, 1),
+    default=(0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
+    show_default=True,
+    help="Of the kernels of each layer. Repeatable.",
+)
+@click.option(
+    "--criterion",
+    "criteria",
+    multiple=True,
+    type=click.Choice(CRITERIA),
+    help="Which kernels go first. Repeatable.  [default: all]",
+)
+@seed_option
+@layers_option
+@measuring_options
+def prune_command(criteria: Sequence[str], **options: Any) -> None:
+    """Remove the kernels with the lowest multipliers, beside the smallest and random ones.
+
+    \b
+    Example:
+      we-surgery analyse prune trained.we.pt --loader my_data:test_loader --share 0.1 -o out/prune
+    """
+    _analyse(pruning_curve, options, criteria=criteria or CRITERIA)
+
+
+_SWEEPS: dict[str, Callable[[], dict[str, Variant]]] = {
+    "epsilon": epsilon_variants,
+    "reduction": reduction_variants,
+    "initialization": initialization_variants,
+    "no-normalization": normalization_free_variants,
+}
+
+
+@analyse_group.command("sensitivity", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@source_options
+@click.option(
+    "--vary",
+    type=click.Choice(list(_SWEEPS)),
+    required=True,
+    help="epsilon of MWE, reduction of LWE, how LWE's layers start, or training without norms.",
+)
+@click.option(
+    "--train",
+    required=True,
+    metavar="NAME",
+    help="package.module:function that takes a model and a seed and trains the model in place.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each variant."
+)
+@measuring_options
+def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> None:
+    """Train SOURCE once for each setting and seed, the seeds paired, and compare.
+
+    SOURCE is a vanilla model or an architecture; an architecture is built anew for each seed.
+
+    \b
+    Example:
+      we-surgery analyse sensitivity torchvision:resnet18 --arch-arg num_classes=10 \\
+        --vary epsilon --train my_code:train --loader my_data:test_loader -o out/epsilon
+    """
+    train_fn = imported(train, "--train")
+
+    def analysis(_: Any, metric: Any, **rest: Any) -> Sweep:
+        def make_model() -> Any:
+            return source.load(source.read())
+
+        return sweep(make_model, _SWEEPS[vary](), train_fn, metric, title=vary, **rest)
+
+    source = _source(options)
+    _analyse(analysis, options, seeds=range(seeds), vanilla=True)
+
+
+def _source(options: dict[str, Any]) -> Any:
+    names = ("source", "arch", "arch_args", "key", "allow", "trust")
+    return make_source(**{name: options[name] for name in names})
+
+
+def _analyse(
+    analysis: Callable[..., Result],
+    options: dict[str, Any],
+    *,
+    vanilla: bool = False,
+    **arguments: Any,
+) -> None:
+    """Runs one analysis, with all that the commands share around it."""
+    source = _source(options)
+    for name in ("source", "arch", "arch_args", "key", "allow", "trust"):
+        del options[name]
+    output, picture = options.pop("output"), not options.pop("no_picture")
+    force, as_json = options.pop("force"), options.pop("as_json")
+    # Usage first: a slip must not cost an hour.
+    check_result(output, picture=picture, force=force)
+    metric = imported_metric(options.pop("metric"), options.pop("loader"))
+    contents = source.read()
+    for note in contents.notes:
+        say(f"note: {note}")
+    model = source.load(contents)
+    if vanilla and is_converted(model):
+        raise InputError(
+            f"{source.name} is converted already", "Give the vanilla model; each run converts it."
+        )
+    progress_file = output.with_name(f"{output.name}.progress.jsonl")
+    if progress_file.exists():
+        say(f"going on from {progress_file}")
+    with progress_bar() as monitor:
+        result = analysis(
+            model,
+            metric,
+            progress_file=progress_file,
+            monitor=monitor,
+            **arguments,
+            **options,
+        )
+    paths = save_result(result, output, picture=picture, force=force)
+    say(f"wrote {', '.join(str(path) for path in paths)}")
+    if as_json:
+        click.echo(to_json(result.to_dict()))
+    else:
+        console().print(_table(result))
+
+
+def _table(result: Result) -> Table:
+    rows = result.summary() if isinstance(result, Sweep) else list(result.rows())
+    table = Table(*(str(key).replace("_", " ") for key in rows[0]), header_style="bold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
