@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from we_surgery.checkpoint import Architecture as Architecture
 from we_surgery.checkpoint import load as load
 from we_surgery.checkpoint import save as save
+from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
 from we_surgery.config import make_policy as make_policy
 from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning

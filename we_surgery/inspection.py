@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from we_surgery import checkpoint
 from we_surgery.jobs import Source
+from we_surgery.layers import EXCITATION
 from we_surgery.surgery import PLAN_ATTRIBUTE
 
 
@@ -25,7 +26,8 @@ class Inspection:
 
     Attributes:
         source: the file or architecture.
-        kind: ``module``, ``state_dict``, ``safetensors`` or ``architecture``.
+        kind: ``module``, ``state_dict``, ``safetensors``, ``sharded``, ``dcp`` or
+            ``architecture``.
         tensors: entries of its state dict.
         values: their numbers in all, without counting tied ones twice.
         layers: its excited weights; none for a vanilla model.
@@ -46,8 +48,11 @@ class Inspection:
 
 def inspect_file(source: Source) -> Inspection:
     """What a file or architecture is and which of its weights are excited."""
-    contents = source.read()
+    contents = source.read(values=False)
     state = contents.state_dict
+    if contents.sharded is not None:
+        # The shapes of the weights are known; of their excitations the options are values.
+        state = contents.sharded.load(lambda name: f"{EXCITATION}." in name)
     plan = contents.metadata.plan if contents.metadata is not None else None
     if contents.model is not None:
         state = contents.model.state_dict()

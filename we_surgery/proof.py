@@ -171,17 +171,19 @@ def _larger(a: float, b: float) -> float:
     return b if b != b or b > a else a
 
 
-def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+def check_outputs(
+    before: list[Tensor], after: list[Tensor], tolerance: float = RELATIVE_TOLERANCE
+) -> tuple[float, float]:
     """The largest differences, within the tolerance.
 
     Raises:
-        SurgeryError: the relative difference is over 1e-5.
+        SurgeryError: the relative difference is over it.
     """
     absolute, relative = largest_differences(before, after)
-    if not relative <= RELATIVE_TOLERANCE:
+    if not relative <= tolerance:
         raise SurgeryError(
             f"the stripped model's outputs differ by {absolute:.3g} ({relative:.3g} relative, "
-            f"over {RELATIVE_TOLERANCE:g})",
+            f"over {tolerance:g})",
             "A layer reads its weight in a way the fold does not cover, or the model is random "
             "in eval mode; nothing was changed.",
         )

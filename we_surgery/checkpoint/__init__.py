@@ -5,6 +5,7 @@ from we_surgery.checkpoint.architecture import looks_like_architecture as looks_
 from we_surgery.checkpoint.contents import Contents as Contents
 from we_surgery.checkpoint.contents import read as read
 from we_surgery.checkpoint.folding import StateDictReport as StateDictReport
+from we_surgery.checkpoint.folding import cast as cast
 from we_surgery.checkpoint.folding import find_excited as find_excited
 from we_surgery.checkpoint.folding import is_excited_state_dict as is_excited_state_dict
 from we_surgery.checkpoint.folding import strip_state_dict as strip_state_dict
@@ -12,11 +13,19 @@ from we_surgery.checkpoint.folding import (
     strip_state_dict_with_report as strip_state_dict_with_report,
 )
 from we_surgery.checkpoint.folding import tensor_identity as tensor_identity
+from we_surgery.checkpoint.folding_shards import same_bits as same_bits
+from we_surgery.checkpoint.folding_shards import save_stripped as save_stripped
+from we_surgery.checkpoint.folding_shards import strip_sharded as strip_sharded
 from we_surgery.checkpoint.metadata import Metadata as Metadata
 from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
+from we_surgery.checkpoint.unwrap import Weights as Weights
 from we_surgery.checkpoint.writing import check_target as check_target
+from we_surgery.checkpoint.writing import save_module as save_module
+from we_surgery.checkpoint.writing import save_safetensors as save_safetensors
+from we_surgery.checkpoint.writing import save_state_dict as save_state_dict
+from we_surgery.checkpoint.writing import staged as staged
 from we_surgery.checkpoint.writing import write_bytes as write_bytes
 from we_surgery.checkpoint.writing import write_module as write_module
 from we_surgery.checkpoint.writing import write_safetensors as write_safetensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.recognize import FileKind, recognize
+from we_surgery.checkpoint.sharded import ShardedStateDict, open_sharded, resolve
 from we_surgery.checkpoint.unpickle import unpickle
-from we_surgery.checkpoint.unwrap import unwrap
+from we_surgery.checkpoint.unwrap import Weights, unwrap
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.surgery import PLAN_ATTRIBUTE
@@ -24,10 +25,13 @@ class Contents:
     """What a file or an architecture's name gives.
 
     Attributes:
-        kind: ``module``, ``state_dict``, ``safetensors``, or ``architecture`` for a name such
-            as ``torchvision:resnet50``.
+        kind: ``module``, ``state_dict``, ``safetensors``, ``sharded`` for an index of shards,
+            ``dcp`` for a folder of torch.distributed.checkpoint, or ``architecture`` for a name
+            such as ``torchvision:resnet50``.
         model: for ``module`` and ``architecture``.
-        state_dict: for the other two, without wrappers and their prefixes, in the file's order.
+        state_dict: for the others, without wrappers and their prefixes, in the file's order.
+        sharded: where the values of ``state_dict`` are, if they were left in their files; the
+            tensors are of the meta device then.
         metadata: ours, where the file carries it.
         notes: what was chosen and dropped, as sentences.
         path: the file, or None for an architecture.
@@ -36,6 +40,7 @@ class Contents:
     kind: str
     model: nn.Module | None = None
     state_dict: dict[str, Tensor] | None = None
+    sharded: ShardedStateDict | None = None
     metadata: Metadata | None = None
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
@@ -45,9 +50,11 @@ def read(
     source: str | Path,
     *,
     key: str | None = None,
+    weights: Weights | None = None,
     allow: Sequence[str] = (),
     trust: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    values: bool = True,
 ) -> Contents:
     """Reads a model or weights; tensors come to the CPU.
 
@@ -55,12 +62,16 @@ def read(
     the ``nn.Module`` classes of torch, torchvision, timm and we_surgery allowed.
 
     Args:
-        source: a file of ``torch.save`` or safetensors, or an architecture's name.
+        source: a file of ``torch.save`` or safetensors, an index of shards, a folder of
+            torch.distributed.checkpoint, transformers or accelerate, or an architecture's name.
         key: where in a wrapped checkpoint the state dict is, such as ``state_dict_ema``.
+        weights: ``"raw"`` or ``"ema"``: the trained weights or their average, wherever the
+            trainer put them, instead of ``key``.
         allow: further packages whose ``nn.Module`` classes a pickle may name; these are
             imported.
         trust: unpickle whatever the file says, which runs its code.
         arguments: keyword arguments of an architecture's factory.
+        values: whether to read the values of a state dict that lies in several files.
 
     Raises:
         InputError: there is no such file or architecture, it is damaged or none that can be
@@ -74,21 +85,28 @@ def read(
             model=architecture.build(),
             metadata=Metadata(architecture=architecture),
         )
-    path = Path(source)
-    kind = recognize(path)
+    files = open_sharded(source)
+    path = resolve(Path(source))
     if arguments:
         given = (f"{name}={value!r}" for name, value in arguments.items())
         raise InputError(
             f"arguments were given without an architecture to build: {listed(given)}",
             "Name it (--arch; `architecture=`).",
         )
+    if files is not None:
+        sharded = files.state_dict(key, weights)
+        contents = Contents(files.kind, state_dict=sharded.tensors, notes=sharded.notes, path=path)
+        if values:
+            return replace(contents, state_dict=sharded.load())
+        return replace(contents, sharded=sharded)
+    kind = recognize(path)
     if kind is FileKind.SAFETENSORS:
-        return _read_safetensors(path, key)
+        return _read_safetensors(path, key, weights)
     found = unpickle(path, kind, allow=allow, trust=trust)
     if isinstance(found, nn.Module):
-        return _from_module(found, path, key)
+        return _from_module(found, path, key or weights)
     if isinstance(found, Mapping):
-        return _from_mapping(found, path, key)
+        return _from_mapping(found, path, key, weights)
     raise InputError(
         f"{path} holds no model and no weights but {type(found).__name__}",
         "Give a file that holds a model or its state dict.",
@@ -98,7 +116,8 @@ def read(
 def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
     if key is not None:
         raise InputError(
-            f"{path} holds a whole model, which has no key {key!r}", "Leave out --key (`key=`)."
+            f"{path} holds a whole model, which has no key {key!r}",
+            "Leave out --key (`key=`), --raw and --ema (`weights=`).",
         )
     notes = []
     if type(model) is nn.DataParallel:
@@ -109,12 +128,14 @@ def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
     return Contents("module", model=model, metadata=metadata, notes=notes, path=path)
 
 
-def _from_mapping(found: Mapping[str, Any], path: Path, key: str | None) -> Contents:
+def _from_mapping(
+    found: Mapping[str, Any], path: Path, key: str | None, weights: Weights | None
+) -> Contents:
     metadata = None
     try:
         if METADATA_KEY in found:
             metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
-        state, notes = unwrap(found, key)
+        state, notes = unwrap(found, key, weights)
     except InputError as error:
         raise InputError(f"{path}: {error.cause}", error.cure) from error
     # A doctored file can give a mapping attributes that hide its methods.
@@ -127,7 +148,7 @@ def _from_mapping(found: Mapping[str, Any], path: Path, key: str | None) -> Cont
     return Contents("state_dict", state_dict=state, metadata=metadata, notes=notes, path=path)
 
 
-def _read_safetensors(path: Path, key: str | None) -> Contents:
+def _read_safetensors(path: Path, key: str | None, weights: Weights | None) -> Contents:
     from safetensors import SafetensorError, safe_open
 
     if key is not None:
@@ -149,5 +170,8 @@ def _read_safetensors(path: Path, key: str | None) -> Contents:
     metadata = None
     if METADATA_KEY in header:
         metadata = Metadata.from_json(header[METADATA_KEY], str(path))
-    state, notes = unwrap(tensors)
+    try:
+        state, notes = unwrap(tensors, None, weights)
+    except InputError as error:
+        raise InputError(f"{path}: {error.cause}", error.cure) from error
     return Contents("safetensors", state_dict=state, metadata=metadata, notes=notes, path=path)

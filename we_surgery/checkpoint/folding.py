@@ -13,6 +13,7 @@ from torch import Tensor
 from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import Composition, rebuild_excitation
+from we_surgery.excitations.base import in_full_precision
 from we_surgery.layers import RAW_PREFIX, excitation_name, raw_name
 from we_surgery.proof import refuse_non_finite
 
@@ -27,12 +28,16 @@ class StateDictReport:
 
     Attributes:
         layers: weights that were folded; tied ones count each.
-        removed_tensors: entries of excitations that are gone.
+        tensors: entries that are left.
+        values: their numbers in all, parameters and buffers.
+        removed_values: numbers that are gone with the excitations.
         notes: what was chosen and dropped on the way to the state dict, as sentences.
     """
 
     layers: int
-    removed_tensors: int
+    tensors: int
+    values: int
+    removed_values: int
     notes: list[str]
 
 
@@ -56,6 +61,11 @@ class ExcitedEntry:
     def vanilla_key(self) -> str:
         """The key that the folded weight gets."""
         return _join(self.layer, self.parameter)
+
+    @property
+    def raw_key(self) -> str:
+        """The key of the raw weight."""
+        return _join(self.layer, raw_name(self.parameter))
 
     @property
     def excitation_prefix(self) -> str:
@@ -83,19 +93,26 @@ class ExcitedEntry:
         except InputError as error:
             raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
 
-    def fold(self) -> Tensor:
-        """The excited weight, in the raw one's dtype and memory format.
+    def fold(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The excited weight, in the raw one's memory format.
+
+        Args:
+            dtype: of the result; half precision is then excited in float32 and rounded once. By
+                default the raw weight's.
 
         Raises:
             InputError: an unknown or incomplete excitation.
-            SurgeryError: the weight cannot be computed or is not finite.
+            SurgeryError: the weight cannot be computed, is not finite, or too large for
+                ``dtype``.
         """
         excitation = self.rebuild()
+        raw = _aligned(self.raw)
+        if dtype is not None:
+            raw = in_full_precision(raw)
         try:
             with torch.no_grad():
-                excited = excitation(_aligned(self.raw))
                 # A folded weight may leave the excitation in another memory format.
-                folded = torch.empty_like(self.raw, requires_grad=False).copy_(excited)
+                folded = torch.empty_like(raw).copy_(excitation(raw))
         except RuntimeError as error:
             raise SurgeryError(
                 f"the excited {self.parameter} of layer {self.display_name!r} cannot be computed: "
@@ -103,7 +120,17 @@ class ExcitedEntry:
                 "The file is damaged, or mixes the tensors of two models.",
             ) from error
         refuse_non_finite(self.display_name, folded, "the folded weight")
-        return folded
+        return cast(self.vanilla_key, folded, dtype)
+
+    def replaced(self, replace: Callable[[str, Tensor], Tensor]) -> ExcitedEntry:
+        """The entry with other tensors: what ``replace`` gives for each by its key."""
+        prefix = self.excitation_prefix
+        return ExcitedEntry(
+            self.layer,
+            self.parameter,
+            replace(self.raw_key, self.raw),
+            {key: replace(prefix + key, value) for key, value in self.excitation.items()},
+        )
 
 
 def strip_state_dict(checkpoint: Mapping[str, Any], *, key: str | None = None) -> dict[str, Tensor]:
@@ -140,6 +167,7 @@ def strip_state_dict_with_report(
     checkpoint: Mapping[str, Any],
     *,
     key: str | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], StateDictReport]:
     """:func:`strip_state_dict`, and what it did; without the warning.
@@ -147,37 +175,92 @@ def strip_state_dict_with_report(
     Args:
         checkpoint: as in :func:`strip_state_dict`.
         key: as in :func:`strip_state_dict`.
+        dtype: of all floating-point entries; by default each keeps its own. A half-precision
+            weight is then excited in float32 and rounded once.
         progress: called with (weights done, weights in all).
     """
     state, notes = unwrap(checkpoint, key)
     _refuse_sharded(state)
-    entries = {entry.vanilla_key: entry for entry in find_excited(state)}
-    by_raw_key = {_join(e.layer, raw_name(e.parameter)): e for e in entries.values()}
-    removed = {e.excitation_prefix + rest for e in entries.values() for rest in e.excitation}
-    _refuse_tied_after_conversion(state, by_raw_key)
+    entries = vanilla_entries(state)
+    excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]
     stripped: dict[str, Tensor] = {}
     folded: dict[tuple[Any, ...], Tensor] = {}
     done = 0
-    for name, value in state.items():
-        if name in removed:
-            continue
-        entry = by_raw_key.get(name)
-        if entry is None:
-            stripped[name] = value
+    for name, entry in entries.items():
+        if isinstance(entry, Tensor):
+            stripped[name] = cast(name, entry, dtype)
             continue
         identity = entry.identity()
         if identity not in folded:
-            folded[identity] = entry.fold()
-        stripped[entry.vanilla_key] = folded[identity]
+            folded[identity] = entry.fold(dtype)
+        stripped[name] = folded[identity]
         done += 1
         if progress is not None:
-            progress(done, len(entries))
+            progress(done, len(excited))
     versions = getattr(state, VERSIONS, None)
     if versions is not None:
-        prefixes = tuple(entry.excitation_prefix for entry in entries.values())
+        prefixes = tuple(entry.excitation_prefix for entry in excited)
         left = {k: v for k, v in versions.items() if not f"{k}.".startswith(prefixes)}
         stripped = with_versions(stripped, left if prefixes else versions)
-    return stripped, StateDictReport(len(entries), len(removed), notes)
+    return stripped, report(entries, notes)
+
+
+def report(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) -> StateDictReport:
+    """What folding all of :func:`vanilla_entries` does."""
+    excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]
+    plain = [entry for entry in entries.values() if isinstance(entry, Tensor)]
+    return StateDictReport(
+        layers=len(excited),
+        tensors=len(entries),
+        values=sum(tensor.numel() for tensor in [*plain, *(entry.raw for entry in excited)]),
+        removed_values=sum(v.numel() for entry in excited for v in entry.excitation.values()),
+        notes=notes,
+    )
+
+
+def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEntry]:
+    """What each entry of the vanilla state dict is made of, in its order.
+
+    Args:
+        state: without wrappers; tensors of the meta device will do.
+
+    Raises:
+        InputError: a weight is there both excited and vanilla.
+        SurgeryError: a weight was tied to a raw weight after the conversion.
+    """
+    by_raw_key = {entry.raw_key: entry for entry in find_excited(state)}
+    excited = by_raw_key.values()
+    removed = {entry.excitation_prefix + key for entry in excited for key in entry.excitation}
+    _refuse_tied_after_conversion(state, by_raw_key)
+    return {
+        (by_raw_key[name].vanilla_key if name in by_raw_key else name): by_raw_key.get(name, value)
+        for name, value in state.items()
+        if name not in removed
+    }
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in ``dtype`` if it is of floating point and a dtype is given.
+
+    Args:
+        name: its key, for the message.
+        tensor: any tensor.
+        dtype: the wished one.
+
+    Raises:
+        SurgeryError: a finite value is beyond the numbers of ``dtype``.
+    """
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    if not tensor.is_meta and bool((rounded.isinf() & tensor.isfinite()).any()):
+        largest = tensor[tensor.isfinite()].abs().max()
+        raise SurgeryError(
+            f"{name!r} has a value of {largest:g}, beyond the numbers of "
+            f"{str(dtype).removeprefix('torch.')}",
+            "Choose --dtype bfloat16 or float32 (`dtype=`).",
+        )
+    return rounded
 
 
 def is_excited_state_dict(state: Mapping[str, Any]) -> bool:

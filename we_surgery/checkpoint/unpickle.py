@@ -6,11 +6,12 @@ import io
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
@@ -24,7 +25,23 @@ from we_surgery.errors import InputError
 _LEGACY_PICKLES = 5
 
 
-def unpickle(path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool) -> Any:
+def map_tensors(path: Path, kind: FileKind) -> dict[str, Tensor]:
+    """The tensors of a state dict in a file of torch.save, each read where it is used.
+
+    Raises:
+        InputError: the file is damaged, names what it may not name, or holds no state dict.
+    """
+    found = unpickle(path, kind, allow=(), trust=False, mapped=kind is FileKind.ZIP)
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"{path} holds no state dict but {type(found).__name__}", "Save or fetch it again."
+        )
+    return {key: value.detach() for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def unpickle(
+    path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool, mapped: bool = False
+) -> Any:
     """The object in a file of torch.save, its tensors on the CPU.
 
     Args:
@@ -33,6 +50,8 @@ def unpickle(path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool) -
         allow: packages whose ``nn.Module`` classes the file may name beside those of torch,
             torchvision, timm and we_surgery.
         trust: unpickle whatever the file says.
+        mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
+            they are used.
 
     Raises:
         InputError: the file is damaged, or names what it may not name.
@@ -47,7 +66,9 @@ def unpickle(path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool) -
             safe = _safe_globals(path, file, kind, allow)
             file.seek(0)
             with torch.serialization.safe_globals(safe):
-                found = torch.load(file, map_location="cpu", weights_only=True)
+                # Torch maps files by their path alone.
+                place = str(path) if mapped else file
+                found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
         refuse_unsound(found, path)
         return found
     except InputError:

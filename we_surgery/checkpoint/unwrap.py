@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,13 @@ from we_surgery.errors import InputError, near_matches
 WRAPPER_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
 """Where trainers put the state dict; the first that is there is taken."""
 
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")
+# Lightning's weight averaging puts the average in the place of the trained weights, and these here.
+_TRAINED_BESIDE_AVERAGE = "current_model_state"
+
+Weights = Literal["raw", "ema"]
+"""Which weights of a training run: those the optimizer moves, or their running average."""
+
 VERSIONS = "_metadata"
 """The attribute of a state dict in which torch keeps each module's version number."""
 
@@ -25,7 +32,7 @@ _DEEPEST = 3
 
 
 def unwrap(
-    checkpoint: Mapping[str, Any], key: str | None = None
+    checkpoint: Mapping[str, Any], key: str | None = None, weights: Weights | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
 
@@ -35,15 +42,20 @@ def unwrap(
         checkpoint: a state dict, or a mapping that holds one.
         key: where in the mapping it is, dotted for a mapping in a mapping; by default the first
             of :data:`WRAPPER_KEYS`, or else the one entry that is a state dict.
+        weights: the trained weights or their average, wherever the trainer put them; instead of
+            ``key``.
 
     Raises:
-        InputError: no state dict is found, or several and no ``key``.
+        InputError: no state dict is found, or several and no ``key``; or both ``key`` and
+            ``weights`` are given.
     """
     if not isinstance(checkpoint, Mapping):
         raise InputError(
             f"the checkpoint is no mapping but {type(checkpoint).__name__}",
             "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
         )
+    if weights is not None:
+        key = _key_of(checkpoint, weights, key)
     state, notes = _chosen(checkpoint, key) if key is not None else _found(checkpoint)
     cleaned = _clean(state, notes)
     renamed, ours, note = read_as_ours(cleaned)
@@ -53,6 +65,26 @@ def unwrap(
     if versions is not None:
         ours = with_versions(ours, {renamed.get(name, name): v for name, v in versions.items()})
     return ours, [*notes, note]
+
+
+def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) -> str | None:
+    """Where a trainer put these weights; None where the whole mapping is they."""
+    if key is not None:
+        raise InputError(
+            f"both the key {key!r} and the {weights} weights were asked for",
+            "Give --key (`key=`), or one of --raw and --ema (`weights=`).",
+        )
+    usual = [name for name in WRAPPER_KEYS if name not in _AVERAGES]
+    places = {"raw": usual, "ema": list(_AVERAGES)}
+    if _TRAINED_BESIDE_AVERAGE in checkpoint:
+        places = {"raw": [_TRAINED_BESIDE_AVERAGE], "ema": usual}
+    found = next((name for name in places[weights] if name in checkpoint), None)
+    if found is None and weights == "ema":
+        raise InputError(
+            f"the checkpoint holds no EMA weights under a usual name ({quoted(places['ema'])})",
+            _key_cure(checkpoint),
+        )
+    return found
 
 
 def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], list[str]]:

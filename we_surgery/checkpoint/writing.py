@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
+import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
+from we_surgery.checkpoint.wording import quoted
 from we_surgery.errors import InputError, SurgeryError, WESurgeryError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +32,13 @@ def write_module(model: nn.Module, path: str | Path, *, force: bool = False) -> 
         InputError: the target cannot be written to, or exists without ``force``.
         SurgeryError: the model cannot be pickled, or writing failed; the target is as it was.
     """
-    _write_whole(Path(path), force, lambda temporary: _torch_save(model, temporary))
+    with staged(path, force=force) as temporary:
+        save_module(model, temporary)
+
+
+def save_module(model: nn.Module, temporary: Path) -> None:
+    """:func:`write_module` to a name of :func:`staged`."""
+    _torch_save(model, temporary)
 
 
 def write_state_dict(
@@ -50,10 +60,18 @@ def write_state_dict(
         InputError: the target cannot be written to, or exists without ``force``.
         SurgeryError: writing failed; the target is as it was.
     """
+    with staged(path, force=force) as temporary:
+        save_state_dict(state, temporary, metadata)
+
+
+def save_state_dict(
+    state: Mapping[str, Tensor], temporary: Path, metadata: Metadata | None
+) -> None:
+    """:func:`write_state_dict` to a name of :func:`staged`."""
     content: Any = state if isinstance(state, dict) else dict(state)
     if metadata is not None:
         content = {METADATA_KEY: metadata.to_dict(), "state_dict": content}
-    _write_whole(Path(path), force, lambda temporary: _torch_save(content, temporary))
+    _torch_save(content, temporary)
 
 
 def write_safetensors(
@@ -80,23 +98,26 @@ def write_safetensors(
             or it exists without ``force``.
         SurgeryError: writing failed; the target is as it was.
     """
+    with staged(path, force=force) as temporary:
+        save_safetensors(state, temporary, metadata)
+
+
+def save_safetensors(
+    state: Mapping[str, Tensor], temporary: Path, metadata: Metadata | None
+) -> None:
+    """:func:`write_safetensors` to a name of :func:`staged`."""
     from safetensors.torch import save_file
 
     header = {"format": "pt"}
     if metadata is not None:
         header[METADATA_KEY] = metadata.to_json()
-    tensors = _independent(state)
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"safetensors cannot hold these tensors: {error}",
-                "Write a state dict by torch.save instead (--to state_dict).",
-            ) from error
-
-    _write_whole(Path(path), force, write)
+    try:
+        save_file(_independent(state), temporary, metadata=header)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"safetensors cannot hold these tensors: {error}",
+            "Write a state dict by torch.save instead (--to state_dict).",
+        ) from error
 
 
 def write_bytes(content: bytes, path: str | Path, *, force: bool = False) -> None:
@@ -106,25 +127,29 @@ def write_bytes(content: bytes, path: str | Path, *, force: bool = False) -> Non
         InputError: the target cannot be written to, or exists without ``force``.
         SurgeryError: writing failed; the target is as it was.
     """
-    _write_whole(Path(path), force, lambda temporary: _fill(temporary, content))
+    with staged(path, force=force) as temporary:
+        temporary.write_bytes(content)
 
 
-def _fill(temporary: Path, content: bytes) -> None:
-    temporary.write_bytes(content)
-
-
-def check_target(path: str | Path, *, force: bool = False) -> None:
+def check_target(path: str | Path, *, force: bool = False, folder: bool = False) -> None:
     """Checks that a file can be written, before any work is done for it.
 
+    Args:
+        path: the target.
+        force: whether it may exist.
+        folder: whether a folder of shards is to be written and not a file.
+
     Raises:
-        InputError: it exists without ``force``, is no regular file, or its folder is missing or
-            not writable.
+        InputError: it exists without ``force``, is of the other kind or holds other files than
+            shards, or its folder is missing or not writable.
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if folder:
+            _check_folder(path)
+        elif path.is_dir():
             raise InputError(f"{path} is a folder", _ELSEWHERE)
-        if path.exists() and not path.is_file():
+        elif path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file", _ELSEWHERE)
         if (path.exists() or path.is_symlink()) and not force:
             raise InputError(
@@ -142,22 +167,54 @@ def check_target(path: str | Path, *, force: bool = False) -> None:
         raise InputError(f"the folder {path.parent} is not writable", _ELSEWHERE)
 
 
-def _write_whole(path: Path, force: bool, write: Callable[[Path], None]) -> None:
-    """Writes beside the target, syncs, and renames: the target is the old file or the new one."""
-    check_target(path, force=force)
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file and no folder", "Give another folder (-o FOLDER).")
+    # Replacing a folder deletes it: never one with something in it that we would not write.
+    others = [
+        file.name
+        for file in (path.iterdir() if path.is_dir() else ())
+        if file.is_dir() or not file.name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    if others:
+        raise InputError(
+            f"the folder {path} holds other things than shards: {quoted(sorted(others))}",
+            "Give a new folder (-o FOLDER); only a folder of shards is ever replaced.",
+        )
+
+
+@contextmanager
+def staged(path: str | Path, *, force: bool = False, folder: bool = False) -> Iterator[Path]:
+    """A new name beside ``path``; what stands under it at the end is synced and takes its place.
+
+    When the block raises, nothing is left and the target is as it was.
+
+    Args:
+        path: the target.
+        force: whether an existing target is replaced.
+        folder: stage a folder of files instead of one file. An existing folder is only
+            replaced if it holds a sharded state dict and nothing else.
+
+    Raises:
+        InputError: the target cannot be written to, or exists without ``force``.
+        SurgeryError: writing failed; the target is as it was.
+    """
+    path = Path(path)
+    check_target(path, force=force, folder=folder)
     temporary = path.with_name(f".we_surgery-{secrets.token_hex(6)}.tmp")
     try:
-        # Created here for its mode, which follows the umask; safetensors gives 0600 to all.
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        descriptor = os.open(temporary, flags, 0o666)
-        try:
-            mode = os.fstat(descriptor).st_mode & 0o777
-        finally:
-            os.close(descriptor)
-        write(temporary)
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.touch(exist_ok=False)
+        # Remembered for it follows the umask; safetensors gives 0600 to all it writes.
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
         temporary.chmod(mode)
+        for file in temporary.iterdir() if folder else ():
+            _sync(file)
         _sync(temporary)
-        temporary.replace(path)
+        _take_place(temporary, path)
         _sync(path.parent)
     except WESurgeryError:
         raise
@@ -167,8 +224,26 @@ def _write_whole(path: Path, force: bool, write: Callable[[Path], None]) -> None
             "Look at the disk's space and permissions; the target is as it was.",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
     logger.info("wrote %s", path)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    if not path.is_dir():
+        temporary.replace(path)
+        return
+    # No file system swaps two folders by their plain names: the old one steps aside first.
+    aside = temporary.with_suffix(".old")
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
 
 
 def _sync(path: Path) -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from we_surgery.errors import InputError, WESurgeryError
-from we_surgery.jobs import KINDS, Source
+from we_surgery.jobs import Source
+from we_surgery.targets import KINDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -107,7 +108,7 @@ def make_source(
 ) -> Source:
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.Source`."""
     arguments = dict(_key_value(text) for text in arch_args)
-    return Source(source, arch, arguments, key, tuple(allow), trust)
+    return Source(source, arch, arguments, key, allow=tuple(allow), trust=trust)
 
 
 def _key_value(text: str) -> tuple[str, Any]:

@@ -23,7 +23,7 @@ from we_surgery.cli.common import (
 from we_surgery.config import make_policy
 from we_surgery.errors import InputError
 from we_surgery.family import family, family_table
-from we_surgery.grafting import Init
+from we_surgery.grafting import Init, Start
 from we_surgery.jobs import Converted, convert_file, plan_file
 from we_surgery.plan_table import plan_summary, plan_table
 from we_surgery.planning import Plan
@@ -108,6 +108,14 @@ class _ConvertCommand(SurgeryCommand):
     help="paper: excitations start as new layers do, for models that were never trained. "
     "preserve: the converted model starts by computing what the model computes.",
 )
+@click.option(
+    "--start",
+    type=click.Choice(get_args(Start)),
+    default="on",
+    show_default=True,
+    help="paused: the model trains as the vanilla one until ws.resume or a WESchedule switches "
+    "excitation on.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seeds the new parameters.")
 @click.option(
     "--input-shape",
@@ -126,6 +134,7 @@ def convert_command(
     option_texts: Sequence[str],
     transplants: Sequence[str],
     init: Init,
+    start: Start,
     seed: int,
     input_shape: str | None,
     dry_run: bool,
@@ -147,6 +156,7 @@ def convert_command(
       we-convert model.pt
       we-convert model.pt --dry-run
       we-convert pretrained.pt --init preserve
+      we-convert model.pt --start paused
       we-convert torchvision:resnet50 --mode we -o resnet50.we.pt
       we-convert weights.safetensors --arch timm:mixer_s16_224 --skip head
       we-convert model.pt --option lwe.attention=cbam --rule 'layer4.*=lwe(skip=true)+mwe'
@@ -194,6 +204,7 @@ def convert_command(
         seed=seed,
         input_shape=shape,
         init=init,
+        start=start,
     )
     _show_result(result, as_json)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -18,18 +18,49 @@ from we_surgery.cli.common import (
     say,
     source_options,
 )
-from we_surgery.jobs import strip_file
+from we_surgery.stripping import Stripped, strip_both, strip_file
+from we_surgery.verification import DTYPES
 
 
 @click.command("strip", cls=SurgeryCommand)
 @source_options
 @click.option(
+    "--raw",
+    "weights",
+    flag_value="raw",
+    help="Strip the trained weights of a checkpoint, wherever the trainer put them.",
+)
+@click.option(
+    "--ema", "weights", flag_value="ema", help="Strip their running average (EMA) instead."
+)
+@click.option(
+    "--both",
+    "weights",
+    flag_value="both",
+    help="Strip both, the average to a second file: model.stripped.ema.pt.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Fold in float32, then cast all floating-point tensors. By default each keeps its own.",
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Run the excited and the stripped model and compare their outputs; needs a module, or "
+    "an architecture (--arch, or as the file says).",
+)
+@click.option(
     "--input-shape",
     metavar="SHAPE",
-    help="Compare the outputs of both models on random inputs, such as 1,3,224,224.",
+    help="Compare the outputs on random inputs of this shape, such as 1,3,224,224; by default "
+    "of the size that timm or torchvision names.",
 )
 @output_options
 def strip_command(
+    weights: Literal["raw", "ema", "both"] | None,
+    dtype: str | None,
+    verify: bool,
     input_shape: str | None,
     output: Path | None,
     to: str | None,
@@ -40,25 +71,48 @@ def strip_command(
     """Fold the excited weights of SOURCE into vanilla ones, proven equal.
 
     SOURCE is a converted module, or any trainer's checkpoint of one: a state dict, bare or
-    wrapped, pickled or .safetensors. A state dict needs no model code. The result is of the
-    same kind and lies beside SOURCE, as model.stripped.pt; it needs nothing of we_surgery.
+    wrapped, pickled or .safetensors; an index of shards, or a folder of
+    torch.distributed.checkpoint, which are stripped tensor by tensor. A state dict needs no
+    model code. The result is of the same kind and lies beside SOURCE, as model.stripped.pt; it
+    needs nothing of we_surgery. A sharded one gives a folder of safetensors shards, or one
+    file with -o FILE.safetensors.
 
     \b
     Examples:
-      we-strip model.we.pt --input-shape 1,3,224,224
+      we-strip model.we.pt --verify
       we-strip checkpoint.pt -o deploy.safetensors
-      we-strip last.pth.tar --key state_dict_ema
+      we-strip last.pth.tar --ema --arch timm:resnet50 --verify
+      we-strip last.pth.tar --both --dtype bfloat16
+      we-strip model.safetensors.index.json -o deploy/
+      we-strip dcp_folder/ --key model -o deploy.safetensors
 
     \b
-    Exit codes: 0 done, 1 the proof failed or there is nothing to strip, 2 bad usage or
+    Exit codes: 0 done, 1 a proof failed or there is nothing to strip, 2 bad usage or
     unreadable input. No file is written but with exit code 0.
     """
     source = make_source(**source_arguments)
-    shape = parse_shape(input_shape)
     with progress_bar("folding") as progress:
-        result = strip_file(
-            source, output=output, to=to, force=force, input_shape=shape, progress=progress
-        )
+        options: dict[str, Any] = {
+            "output": output,
+            "to": to,
+            "force": force,
+            "dtype": None if dtype is None else DTYPES[dtype],
+            "verify": verify,
+            "input_shape": parse_shape(input_shape),
+            "progress": progress,
+        }
+        if weights == "both":
+            results = strip_both(source, **options)
+        else:
+            results = [strip_file(replace(source, weights=weights), **options)]
+    for result in results:
+        _say(result)
+    if as_json:
+        rows = [_row(result) for result in results]
+        click.echo(json.dumps(rows if weights == "both" else rows[0], indent=2))
+
+
+def _say(result: Stripped) -> None:
     report = result.report
     for note in result.notes:
         say(f"note: {note}")
@@ -68,12 +122,17 @@ def strip_command(
     )
     if report.transplants:
         say(f"{report.transplants} transplants taken out")
+    parity = f"parity: all {result.tensors} tensors read back bit-equal"
     if report.output_difference is not None:
-        say(
-            f"largest output difference {report.output_difference:g} "
+        parity += (
+            f"; largest output difference {report.output_difference:g} "
             f"({report.relative_difference:g} relative)"
         )
+    say(parity)
     say(f"wrote {result.target} ({result.kind})")
-    if as_json:
-        row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
-        click.echo(json.dumps({**row, "report": asdict(report)}, indent=2))
+    for path, digest in result.sha256.items():
+        say(f"sha256 {digest}  {path}")
+
+
+def _row(result: Stripped) -> dict[str, Any]:
+    return {**asdict(result), "target": str(result.target)}

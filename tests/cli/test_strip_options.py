@@ -1,0 +1,295 @@
+"""``we-strip``: which weights, which dtype, what is compared, and what it says of the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from sharded_files import write_dcp, write_shards
+from torch import nn
+from toys import EVERYTHING, ConvNet
+
+import we_surgery as ws
+from we_surgery import verification
+from we_surgery.checkpoint import folding_shards
+from we_surgery.cli import convert_command, inspect_command, strip_command
+
+ARCH = ("--arch", "toys:ConvNet")
+SHAPE = ("--input-shape", "2,3,8,8")
+
+
+def strip(*words: str | Path) -> Result:
+    return CliRunner().invoke(strip_command, [str(word) for word in words])
+
+
+@pytest.fixture
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    return ws.convert(ConvNet(), config=EVERYTHING)
+
+
+@pytest.fixture
+def averaged(converted: nn.Module) -> dict[str, torch.Tensor]:
+    state = converted.state_dict()
+    return {k: v * 0.5 if k.endswith("raw_weight") else v for k, v in state.items()}
+
+
+@pytest.fixture
+def trainers_file(converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    content = {"state_dict": converted.state_dict(), "state_dict_ema": averaged, "epoch": 1}
+    torch.save(content, tmp_path / "last.pth.tar")
+    return tmp_path / "last.pth.tar"
+
+
+def assert_vanilla(path: Path, state: dict[str, torch.Tensor]) -> None:
+    expected = ws.strip_state_dict(state)
+    found = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Which weights.
+
+
+def test_raw_and_ema_choose_wherever_the_trainer_put_them(
+    trainers_file: Path, converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    lightning = {"current_model_state": converted.state_dict(), "state_dict": averaged}
+    torch.save(lightning, tmp_path / "lightning.ckpt")
+    torch.save({"model": converted.state_dict(), "ema": averaged}, tmp_path / "other.pt")
+    for file in (trainers_file, tmp_path / "lightning.ckpt", tmp_path / "other.pt"):
+        for option, expected in (("--raw", converted.state_dict()), ("--ema", averaged)):
+            target = tmp_path / "out.safetensors"
+            done = strip(file, option, "-o", target, "--force")
+            assert done.exit_code == 0, done.output
+            assert_vanilla(target, expected)
+
+
+def test_both_write_two_files(
+    trainers_file: Path, converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    done = strip(trainers_file, "--both", "--json")
+    assert done.exit_code == 0, done.output
+    assert_vanilla(tmp_path / "last.stripped.pth.tar", converted.state_dict())
+    assert_vanilla(tmp_path / "last.stripped.ema.pth.tar", averaged)
+    targets = [Path(row["target"]).name for row in json.loads(done.stdout)]
+    assert targets == ["last.stripped.pth.tar", "last.stripped.ema.pth.tar"]
+
+
+def test_both_write_no_file_where_one_fails(
+    converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    averaged["head.raw_weight"][0, 0] = float("nan")
+    torch.save({"model": converted.state_dict(), "ema": averaged}, tmp_path / "last.pt")
+    done = strip(tmp_path / "last.pt", "--both")
+    assert done.exit_code == 1
+    assert "non-finite" in done.stderr
+    assert names(tmp_path) == ["last.pt"]
+
+
+def test_an_average_that_is_not_there_is_named(converted: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": converted.state_dict(), "epoch": 1}, tmp_path / "last.pt")
+    for option in ("--ema", "--both"):
+        done = strip(tmp_path / "last.pt", option)
+        assert done.exit_code == 2
+        assert "no EMA weights" in done.stderr
+    done = strip(tmp_path / "last.pt", "--raw", "--key", "state_dict")
+    assert (done.exit_code, "--raw" in done.stderr) == (2, True)
+    assert names(tmp_path) == ["last.pt"]
+
+
+# Which dtype.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("form", ["state_dict", "module", "shards"])
+def test_a_cast_rounds_the_float32_fold_once(
+    form: str, dtype: str, converted: nn.Module, tmp_path: Path
+) -> None:
+    source = tmp_path / "model.pt"
+    if form == "shards":
+        source = write_shards(converted.state_dict(), tmp_path / "in", 2)
+    else:
+        torch.save(converted.state_dict() if form == "state_dict" else converted, source)
+    kind = verification.DTYPES[dtype]
+    words = (source, "--dtype", dtype, "-o", tmp_path / "out.safetensors", *SHAPE)
+    # Which classes are in a module is the user's to say; a state dict needs the architecture.
+    done = strip(*words, *(("--allow", "toys") if form == "module" else ARCH))
+    assert done.exit_code == 0, done.output
+    expected = ws.strip(converted).state_dict()
+    for name, value in load_file(tmp_path / "out.safetensors").items():
+        whole = expected[name]
+        assert torch.equal(value, whole.to(kind) if whole.is_floating_point() else whole), name
+    difference = float(done.stderr.partition("largest output difference ")[2].split()[0])
+    assert (difference == 0) == (dtype == "float32")
+
+
+def test_a_value_beyond_the_dtype_is_named(converted: nn.Module, tmp_path: Path) -> None:
+    converted.get_buffer("norm.running_var").fill_(1e6)
+    torch.save(converted.state_dict(), tmp_path / "model.pt")
+    done = strip(tmp_path / "model.pt", "--dtype", "float16")
+    assert done.exit_code == 1
+    assert "'norm.running_var' has a value of 1e+06, beyond the numbers of float16" in done.stderr
+    assert names(tmp_path) == ["model.pt"]
+    assert strip(tmp_path / "model.pt", "--dtype", "bfloat16").exit_code == 0
+
+
+# What is compared.
+
+
+def test_verify_takes_the_size_that_the_architecture_names(tmp_path: Path) -> None:
+    import timm
+
+    model = ws.convert(timm.create_model("test_resnet", in_chans=3), "lwe")
+    ws.save(model, tmp_path / "model.we.pt", architecture="timm:test_resnet")
+    done = strip(tmp_path / "model.we.pt", "--verify", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["input_shape"] == [1, *model.default_cfg["input_size"]]
+    assert "as timm's configuration of the model says" in done.stderr
+    assert found["report"]["relative_difference"] <= 1e-5
+
+
+def test_sizes_of_torchvision_and_of_others() -> None:
+    from we_surgery.checkpoint import Architecture
+
+    for name, size in (("torchvision:inception_v3", 299), ("torchvision:unknown", 224)):
+        shape, note = verification.input_shape_of(nn.Identity(), Architecture.parse(name))
+        assert shape == (1, 3, size, size)
+        assert "torchvision" in note[0]
+    shape, note = verification.input_shape_of(nn.Identity(), None)
+    assert shape == (1, 3, 224, 224)
+    assert "does not say" in note[0]
+
+
+def test_verify_without_an_architecture_says_what_to_give(
+    trainers_file: Path, tmp_path: Path
+) -> None:
+    done = strip(trainers_file, "--verify")
+    assert (done.exit_code, "--arch" in done.stderr) == (2, True)
+    assert names(tmp_path) == ["last.pth.tar"]
+
+
+def test_the_file_that_was_written_is_what_is_run(
+    trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An architecture that computes otherwise without excitation fails the proof."""
+    forward = ConvNet.forward
+
+    def biased(self: ConvNet, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) + (type(self.stem) is nn.Conv2d)
+
+    monkeypatch.setattr(ConvNet, "forward", biased)
+    done = strip(trainers_file, *ARCH, "--verify")
+    assert done.exit_code == 1
+    assert "outputs differ" in done.stderr
+    assert names(tmp_path) == ["last.pth.tar"]
+
+
+@pytest.mark.parametrize("form", ["module", "state_dict", "shards"])
+def test_a_file_that_comes_back_changed_is_not_kept(
+    form: str, converted: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "model.pt"
+    if form == "shards":
+        source = write_shards(converted.state_dict(), tmp_path / "in", 2)
+    else:
+        torch.save(converted.state_dict() if form == "state_dict" else converted, source)
+    before = names(tmp_path)
+    same = folding_shards.same_bits
+
+    def unlike(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return same(a, b) and a.shape != (12, 4, 3, 3)
+
+    monkeypatch.setattr("we_surgery.checkpoint.same_bits", unlike)
+    monkeypatch.setattr(folding_shards, "same_bits", unlike)
+    done = strip(source, "--allow", "toys")
+    assert done.exit_code == 1, done.output
+    assert "'grouped.weight'" in done.stderr
+    assert "not bit-equal" in done.stderr
+    assert names(tmp_path) == before
+
+
+# What it says.
+
+
+def test_it_ends_with_parity_and_checksum(trainers_file: Path, tmp_path: Path) -> None:
+    done = strip(trainers_file, *ARCH, *SHAPE, "--json")
+    target = tmp_path / "last.stripped.pth.tar"
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1] == f"sha256 {digest}  {target}"
+    assert lines[-3].startswith("parity: all 14 tensors read back bit-equal; largest output")
+    found = json.loads(done.stdout)
+    assert found["sha256"] == {str(target): digest}
+    assert (found["tensors"], found["input_shape"]) == (14, [2, 3, 8, 8])
+
+
+@pytest.mark.parametrize("form", ["shards", "dcp"])
+def test_a_sharded_checkpoint_gives_a_folder_beside_it(
+    form: str, converted: nn.Module, tmp_path: Path
+) -> None:
+    state = converted.state_dict()
+    if form == "dcp":
+        source = write_dcp({"model": state, "step": 3}, tmp_path / "run")
+    else:
+        source = write_shards(state, tmp_path / "run", 3)
+    done = strip(source, *ARCH, *SHAPE, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["kind"] == "sharded"
+    assert found["target"] == str(tmp_path / "run.stripped")
+    assert found["report"]["output_difference"] == 0
+    for path, digest in found["sha256"].items():
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
+    assert {Path(path).name for path in found["sha256"]} == set(names(tmp_path / "run.stripped"))
+    loaded = ws.load(tmp_path / "run.stripped", architecture="toys:ConvNet")
+    expected = ws.strip(converted).state_dict()
+    assert all(torch.equal(value, expected[k]) for k, value in loaded.state_dict().items())
+
+
+def test_a_sharded_checkpoint_gives_one_file_of_any_kind(
+    converted: nn.Module, tmp_path: Path
+) -> None:
+    source = write_shards(converted.state_dict(), tmp_path / "run", 3)
+    for words in (("-o", tmp_path / "out.safetensors"), ("-o", tmp_path / "out.pt")):
+        done = strip(source, *words)
+        assert done.exit_code == 0, done.output
+        assert_vanilla(Path(words[1]), converted.state_dict())
+    assert strip(source, "--to", "safetensors").exit_code == 0
+    assert_vanilla(tmp_path / "run.stripped.safetensors", converted.state_dict())
+
+
+def test_inspect_lists_the_excited_weights_of_a_sharded_checkpoint(
+    converted: nn.Module, tmp_path: Path
+) -> None:
+    source = write_dcp({"model": converted.state_dict()}, tmp_path / "run")
+    done = CliRunner().invoke(inspect_command, [str(source), "--json"])
+    assert done.exit_code == 0, done.output
+    torch.save(converted.state_dict(), tmp_path / "one.pt")
+    one = CliRunner().invoke(inspect_command, [str(tmp_path / "one.pt"), "--json"])
+    found, expected = json.loads(done.stdout), json.loads(one.stdout)
+    assert (found["kind"], found["tensors"]) == ("dcp", expected["tensors"])
+    assert found["layers"] == expected["layers"]
+
+
+def test_a_paused_conversion_starts_as_the_vanilla_model(tmp_path: Path) -> None:
+    model = ConvNet()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    words = [str(tmp_path / "model.pt"), *ARCH, "--start", "paused"]
+    done = CliRunner().invoke(convert_command, words)
+    assert done.exit_code == 0, done.output
+    paused = ws.load(tmp_path / "model.we.pt", architecture="toys:ConvNet")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(paused.eval()(x), model.eval()(x))
+    assert torch.equal(paused.stem.weight, paused.stem.raw_weight)
+    assert ws.resume(paused) == 3

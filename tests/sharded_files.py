@@ -1,0 +1,44 @@
+"""State dicts in several files, as the libraries write them."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_shards(
+    state: Mapping[str, Tensor], folder: Path, shards: int, ending: str = "safetensors"
+) -> Path:
+    """An index and shards under transformers' names; layers are cut in two on the way."""
+    folder.mkdir()
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    names = list(state)
+    size = math.ceil(len(names) / shards)
+    places = {}
+    for number in range(shards):
+        file = f"{stem}-{number + 1:05}-of-{shards:05}.{ending}"
+        part = {name: state[name] for name in names[number * size : (number + 1) * size]}
+        places |= dict.fromkeys(part, file)
+        if ending == "safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    index = folder / f"{stem}.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": places}))
+    return index
+
+
+def write_dcp(checkpoint: Mapping[str, object], folder: Path) -> Path:
+    """What ``torch.distributed.checkpoint.save`` writes in one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(dict(checkpoint), checkpoint_id=folder)
+    return folder

@@ -1,0 +1,151 @@
+"""Where a job's result goes, and of which kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from we_surgery import checkpoint
+from we_surgery.checkpoint import Metadata
+from we_surgery.errors import InputError
+
+KINDS = ("module", "state_dict", "safetensors")
+"""What can be asked for; a folder of shards comes of an input that is one."""
+
+_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file or folder to write.
+
+    Attributes:
+        path: its name.
+        kind: one of :data:`KINDS`, or ``sharded`` for a folder.
+    """
+
+    path: Path
+    kind: str
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of shards."""
+        return self.kind == "sharded"
+
+    def marked(self, mark: str) -> Target:
+        """The same with a word before its endings: ``model.pt`` -> ``model.ema.pt``."""
+        folder, stem, ending = _split(self.path)
+        return replace(self, path=folder / f"{stem}{mark}{ending}")
+
+    def check(self, *, force: bool) -> None:
+        """Raises if it cannot be written, as :func:`~we_surgery.checkpoint.check_target`."""
+        checkpoint.check_target(self.path, force=force, folder=self.is_folder)
+
+    def staged(self, *, force: bool) -> AbstractContextManager[Path]:
+        """A name to write to first, as :func:`~we_surgery.checkpoint.staged`."""
+        return checkpoint.staged(self.path, force=force, folder=self.is_folder)
+
+    def save(
+        self,
+        temporary: Path,
+        model: nn.Module | None,
+        state: Mapping[str, Tensor],
+        metadata: Metadata | None = None,
+    ) -> None:
+        """Writes the model, or its state dict, to a staged name."""
+        if self.kind == "module":
+            assert model is not None
+            checkpoint.save_module(model, temporary)
+        elif self.kind == "safetensors":
+            checkpoint.save_safetensors(state, temporary, metadata)
+        else:
+            checkpoint.save_state_dict(state, temporary, metadata)
+
+
+def check_extension(output: Path | None, to: str | None) -> None:
+    """Raises if the two contradict each other, before anything is read.
+
+    Raises:
+        InputError: one of them says safetensors and the other does not.
+    """
+    if output is None or to is None:
+        return
+    if (output.suffix == ".safetensors") != (to == "safetensors"):
+        raise InputError(
+            f"the output {output} does not fit --to {to}",
+            "Drop --to, or give a file that ends in .safetensors for safetensors alone.",
+        )
+
+
+def choose_target(
+    source: str,
+    kind: str,
+    output: Path | None,
+    to: str | None,
+    mark: str,
+    *,
+    keep_shards: bool = False,
+) -> Target:
+    """The file to write: same kind in, same kind out, unless something says else.
+
+    Args:
+        source: the input, beside which it lies by default.
+        kind: the input's, as :attr:`~we_surgery.checkpoint.Contents.kind`.
+        output: the name to use.
+        to: the kind to use.
+        mark: what is put before the ending, such as ``.we``.
+        keep_shards: whether an input of several files gives a folder of several, or one file
+            of safetensors.
+    """
+    is_sharded = kind in ("sharded", "dcp")
+    if to is not None:
+        kind = to
+    elif output is not None and output.suffix == ".safetensors":
+        kind = "safetensors"
+    elif is_sharded and output is not None and output.suffix in _TORCH_ENDINGS:
+        kind = "state_dict"
+    elif is_sharded:
+        kind = "sharded" if keep_shards else "safetensors"
+    elif output is not None and kind == "safetensors":
+        kind = "state_dict"
+    elif kind == "architecture":
+        kind = "module"
+    if output is None:
+        output = (_beside_folder if is_sharded else _beside)(source, kind, mark)
+    return Target(output, kind)
+
+
+def _beside(source: str, kind: str, mark: str) -> Path:
+    """``dir/model.pt`` -> ``dir/model.we.pt``; ``torchvision:resnet50`` -> ``resnet50.we.pt``."""
+    if checkpoint.looks_like_architecture(source):
+        folder, stem, ending = Path(), source.rpartition(":")[2].replace("/", "_"), ".pt"
+    else:
+        folder, stem, ending = _split(Path(source))
+    if kind == "safetensors":
+        ending = ".safetensors"
+    elif ending in ("", ".safetensors"):
+        ending = ".pt"
+    return folder / f"{stem.removesuffix('.we')}{mark}{ending}"
+
+
+def _beside_folder(source: str, kind: str, mark: str) -> Path:
+    """``dir`` and ``dir/model.safetensors.index.json`` -> ``dir.stripped``."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    # The current folder has a name only once it is resolved.
+    folder = folder if folder.name else folder.resolve()
+    ending = {"sharded": "", "safetensors": ".safetensors"}.get(kind, ".pt")
+    return folder.with_name(f"{folder.name.removesuffix('.we')}{mark}{ending}")
+
+
+def _split(path: Path) -> tuple[Path, str, str]:
+    """Folder, stem and ending; ``last.pth.tar`` has a double one, and a folder none."""
+    stem, ending = path.stem, path.suffix
+    if path.is_dir():
+        return path.parent, path.name, ""
+    if ending == ".tar" and Path(stem).suffix in (".pth", ".pt"):
+        stem, ending = Path(stem).stem, Path(stem).suffix + ending
+    return path.parent, stem, ending
