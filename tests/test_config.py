@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from torch import nn
 
 import we_surgery as ws
@@ -161,7 +163,38 @@ def test_a_wrong_value_of_an_option_is_an_input_error_of_the_plan(value: Any) ->
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
 
+MIXER, VIT = "mixer_s16_224", "vit_tiny_patch16_224"
+MADE_FOR = {"mixer": MIXER, "mixer-channels": MIXER, "vit": VIT}
+"""The timm models whose layers a recipe names."""
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_that_ships_can_be_read(path: Path) -> None:
-    plan = ws.plan(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), config=path)
-    assert plan.excited
+    model: nn.Module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+    if path.stem in MADE_FOR:
+        with torch.device("meta"):
+            model = timm.create_model(MADE_FOR[path.stem])
+    assert ws.plan(model, config=path).excited
+
+
+@pytest.mark.parametrize(("recipe", "tokens"), [("mixer", 16), ("mixer-channels", 0)])
+def test_token_mixing_can_be_chosen(recipe: str, tokens: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(MIXER)
+    plan = ws.plan(model, config=RECIPES[0].with_name(f"{recipe}.yaml"))
+    assert all(row.stages == ("mwe",) for row in plan.excited)
+    assert sum("mlp_tokens" in row.layer for row in plan.excited) == tokens
+    assert sum(row.kind == "linear" for row in plan.excited) == 17 + tokens
+
+
+def test_the_four_sorts_of_layers_of_a_vit_can_be_chosen() -> None:
+    with torch.device("meta"):
+        model = timm.create_model(VIT)
+    plan = ws.plan(model, config=RECIPES[0].with_name("vit.yaml"))
+    assert plan.pattern_matches == {
+        "*.attn.qkv": 12,
+        "*.attn.proj": 12,
+        "*.mlp.fc*": 24,
+        "head": 1,
+    }
+    assert len(plan.excited) == 49

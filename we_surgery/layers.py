@@ -97,17 +97,22 @@ class ExcitedLayer(_ModuleBase):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        vanilla: list[str] = []
         for name in self.excited_parameters:
             vanilla_key, raw_key = prefix + name, prefix + raw_name(name)
             if vanilla_key in state_dict and raw_key not in state_dict:
+                vanilla.append(name)
                 # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
-                # loaded before the conversion, and the excitation keeps its values.
+                # loaded before the conversion, and the excitation keeps its values but those
+                # that it takes from the weight.
                 state_dict[raw_key] = state_dict.pop(vanilla_key)
                 excitation = getattr(self, excitation_name(name))
                 own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
                 for key, value in own.items():
                     state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in vanilla:
+            getattr(self, excitation_name(name)).prepare(getattr(self, raw_name(name)))
 
 
 def excited_property(parameter: str) -> property:

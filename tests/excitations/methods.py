@@ -24,6 +24,12 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"inner": "mwe"},
         {"inner": {"lwe": {"inner": "lwe+mwe", "skip": True}}},
     ],
+    "mwe": [
+        {"learn": "epsilon", "epsilon": 0.2},
+        {"learn": "mix"},
+        {"curve": "novel_log10", "rescale": False},
+        {"curve": "tanh"},
+    ],
 }
 OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]
 RECIPES: list[Recipe] = [[{name: form}] for name, form in OPTIONS]

@@ -17,4 +17,7 @@ from we_surgery.excitations.registry import check_stage as check_stage
 from we_surgery.excitations.registry import rebuild_excitation as rebuild_excitation
 from we_surgery.excitations.registry import register_excitation as register_excitation
 from we_surgery.excitations.rescale import Rescale as Rescale
+from we_surgery.excitations.spectral_norm import SpectralNorm as SpectralNorm
 from we_surgery.excitations.standardize import Standardize as Standardize
+from we_surgery.excitations.weight_align import WeightAlign as WeightAlign
+from we_surgery.excitations.weight_norm import WeightNorm as WeightNorm

@@ -157,7 +157,7 @@ class Composition(Excitation):
                 found |= zip(names, stage.layer_tensors(), strict=True)
             elif type(stage) is Rescale and not stage.gain.requires_grad:
                 found |= {"gain": stage.gain, "shift": stage.shift}
-            elif type(stage) is MWE:
+            elif isinstance(stage, MWE) and stage.is_paper_form:
                 found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
             else:
                 return None

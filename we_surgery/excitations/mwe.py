@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.curves import CURVES
+from we_surgery.excitations.functions import check_choice, check_flag
 from we_surgery.excitations.layout import WeightLayout
 
 _SMALLEST_EPSILON = 1e-6
 _LARGEST_EPSILON = 1.0
+_LEARNABLE = ("none", "epsilon", "mix")
 
 
 class MWE(Excitation):
@@ -30,12 +35,20 @@ class MWE(Excitation):
             ``dL/dw = M_A^2 / (M_A^2 - w^2) * dL/dw'``. The public code lets the gradient
             flow through the maximum, which turns the largest weight's own factor of 5.76
             into 1.67 at epsilon 0.1; ``detach_max=False`` reproduces that.
+        curve: in the place of atanh, one of :data:`~we_surgery.excitations.curves.CURVES`.
+        rescale: the curve of w / M_A is multiplied by M_A again. ``False`` with
+            ``curve="novel_log10"`` is the thesis' code; the weight then has a scale of about 1
+            whatever it was, and needs a norm after it.
+        learn: ``epsilon`` trains epsilon, as ``softplus(rho)`` over 1e-6; ``mix`` trains a, from
+            1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea and no form).
+        device: of the layer.
         dtype: dtype of the layer; float64 keeps epsilon in float64.
 
-    A weight of zeros is returned as it is, and so is one of subnormal numbers.
+    With atanh a weight of zeros is returned as it is, and so is one of subnormal numbers. Only
+    atanh has an inverse here, and can start as an identity.
 
     Raises:
-        ValueError: epsilon is out of range.
+        ValueError: epsilon is out of range, or there is no such curve.
     """
 
     name: ClassVar[str] = "mwe"
@@ -49,9 +62,18 @@ class MWE(Excitation):
     )
     takes_standardized: ClassVar[bool] = True
     epsilon: Tensor
+    """Where it is not learned."""
 
     def __init__(
-        self, epsilon: float = 0.1, detach_max: bool = True, *, dtype: torch.dtype | None = None
+        self,
+        epsilon: float = 0.1,
+        detach_max: bool = True,
+        curve: str = "atanh",
+        rescale: bool = True,
+        learn: str = "none",
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         # Written so that NaN is refused as well. The tolerance admits a bound that was
@@ -62,21 +84,69 @@ class MWE(Excitation):
                 f"mwe: epsilon must lie between {_SMALLEST_EPSILON:g} and {_LARGEST_EPSILON:g}, "
                 f"not {epsilon!r}"
             )
-        if not isinstance(detach_max, bool):
-            raise ValueError(f"mwe: detach_max must be true or false, not {detach_max!r}")
-        self.register_hyperparameter("epsilon", epsilon, dtype)
-        self.detach_max = detach_max
+        self.detach_max = check_flag("mwe: detach_max", detach_max)
+        self.curve = check_choice("mwe: curve", curve, CURVES)
+        self.rescale = check_flag("mwe: rescale", rescale)
+        self.learn = check_choice("mwe: learn", learn, _LEARNABLE)
+        if learn == "epsilon":
+            rho = math.log(math.expm1(max(epsilon - _SMALLEST_EPSILON, _SMALLEST_EPSILON)))
+            self.rho = nn.Parameter(torch.full((1,), rho, device=device, dtype=dtype))
+        else:
+            self.register_hyperparameter("epsilon", epsilon, dtype)
+        if learn == "mix":
+            self.mix = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         if not detach_max:
             # The presence of this key is what tells a state dict's reader.
             self.register_buffer("undetached_max", torch.tensor(True, device="cpu"))
+        self.register_choice("curve", curve, "atanh")
+        self.register_choice("rescale", "on" if rescale else "off", "on")
+
+    @property
+    def is_paper_form(self) -> bool:
+        """Whether it is what eq. 2 says, which the closed form knows."""
+        return type(self) is MWE and self._is_paper_curve and self.learn == "none"
+
+    @property
+    def _is_paper_curve(self) -> bool:
+        return self.curve == "atanh" and self.rescale
 
     def excite(self, weight: Tensor) -> Tensor:
-        return amplified(weight, self.epsilon, self.detach_max)
+        if self._is_paper_curve:
+            excited = amplified(weight, self._epsilon(), self.detach_max)
+        else:
+            held = weight.detach() if self.detach_max else weight
+            limit = curve_limit(held, self._epsilon())
+            excited = CURVES[self.curve](weight / limit)
+            excited = limit * excited if self.rescale else excited
+        if self.learn != "mix":
+            return excited
+        mix = self.mix.to(weight.dtype)
+        return mix * excited + (1 - mix) * weight
+
+    def _epsilon(self) -> Tensor:
+        if self.learn != "epsilon":
+            return self.epsilon
+        # In full precision: half precision cannot tell 1 + epsilon from 1.
+        rho = self.rho if self.rho.dtype == torch.float64 else self.rho.float()
+        return F.softplus(rho).squeeze(0) + _SMALLEST_EPSILON
 
     def invert(self, excited: Tensor) -> Tensor:
+        if not self._is_paper_curve or self.learn == "mix":
+            return super().invert(excited)
+        return self._inverted(excited)
+
+    @torch.no_grad()
+    def start_inverse(self, weight: Tensor) -> Tensor:
+        if self.learn != "mix" or not self._is_paper_curve:
+            return super().start_inverse(weight)
+        self.mix.fill_(1)
+        return self._inverted(weight)
+
+    def _inverted(self, excited: Tensor) -> Tensor:
         # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
-        largest_gain = (1 + self.epsilon) * torch.atanh(1 / (1 + self.epsilon))
-        limit = curve_limit(excited / largest_gain, self.epsilon)
+        epsilon = self._epsilon()
+        largest_gain = (1 + epsilon) * torch.atanh(1 / (1 + epsilon))
+        limit = curve_limit(excited / largest_gain, epsilon)
         return limit * torch.tanh(excited / limit)
 
     @classmethod
@@ -88,17 +158,35 @@ class MWE(Excitation):
         dtype: torch.dtype | None,
         epsilon: float = 0.1,
         detach_max: bool = True,
+        curve: str = "atanh",
+        rescale: bool = True,
+        learn: str = "none",
     ) -> Self:
-        module = cls(epsilon, detach_max, dtype=dtype)
+        module = cls(epsilon, detach_max, curve, rescale, learn, device=device, dtype=dtype)
         return module if device is None else module.to(device)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        options: dict[str, Any] = {"detach_max": "undetached_max" not in state}
-        return cls(state["epsilon"].item(), dtype=state["epsilon"].dtype, **options)
+        learn = "epsilon" if "rho" in state else "mix" if "mix" in state else "none"
+        options: dict[str, Any] = {
+            "detach_max": "undetached_max" not in state,
+            "curve": cls.read_choice(state, "curve", CURVES, "atanh"),
+            "rescale": cls.read_choice(state, "rescale", ("on", "off"), "on") == "on",
+            "learn": learn,
+        }
+        if learn != "none":
+            learned = state["rho" if learn == "epsilon" else "mix"]
+            options |= {"device": torch.device("meta"), "dtype": learned.dtype}
+        if learn == "epsilon":
+            return cls(**options)
+        return cls(state["epsilon"].item(), **{"dtype": state["epsilon"].dtype, **options})
 
     def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon.item():g}, detach_max={self.detach_max}"
+        epsilon = self._epsilon().item() if not self._epsilon().is_meta else math.nan
+        shown = f"epsilon={epsilon:g}, detach_max={self.detach_max}"
+        if self._is_paper_curve and self.learn == "none":
+            return shown
+        return f"{shown}, curve={self.curve}, rescale={self.rescale}, learn={self.learn}"
 
 
 def amplified(weight: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:

@@ -15,9 +15,21 @@ from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.rescale import Rescale
+from we_surgery.excitations.spectral_norm import SpectralNorm
 from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations.weight_align import WeightAlign
+from we_surgery.excitations.weight_norm import WeightNorm
 
-EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in (Standardize, LWE, MWE)}
+_FAMILY: tuple[type[Excitation], ...] = (
+    Standardize,
+    WeightNorm,
+    SpectralNorm,
+    WeightAlign,
+    LWE,
+    MWE,
+)
+
+EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in _FAMILY}
 """Every excitation by the name that configs, plans and state dicts use."""
 
 _RESERVED = {Rescale.name, Composition.name, "skip", "mode", "rules", "match", "excite", "kept"} | {

@@ -1,0 +1,129 @@
+"""MWE's other curves and what of it can be learned."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import we_surgery as ws
+from we_surgery.excitations import MWE
+from we_surgery.excitations.curves import CURVES
+
+F64 = torch.float64
+X = torch.linspace(-1, 1, 9, dtype=F64)
+
+BY_HAND = {
+    "atanh": lambda x: 0.5 * math.log((1 + x) / (1 - x)),
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
+    "tanh": lambda x: (math.exp(x) - math.exp(-x)) / (math.exp(x) + math.exp(-x)),
+    "relu": lambda x: max(x, 0.0),
+    "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+    "swish": lambda x: x / (1 + math.exp(-x)),
+    "softsign": lambda x: x / (1 + abs(x)),
+    "softplus": lambda x: math.log(1 + math.exp(x)),
+    "shifted_softplus": lambda x: math.log(1 + math.exp(x)) - math.log(2),
+    "lecun_tanh": lambda x: 1.7159 * math.tanh(2 * x / 3),
+    "star_relu": lambda x: 0.8944 * max(x, 0.0) ** 2 - 0.4472,
+    "novel": lambda x: 0.5 * x / math.log(1 + math.exp(-0.3 * x)),
+    "novel_log10": lambda x: 0.5 * x / math.log10(1 + math.exp(-0.3 * x)),
+}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_each_curve_is_its_formula(curve: str) -> None:
+    x = X * 0.9
+    expected = torch.tensor([BY_HAND[curve](value) for value in x.tolist()], dtype=F64)
+    torch.testing.assert_close(CURVES[curve](x), expected)
+
+
+@pytest.mark.parametrize(
+    ("curve", "slope", "at_1", "at_minus_1"),
+    [("novel_log10", 1.6610, 2.0768, -1.3476), ("novel", 0.7213, 0.9019, -0.5852)],
+)
+def test_the_novel_curve_has_its_golden_values(
+    curve: str, slope: float, at_1: float, at_minus_1: float
+) -> None:
+    x = torch.tensor([0.0, 1.0, -1.0], dtype=F64, requires_grad=True)
+    y = CURVES[curve](x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient[0].item() == pytest.approx(slope, abs=5e-5)
+    assert y[1:].tolist() == pytest.approx([at_1, at_minus_1], abs=5e-5)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_curve_bends_the_weights_over_the_limit(curve: str, rescale: bool) -> None:
+    weight = torch.tensor([[2.0, -4.0, 0.5, 1.0]], dtype=F64)
+    limit = 1.1 * 4.0
+    expected = [BY_HAND[curve](w / limit) * (limit if rescale else 1) for w in weight[0].tolist()]
+    found = MWE(0.1, curve=curve, rescale=rescale, dtype=F64)(weight)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=F64))
+
+
+def steps(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("learn", "start", "detach_max"),
+    [("epsilon", 0.1, True), ("epsilon", 0.05, False), ("mix", 1.0, True)],
+)
+def test_what_is_learned_starts_where_it_was_and_moves(
+    learn: str, start: float, detach_max: bool
+) -> None:
+    options = {"learn": learn, "detach_max": detach_max}
+    options |= {"epsilon": start} if learn == "epsilon" else {}
+    model = ws.convert(nn.Linear(6, 5), config={"mwe": options})
+    fixed = MWE(start if learn == "epsilon" else 0.1, detach_max)
+    torch.testing.assert_close(model.weight, fixed(model.raw_weight))
+
+    def value(mwe: MWE) -> Tensor:
+        return mwe.mix if learn == "mix" else mwe._epsilon()
+
+    mwe = model.excitation.mwe
+    before = value(mwe).item()
+    assert before == pytest.approx(start, rel=1e-5)
+    steps(model)
+    assert value(mwe).item() != before
+    stripped = ws.strip_state_dict(model.state_dict())
+    assert torch.equal(stripped["weight"], model.weight)
+
+
+def test_a_mix_of_a_half_is_half_way() -> None:
+    mwe = MWE(learn="mix")
+    with torch.no_grad():
+        mwe.mix.fill_(0.5)
+    weight = torch.randn(3, 4)
+    torch.testing.assert_close(mwe(weight), (weight + MWE()(weight)) / 2)
+
+
+def test_an_epsilon_that_is_driven_down_keeps_the_weights_finite() -> None:
+    mwe = MWE(learn="epsilon")
+    with torch.no_grad():
+        mwe.rho.fill_(-200.0)
+    assert mwe(torch.randn(5, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"curve": "atan"}, "mwe: curve must be one of atanh, sigmoid"),
+        ({"learn": "all"}, "mwe: learn must be one of none, epsilon, mix"),
+        ({"rescale": 0}, "mwe: rescale must be true or false"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ws.InputError, match=message):
+        ws.plan(nn.Linear(3, 3), config={"mwe": options})
+
+
+def test_a_curve_without_an_inverse_refuses_a_pretrained_start() -> None:
+    with pytest.raises(ws.InputError, match="mwe cannot start as an identity"):
+        ws.convert(nn.Linear(3, 3), config={"mwe": {"curve": "gelu"}}, init="preserve")

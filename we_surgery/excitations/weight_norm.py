@@ -1,0 +1,80 @@
+"""Weight normalization: the length of each filter as a parameter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.functions import spread
+from we_surgery.excitations.layout import WeightLayout
+
+
+class WeightNorm(Excitation):
+    """``g_j * W_j / |W_j|`` for each filter j, with a trained g_j that starts at ``|W_j|``.
+
+    Salimans and Kingma, as a baseline of the WE paper. It is what
+    ``torch.nn.utils.parametrizations.weight_norm`` computes, per output filter also for
+    transposed convs, where torch's default ``dim=0`` takes input channels. The converted model
+    computes what it did before. A filter of zeros stays one.
+
+    Args:
+        out_channels: O, the layer's filters.
+        device, dtype: those of the layer.
+
+    The parameter is ``magnitude``, g, ``[O]``.
+    """
+
+    name: ClassVar[str] = "weight_norm"
+    order: ClassVar[int] = 0
+    summary: ClassVar[str] = "each filter's length as a parameter of its own"
+    source: ClassVar[str] = "Salimans and Kingma, Weight Normalization; WE paper, Table 2"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet, ResNet50: 75.8 -> 76.0 top-1 (WE paper, Table 2)",
+        "ImageNet, ResNet50 with GN: 75.5 -> 75.9 (WE paper, Table 4)",
+    )
+
+    def __init__(
+        self,
+        out_channels: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.magnitude = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
+
+    def excite(self, weight: Tensor) -> Tensor:
+        norm = _norm(weight).clamp_min(torch.finfo(weight.dtype).tiny)
+        return weight * spread(self.magnitude.to(weight.dtype) / norm, weight)
+
+    @torch.no_grad()
+    def prepare(self, weight: Tensor) -> None:
+        self.magnitude.copy_(_norm(weight))
+
+    @torch.no_grad()
+    def start_affine(self, weight: Tensor) -> Affine:
+        self.prepare(weight)
+        # Tensors, and not the number 1: another multiple of the weight would not be kept.
+        rounded = self.magnitude.to(weight.dtype)
+        gain = torch.where(rounded == 0, torch.ones_like(rounded), _norm(weight) / rounded)
+        return Affine(gain, torch.zeros_like(gain))
+
+    @classmethod
+    def for_layout(
+        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
+    ) -> Self:
+        return cls(layout.out_channels, device=device, dtype=dtype)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        magnitude = state["magnitude"]
+        return cls(magnitude.shape[0], device=torch.device("meta"), dtype=magnitude.dtype)
+
+
+def _norm(weight: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return norm
