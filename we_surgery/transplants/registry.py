@@ -8,11 +8,14 @@ from typing import Any
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.recipe_text import name_and_options
+from we_surgery.transplants.attention import CBAM, SqueezeExcitation
+from we_surgery.transplants.bam import BAMTransplant
 from we_surgery.transplants.base import Transplant
 from we_surgery.transplants.max_dropout import MaxDropoutTransplant
 
 TRANSPLANTS: dict[str, type[Transplant]] = {
-    transplant.name: transplant for transplant in (MaxDropoutTransplant,)
+    transplant.name: transplant
+    for transplant in (SqueezeExcitation, CBAM, BAMTransplant, MaxDropoutTransplant)
 }
 """Every transplant by the name that configs and plans use."""
 

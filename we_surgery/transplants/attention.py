@@ -1,0 +1,158 @@
+"""Activation attention at the end of residual branches: SE and CBAM, timm's modules.
+
+An attention module multiplies activations and so stays in the deployed model; weight excitation
+beside it is folded as ever, and leaves the attention's own layers alone.
+
+It goes behind the last norm (or conv) of each residual branch, before the addition, which is the
+papers' place. Where the block has an empty place of its own for it, as timm's ResNets do in
+``se``, it goes there, and the keys are those of timm's own models; elsewhere the last norm
+becomes ``nn.Sequential(norm, attention)``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from we_surgery.errors import InputError
+from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name, replace_module
+from we_surgery.transplants.residual_blocks import ResidualBlock, channels_of, residual_blocks
+
+
+@dataclass(frozen=True)
+class BranchAttention(Transplant):
+    """An attention module at the end of each residual branch.
+
+    Attributes:
+        reduction: channels over those of the bottleneck in the attention module, which has at
+            least one.
+    """
+
+    reduction: int = 16
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+
+    @property
+    def stays(self) -> bool:
+        return True
+
+    @abstractmethod
+    def build(self, channels: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module for maps ``[B, channels, H, W]``."""
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return [self._site(model, block) for block in residual_blocks(model)]
+
+    def _site(self, model: nn.Module, block: ResidualBlock) -> Site:
+        type_name = qualified_name(type(model.get_submodule(block.end)))
+        if block.gate is not None:
+            return Site(block.end, type_name, f"has an attention gate ({block.gate})", fits=False)
+        where = f" of {block.type_name} {block.name!r}" if block.name else ""
+        return Site(block.end, type_name, f"the residual branch{where} ends here")
+
+    def attach(self, model: nn.Module, place: str) -> Undo:
+        end = model.get_submodule(place)
+        channels = channels_of(end)
+        if not channels:
+            raise InputError(
+                f"{self.name} goes behind a norm or conv of maps, and {place!r} is "
+                f"{qualified_name(type(end))}",
+                "Use a plan that was made for this model.",
+            )
+        device, dtype = like(end, model)
+        attention = self.build(channels, device, dtype).train(end.training)
+        block = model.get_submodule(place.rpartition(".")[0])
+        if block.__dict__.get("se", block) is None:
+            block.se = attention
+
+            def undo() -> None:
+                del block.se
+                block.se = None  # type: ignore[assignment]
+
+            return undo
+        return replace_module(model, place, nn.Sequential(end, attention).train(end.training))
+
+
+@dataclass(frozen=True)
+class SqueezeExcitation(BranchAttention):
+    """``x * sigmoid(W2 relu(W1 mean(x)))``, with the mean over positions."""
+
+    name: ClassVar[str] = "se"
+    summary: ClassVar[str] = "squeeze-and-excitation: weighs channels by what they all hold"
+    source: ClassVar[str] = "Hu et al., CVPR 2018; WE paper, Table 1; timm's SEModule"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet top-1 with LWE and without: ResNet18 71.7/71.0, ResNet50 77.5/77.1, "
+        "ResNet152 79.0/78.7, ResNeXt50 78.1/77.8, WRN50-2 78.6/78.3 (WE paper, Table 1)",
+    )
+    deploys_to: ClassVar[str] = "stays; timm's class"
+
+    def build(self, channels: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from timm.layers import SEModule
+
+        squeezed = max(channels // self.reduction, 1)
+        module: nn.Module = SEModule(channels, rd_channels=squeezed, device=device, dtype=dtype)
+        return module
+
+
+@dataclass(frozen=True)
+class CBAM(BranchAttention):
+    """A gate over channels, then one over positions.
+
+    ``x * sigmoid(MLP(mean) + MLP(max))``, with mean and max over positions, then
+    ``x * sigmoid(BN(conv([mean, max])))``, with mean and max over channels.
+
+    timm's module with what the authors' code has and timm's leaves out: biases in the MLP, and a
+    last norm with momentum 0.01 whose weight starts at zero, so that the gate over positions
+    starts at one half. The authors stack max before mean, which is the same up to the order of
+    two input channels.
+
+    Attributes:
+        kernel_size: of the conv over positions.
+    """
+
+    name: ClassVar[str] = "cbam"
+    summary: ClassVar[str] = "convolutional block attention: weighs channels, then positions"
+    source: ClassVar[str] = "Woo et al., ECCV 2018; WE paper, Table 1; timm's CbamModule"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet top-1 of ResNet50 with LWE and without: 77.7/77.2 (WE paper, Table 1); the "
+        "authors report 77.62 without",
+    )
+    deploys_to: ClassVar[str] = "stays; timm's class"
+
+    kernel_size: int = 7
+
+    def build(self, channels: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from timm.layers.cbam import CbamModule
+
+        module: nn.Module = CbamModule(
+            channels,
+            rd_channels=max(channels // self.reduction, 1),
+            spatial_kernel_size=self.kernel_size,
+            mlp_bias=True,
+            device=device,
+            dtype=dtype,
+        )
+        norm = module.get_submodule("spatial.conv.bn")
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.momentum = 0.01
+        nn.init.zeros_(norm.weight)
+        return module
+
+
+def check_reduction(reduction: int) -> None:
+    """Raises a ValueError unless the reduction is a positive integer."""
+    if not isinstance(reduction, int) or reduction < 1:
+        raise ValueError(f"the reduction must be a positive integer, not {reduction!r}")
+
+
+def like(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of a module's parameters, or else of its model's."""
+    for parameters in (module.parameters(), model.parameters()):
+        for parameter in parameters:
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
