@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def refusal(model: nn.Module, surgery: Callable[[nn.Module], Any]) -> str:
     return ""
 
 
-def worker(rank: int, folder: str) -> None:
+@contextmanager
+def join_group(rank: int, folder: str) -> Iterator[None]:
+    """The process group of a spawned process, for a while."""
     torch.set_num_threads(1)
     loopback = "lo" if sys.platform == "linux" else "lo0"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -117,6 +120,13 @@ def worker(rank: int, folder: str) -> None:
         "gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES, timeout=timedelta(0, 60)
     )
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def worker(rank: int, folder: str) -> None:
+    with join_group(rank, folder):
         for name, wrap in WRAPPINGS.items():
             model = wrap(converted())
             refusals = [refusal(model, ws.strip), refusal(model, ws.convert)]
@@ -126,8 +136,6 @@ def worker(rank: int, folder: str) -> None:
             if rank == 0:
                 result = {"refusals": refusals, "losses": losses / PROCESSES, "state": state}
                 torch.save(result, Path(folder, f"{name}.pt"))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_ddp_and_fsdp_train_a_converted_model_as_one_process_does(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
@@ -565,3 +567,34 @@ def test_an_interrupted_strip_can_be_repeated() -> None:
     with pytest.raises(KeyboardInterrupt):
         ws.strip_with_report(model, inplace=True, progress=interrupt)
     assert torch.equal(ws.strip(model, example_inputs=x, inplace=True).eval()(x), expected)
+
+
+class Allocated(TorchDispatchMode):
+    """The bytes of the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+        made = func(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                storage = tensor.untyped_storage()
+                self.storages[storage.data_ptr()] = storage.nbytes()
+        return made
+
+
+def test_convert_in_place_copies_no_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(256, 512, 3), nn.BatchNorm2d(512), nn.Linear(1024, 1024))
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with Allocated() as allocated:
+        ws.convert(model, "lwe+mwe", inplace=True)
+    raw = {p.data_ptr() for n, p in model.named_parameters() if "excitation." not in n}
+    assert raw == set(addresses)
+    assert sum(allocated.storages.values()) < 0.02 * size
+    with Allocated() as allocated:
+        ws.convert(ws.strip(model), "lwe+mwe")
+    assert sum(allocated.storages.values()) > size

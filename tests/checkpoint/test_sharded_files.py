@@ -1,5 +1,6 @@
 """State dicts in several files: read without their code, stripped tensor by tensor."""
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -12,7 +13,7 @@ from sharded_files import write_dcp, write_shards
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery.checkpoint import read
+from we_surgery.checkpoint import read, sharded
 from we_surgery.errors import InputError, SurgeryError
 
 SOURCES = {
@@ -299,3 +300,25 @@ def test_pieces_that_overlap_do_not_pass_for_a_whole_tensor(tmp_path):
     edited(folder, overlap)
     with pytest.raises(InputError, match="do not fill"):
         read(folder)
+
+
+def test_one_shard_is_open_at_a_time_and_each_tensor_is_read_by_itself(
+    converted, tmp_path, monkeypatch
+):
+    """What bounds the memory; ``benchmarks/strip_large.py`` measures it."""
+    state = converted.state_dict()
+    shuffled = {name: state[name] for name in sorted(state, key=lambda name: name[::-1])}
+    source = write_shards(shuffled, tmp_path / "in", 5)
+    opened, open_file = [], sharded._open_file
+
+    @contextlib.contextmanager
+    def watch(file, kind):
+        assert not opened
+        opened.append(file)
+        with open_file(file, kind) as result:
+            yield result
+        opened.clear()
+
+    monkeypatch.setattr(sharded, "_open_file", watch)
+    ws.strip_sharded(source, tmp_path / "out.safetensors")
+    assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(converted).state_dict())

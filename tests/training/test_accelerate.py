@@ -75,3 +75,16 @@ def test_a_conversion_in_the_middle_reaches_the_prepared_optimizer():
     run(accelerator, model, optimizer, loader)
     assert added
     assert any(not torch.equal(before[name], model.get_parameter(name)) for name in added)
+
+
+def test_a_model_saved_in_shards_strips_shard_by_shard(tmp_path):
+    accelerator, model, optimizer, loader = prepared(build())
+    run(accelerator, model, optimizer, loader)
+    accelerator.save_model(model, str(tmp_path / "saved"), max_shard_size="2KB")
+    shards = list((tmp_path / "saved").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    ws.strip_sharded(tmp_path / "saved", tmp_path / "deploy")
+    again = ConvNet()
+    accelerate.load_checkpoint_in_model(again, str(tmp_path / "deploy"))
+    for name, value in ws.strip(model).state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name

@@ -1,5 +1,6 @@
 """The transformers callback on the real Trainer, with tiny models of three kinds."""
 
+import shutil
 import warnings
 
 import pytest
@@ -199,3 +200,16 @@ def test_two_lines_without_a_callback_and_a_folder_that_opens(name, tmp_path):
     opened = type(stripped).from_pretrained(tmp_path)
     assert type(opened) is type(stripped)
     assert torch.equal(opened.eval()(x).logits, model.eval()(x).logits)
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext v2"])
+def test_a_model_saved_in_shards_strips_to_what_from_pretrained_opens(name, tmp_path):
+    torch.manual_seed(0)
+    model = ws.convert(MODELS[name](), config=CONFIG)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="4KB")
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
+    ws.strip_sharded(tmp_path / "saved", tmp_path / "deploy")
+    shutil.copy(tmp_path / "saved" / "config.json", tmp_path / "deploy")
+    again = type(MODELS[name]()).from_pretrained(tmp_path / "deploy")
+    for key, value in ws.strip(model).state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key

@@ -111,8 +111,10 @@ class ExcitedEntry:
             raw = in_full_precision(raw)
         try:
             with torch.no_grad():
-                # A folded weight may leave the excitation in another memory format.
-                folded = torch.empty_like(raw).copy_(excitation(raw))
+                folded = excitation(raw)
+                # It may leave the excitation in another memory format, or as the raw one itself.
+                if folded is raw or folded.stride() != raw.stride() or folded._is_view():
+                    folded = torch.empty_like(raw).copy_(folded)
         except RuntimeError as error:
             raise SurgeryError(
                 f"the excited {self.parameter} of layer {self.display_name!r} cannot be computed: "

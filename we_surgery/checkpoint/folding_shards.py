@@ -103,8 +103,7 @@ def save_stripped(
     def write(writer: SafetensorsWriter, shard: int, names: list[str]) -> None:
         with _open(state, shard, [entries[name] for name in names]) as load:
             for name in names:
-                value = _computed(name, entries[name], load, dtype)
-                writer.write(name, value)
+                writer.write(name, _computed(name, entries[name], load, dtype))
                 # Computed anew and read from the disk: neither may differ by a bit.
                 again = _computed(name, entries[name], load, dtype)
                 if not same_bits(writer.read(name, forms[name]), again):

@@ -89,7 +89,8 @@ class SafetensorsWriter:
         """What the file now holds under a name, in the dtype and shape of ``like``."""
         start, end = self._spans[name]
         self._file.seek(self._start + start)
-        content = bytearray(self._file.read(end - start))
+        content = bytearray(end - start)
+        self._file.readinto(content)  # type: ignore[attr-defined]
         return _from_bytes(content, like)
 
     def __enter__(self) -> Self:

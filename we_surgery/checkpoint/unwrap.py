@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from we_surgery.checkpoint import parametrized, public_code
 from we_surgery.checkpoint.metadata import METADATA_KEY
-from we_surgery.checkpoint.public_code import read_as_ours
 from we_surgery.checkpoint.wording import listed, quoted
 from we_surgery.errors import InputError, near_matches
 
@@ -36,7 +36,8 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
 
-    One of the WE paper's public code comes under our names and in our shapes.
+    One of the WE paper's public code, or of our excitations registered by
+    ``torch.nn.utils.parametrize``, comes under our names and in our shapes.
 
     Args:
         checkpoint: a state dict, or a mapping that holds one.
@@ -58,13 +59,15 @@ def unwrap(
         key = _key_of(checkpoint, weights, key)
     state, notes = _chosen(checkpoint, key) if key is not None else _found(checkpoint)
     cleaned = _clean(state, notes)
-    renamed, ours, note = read_as_ours(cleaned)
-    if not note:
-        return cleaned, notes
-    versions = getattr(cleaned, VERSIONS, None)
-    if versions is not None:
-        ours = with_versions(ours, {renamed.get(name, name): v for name, v in versions.items()})
-    return ours, [*notes, note]
+    for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
+        renamed, ours, note = read_as_ours(cleaned)
+        versions = getattr(cleaned, VERSIONS, None)
+        if note and versions is not None:
+            ours = with_versions(ours, {renamed.get(k, k): v for k, v in versions.items()})
+        if note:
+            cleaned = ours
+            notes = [*notes, note]
+    return cleaned, notes
 
 
 def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) -> str | None:

@@ -1,0 +1,128 @@
+"""Checkpoints of ``torch.nn.utils.parametrize`` with our excitations, read as ours.
+
+Torch keeps a parametrized weight as ``X.parametrizations.weight.original``, and what computes it
+under ``X.parametrizations.weight.0``, ``.1`` and so on, in the order they are applied. Each may be
+a :class:`~we_surgery.excitations.Composition`, whose keys name its stages, or a
+:class:`~we_surgery.excitations.Standardize`, :class:`~we_surgery.excitations.LWE` or
+:class:`~we_surgery.excitations.MWE` by itself, which is known by its keys and its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from we_surgery.checkpoint.wording import listed
+from we_surgery.errors import InputError
+from we_surgery.excitations import EXCITATIONS
+from we_surgery.layers import excitation_name, raw_name
+
+_ORIGINAL = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original")
+_LWE = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+_EPSILON = {"epsilon"}
+_MWE = {"epsilon", "undetached_max"}
+
+Entries = dict[str, Tensor]
+
+
+def read_as_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor], str]:
+    """The excited weights of torch's parametrizations under our names.
+
+    Args:
+        state: tensors without wrappers' prefixes; it is not changed. Weights that carry other
+            parametrizations are left as they are.
+
+    Returns:
+        As :func:`we_surgery.checkpoint.public_code.read_as_ours`.
+
+    Raises:
+        InputError: it cannot be told which excitation a weight has, or their order is none of
+            ours.
+    """
+    renamed: dict[str, str] = {}
+    modules: dict[str, str] = {}
+    weights: list[str] = []
+    for key in state:
+        found = _ORIGINAL.fullmatch(key)
+        stages = None if found is None else _stages(state, key.removesuffix("original"))
+        if found is None or stages is None:
+            continue
+        owner = f"{found[1]}." if found[1] else ""
+        excitation = owner + excitation_name(found[2])
+        renamed[key] = owner + raw_name(found[2])
+        renamed |= {old: f"{excitation}.{new}" for old, new in stages.items()}
+        # All modules in torch's tree of parametrizations are parts of the excitation.
+        for old in (key, *stages):
+            parts = old.removeprefix(owner).split(".")
+            inner = (".".join(parts[:length]) for length in range(1, len(parts)))
+            modules |= dict.fromkeys((owner + name for name in inner), excitation)
+        weights.append(owner + found[2])
+    if not weights:
+        return {}, dict(state), ""
+    note = f"read as excitations registered by torch.nn.utils.parametrize: {listed(weights)}"
+    return modules, _in_vanilla_order(state, renamed), note
+
+
+def _stages(state: Mapping[str, Tensor], prefix: str) -> dict[str, str] | None:
+    """Our names below the excitation by the state dict's keys; None for other parametrizations."""
+    chain: dict[str, set[str]] = {}
+    for key in state:
+        if key.startswith(prefix) and key != f"{prefix}original":
+            number, _, rest = key.removeprefix(prefix).partition(".")
+            chain.setdefault(number, set()).add(rest)
+    names: dict[str, str] = {}
+    order: list[str] = []
+    for number, keys in chain.items():
+        is_composition = {key.partition(".")[0] for key in keys} <= EXCITATIONS.keys()
+        if not is_composition and not _is_stage(keys):
+            return None
+        stage = "" if is_composition else _stage(keys, order, list(chain.values()), prefix)
+        order += sorted({key.partition(".")[0] for key in keys}) if is_composition else [stage]
+        names |= {f"{prefix}{number}.{key}": f"{stage}.{key}" if stage else key for key in keys}
+    if not chain:
+        return None
+    orders = [EXCITATIONS[stage].order for stage in order]
+    is_whole = len(chain) == 1 or orders == sorted(set(orders))
+    if [*chain] != [str(number) for number in range(len(chain))] or not is_whole:
+        raise InputError(
+            f"the parametrizations of {prefix.removesuffix('.')!r} are no composition of ours: "
+            f"{' after '.join(reversed(order))}",
+            "Register one `Composition`, or save the weights it computes.",
+        )
+    return names
+
+
+def _is_stage(keys: set[str]) -> bool:
+    return keys in (_LWE, _EPSILON, _MWE)
+
+
+def _stage(keys: set[str], before: list[str], chain: list[set[str]], prefix: str) -> str:
+    """The name of an excitation that stands by itself in a chain."""
+    if keys == _LWE:
+        return "lwe"
+    if keys == _MWE or before:
+        return "mwe"
+    if len(chain) > 1:
+        return "standardize"
+    raise InputError(
+        f"the parametrization of {prefix.removesuffix('.')!r} may be a Standardize or an MWE: the "
+        "state dict holds an epsilon and nothing else",
+        "Register a `Composition` of it, whose keys name the stage, and save again; or save the "
+        "weights it computes.",
+    )
+
+
+def _in_vanilla_order(state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> Entries:
+    """The entries renamed, and each layer's weight before its others, as vanilla layers have it."""
+    ours = {renamed.get(key, key): value for key, value in state.items()}
+    weights: dict[str, list[str]] = {}
+    for key in filter(_ORIGINAL.fullmatch, renamed):
+        weights.setdefault(renamed[key].rpartition(".")[0], []).append(renamed[key])
+    ordered: Entries = {}
+    for key, value in ours.items():
+        for weight in weights.pop(key.rpartition(".")[0], ()):
+            ordered[weight] = ours[weight]
+        ordered.setdefault(key, value)
+    return ordered
