@@ -19,7 +19,9 @@ from we_surgery.excitations import EXCITATIONS as EXCITATIONS
 from we_surgery.excitations import Excitation as Excitation
 from we_surgery.excitations import WeightLayout as WeightLayout
 from we_surgery.excitations import average_location_nets as average_location_nets
+from we_surgery.excitations import harden as harden
 from we_surgery.excitations import register_excitation as register_excitation
+from we_surgery.excitations import sparsity_loss as sparsity_loss
 from we_surgery.layers import set_recompute as set_recompute
 from we_surgery.planning import Decision as Decision
 from we_surgery.planning import Plan as Plan
@@ -32,10 +34,12 @@ from we_surgery.rules import Rule as Rule
 from we_surgery.surgery import convert as convert
 from we_surgery.surgery import strip as strip
 from we_surgery.surgery import strip_with_report as strip_with_report
+from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
 from we_surgery.training import param_groups as param_groups
 from we_surgery.training import resume as resume
+from we_surgery.training import shift_attention_words as shift_attention_words
 from we_surgery.transplants import TRANSPLANTS as TRANSPLANTS
 from we_surgery.transplants import Transplant as Transplant

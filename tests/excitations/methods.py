@@ -30,6 +30,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"curve": "novel_log10", "rescale": False},
         {"curve": "tanh"},
     ],
+    "shift_attention": [{"shared": True, "inverse_temperature": 0.15}],
 }
 OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]
 RECIPES: list[Recipe] = [[{name: form}] for name, form in OPTIONS]

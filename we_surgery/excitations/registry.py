@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Excitation
 from we_surgery.excitations.composition import Composition
+from we_surgery.excitations.dynamic_sparse import DynamicSparse
 from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.rescale import Rescale
+from we_surgery.excitations.shift_attention import ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm
 from we_surgery.excitations.standardize import Standardize
 from we_surgery.excitations.weight_align import WeightAlign
@@ -27,6 +29,8 @@ _FAMILY: tuple[type[Excitation], ...] = (
     WeightAlign,
     LWE,
     MWE,
+    DynamicSparse,
+    ShiftAttention,
 )
 
 EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in _FAMILY}

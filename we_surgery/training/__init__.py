@@ -9,3 +9,7 @@ from we_surgery.training.optimizers import add_to_optimizer as add_to_optimizer
 from we_surgery.training.param_groups import param_groups as param_groups
 from we_surgery.training.schedule import WESchedule as WESchedule
 from we_surgery.training.schedule import resume as resume
+from we_surgery.training.shift_attention import (
+    ShiftAttentionSchedule as ShiftAttentionSchedule,
+)
+from we_surgery.training.shift_attention import shift_attention_words as shift_attention_words

@@ -1,0 +1,233 @@
+"""Shift Attention Layers: attention that narrows until each kernel has one position left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.functions import check_choice, check_flag
+from we_surgery.excitations.layout import WeightLayout
+
+HARDENINGS = ("soft", "argmax", "round")
+"""By the length of the buffer that tells which it is."""
+
+_FEWEST_POSITIONS = 2
+
+
+class ShiftAttention(Excitation):
+    """``W * softmax(T * A / std(A))`` over the positions of each kernel, A being trained.
+
+    Hacene et al. (ICPR 2020), in the form of their code. T is an inverse temperature that
+    grows during training (:class:`~we_surgery.training.ShiftAttentionSchedule`), until all but
+    one position of a kernel are near zero; :func:`we_surgery.harden` then makes them exactly
+    zero, after which the layer is a shift and a 1x1 conv. A is ``[O, I, *K]`` and starts
+    uniform in (0, 1); shared, all filters of a layer take the same positions and it is
+    ``[1, I, *K]``. The deviation is that of a kernel, unbiased; neither the scale nor the mean of
+    A matter.
+
+    Args:
+        out_channels: O, the layer's filters.
+        channels: I, the input channels of one.
+        kernel_size: K, of at least two positions.
+        shared: whether the filters have their positions in common.
+        inverse_temperature: T to start with; the code's 20 is that for CIFAR, 0.15 for ImageNet.
+        device, dtype: those of the layer.
+
+    Raises:
+        ValueError: the kernel has a single position, or T is not positive.
+    """
+
+    name: ClassVar[str] = "shift_attention"
+    order: ClassVar[int] = 40
+    summary: ClassVar[str] = "attention within kernels that narrows to one position each"
+    source: ClassVar[str] = "Hacene et al., Attention Based Pruning for Shift Networks"
+    deploys_to: ClassVar[str] = (
+        "once hardened, the vanilla layer with one weight a kernel, bit-equal"
+    )
+    attention: nn.Parameter
+    inverse_temperature: Tensor
+    hardened: Tensor
+
+    def __init__(
+        self,
+        out_channels: int,
+        channels: int,
+        kernel_size: tuple[int, ...],
+        shared: bool = False,
+        inverse_temperature: float = 20.0,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if math.prod(kernel_size) < _FEWEST_POSITIONS:
+            raise ValueError("shift_attention: a kernel of one position has nothing to choose from")
+        is_number = isinstance(inverse_temperature, int | float)
+        if not (is_number and 0 < inverse_temperature < math.inf):
+            raise ValueError(
+                "shift_attention: inverse_temperature must be positive and finite, not "
+                f"{inverse_temperature!r}"
+            )
+        filters = 1 if check_flag("shift_attention: shared", shared) else out_channels
+        start = torch.rand(filters, channels, *kernel_size, device=device, dtype=dtype)
+        self.attention = nn.Parameter(start)
+        self.register_hyperparameter("inverse_temperature", inverse_temperature, dtype)
+        # The length says it, which is known to torch.compile: 0 is soft.
+        self.register_buffer("hardened", torch.zeros(0, dtype=torch.uint8, device="cpu"))
+
+    @property
+    def hardening(self) -> str:
+        """``soft``, ``argmax`` or ``round``."""
+        return HARDENINGS[self.hardened.shape[0]]
+
+    def excite(self, weight: Tensor) -> Tensor:
+        positions = self.positions(weight.dtype)
+        return weight * positions
+
+    def positions(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the weight is multiplied by, ``[O or 1, I, *K]``: one-hot in each kernel if hard."""
+        # Flat, whatever the kernel's rank.
+        scores = self.attention.to(dtype).flatten(2)
+        if self.hardening == "argmax":
+            flat = _one_hot(scores)
+        else:
+            flat = self._softmax(scores)
+            if self.hardening == "round":
+                flat = torch.round(flat)
+        return flat.reshape(self.attention.shape)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        deviation = scores.std(2, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        temperature = self.inverse_temperature.to(scores.dtype)
+        return torch.softmax(temperature * scores / deviation, 2)
+
+    @torch.no_grad()
+    def undecided(self) -> int:
+        """How many kernels have no position over one half, and vanish by ``round``."""
+        largest = self._softmax(self.attention.float().flatten(2)).amax(2)
+        return int((largest <= 0.5).sum())
+
+    def stored_words(self, weight: Tensor) -> float:
+        """The 32-bit words that the hardened layer needs: a weight a kernel, and its position.
+
+        A position takes as many bits as tell all of a kernel apart, 4 for 3x3; shared, it is
+        kept once for each input channel.
+
+        Args:
+            weight: the layer's weight.
+        """
+        filters, channels, *kernel_size = self.attention.shape
+        positions = math.prod(kernel_size)
+        kernels = weight.numel() // positions
+        places = kernels if filters > 1 else channels
+        return kernels + places * math.ceil(math.log2(positions)) / 32
+
+    def set_hardening(self, how: str) -> None:
+        """Makes it ``soft``, ``argmax`` or ``round``; a choice of the state dict.
+
+        Raises:
+            ValueError: there is no such way.
+        """
+        length = HARDENINGS.index(check_choice("shift_attention: hardening", how, HARDENINGS))
+        self.forget()
+        self.hardened = self.hardened.new_zeros(length)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}hardened")
+        if loaded is not None and loaded.ndim == 1:
+            self.hardened = self.hardened.new_zeros(loaded.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def misfit(cls, layout: WeightLayout) -> str | None:
+        few = math.prod(layout.kernel_size) < _FEWEST_POSITIONS
+        return "has kernels of one position, with nothing to choose from" if few else None
+
+    @classmethod
+    def for_layout(
+        cls,
+        layout: WeightLayout,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        shared: bool = False,
+        inverse_temperature: float = 20.0,
+    ) -> Self:
+        return cls(
+            layout.out_channels,
+            layout.channels,
+            layout.kernel_size,
+            shared,
+            inverse_temperature,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        attention = state["attention"]
+        filters, channels, *kernel_size = attention.shape
+        module = cls(
+            filters,
+            channels,
+            tuple(kernel_size),
+            device=torch.device("meta"),
+            dtype=attention.dtype,
+        )
+        module.set_hardening(HARDENINGS[state["hardened"].shape[0]])
+        return module
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.attention.shape))
+        return f"{shape}, {self.hardening}"
+
+
+def _one_hot(scores: Tensor) -> Tensor:
+    return torch.zeros_like(scores).scatter(2, scores.argmax(2, keepdim=True), 1.0)
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What :func:`harden` did.
+
+    Attributes:
+        layers: layers hardened.
+        kernels: their kernels; of shared positions one for each input channel.
+        undecided: those without a position over one half, which ``round`` makes zero as a whole.
+    """
+
+    layers: int
+    kernels: int
+    undecided: int
+
+
+def harden(model: nn.Module, how: str = "argmax") -> Hardening:
+    """Leaves each kernel of a model's shift attention its largest position, with a factor of 1.
+
+    Training may go on, of the weights that are left. Strip then gives a dense conv with one
+    weight a kernel.
+
+    Args:
+        model: with shift attention layers.
+        how: ``argmax``; or ``round``, which is the public code's: the same but that a kernel with
+            no position over one half becomes zero; or ``soft``, which takes it back.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    stages = [m for m in model.modules() if isinstance(m, ShiftAttention)]
+    for stage in stages:
+        stage.set_hardening(how)
+    return Hardening(
+        layers=len(stages),
+        kernels=sum(stage.attention.flatten(2).shape[:2].numel() for stage in stages),
+        undecided=sum(stage.undecided() for stage in stages),
+    )
