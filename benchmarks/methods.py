@@ -35,7 +35,8 @@ HEAD = """\
 
 Made by `python benchmarks/methods.py` from the registries and `docs/methods.yaml`. The published
 figures are those of the cited authors; this repository has not reproduced them. Parameters are
-what training adds to ResNet18 and ResNet50 of torchvision; strip takes them away again.
+what training adds to ResNet18 and ResNet50 of torchvision: strip takes those of excitations away
+again, and leaves those of transplants that stay.
 """
 
 
