@@ -244,7 +244,8 @@ def _may_call(call: Call, objects: dict[str, Any]) -> bool:
         called = call.arguments[0] if _is_tuple(call.arguments) else None
         return isinstance(called, Name) and called.path not in (*objects, path)
     if path not in objects:
-        return True  # torch's own, which torch checks
+        # torch's own, which torch checks; but a number may ask some of it for any memory.
+        return not (_is_tuple(call.arguments) and isinstance(call.arguments[0], int))
     if call.constructs:
         # As torch.save writes modules. Their constructors are never called.
         is_module = isinstance(objects[path], type) and issubclass(objects[path], nn.Module)

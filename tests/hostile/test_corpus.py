@@ -1,0 +1,58 @@
+"""Hostile and broken input through the commands: one message, nothing run, nothing written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import corpus_pickles
+import pytest
+from click.testing import CliRunner
+from corpus_pickles import CANARY, Maker
+
+from we_surgery.cli import convert_command, inspect_command, strip_command
+
+FILES: dict[str, Maker] = {**corpus_pickles.cases()}
+
+COMMANDS = {
+    "inspect": (inspect_command, []),
+    "strip": (strip_command, ["-o", "out.pt"]),
+    "convert": (convert_command, ["-o", "out.pt", "--arch", "toys:ConvNet"]),
+}
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.iterdir()
+    }
+
+
+def refused(command: object, arguments: list[str], folder: Path) -> str:
+    """Runs a command that must fail as it should; returns what it says."""
+    before = snapshot(folder)
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2), result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 2, result.stderr
+    assert errors[0].startswith("error: ")
+    assert errors[1].startswith("  fix: ")
+    assert len(errors[0]) > len("error: ")
+    assert len(errors[1]) > len("  fix: ")
+    assert all(len(line) < 2000 for line in errors)
+    assert not (folder / CANARY).exists()
+    assert snapshot(folder) == before
+    return result.stderr
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_hostile_file_is_refused_by_every_command(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = FILES[case](tmp_path)
+    for command, options in COMMANDS.values():
+        refused(command, [path.name, *options], tmp_path)
