@@ -6,13 +6,14 @@ import hashlib
 from pathlib import Path
 
 import corpus_pickles
+import corpus_weights
 import pytest
 from click.testing import CliRunner
 from corpus_pickles import CANARY, Maker
 
 from we_surgery.cli import convert_command, inspect_command, strip_command
 
-FILES: dict[str, Maker] = {**corpus_pickles.cases()}
+FILES: dict[str, Maker] = {**corpus_pickles.cases(), **corpus_weights.cases()}
 
 COMMANDS = {
     "inspect": (inspect_command, []),
@@ -56,3 +57,29 @@ def test_a_hostile_file_is_refused_by_every_command(
     path = FILES[case](tmp_path)
     for command, options in COMMANDS.values():
         refused(command, [path.name, *options], tmp_path)
+
+
+@pytest.mark.parametrize("case", corpus_weights.EXCITED)
+@pytest.mark.parametrize("to", ["state_dict", "safetensors", "module"])
+def test_an_excitation_that_does_not_fit_is_not_stripped(
+    case: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = corpus_weights.EXCITED[case](tmp_path)
+    arguments = [
+        path.name,
+        "--to",
+        to,
+        "-o",
+        "out" + (".safetensors" if to == "safetensors" else ".pt"),
+    ]
+    refused(strip_command, [*arguments, "--arch", "toys:ConvNet"], tmp_path)
+
+
+@pytest.mark.parametrize("case", corpus_weights.ARCHITECTURES)
+def test_an_architecture_in_a_file_builds_a_known_model_or_none(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = corpus_weights.described(corpus_weights.ARCHITECTURES[case])(tmp_path)
+    refused(convert_command, [path.name, "-o", "out.pt"], tmp_path)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ class Architecture:
             or not all(isinstance(key, str) for key in arguments)
         ):
             raise InputError(
-                f"the file describes its architecture as {data!r}",
+                f"the file describes its architecture as {reprlib.repr(data)}",
                 "The file is damaged; name its architecture yourself (--arch; `architecture=`).",
             )
         return replace(Architecture.parse(name, arguments), from_file=True)

@@ -15,6 +15,8 @@ from we_surgery.planning import Plan
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 1
 
+_MOST_VALUES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -57,6 +59,7 @@ class Metadata:
         Raises:
             InputError: a newer schema, or a value of the wrong type.
         """
+        _refuse_unreadable(data, source)
         schema = data.get("schema") if isinstance(data, Mapping) else None
         if type(schema) is int and schema > SCHEMA_VERSION:
             raise InputError(
@@ -104,3 +107,27 @@ class Metadata:
                 "The file is damaged; save it again.",
             ) from error
         return Metadata.from_dict(data, source)
+
+
+def _refuse_unreadable(data: Any, source: str) -> None:
+    """Raises unless ``data`` is of JSON's types and of a size that can be written out.
+
+    A pickle can say in a few bytes what would fill the memory as text: a list that holds another
+    one twice, which holds another one twice.
+    """
+    pending = [data]
+    for _ in range(_MOST_VALUES):
+        if not pending:
+            return
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(dict.keys(value))
+            pending.extend(dict.values(value))
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+        elif not (value is None or isinstance(value, str | int | float)):
+            break
+    raise InputError(
+        f"the metadata of {source} is no plain data of a readable size",
+        "The file is damaged; save it again.",
+    )
