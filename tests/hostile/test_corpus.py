@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import corpus_pickles
+import corpus_usage
 import corpus_weights
 import pytest
 from click.testing import CliRunner
@@ -24,7 +26,7 @@ COMMANDS = {
 
 def snapshot(folder: Path) -> dict[str, str]:
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
         for path in folder.iterdir()
     }
 
@@ -60,7 +62,7 @@ def test_a_hostile_file_is_refused_by_every_command(
 
 
 @pytest.mark.parametrize("case", corpus_weights.EXCITED)
-@pytest.mark.parametrize("to", ["state_dict", "safetensors", "module"])
+@pytest.mark.parametrize("to", ["state_dict", "safetensors"])
 def test_an_excitation_that_does_not_fit_is_not_stripped(
     case: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,3 +85,38 @@ def test_an_architecture_in_a_file_builds_a_known_model_or_none(
     monkeypatch.chdir(tmp_path)
     path = corpus_weights.described(corpus_weights.ARCHITECTURES[case])(tmp_path)
     refused(convert_command, [path.name, "-o", "out.pt"], tmp_path)
+
+
+def test_an_architecture_in_a_header_runs_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = {"name": "os:system", "arguments": {"command": f"touch {CANARY}"}}
+    path = corpus_weights.in_header({"schema": 1, "architecture": code})(tmp_path)
+    said = refused(convert_command, [path.name, "-o", "out.pt"], tmp_path)
+    assert "code to be imported" in said
+    refused(strip_command, [path.name, "-o", "out.pt", "--to", "module"], tmp_path)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    corpus_usage.prepare(folder)
+    return folder
+
+
+USAGES = corpus_usage.cases()
+
+
+@pytest.mark.parametrize("case", USAGES)
+def test_what_does_not_fit_is_refused(
+    case: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    command, *arguments = USAGES[case](tmp_path)
+    refused(COMMANDS[command][0], arguments, tmp_path)
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(FILES) + len(USAGES) + len(corpus_weights.EXCITED) >= 400

@@ -105,6 +105,11 @@ class ExcitedEntry:
             SurgeryError: the weight cannot be computed, is not finite, or too large for
                 ``dtype``.
         """
+        if self.raw.is_meta:
+            raise InputError(
+                f"the {self.parameter} of layer {self.display_name!r} has a shape and no values",
+                "Save the model after its weights were loaded.",
+            )
         excitation = self.rebuild()
         raw = _aligned(self.raw)
         if dtype is not None:

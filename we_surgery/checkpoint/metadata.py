@@ -15,7 +15,7 @@ from we_surgery.planning import Plan
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 1
 
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 300_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,11 @@ class Metadata:
                 "Install the version of we_surgery that wrote it.",
             )
         plan = data.get("plan") if isinstance(data, Mapping) else None
-        if schema != SCHEMA_VERSION or not (plan is None or isinstance(plan, Mapping)):
+        if (
+            type(schema) is not int
+            or schema != SCHEMA_VERSION
+            or not (plan is None or isinstance(plan, Mapping))
+        ):
             raise InputError(
                 f"the metadata of {source} cannot be read", "The file is damaged; save it again."
             )

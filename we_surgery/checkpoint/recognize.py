@@ -37,6 +37,9 @@ def recognize(path: Path) -> FileKind:
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder", "Give a file in it.")
+        # A pipe would never begin, and a device never end.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file", "Give a file that was written whole.")
         with path.open("rb") as file:
             start = file.read(64)
         size = path.stat().st_size
@@ -55,7 +58,7 @@ def recognize(path: Path) -> FileKind:
     if start.startswith(b"PK\x03\x04"):
         return _recognize_zip(path)
     # Read as a tar by torch.load, whatever else the same bytes may mean.
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         raise InputError(f"{path} is a tar archive", "Unpack it, and give the file inside.")
     if start.startswith(_LEGACY_START):
         return FileKind.LEGACY
@@ -74,6 +77,15 @@ def recognize(path: Path) -> FileKind:
     raise InputError(
         f"{path} holds no model and no weights: it begins with {start[:24]!r}", _KNOWN_FORMATS
     )
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        # Unlike tarfile.is_tarfile this unpacks nothing: a packed file could be of any size.
+        tarfile.open(path, "r:").close()
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _recognize_zip(path: Path) -> FileKind:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -23,14 +25,53 @@ _WIDTH_WITHOUT_TERMINAL = 140
 
 
 class SurgeryCommand(click.Command):
-    """A command whose expected errors are two lines, cause and cure, and an exit code."""
+    """A command whose errors are two lines, cause and cure, and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except WESurgeryError as error:
-            click.echo(f"error: {error.cause}\n  fix: {error.cure}", err=True)
+            _say_error(error.cause, error.cure)
             ctx.exit(error.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        # A model runs the code of its classes on whatever its file holds: anything can come.
+        except Exception as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            cause = f"unexpected {type(error).__name__}: {error}"
+            _say_error(cause, _OUT_OF_MEMORY if _is_out_of_memory(error) else _UNEXPECTED)
+            ctx.exit(1)
+
+
+TRACEBACK_VARIABLE = "WE_SURGERY_TRACEBACK"
+"""The environment variable with which an unexpected error shows where it came from."""
+
+_UNEXPECTED = (
+    "Is the input sound? If it is, please report this, with the traceback that "
+    f"{TRACEBACK_VARIABLE}=1 before the command shows. Nothing was written."
+)
+_OUT_OF_MEMORY = "Give the process more memory, or a smaller input. Nothing was written."
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch has no class of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
+        error
+    )
+
+
+def _say_error(cause: str, cure: str) -> None:
+    click.echo(f"error: {one_line(cause)}\n  fix: {one_line(cure)}", err=True)
+
+
+def one_line(text: str) -> str:
+    """Text that may come from a file, so that it neither breaks a line nor steers a terminal."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
+
+
+_LONGEST_LINE = 1000
 
 
 def source_options(command: Command) -> Command:
