@@ -14,17 +14,27 @@ EXPERIMENTS = sorted(
     if not path.stem.endswith("base")
 )
 
+NARROW = {"we_surgery.recipes.networks:ResNeXt29": {"cardinality": 4, "base_width": 8}}
+"""Arguments in place of a network's own where its size would cost minutes."""
+
 
 def test_there_are_recipes():
-    assert len(EXPERIMENTS) > 50
+    assert len(EXPERIMENTS) > 90
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_recipe_runs_dry(name, tmp_path):
     recipe = load_recipe(RECIPES / name)
     size = (3, *(min(side, 32) for side in recipe.data.input_size[1:]))
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, input_size=size))
+    model = dataclasses.replace(
+        recipe.model, arguments={**recipe.model.arguments, **NARROW.get(recipe.model.name, {})}
+    )
+    data = dataclasses.replace(recipe.data, input_size=size)
+    recipe = dataclasses.replace(recipe, model=model, data=data)
     result = run_recipe(recipe.replace(batch_size=2), None, tmp_path / "run", dry_run=True)
     assert result.published == recipe.published
-    if recipe.surgery is not None:
+    surgery = recipe.surgery or {"mode": "none"}
+    if surgery["mode"] == "none" and "conv" not in surgery:
+        assert result.output_difference is None
+    else:
         assert result.output_difference < 1e-4

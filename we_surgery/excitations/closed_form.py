@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import repeatable
-from we_surgery.excitations.backends import Backend, arithmetic
+from we_surgery.excitations import formulas, repeatable
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
@@ -27,7 +26,7 @@ from we_surgery.excitations.terms import Kept, Terms, fcs_in
 _TENSOR_TERMS = Terms._fields.index("detach_max")
 
 
-def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eager") -> Tensor:
+def excite_in_closed_form(weight: Tensor, terms: Terms) -> Tensor:
     """The excited weight, in ``weight``'s shape, dtype and memory format.
 
     What the stages give one by one, up to rounding. Half precision is computed in float32 and
@@ -38,14 +37,13 @@ def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eage
     Args:
         weight: as the layer stores it, with at least one element.
         terms: the layer's composition.
-        backend: who computes it; under ``torch.compile`` it is always the compiler.
     """
     # What torch.autograd.Function itself asks before it refuses.
     if torch._C._are_functorch_transforms_active():
         return staged(weight, *terms)
     if not torch.is_grad_enabled():
-        return _forward(weight, terms, backend)[0]
-    excited: Tensor = ClosedFormExcitation.apply(weight, *terms, backend)
+        return _forward(weight, terms)[0]
+    excited: Tensor = ClosedFormExcitation.apply(weight, *terms)
     return excited
 
 
@@ -64,10 +62,9 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
     return _as_stored(filters, given).to(weight.dtype)
 
 
-def _forward(weight: Tensor, terms: Terms, backend: Backend) -> tuple[Tensor, Kept]:
+def _forward(weight: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
     with autocast_off(weight.device.type):
-        filters = _as_filters(weight, terms)
-        filters, kept = arithmetic(backend, filters, terms).excite(filters, terms)
+        filters, kept = formulas.excite(_as_filters(weight, terms), terms)
     excited = _as_stored(filters, terms).to(weight.dtype)
     if terms.transposed_groups is None:
         return excited, kept
@@ -76,7 +73,7 @@ def _forward(weight: Tensor, terms: Terms, backend: Backend) -> tuple[Tensor, Ke
 
 
 class ClosedFormExcitation(torch.autograd.Function):
-    """W' from W, the fields of :class:`Terms` and the backend.
+    """W' from W and the fields of :class:`Terms`.
 
     Outside of ``torch.compile`` the graph node is *repeatable*: two losses that share an excited
     weight may be differentiated one after the other without ``retain_graph``.
@@ -86,9 +83,8 @@ class ClosedFormExcitation(torch.autograd.Function):
     # and takes a fifth of a small layer's time.
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *terms_and_backend: Any) -> Tensor:
-        *terms, ctx.backend = terms_and_backend
-        excited, kept = _forward(weight, Terms(*terms), ctx.backend)
+    def forward(ctx: Any, weight: Tensor, *terms: Any) -> Tensor:
+        excited, kept = _forward(weight, Terms(*terms))
         tensors = (*terms[:_TENSOR_TERMS], *kept)
         ctx.plain_terms = terms[_TENSOR_TERMS:]
         ctx.is_repeatable = not torch.compiler.is_compiling()
@@ -104,18 +100,23 @@ class ClosedFormExcitation(torch.autograd.Function):
         weight, *saved = tensors
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            needed = ctx.needs_input_grad[:-1]
-            return *_differentiable_backward(gradient, (weight, *terms), needed), None
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+            return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
         with autocast_off(weight.device.type):
-            filters, g = _as_filters(weight, terms), _as_filters(gradient, terms)
-            by_filters, *by_fcs = arithmetic(ctx.backend, filters, terms).differentiate(
-                g, filters, terms, Kept(*saved[_TENSOR_TERMS:]), needed
+            return _backward(
+                gradient, weight, terms, Kept(*saved[_TENSOR_TERMS:]), ctx.needs_input_grad
             )
-        by_weight = None
-        if by_filters is not None:
-            by_weight = _as_stored(by_filters, terms).to(weight.dtype)
-        return by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 4)
+
+
+def _backward(
+    gradient: Tensor, weight: Tensor, terms: Terms, kept: Kept, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    filters, g = _as_filters(weight, terms), _as_filters(gradient, terms)
+    needed = (needed[0], *needed[2:6])
+    by_filters, *by_fcs = formulas.differentiate(g, filters, terms, kept, needed)
+    by_weight = None
+    if by_filters is not None:
+        by_weight = _as_stored(by_filters, terms).to(weight.dtype)
+    return by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 5)
 
 
 def _differentiable_backward(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from we_surgery.analysis.sensitivity import Initialization
 from we_surgery.checkpoint import Architecture
 from we_surgery.config import make_policy, read_yaml
 from we_surgery.errors import InputError, near_matches
@@ -72,6 +73,7 @@ class Training:
         smoothing: label smoothing.
         excite_from: the first epoch with excitation; before it, it is paused.
         init: as in :func:`we_surgery.convert`.
+        excitation_init: of the excitations' linear layers; ``default`` is torch's.
         ema_decay: of a moving average of the weights; None keeps none.
         precision: of the forward pass; half precision is mixed (AMP).
     """
@@ -84,6 +86,7 @@ class Training:
     smoothing: float = 0.0
     excite_from: int = 0
     init: Init = "paper"
+    excitation_init: Initialization = "default"
     ema_decay: float | None = None
     precision: Precision = "float32"
 

@@ -15,6 +15,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from we_surgery import checkpoint
+from we_surgery.analysis.sensitivity import initialize_excitations
 from we_surgery.errors import InputError
 from we_surgery.recipes.loaders import Loaders, make_loaders, synthetic_loaders
 from we_surgery.recipes.place import Place
@@ -154,7 +155,7 @@ def _build(recipe: Recipe, backbone: Path | None, loaders: Loaders) -> nn.Module
         _load_backbone(model, backbone)
     if recipe.surgery is None:
         return model
-    return convert(
+    model = convert(
         model,
         config=recipe.surgery,
         init=recipe.training.init,
@@ -163,6 +164,7 @@ def _build(recipe: Recipe, backbone: Path | None, loaders: Loaders) -> nn.Module
         example_inputs=next(iter(loaders.validation))[0][:2],
         inplace=True,
     )
+    return initialize_excitations(model, recipe.training.excitation_init)
 
 
 def _load_backbone(model: nn.Module, file: Path) -> None:
