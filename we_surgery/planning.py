@@ -245,7 +245,7 @@ def plan(
         # What they add is read as well: a gate's layers are found as such.
         model = copy_model(model, share_tensors=True)
         with drawing_nothing(model):
-            places = decide(model, policy.transplants)
+            _, places = decide(model, policy.transplants)
     reading = read(model, example_inputs)
     modules = dict(model.named_modules())
     matches = _count_matches(policy, reading.layers, modules)

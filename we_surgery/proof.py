@@ -29,6 +29,7 @@ class StripReport:
             the stripped model in eval mode; None without example inputs.
         relative_difference: the same over the larger of 1 and the largest output.
         transplants: transplants that were taken out.
+        deployed: layers that were put into another form than the vanilla one.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class StripReport:
     output_difference: float | None = None
     relative_difference: float | None = None
     transplants: int = 0
+    deployed: int = 0
 
 
 def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:

@@ -69,6 +69,7 @@ def strip_file(
     dtype: torch.dtype | None = None,
     verify: bool = False,
     input_shape: Sequence[int] | None = None,
+    deploy: str = "dense",
     progress: Progress | None = None,
 ) -> Stripped:
     """Reads a converted model or checkpoint, folds it, writes it, and proves what was written.
@@ -88,6 +89,8 @@ def strip_file(
         verify: compare the outputs of the excited model and of the stripped one in the same
             architecture, on random inputs of the size that the architecture names.
         input_shape: compare them on random inputs of this shape.
+        deploy: as in :func:`we_surgery.strip`; another form than ``dense`` needs a module, or an
+            architecture.
         progress: called with (steps done, steps in all).
 
     Raises:
@@ -95,7 +98,7 @@ def strip_file(
         SurgeryError: there is nothing to strip, or a proof failed; nothing is written.
     """
     return _strip_all(
-        [(source, "")], output, to, force, _How(dtype, verify, input_shape, progress)
+        [(source, "")], output, to, force, _How(dtype, verify, input_shape, deploy, progress)
     )[0]
 
 
@@ -108,6 +111,7 @@ def strip_both(
     dtype: torch.dtype | None = None,
     verify: bool = False,
     input_shape: Sequence[int] | None = None,
+    deploy: str = "dense",
     progress: Progress | None = None,
 ) -> list[Stripped]:
     """:func:`strip_file` for the trained weights of a checkpoint and for their average.
@@ -123,10 +127,13 @@ def strip_both(
         dtype: as there.
         verify: as there.
         input_shape: as there.
+        deploy: as there.
         progress: as there.
     """
     sources = [(replace(source, weights="raw"), ""), (replace(source, weights="ema"), ".ema")]
-    return _strip_all(sources, output, to, force, _How(dtype, verify, input_shape, progress))
+    return _strip_all(
+        sources, output, to, force, _How(dtype, verify, input_shape, deploy, progress)
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ class _How:
     dtype: torch.dtype | None
     verify: bool
     input_shape: Sequence[int] | None
+    deploy: str
     progress: Progress | None
 
 
@@ -157,7 +165,8 @@ def _strip_all(
             )
             target = target.marked(mark) if mark else target
             target.check(force=force)
-            strip = _strip_model if target.kind == "module" or contents.model else _strip_state
+            needs_model = target.kind == "module" or how.deploy != "dense"
+            strip = _strip_model if needs_model or contents.model else _strip_state
             temporary = staging.enter_context(target.staged(force=force))
             stripped = strip(source, contents, target, temporary, how)
             done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
@@ -236,7 +245,9 @@ def _strip_model(
     if shape is not None:
         inputs = inputs_for(model, shape)
     # Not in place: the fold is then compared with the excited model itself.
-    stripped, report = strip_with_report(model, example_inputs=inputs, progress=how.progress)
+    stripped, report = strip_with_report(
+        model, example_inputs=inputs, deploy=how.deploy, progress=how.progress
+    )
     if how.dtype is not None:
         cast_model(stripped, how.dtype)
         if shape is not None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from torch import nn
 
 from we_surgery.copies import copy_model
-from we_surgery.errors import AlreadyConvertedWarning, InputError, NothingToStripWarning
+from we_surgery.errors import (
+    AlreadyConvertedWarning,
+    InputError,
+    NothingToStripWarning,
+    near_matches,
+)
 from we_surgery.grafting import Init, Start
 from we_surgery.graphs import excited_weights
 from we_surgery.operations import OPERATIONS
@@ -25,11 +31,17 @@ from we_surgery.policy import Policy
 from we_surgery.proof import StripReport, check_outputs, run_in_eval
 from we_surgery.reading import prove_excited
 from we_surgery.rules import Rule
+from we_surgery.transplants import Transplant
 from we_surgery.transplants import rows as transplant_rows
+from we_surgery.transplants.rows import TransplantDecision
+from we_surgery.transplants.shift import ShiftTransplant
 
 logger = logging.getLogger(__name__)
 
 PLAN_ATTRIBUTE = "we_surgery_plan"
+
+DEPLOY_FORMS: dict[str, tuple[Transplant, ...]] = {"dense": (), "shift": (ShiftTransplant(),)}
+"""What is put into a folded model, by the name of its form."""
 
 
 def convert(
@@ -114,7 +126,13 @@ def convert(
     return target
 
 
-def strip(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+def strip(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    deploy: str = "dense",
+    inplace: bool = False,
+) -> nn.Module:
     """The vanilla model with every excited weight folded in, proven equal.
 
     Each folded weight is compared bit for bit with the excited one and, where
@@ -124,6 +142,9 @@ def strip(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False
         model: a converted model.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments of the model's forward.
+        deploy: ``dense`` for vanilla layers; ``shift`` for a shift and a 1x1 conv, modules of
+            :mod:`we_surgery.transplants.shift`, in the place of each conv with one weight a
+            kernel at places that its filters share.
         inplace: change ``model`` itself instead of a deep copy; the raw Parameters stay the
             same objects, now with the folded values, and lose their gradients.
 
@@ -135,13 +156,16 @@ def strip(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False
         SurgeryError: the proof failed; ``model`` is as it was.
         InputError: ``model`` is wrapped or sharded, or fails on the example inputs.
     """
-    return strip_with_report(model, example_inputs=example_inputs, inplace=inplace)[0]
+    return strip_with_report(model, example_inputs=example_inputs, deploy=deploy, inplace=inplace)[
+        0
+    ]
 
 
 def strip_with_report(
     model: nn.Module,
     *,
     example_inputs: Any = None,
+    deploy: str = "dense",
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, StripReport]:
@@ -150,10 +174,16 @@ def strip_with_report(
     Args:
         model: as in :func:`strip`.
         example_inputs: as in :func:`strip`.
+        deploy: as in :func:`strip`.
         inplace: as in :func:`strip`.
         progress: called with (layers done, layers in all).
     """
     refuse_wrappers(model)
+    if deploy not in DEPLOY_FORMS:
+        raise InputError(
+            f"there is no deploy form {deploy!r}{near_matches(str(deploy), DEPLOY_FORMS)}",
+            f"Use one of: {', '.join(DEPLOY_FORMS)}.",
+        )
     if not is_converted(model):
         warnings.warn(
             "the model is not converted; there is nothing to strip.",
@@ -172,21 +202,28 @@ def strip_with_report(
     with ExitStack() as undos:
         for operation in reversed(OPERATIONS):
             undos.callback(operation.detach(target, model, progress))
+        undo, deployed = transplant_rows.decide(target, DEPLOY_FORMS[deploy])
+        undos.callback(undo)
         absolute, relative = (
             (None, None)
             if before is None
             else check_outputs(before, run_in_eval(target, example_inputs))
         )
         undos.pop_all()
-    kept = _kept_plan(target)
-    target.__dict__.pop(PLAN_ATTRIBUTE, None)
-    if kept is not None:
-        target.__dict__[PLAN_ATTRIBUTE] = kept.to_dict()
+    _set_kept_plan(target, deployed)
     logger.info("folded %d excited weights", folds)
     if transplants:
         logger.info("took out %d transplants", transplants)
     left = sum(parameter.numel() for parameter in target.parameters())
-    return target, StripReport(folds, total - left, left, absolute, relative, transplants)
+    return target, StripReport(
+        folds,
+        total - left,
+        left,
+        absolute,
+        relative,
+        transplants,
+        deployed=sum(row.attach for row in deployed),
+    )
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -204,6 +241,15 @@ def _kept_plan(model: nn.Module) -> Plan | None:
     """What the model's plan says of the transplants that are part of it after strip."""
     plan = stored_plan(model)
     return plan.kept if plan is not None and plan.kept.transplants else None
+
+
+def _set_kept_plan(model: nn.Module, deployed: Sequence[TransplantDecision]) -> None:
+    """Leaves of a stripped model's plan what is part of it, and nothing if nothing is."""
+    plan = stored_plan(model) or Plan("none", "", "", (), 0)
+    model.__dict__.pop(PLAN_ATTRIBUTE, None)
+    kept = replace(plan.kept, transplants=(*plan.kept.transplants, *deployed)).kept
+    if kept.transplants:
+        model.__dict__[PLAN_ATTRIBUTE] = kept.to_dict()
 
 
 def refuse_wrappers(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from we_surgery.cli.common import (
     source_options,
 )
 from we_surgery.stripping import Stripped, strip_both, strip_file
+from we_surgery.surgery import DEPLOY_FORMS
 from we_surgery.verification import DTYPES
 
 
@@ -56,12 +57,21 @@ from we_surgery.verification import DTYPES
     help="Compare the outputs on random inputs of this shape, such as 1,3,224,224; by default "
     "of the size that timm or torchvision names.",
 )
+@click.option(
+    "--deploy",
+    type=click.Choice(list(DEPLOY_FORMS)),
+    default="dense",
+    show_default=True,
+    help="shift: a shift and a 1x1 conv in the place of each conv with one weight a kernel, as "
+    "hardened, shared shift attention leaves it. Such a file needs we_surgery.",
+)
 @output_options
 def strip_command(
     weights: Literal["raw", "ema", "both"] | None,
     dtype: str | None,
     verify: bool,
     input_shape: str | None,
+    deploy: str,
     output: Path | None,
     to: str | None,
     force: bool,
@@ -99,6 +109,7 @@ def strip_command(
             "dtype": None if dtype is None else DTYPES[dtype],
             "verify": verify,
             "input_shape": parse_shape(input_shape),
+            "deploy": deploy,
             "progress": progress,
         }
         if weights == "both":
@@ -122,6 +133,8 @@ def _say(result: Stripped) -> None:
     )
     if report.transplants:
         say(f"{report.transplants} transplants taken out")
+    if report.deployed:
+        say(f"{report.deployed} layers put into their deploy form")
     parity = f"parity: all {result.tensors} tensors read back bit-equal"
     if report.output_difference is not None:
         parity += (

@@ -12,10 +12,17 @@ from we_surgery.transplants.attention import CBAM, SqueezeExcitation
 from we_surgery.transplants.bam import BAMTransplant
 from we_surgery.transplants.base import Transplant
 from we_surgery.transplants.max_dropout import MaxDropoutTransplant
+from we_surgery.transplants.shift import ShiftTransplant
 
 TRANSPLANTS: dict[str, type[Transplant]] = {
     transplant.name: transplant
-    for transplant in (SqueezeExcitation, CBAM, BAMTransplant, MaxDropoutTransplant)
+    for transplant in (
+        SqueezeExcitation,
+        CBAM,
+        BAMTransplant,
+        MaxDropoutTransplant,
+        ShiftTransplant,
+    )
 }
 """Every transplant by the name that configs and plans use."""
 

@@ -82,33 +82,44 @@ class TransplantDecision:
         return decision
 
 
-def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[TransplantDecision, ...]:
+def decide(
+    model: nn.Module, transplants: Sequence[Transplant]
+) -> tuple[Undo, tuple[TransplantDecision, ...]]:
     """Where transplants go; they are put in on the way, for each changes what the next finds.
 
     Args:
-        model: a copy; it is changed.
+        model: the model, changed in place.
         transplants: in the order in which they go in.
 
+    Returns:
+        What takes all out again, and a row for each place.
+
     Raises:
-        InputError: one fits nowhere, or its pattern matches nothing.
+        InputError: one fits nowhere, or its pattern matches nothing; the model is as it was.
     """
     rows: list[TransplantDecision] = []
-    for transplant in transplants:
-        sites = transplant.sites(model)
-        chosen = _matching(transplant, sites, model)
-        _refuse_nowhere(transplant, chosen)
-        for site in sites:
-            matches = site in chosen
-            row = TransplantDecision(
-                transplant=transplant.name,
-                place=site.place,
-                type_name=site.type_name,
-                attach=site.fits and matches,
-                options=transplant.options,
-                reason=site.reason if matches else f"does not match {transplant.match!r}",
-            )
-            rows.append(attach(model, [row])[1][0])
-    return tuple(rows)
+    with ExitStack() as undos:
+        for transplant in transplants:
+            sites = transplant.sites(model)
+            chosen = _matching(transplant, sites, model)
+            _refuse_nowhere(transplant, chosen)
+            asked = [
+                TransplantDecision(
+                    transplant=transplant.name,
+                    place=site.place,
+                    type_name=site.type_name,
+                    attach=site.fits and site in chosen,
+                    options=transplant.options,
+                    reason=site.reason
+                    if site in chosen
+                    else f"does not match {transplant.match!r}",
+                )
+                for site in sites
+            ]
+            undo, counted = attach(model, asked)
+            undos.callback(undo)
+            rows += counted
+        return undos.pop_all().close, tuple(rows)
 
 
 def attach(
