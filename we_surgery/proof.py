@@ -173,19 +173,17 @@ def _larger(a: float, b: float) -> float:
     return b if b != b or b > a else a
 
 
-def check_outputs(
-    before: list[Tensor], after: list[Tensor], tolerance: float = RELATIVE_TOLERANCE
-) -> tuple[float, float]:
+def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
     """The largest differences, within the tolerance.
 
     Raises:
-        SurgeryError: the relative difference is over it.
+        SurgeryError: the relative difference is over 1e-5.
     """
     absolute, relative = largest_differences(before, after)
-    if not relative <= tolerance:
+    if not relative <= RELATIVE_TOLERANCE:
         raise SurgeryError(
             f"the stripped model's outputs differ by {absolute:.3g} ({relative:.3g} relative, "
-            f"over {tolerance:g})",
+            f"over {RELATIVE_TOLERANCE:g})",
             "A layer reads its weight in a way the fold does not cover, or the model is random "
             "in eval mode; nothing was changed.",
         )

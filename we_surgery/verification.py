@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.checkpoint import Architecture, cast
+from we_surgery.errors import SurgeryError
 from we_surgery.jobs import random_inputs
-from we_surgery.proof import RELATIVE_TOLERANCE, check_outputs, run_in_eval
+from we_surgery.proof import RELATIVE_TOLERANCE, check_outputs, largest_differences, run_in_eval
 
 DTYPES = {
     "float32": torch.float32,
@@ -44,8 +45,18 @@ def compare_outputs(
     if dtype is not None:
         excited, vanilla = excited.float(), vanilla.float()
     inputs = inputs_for(excited, shape)
-    tolerance = RELATIVE_TOLERANCE if dtype is None else OUTPUT_TOLERANCE[dtype]
-    return check_outputs(run_in_eval(excited, inputs), run_in_eval(vanilla, inputs), tolerance)
+    before, after = run_in_eval(excited, inputs), run_in_eval(vanilla, inputs)
+    if dtype is None or OUTPUT_TOLERANCE[dtype] == RELATIVE_TOLERANCE:
+        return check_outputs(before, after)
+    absolute, relative = largest_differences(before, after)
+    if not relative <= OUTPUT_TOLERANCE[dtype]:
+        raise SurgeryError(
+            f"rounding all weights to {str(dtype).removeprefix('torch.')} moves the outputs by "
+            f"{absolute:.3g} ({relative:.3g} relative, over {OUTPUT_TOLERANCE[dtype]:g})",
+            "Choose a dtype of more digits; or measure what the rounding costs on real data, and "
+            "leave out --verify and --input-shape: the weights are compared in any case.",
+        )
+    return absolute, relative
 
 
 def inputs_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

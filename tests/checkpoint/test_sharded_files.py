@@ -167,6 +167,13 @@ def test_only_a_folder_of_shards_is_replaced(converted, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_a_single_file_is_sent_to_the_other_function(converted, tmp_path):
+    torch.save(converted.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match="is a single file") as caught:
+        ws.strip_sharded(tmp_path / "model.pt", tmp_path / "out")
+    assert "strip_state_dict" in caught.value.cure
+
+
 def test_a_vanilla_one_has_nothing_to_strip(tmp_path):
     source = write_shards(ConvNet().state_dict(), tmp_path / "in", 2)
     with pytest.raises(SurgeryError, match="nothing to strip"):
@@ -249,7 +256,9 @@ def infos(metadata):
 
 LIES = {
     "no place": lambda m: m.storage_data.clear(),
-    "file": lambda m: [setattr(info, "relative_path", "../x") for info in infos(m)],
+    "elsewhere": lambda m: [
+        setattr(info, "relative_path", f"../in/{info.relative_path}") for info in infos(m)
+    ],
     "absent": lambda m: [setattr(info, "relative_path", "x") for info in infos(m)],
     "beyond": lambda m: [setattr(info, "offset", 10**12) for info in infos(m)],
     "negative": lambda m: [setattr(info, "offset", -1) for info in infos(m)],

@@ -133,6 +133,17 @@ def test_a_cast_rounds_the_float32_fold_once(
     assert (difference == 0) == (dtype == "float32")
 
 
+def test_a_rounding_that_moves_the_outputs_too_far_writes_nothing(
+    trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(verification.OUTPUT_TOLERANCE, torch.bfloat16, 1e-4)
+    done = strip(trainers_file, *ARCH, *SHAPE, "--dtype", "bfloat16")
+    assert done.exit_code == 1
+    assert "rounding all weights to bfloat16 moves the outputs" in done.stderr
+    assert names(tmp_path) == ["last.pth.tar"]
+    assert strip(trainers_file, *ARCH, *SHAPE, "--dtype", "float32").exit_code == 0
+
+
 def test_a_value_beyond_the_dtype_is_named(converted: nn.Module, tmp_path: Path) -> None:
     converted.get_buffer("norm.running_var").fill_(1e6)
     torch.save(converted.state_dict(), tmp_path / "model.pt")

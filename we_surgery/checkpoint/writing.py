@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
@@ -218,7 +219,7 @@ def staged(path: str | Path, *, force: bool = False, folder: bool = False) -> It
         _sync(path.parent)
     except WESurgeryError:
         raise
-    except Exception as error:
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
         raise SurgeryError(
             f"{path} could not be written: {type(error).__name__}: {error}",
             "Look at the disk's space and permissions; the target is as it was.",
