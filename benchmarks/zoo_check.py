@@ -2,23 +2,29 @@
 
 A model passes when
 
-- the converted model was recorded again in eval and in train mode, and no operation of either
-  reads a converted weight raw;
+- the converted model was recorded again in eval and in train mode, no operation of either
+  reads a converted weight raw, and no excitation is computed twice in one forward;
 - every weight the plan excites was computed by its excitation in one of the two;
 - classes, keys and the keys' order after strip are what they were before convert;
 - every folded weight is bit-equal to the excited one;
 - the outputs of the excited and the stripped model agree within 1e-5 of the larger of 1 and the
   largest output, while those outputs are finite, not empty, and not those of the raw weights;
 - each conv's and linear's weight has a row in the plan: it is converted, or left alone with a
-  reason.
+  reason;
+- converted with ``init="preserve"`` in each of four modes, it returns in eval mode what it
+  returned before, within 1e-5 of the larger of 1 and the largest output. Detectors return what
+  they chose by scores that are all but equal; there each converted layer is compared instead,
+  given what the vanilla layer is given.
 """
 
 from __future__ import annotations
 
+import copy
 import resource
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +33,17 @@ from zoo_models import Candidate, build, build_bare, candidates
 from zoo_row import ZooRow
 
 import we_surgery as ws
+from we_surgery.config import make_policy
 from we_surgery.graphs import ExcitedWeight, excited_weights
-from we_surgery.layers import excitation_name, raw_name
+from we_surgery.layers import ExcitedLayer, excited_layers
+from we_surgery.planning import decide_layers
 from we_surgery.proof import RELATIVE_TOLERANCE, largest_differences, run_in_eval
-from we_surgery.reading.bypass import refuse_bypasses, refuse_excited_activations
+from we_surgery.reading import Reading, prove_excited, read
 from we_surgery.reading.kinds import kind_of
-from we_surgery.reading.recorded import call
-from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.running import call
 
-MODES_RECORDED = 2
+PRESERVED = ("lwe", "mwe", "we", "lwe+mwe")
+"""The modes in which a pretrained start is checked."""
 
 Change = Callable[[nn.Module], object]
 
@@ -73,8 +81,10 @@ def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) 
     if before is not None:
         before(model)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
-    inputs, plan, raw_outputs = _read(row, model, mode)
+    candidate, reading, raw_outputs = _read(row, model, mode)
+    inputs, plan = candidate.inputs, _decide(model, mode, reading)
     _refuse_missing_rows(model, plan)
+    _check_preserved(row, model, candidate, reading)
     classes = [(name, type(module)) for name, module in model.named_modules()]
     shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
 
@@ -108,6 +118,9 @@ def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) 
         stripped.load_state_dict(raw, strict=False)
         raw_outputs = run_in_eval(stripped, inputs)
     _compare(row, raw_outputs, excited_outputs, stripped_outputs)
+    changed = {m: d for m, d in row.preserved.items() if not d <= RELATIVE_TOLERANCE}
+    if changed:
+        raise ZooError(f'init="preserve" changed the outputs: {changed}')
 
 
 def time_reading(name: str, mode: str) -> dict[str, Any]:
@@ -141,8 +154,8 @@ def _finite(outputs: Iterable[Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs)
 
 
-def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Any, ws.Plan, list[Tensor]]:
-    """The smallest inputs that the model takes in both modes, its plan, and its outputs."""
+def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Candidate, Reading, list[Tensor]]:
+    """The smallest inputs that the model takes in both modes, its reading, and its outputs."""
     refusals: list[str] = []
     for candidate in candidates(row.name, model):
         try:
@@ -152,13 +165,25 @@ def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Any, ws.Plan, list[
             refusals.append(_refusal(candidate, str(error)))
             continue
         with row.timed("read"):
-            plan = ws.plan(model, mode, example_inputs=candidate.inputs)
+            reading = read(model, candidate.inputs)
+            plan = _decide(model, mode, reading)
         row.input_shape = candidate.shape
         row.note_plan(plan)
         if plan.rung == "recorded" and not plan.rung_reason:
-            return candidate.inputs, plan, outputs
+            return candidate, reading, outputs
         refusals.append(_refusal(candidate, plan.rung_reason))
     raise ZooError("no input was recorded in eval and train: " + "; ".join(refusals))
+
+
+def _decide(model: nn.Module, mode: str, reading: Reading) -> ws.Plan:
+    """:func:`we_surgery.plan` of what was read already."""
+    return ws.Plan(
+        mode=mode,
+        rung=reading.rung,
+        rung_reason=reading.rung_reason,
+        decisions=decide_layers(model, make_policy(mode), reading),
+        model_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def _refusal(candidate: Candidate, reason: str) -> str:
@@ -181,23 +206,45 @@ def _refuse_missing_rows(model: nn.Module, plan: ws.Plan) -> None:
 
 
 def _prove(model: nn.Module, inputs: Any) -> None:
-    recordings, notes = record_both_modes(model, inputs, faithful=True)
-    if len(recordings) < MODES_RECORDED:
-        raise ZooError(f"the converted model {'; it '.join(notes)}")
-    weights = list(excited_weights(model))
-    refuse_bypasses(recordings, [_beside(weight, raw_name) for weight in weights])
-    refuse_excited_activations(recordings)
-    called = {name for recording in recordings for name in recording.calls}
-    # One excitation may serve several tied layers, and be called by the name in the first.
-    ran = {w.excitation for w in weights if _beside(w, excitation_name) in called}
-    idle = next((w.name for w in weights if w.excitation not in ran), None)
-    if idle is not None:
-        raise ZooError(f"the excitation of {idle!r} never ran")
+    excitations = {weight.excitation for weight in excited_weights(model)}
+    idle = len(excitations) - prove_excited(model, inputs, ran_in_both=True)
+    if idle:
+        raise ZooError(f"{idle} of {len(excitations)} excitations never ran")
 
 
-def _beside(weight: ExcitedWeight, naming: Callable[[str], str]) -> str:
-    """The path of what stands beside an excited weight: its raw weight or its excitation."""
-    return f"{weight.module}.{naming(weight.parameter)}".lstrip(".")
+def _check_preserved(row: ZooRow, model: nn.Module, candidate: Candidate, reading: Reading) -> None:
+    """Converts copies of the vanilla model with ``init="preserve"`` and compares outputs."""
+    inputs = candidate.inputs
+    outputs = run_in_eval(model, inputs)
+    if not _finite(outputs):
+        model = copy.deepcopy(model)
+        calibrate(model, inputs)
+        outputs = run_in_eval(model, inputs)
+    for mode in PRESERVED:
+        plan = _decide(model, mode, reading)
+        converted = ws.convert(model, plan=plan, init="preserve")
+        row.preserved[mode] = (
+            _largest_by_layer(model, converted, inputs)
+            if candidate.chooses
+            else largest_differences(outputs, run_in_eval(converted, inputs))[1]
+        )
+
+
+def _largest_by_layer(model: nn.Module, converted: nn.Module, inputs: Any) -> float:
+    """The largest difference of an excited layer's outputs from those of the vanilla layer."""
+    largest = [0.0]
+
+    def compare(layer: ExcitedLayer, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        largest.append(largest_differences([output], [layer(*given)])[1])
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(partial(compare, layer))
+        for name, layer in excited_layers(converted.eval())
+    ]
+    run_in_eval(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return max(largest)
 
 
 def _compare(row: ZooRow, raw: list[Tensor], excited: list[Tensor], stripped: list[Tensor]) -> None:

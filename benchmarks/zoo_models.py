@@ -54,10 +54,13 @@ class Candidate:
     Attributes:
         inputs: as the model's forward takes them.
         shape: of the first picture or clip, for the table.
+        chooses: the model returns what it chose by scores that with random weights are all but
+            equal, such as boxes: the last digit of one decides which are returned.
     """
 
     inputs: Any
     shape: tuple[int, ...]
+    chooses: bool = False
 
 
 def build(name: str) -> nn.Module:
@@ -150,7 +153,7 @@ def _detection(builder: str) -> Candidate:
         if builder.startswith("keypointrcnn"):
             target["keypoints"] = torch.tensor([40.0, 40.0, 1.0]).repeat(2, 17, 1)
         targets.append(target)
-    return Candidate((images, targets), (_BATCH, 3, size, size))
+    return Candidate((images, targets), (_BATCH, 3, size, size), chooses=True)
 
 
 def _seeded() -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torchvision
 
 COMMAND = "python benchmarks/zoo.py"
 _SLOW = 0.95
+_PRESERVED = 1e-5
 
 # Reasons that only parameters without a conv, linear or attention layer of their own can have.
 _BARE = (
@@ -100,6 +102,12 @@ def as_markdown(rows: Sequence[Row], head: Row) -> str:
         "pass. Weights multiplied as x @ W, computed from several parts, or stacked belong to "
         "modules that are no conv, linear or attention layer, such as mixtures of kernels.\n",
         _table(("model", "weights", "cause"), _exceptions(rows)),
+        "## Pretrained starts\n",
+        'Converted with `init="preserve"`, in eval mode: the largest output difference from the '
+        "vanilla model, over the larger of 1 and the largest output. Detectors return what they "
+        "chose by scores that with random weights are all but equal; there each converted layer "
+        "is compared, given what the vanilla layer is given.\n",
+        _table(("mode", "models", "within 1e-5", "median", "largest"), _preserved(rows)),
         "## Speed\n",
         "CPU seconds of one thread, median and 95th percentile over the models. Reading records "
         "a forward in eval and one in train mode, without weights; the proof records both again.\n",
@@ -143,6 +151,23 @@ def _exceptions(rows: Sequence[Row]) -> list[tuple[object, ...]]:
         if not row["passed"]:
             found.append((row["name"], "", f"fails: {_cell(row['cause'])}"))
     return found or [("none", "", "")]
+
+
+def _preserved(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    by_mode: dict[str, list[float]] = {}
+    for row in rows:
+        for mode, difference in row["preserved"].items():
+            by_mode.setdefault(mode, []).append(difference)
+    return [
+        (
+            f"`{mode}`",
+            len(found),
+            sum(difference <= _PRESERVED for difference in found),
+            f"{statistics.median(found):.1e}",
+            f"{max(found):.1e}",
+        )
+        for mode, found in by_mode.items()
+    ]
 
 
 def _speed(rows: Sequence[Row]) -> list[tuple[object, ...]]:

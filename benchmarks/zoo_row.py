@@ -47,6 +47,8 @@ class ZooRow:
         strip_s: folding and comparing the weights.
         difference: excited to stripped outputs, over the larger of 1 and the largest output.
         effect: raw to excited outputs, likewise; None where their shapes differ.
+        preserved: vanilla outputs to those of the model converted with ``init="preserve"``,
+            likewise, by mode.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ZooRow:
     strip_s: float = 0.0
     difference: float | None = None
     effect: float | None = None
+    preserved: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON types, times in milliseconds' precision."""

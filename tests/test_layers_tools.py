@@ -6,9 +6,12 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from timm.utils.model import reparameterize_model
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from toys import EVERYTHING, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
@@ -140,6 +143,17 @@ def test_a_functional_call_computes_with_the_parameters_it_is_given() -> None:
     assert torch.equal(found, other(x))
 
 
+@pytest.mark.parametrize("mode", ["mwe", "lwe"])
+def test_a_functional_call_with_a_vanilla_name_is_refused(mode: str) -> None:
+    model = ws.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), mode)
+    before = copy.deepcopy(model.state_dict())
+    given = {"0.bias": torch.zeros(4), "0.weight": torch.ones(4, 3, 3, 3, requires_grad=True)}
+    with pytest.raises(ws.InputError, match=r"(?s)given 'weight' of .*Give it 'raw_weight'"):
+        torch.func.functional_call(model, given, (image(),))
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_torch_func_differentiates_by_the_raw_weights() -> None:
     model = ws.convert(nn.Linear(4, 3), config=EVERYTHING)
     x = torch.randn(5, 4)
@@ -234,3 +248,52 @@ def test_many_excited_layers_share_no_module() -> None:
     converted = ws.convert(Zoo(), config=EVERYTHING)
     excitations = [e for _, layer in excited_layers(converted) for e in layer.children()]
     assert len({id(e) for e in excitations}) == len(excitations)
+
+
+# torch.fx
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
+def test_torchs_own_tracer_goes_through_a_converted_model(name: str) -> None:
+    model = ws.convert(torchvision.models.get_model(name, weights=None)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    traced = fx.symbolic_trace(model)
+    expected = model(x)
+    assert torch.equal(traced(x), expected)
+    vanilla = fx.symbolic_trace(torchvision.models.get_model(name, weights=None))
+    stripped = ws.strip(traced, example_inputs=x)
+    assert list(stripped.state_dict()) == list(vanilla.state_dict())
+    assert [node.target for node in stripped.graph.nodes] == [n.target for n in vanilla.graph.nodes]
+    torch.testing.assert_close(stripped(x), expected)
+
+
+def test_torchvisions_feature_extractor_takes_a_converted_model() -> None:
+    model = ws.convert(torchvision.models.resnet18()).eval()
+    x = torch.randn(1, 3, 32, 32)
+    extractor = create_feature_extractor(model, {"layer2": "features"})
+    features = extractor(x)["features"]
+    assert features.shape == (1, 128, 4, 4)
+    features.sum().backward()
+    assert model.conv1.raw_weight.grad.any()
+    with torch.no_grad():
+        model.conv1.raw_weight.mul_(-1)
+    assert not torch.equal(extractor(x)["features"], features)
+    nodes = get_graph_node_names(torchvision.models.resnet18())
+    assert get_graph_node_names(model) == nodes
+
+
+class Doubled(nn.Linear):
+    """A layer of no torch module, which the tracer enters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * 2, self.bias)
+
+
+def test_a_layer_that_torchs_tracer_enters_shows_its_excitation() -> None:
+    model = ws.convert(nn.Sequential(Doubled(4, 3)), "mwe").eval()
+    x = torch.randn(2, 4)
+    traced = fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0.excitation"]
+    torch.testing.assert_close(ws.strip(traced, example_inputs=x)(x), model(x))

@@ -43,9 +43,13 @@ def test_the_outputs_stay_what_they_were(mode: str, standardize: str) -> None:
     assert difference(model, ws.strip(converted, example_inputs=x), x) <= 1e-5
 
 
-def test_a_model_of_half_precision_stays_within_its_rounding() -> None:
-    model, x = pretrained().bfloat16(), torch.randn(2, 3, 8, 8).bfloat16()
-    assert difference(model, ws.convert(model, "lwe", init="preserve"), x) <= 0.05
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ws.MODES)
+def test_a_model_of_half_precision_stays_within_its_rounding(mode: str, dtype: torch.dtype) -> None:
+    model, x = pretrained().to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
+    rounding = torch.finfo(dtype).eps
+    assert difference(model, ws.convert(model, mode, init="preserve"), x) <= 4 * rounding
+    assert difference(model, ws.convert(model, mode), x) > 16 * rounding
 
 
 def test_every_parameter_has_had_a_gradient_after_three_steps() -> None:

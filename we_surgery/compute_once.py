@@ -13,7 +13,8 @@ Two reads share one tensor as long as everything it was computed from is as it w
 Everything is: the raw weight, the excitation's parameters, buffers and submodules (the same
 objects, at the same version, at the same address), whether they require gradients, the CUDA
 stream. Under ``torch.compile``, ``torch.func``, tracing, capture and any dispatch or function
-mode each read computes, and so it does where an excitation carries hooks.
+mode each read computes, and so it does where an excitation carries hooks. A recording of the
+reading is the one mode that says it may be shared under, so that it shows what is shared.
 
 Torch keeps no version for writes through ``tensor.data`` or a NumPy alias: in eval mode, call
 ``model.eval()`` after them, which forgets what was kept. So does ``model.train()``.
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from we_surgery.excitations import Excitation
@@ -52,7 +54,7 @@ class _Source:
             return True
         if not isinstance(tensor, Tensor):
             return False
-        return tensor._version != self.version or tensor.data_ptr() != self.address
+        return tensor._version != self.version or _address(tensor) != self.address
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -76,7 +78,7 @@ class _Kept:
     def is_current(self, raw: Tensor) -> bool:
         if raw is not self.raw or raw._version != self.raw_version:
             return False
-        if raw.data_ptr() != self.raw_alias.data_ptr():
+        if _address(raw) != _address(self.raw_alias):
             return False
         for source in self.sources:
             if source.has_moved():
@@ -115,10 +117,17 @@ def excited_weight(excitation: Excitation, raw: Tensor, *, may_hold: bool = True
     return _compute(excitation, raw, is_read_often)
 
 
+def outdate(excitation: Excitation) -> None:
+    """Makes the next read compute anew, as after a step of the optimizer."""
+    kept: _Kept | None = excitation.kept
+    if kept is not None:
+        kept.raw_version = -1
+
+
 def _may_share(excitation: Excitation, raw: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(raw) is not nn.Parameter or raw.numel() == 0:
+    if torch.compiler.is_compiling() or not _is_parameter(raw) or raw.numel() == 0:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_function_stack() or _is_watched():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
@@ -126,6 +135,19 @@ def _may_share(excitation: Excitation, raw: Tensor) -> bool:
         return False
     # What a capture replays must be computed within it.
     return not (raw.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_parameter(raw: Tensor) -> bool:
+    return type(raw) is nn.Parameter or (type(raw) is FakeTensor and isinstance(raw, nn.Parameter))
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode is on that is to see each computation."""
+    modes = torch._C._len_torch_dispatch_stack()
+    if not modes:
+        return False
+    innermost = torch._C._get_dispatch_stack_at(modes - 1)
+    return not getattr(innermost, "shares_excited_weights", False)
 
 
 def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor:
@@ -194,10 +216,15 @@ def _sources(excitation: Excitation) -> Iterator[_Source]:
             for name, value in owner.items():
                 version, address = -1, 0
                 if isinstance(value, Tensor):
-                    if type(value) not in (nn.Parameter, Tensor):
+                    if type(value) not in (nn.Parameter, Tensor, FakeTensor):
                         raise _UnwatchableError
-                    version, address = value._version, value.data_ptr()
+                    version, address = value._version, _address(value)
                 yield _Source(owner, name, value, version, address, len(owner))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the tensor's values are; 0 for one that has none."""
+    return 0 if type(tensor) is FakeTensor else tensor.data_ptr()
 
 
 def _is_differentiable(raw: Tensor, sources: list[_Source]) -> bool:

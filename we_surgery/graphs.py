@@ -27,6 +27,7 @@ from we_surgery.layers import (
     own_memory,
     raw_name,
     rename_parameter,
+    trace_whole,
 )
 
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -105,7 +106,7 @@ def held_by_graphs(model: nn.Module) -> Callable[[nn.Module, str], bool]:
 def hold(owner: nn.Module, parameter: str, excitation: Composition) -> None:
     """Renames the parameter to its raw name, in its place, and adds the excitation beside it."""
     rename_parameter(owner, parameter, raw_name(parameter))
-    owner._modules[excitation_name(parameter)] = excitation
+    owner._modules[excitation_name(parameter)] = trace_whole(excitation)
 
 
 def release(owner: nn.Module) -> None:

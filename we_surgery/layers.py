@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,18 @@ from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_
 RAW_PREFIX = "raw_"
 EXCITATION = "excitation"
 _HANDED = "_handed_weights"
+_TRACED_WHOLE = "torch.nn"
+_FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
+"""The module of torch that puts the tensors of a functional call into layers."""
 
 if TYPE_CHECKING:
     _ModuleBase = nn.Module
 else:
     # Not nn.Module: the mixin must come before the vanilla class and leave its layout alone.
     _ModuleBase = object
+
+
+Traced = TypeVar("Traced", bound=nn.Module)
 
 
 def raw_name(parameter: str) -> str:
@@ -208,8 +215,16 @@ def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
 
     Raises:
         ExcitationError: the excitation has no inverse in closed form.
-        InputError: ``value`` is not a tensor of the weight's shape.
+        InputError: ``value`` is not a tensor of the weight's shape, or is to be put in and
+            taken out again by ``torch.func.functional_call``.
     """
+    if sys._getframe(2).f_globals.get("__name__") == _FUNCTIONAL_CALL:
+        # The raw weight would take a copy, without a gradient, and not get its own value back.
+        raise InputError(
+            f"functional_call was given {name!r} of layer {describe(layer)}, which is computed",
+            f"Give it {raw_name(name)!r} and the excitation's tensors, by the names that "
+            "`model.named_parameters()` has for them.",
+        )
     raw: Tensor = getattr(layer, raw_name(name))
     if not isinstance(value, Tensor) or value.shape != raw.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -250,8 +265,10 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
     swapped = excited_class(base, names)
     try:
         rename_parameter(module, parameter, raw_name(parameter))
-        module._modules[excitation_name(parameter)] = excitation
+        module._modules[excitation_name(parameter)] = trace_whole(excitation)
         module.__dict__["layer_name"] = layer_name
+        if base.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
+            trace_whole(module)
         # Last: it is what makes the layer an excited one.
         module.__class__ = swapped
     except BaseException:
@@ -259,8 +276,22 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
         module._parameters.update(vanilla_parameters)
         module._modules.pop(excitation_name(parameter), None)
         if not isinstance(module, ExcitedLayer):
-            module.__dict__.pop("layer_name", None)
+            _drop_own_attributes(module)
         raise
+
+
+def trace_whole(module: Traced) -> Traced:
+    """Makes torch.fx's own tracers call the module and not enter it; returns it.
+
+    They go by the instance's ``__module__``, and pickle goes by that of the class.
+    """
+    module.__dict__["__module__"] = _TRACED_WHOLE
+    return module
+
+
+def is_traced_whole(attributes: Mapping[str, Any]) -> bool:
+    """Whether these are attributes of a module that :func:`trace_whole` was given."""
+    return attributes.get("__module__") == _TRACED_WHOLE
 
 
 def restore(module: nn.Module) -> None:
@@ -271,8 +302,7 @@ def restore(module: nn.Module) -> None:
         rename_parameter(module, raw_name(parameter), parameter)
         del module._modules[excitation_name(parameter)]
     module.__class__ = module.vanilla_class  # type: ignore[assignment]
-    del module.__dict__["layer_name"]
-    module.__dict__.pop("recompute", None)
+    _drop_own_attributes(module)
 
 
 def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
@@ -285,9 +315,14 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
         rename_parameter(view, raw_name(name), name)
         view._parameters[name] = value  # type: ignore[assignment]
         del view._modules[excitation_name(name)]
-    del view.__dict__["layer_name"]
-    view.__dict__.pop("recompute", None)
+    _drop_own_attributes(view)
     return view
+
+
+def _drop_own_attributes(module: nn.Module) -> None:
+    """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
+    for name in ("layer_name", "recompute", "__module__"):
+        module.__dict__.pop(name, None)
 
 
 def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ from we_surgery.copies import copy_model, drawing_nothing
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Recipe, WeightLayout, build_excitation
 from we_surgery.policy import Policy
-from we_surgery.reading import LayerFacts, layer_display_name, read
+from we_surgery.reading import LayerFacts, Reading, layer_display_name, read
 from we_surgery.rules import Rule
 from we_surgery.transplants.rows import TransplantDecision, decide
 
@@ -247,19 +247,23 @@ def plan(
         with drawing_nothing(model):
             _, places = decide(model, policy.transplants)
     reading = read(model, example_inputs)
-    modules = dict(model.named_modules())
-    matches = _count_matches(policy, reading.layers, modules)
-    parts: dict[Hashable, nn.Module] = {}
-    decisions = [_decide(policy, facts, modules[facts.module], parts) for facts in reading.layers]
     return Plan(
         mode=policy.mode,
         rung=reading.rung,
         rung_reason=reading.rung_reason,
-        decisions=tuple(_settle_ties(reading.layers, decisions)),
+        decisions=decide_layers(model, policy, reading),
         model_parameters=vanilla_parameters,
-        pattern_matches=matches,
+        pattern_matches=_count_matches(policy, reading.layers, dict(model.named_modules())),
         transplants=places,
     )
+
+
+def decide_layers(model: nn.Module, policy: Policy, reading: Reading) -> tuple[Decision, ...]:
+    """What a policy makes of the facts that were read of ``model``, one decision a weight."""
+    modules = dict(model.named_modules())
+    parts: dict[Hashable, nn.Module] = {}
+    decisions = [_decide(policy, facts, modules[facts.module], parts) for facts in reading.layers]
+    return tuple(_settle_ties(reading.layers, decisions))
 
 
 def _decide(

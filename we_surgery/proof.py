@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.reading.recorded import call
+from we_surgery.reading.running import call, fixed_seed
 
 RELATIVE_TOLERANCE = 1e-5
 
@@ -117,7 +117,7 @@ def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     Raises:
         InputError: the model returns no tensor, or fails on these inputs.
     """
-    with eval_mode(model), torch.no_grad(), _fixed_seed(model):
+    with eval_mode(model), torch.no_grad(), fixed_seed(model):
         try:
             outputs = call(model, example_inputs)
         except Exception as error:
@@ -217,16 +217,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             for buffer, value in kept:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _fixed_seed(model: nn.Module) -> Iterator[None]:
-    """Seeds the CPU and the model's own GPUs, no other, and gives them their state back."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        for generator in (
-            torch.default_generator,
-            *(torch.cuda.default_generators[index] for index in devices),
-        ):
-            generator.manual_seed(0)
-        yield

@@ -139,6 +139,10 @@ ATTACKS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: with_attribute("cls_to_become", torchvision.models.ResNet),
         "ResNet .is no layer",
     ),
+    "a module's name of its own": (
+        lambda: with_attribute("__module__", "os"),
+        "attribute called '__module__'",
+    ),
     "a hook of a tensor": (lambda: with_attribute("table", TensorWithHook()), "hooks"),
     "numel of a tensor": (lambda: with_tensor("numel", nn.Identity()), "'numel' of a tensor"),
     "__deepcopy__ of a tensor": (

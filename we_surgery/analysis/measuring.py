@@ -34,7 +34,7 @@ from we_surgery.analysis.scores import (
 )
 from we_surgery.errors import InputError
 from we_surgery.proof import eval_mode
-from we_surgery.reading.recorded import call
+from we_surgery.reading.running import call
 
 logger = logging.getLogger(__name__)
 

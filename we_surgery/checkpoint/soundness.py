@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.errors import InputError
+from we_surgery.layers import is_traced_whole
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
@@ -90,6 +91,8 @@ def _fault_in_module(module: nn.Module) -> str | None:
                 return f"{_shortened(name)} of a {kind.__name__} is of type {type(value).__name__}"
             names.append(name)
     for name in names:
+        if name == "__module__" and is_traced_whole(attributes):
+            continue
         if not _is_plain_name(name):
             return f"a {kind.__name__} has an attribute called {_shortened(name)}"
         if callable(getattr(kind, name, None)):

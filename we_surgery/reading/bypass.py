@@ -30,9 +30,9 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
         How many excited weights the recorded forwards computed.
 
     Raises:
-        SurgeryError: an operation outside the excitations reads a raw weight, an excitation
-            runs on activations or not at all though its layer does, or the converted model
-            does not run on the inputs.
+        SurgeryError: an operation outside the excitations reads a raw weight; an excitation
+            runs on activations, or not at all though its layer does, or more than once a
+            forward on the same weight; or the converted model does not run on the inputs.
     """
     recordings, notes = record_both_modes(model, example_inputs, faithful=True)
     if not recordings or (ran_in_both and notes):
@@ -46,6 +46,10 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     }
     refuse_bypasses(recordings, list(raw))
     refuse_excited_activations(recordings)
+    if any(repeated(recording) for recording in recordings):
+        # The first forward is where an excitation learns that its weight is read often.
+        recordings, _ = record_both_modes(model, example_inputs, faithful=True, after_a_step=True)
+        refuse_repetitions(recordings)
     called = {name for recording in recordings for name in recording.calls}
     # One excitation may serve several tied layers, and be called by the name in the first.
     computed = {
@@ -74,14 +78,15 @@ def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -
         for node in recording.graph.nodes:
             if node.op != "get_attr" or node.target not in raw_names:
                 continue
-            pending, seen = list(node.users), set()
+            pending, seen = list(node.users), {node}
             while pending:
                 user = pending.pop()
                 # What nobody uses is a question about the tensor, such as its device.
                 if user in seen or user.meta.get(EXCITATION) or not user.users:
                     continue
                 seen.add(user)
-                if is_view(user):
+                is_written = operation_name(user).endswith("_") and user.args[0] in seen
+                if is_view(user) or is_written:  # still the raw weight
                     pending.extend(user.users)
                     continue
                 raise SurgeryError(
@@ -109,3 +114,25 @@ def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
                     "weight runs all of its children",
                     "Leave that weight alone by a rule; nothing was changed.",
                 )
+
+
+def repeated(recording: Recording) -> dict[str, int]:
+    """Excitations computed more than once from one state of their weight, and how often."""
+    return {what.excitation: n for what, n in recording.computations.items() if n > 1}
+
+
+def refuse_repetitions(recordings: Sequence[Recording]) -> None:
+    """Raises if an excitation was computed more than once in a forward on the same weight.
+
+    Raises:
+        SurgeryError: naming the excitation, and how often it was computed.
+    """
+    for recording in recordings:
+        for name, count in repeated(recording).items():
+            raise SurgeryError(
+                f"{name!r} is computed {count} times in one forward in "
+                f"{'train' if recording.training else 'eval'} mode, each time on the same weight",
+                "Make the module read the layer's `weight` instead of calling its excitation, and "
+                "not switch modes in its forward; or leave that layer alone by a rule; nothing "
+                "was changed.",
+            )

@@ -12,23 +12,23 @@ import copy
 import gc
 import logging
 import operator
-from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from we_surgery.excitations import Composition
+from we_surgery.compute_once import outdate
+from we_surgery.excitations import Composition, Excitation
 from we_surgery.reading.hooks import drop_hooks
+from we_surgery.reading.running import call, fixed_seed
+from we_surgery.reading.stand_ins import StandIns
 
 MODULE = "module"
 """Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
@@ -61,6 +61,18 @@ def after_write(value: Any, write: Any) -> Any:
     return value
 
 
+class Computation(NamedTuple):
+    """What an excitation is computed for, and once a forward pass.
+
+    Attributes:
+        excitation: its qualified name.
+        raw: the node of the raw weight; another one once it was written to.
+    """
+
+    excitation: str
+    raw: fx.Node
+
+
 @dataclass
 class Recording:
     """One forward of a model as a graph of aten operations.
@@ -73,76 +85,24 @@ class Recording:
         calls: how often each module was called.
         constants: the values of ``constant_N`` nodes, tensors that are neither parameters
             nor buffers nor made in the forward.
+        computations: how often each excitation was computed, where reads may share the result:
+            not while it is paused, nor where a GraphModule has nodes for it.
     """
 
     graph: fx.Graph
     training: bool
     calls: Counter[str] = field(default_factory=Counter)
     constants: dict[str, Tensor] = field(default_factory=dict)
-
-
-class StandIns(ABC):
-    """Tensors without memory that stand for a model's own, made once for all recordings of it."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """A stand-in of the same shape, strides and dtype, always the same one."""
-        if id(tensor) not in self._made:
-            # The tensor is kept with it, so that no other one gets its id.
-            self._made[id(tensor)] = (tensor, self._make(tensor.detach()))
-        return self._made[id(tensor)][1]
-
-    @abstractmethod
-    def _make(self, tensor: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def active(self) -> AbstractContextManager[Any]:
-        """The context a forward on them runs in."""
-
-
-class Fakes(StandIns):
-    """Torch's fake tensors: they say they are where the model's own are.
-
-    Whatever a forward asks of a device, it takes the path that it takes on the real one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def active(self) -> AbstractContextManager[Any]:
-        return self.mode
-
-    def _make(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return self.mode.from_tensor(tensor)
-        # As if it were on the CPU: inputs and what the forward makes will be.
-        with self.mode:
-            return _empty_like(tensor, "cpu")
-
-
-class Metas(StandIns):
-    """Tensors on the meta device, several times as fast as fake ones.
-
-    A forward that mixes them with tensors of its own making fails, and a fused kernel of the
-    real device may be another one here; for reading which weights go where, that is enough.
-    """
-
-    def active(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def _make(self, tensor: Tensor) -> Tensor:
-        return _empty_like(tensor, "meta")
-
-
-def _empty_like(tensor: Tensor, device: str) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    computations: Counter[Computation] = field(default_factory=Counter)
 
 
 def record(
-    model: nn.Module, example_inputs: Any, *, training: bool = False, fakes: StandIns | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool = False,
+    fakes: StandIns | None = None,
+    after_a_step: bool = False,
 ) -> Recording:
     """Records one forward of a copy of ``model``, which is not changed.
 
@@ -153,40 +113,47 @@ def record(
         fakes: where stand-ins come from. Without it real tensors are used, for models whose
             control flow or shapes depend on data; their parameters are shared with ``model``,
             their buffers copied.
+        after_a_step: record the forward after a first one and a step of the optimizer. An
+            excitation knows then whether its weight is read more than once.
 
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    replica = _replica(model, fakes).train(training)
-    recorder = _Recorder(replica)
-    inputs = example_inputs if fakes is None else tree_map_only(Tensor, fakes, example_inputs)
-    for tensor in tree_iter(inputs):
-        if isinstance(tensor, Tensor):
-            recorder.add_input(tensor)
     with (
         _unlogged(),
         _uncollected(),
         contextlib.nullcontext() if fakes is None else fakes.active(),
         torch.set_grad_enabled(training),
-        torch.random.fork_rng(),
-        recorder.watching(replica),
-        recorder,
     ):
-        torch.manual_seed(0)
+        replica = _replica(model, fakes).train(training)
+        inputs = example_inputs if fakes is None else tree_map_only(Tensor, fakes, example_inputs)
+        if after_a_step:
+            _record(replica, inputs, fakes)
+            for module in replica.modules():
+                if isinstance(module, Excitation):
+                    outdate(module)
+        return _record(replica, inputs, fakes)
+
+
+def _record(replica: nn.Module, inputs: Any, fakes: StandIns | None) -> Recording:
+    recorder = _Recorder(replica, _run if fakes is None else fakes.run)
+    for tensor in tree_iter(inputs):
+        if isinstance(tensor, Tensor):
+            recorder.add_input(tensor)
+    with fixed_seed(replica), recorder.watching(replica), recorder:
         outputs = call(replica, inputs)
     recorder.finish(outputs)
-    return Recording(recorder.graph, training, recorder.calls, recorder.constants)
+    return Recording(
+        recorder.graph,
+        replica.training,
+        recorder.calls,
+        recorder.constants,
+        recorder.computations,
+    )
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Calls ``model`` on a tensor, on positional arguments, or on a mapping of keyword ones."""
-    # A graph module's own way of being called prints its code when it fails.
-    run = partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model
-    if isinstance(example_inputs, Mapping):
-        return run(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return run(*example_inputs)
-    return run(example_inputs)
+def _run(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return operation(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -230,25 +197,38 @@ def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
                 memo[id(value)] = OrderedDict()
     replica = copy.deepcopy(model, memo)
     drop_hooks(replica, keep_torchs_own=True)
-    for module in replica.modules():
-        if isinstance(module, Composition):
-            # One operation instead of some forty: who reads its result matters, not how it
-            # comes about.
-            module.__dict__["forward"] = _weight_to_weight
     return replica
 
 
-def _weight_to_weight(weight: Tensor) -> Tensor:
-    return weight * 1
+class _Excite(torch.autograd.Function):
+    """An excitation as one operation, with a node that reads may share as they share its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.is_repeatable = True
+        return weight * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes each dispatched operation into an fx graph."""
 
-    def __init__(self, model: nn.Module) -> None:
+    shares_excited_weights = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._run = run
         self.graph = fx.Graph()
         self.calls: Counter[str] = Counter()
+        self.computations: Counter[Computation] = Counter()
+        self._graphs = {n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)}
         self._names = {id(t): name for name, t in _named_tensors(model)}
         self._nodes: Any = WeakTensorKeyDictionary()
         self._order: dict[fx.Node, int] = {}
@@ -270,7 +250,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            enter, leave = self._hooks(name, isinstance(module, Composition))
+            if isinstance(module, Composition):
+                # No hooks: an excitation that carries some computes at each read.
+                module.__dict__["forward"] = partial(self._excite, name, module)
+                continue
+            enter, leave = self._hooks(name)
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave, always_call=True))
         try:
@@ -279,22 +263,39 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, name: str, excites: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(*_: Any) -> None:
             self.calls[name] += 1
-            self._running.append((name, excites or self._running[-1][1]))
+            self._running.append((name, self._running[-1][1]))
 
         def leave(*_: Any) -> None:
             self._running.pop()
 
         return enter, leave
 
+    def _excite(self, name: str, excitation: Composition, weight: Tensor) -> Tensor:
+        """One operation instead of some forty: who reads its result matters, not how it is made."""
+        self.calls[name] += 1
+        self._running.append((name, True))
+        try:
+            if excitation.is_paused:
+                return weight * 1
+            excited: Tensor = _Excite.apply(weight, *excitation.parameters())
+        finally:
+            self._running.pop()
+        may_share = excited.requires_grad or not excitation.training
+        if may_share and self._running[-1][0] not in self._graphs:
+            self.computations[Computation(name, self._node_of(weight))] += 1
+        return excited
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # fake tensors are asked all the time
+            return self._run(func, args, kwargs)
         node_args, node_kwargs = self._storable(args), self._storable(kwargs)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         node = self._add(func, node_args, node_kwargs)
         if isinstance(result, Tensor):
             self._label(result, node)

@@ -15,8 +15,9 @@ from we_surgery.reading.aten_norms import norm_after
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.gates import gate_operations
 from we_surgery.reading.kinds import kind_of
-from we_surgery.reading.recorded import Fakes, Metas, Recording, StandIns, record
+from we_surgery.reading.recorded import Recording, record
 from we_surgery.reading.shifts import shift_before
+from we_surgery.reading.stand_ins import Fakes, Metas, StandIns
 from we_surgery.reading.tree import obstacle_of
 from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
 
@@ -34,7 +35,7 @@ class _Use:
 
 
 def record_both_modes(
-    model: nn.Module, example_inputs: Any, *, faithful: bool = False
+    model: nn.Module, example_inputs: Any, *, faithful: bool = False, after_a_step: bool = False
 ) -> tuple[list[Recording], list[str]]:
     """Recordings in eval and in train mode, and what went wrong.
 
@@ -47,17 +48,27 @@ def record_both_modes(
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
         faithful: begin with fake tensors, on which a forward takes the very path, fused kernels
             included, that it takes on real ones.
+        after_a_step: as for :func:`~we_surgery.reading.recorded.record`.
     """
     recordings, notes = [], []
-    stand_ins: list[StandIns | None] = [Fakes(), None] if faithful else [Metas(), Fakes(), None]
+    stand_ins: list[StandIns | None] = [Metas(), Fakes(), None]
+    if faithful or any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        # The meta device takes a recurrent layer apart, step by step.
+        del stand_ins[0]
     for training in (False, True):
         mode = "train" if training else "eval"
-        for kind in stand_ins:
+        for index, kind in enumerate(stand_ins):
             try:
-                recordings.append(record(model, example_inputs, training=training, fakes=kind))
-                break
+                recording = record(
+                    model, example_inputs, training=training, fakes=kind, after_a_step=after_a_step
+                )
             except Exception as error:
                 failure = _first_line(error)
+            else:
+                recordings.append(recording)
+                # What one mode cannot run on, the other one seldom can.
+                del stand_ins[:index]
+                break
             name = "real tensors" if kind is None else type(kind).__name__.lower()
             logger.info("not recorded on %s in %s mode: %s", name, mode, failure)
         else:

@@ -62,6 +62,15 @@ _JOINS = frozenset(
     aten.index_put_ aten.copy aten.index_copy aten.index_copy_
     """.split()
 )
+# They take the channels apart and together again where this argument is the channels' dimension.
+_DIMENSION = {
+    "aten.slice": 1,
+    "aten.split": 2,
+    "aten.split_with_sizes": 2,
+    "aten.unsafe_split": 2,
+    "aten.cat": 1,
+}
+_STAYS = frozenset(["aten.clone", "aten.alias", "aten.detach", "aten.contiguous"])
 _DOES_BOTH = frozenset(["aten.gather", "aten.index", "aten.take_along_dim", "aten.as_strided"])
 _RESHAPES = frozenset(["aten.view", "aten._unsafe_view", "aten.reshape"])
 _EMPTY = frozenset(["aten.zeros", "aten.empty", "aten.full", "aten.ones", "aten.empty_strided"])
@@ -90,7 +99,7 @@ def shift_before(
     fed = fed_by_input(recording.graph) if fed is None else fed
     tensors = _TensorValues(model, recording.constants)
     inside, sources = _slice(data, fed, tensors)
-    if not _may_shift(inside):
+    if not _may_shift(inside) or _moves_channels_alone(inside, channel_dim):
         return None
     ordered = sorted({*inside, *sources, data})
     for source in sources:
@@ -193,6 +202,21 @@ def _may_shift(inside: set[fx.Node]) -> bool:
     names = {operation_name(node) for node in inside}
     displaces, joins = bool(names & _DISPLACES), bool(names & _JOINS)
     return (displaces and joins) or bool(names & _DOES_BOTH) or _CONVOLUTION in names
+
+
+def _moves_channels_alone(inside: set[fx.Node], channel_dim: int) -> bool:
+    """Whether channels are only cut apart and joined, as in DenseNet, and positions stay."""
+    for node in inside:
+        name = operation_name(node)
+        if name in _DIMENSION:
+            index = _DIMENSION[name]
+            dimension: Any = node.args[index] if index < len(node.args) else 0
+            rank = len(node.all_input_nodes[0].meta.get(SHAPE, ()))
+            if not rank or (dimension - channel_dim) % rank:
+                return False
+        elif name == _CONVOLUTION or (name in _MOVES and name not in _STAYS):
+            return False
+    return True
 
 
 def _replay(

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import WEIGHTED, is_gate
-from we_surgery.reading.recorded import Fakes, record
+from we_surgery.reading.recorded import record
 from we_surgery.reading.shifts import shift_before
+from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.symbolic import TracedBlock, join
 
 _LARGEST_SLICE = 200
