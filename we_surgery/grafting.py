@@ -131,11 +131,12 @@ def graft(model: nn.Module, grafts: Iterable[Graft]) -> Callable[[], None]:
             if item.raw is not None and parameter is not None:
                 changed.append((parameter, parameter.data))
                 parameter.data = item.raw
+            # Noted first: whatever is interrupted halfway comes off as well.
+            done.append(module)
             if is_held(module, item.parameter):
                 hold(module, item.parameter, item.excitation)
             else:
                 excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
-            done.append(module)
         update_graphs(model)
     except BaseException:
         undo()

@@ -267,12 +267,21 @@ def _torch_save(content: Any, temporary: Path) -> None:
             raise
         # Pickling runs the __reduce__ of whatever the model holds, which can raise anything.
         except Exception as error:
+            # torch's writer complains of its own state after the disk did.
+            if (disk := _disk_error(error)) is not None:
+                raise disk from error
             raise SurgeryError(
                 f"the {'model' if isinstance(content, nn.Module) else 'state dict'} cannot be "
                 f"pickled: {type(error).__name__}: {error}",
                 "Write its state dict instead (--to state_dict), or define what it names at the "
                 "top level of a module.",
             ) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 import torch
@@ -29,7 +31,8 @@ class SurgeryCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _cleaning_up_when_terminated():
+                return super().invoke(ctx)
         except WESurgeryError as error:
             _say_error(error.cause, error.cure)
             ctx.exit(error.exit_code)
@@ -52,6 +55,23 @@ _UNEXPECTED = (
     f"{TRACEBACK_VARIABLE}=1 before the command shows. Nothing was written."
 )
 _OUT_OF_MEMORY = "Give the process more memory, or a smaller input. Nothing was written."
+
+
+@contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Lets SIGTERM, which a scheduler sends, leave as an exception, so that no file is left."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python sets handlers in the main thread alone.
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
