@@ -76,6 +76,14 @@ def test_a_recipe_without_surgery_trains_the_vanilla_network(recipe, image_folde
     assert result.training_parameters == result.deployed_parameters
 
 
+def test_the_thresholds_of_sparse_training_grow_with_their_loss(recipe, image_folder, tmp_path):
+    surgery = {"mode": "none", "conv": "dynamic_sparse"}
+    recipe = dataclasses.replace(recipe, surgery=surgery).replace(smoothing=0.1)
+    without = run(recipe, image_folder, tmp_path / "without")
+    pushed = run(recipe.replace(sparsity=0.5), image_folder, tmp_path / "with")
+    assert pushed.zeros > without.zeros + 10
+
+
 def test_a_segmentation_is_trained_from_a_backbone(recipe, tmp_path):
     root = tmp_path / "VOCdevkit" / "VOC2012"
     lists = root / "ImageSets" / "Segmentation"

@@ -118,4 +118,6 @@ def run_command(
         f"parameters: {result.training_parameters:,} in training, "
         f"{result.deployed_parameters:,} deployed"
     )
+    if result.zeros > 1:
+        say(f"{result.zeros:.1f} % of the stripped weights are 0")
     say(f"wrote {result.file}")

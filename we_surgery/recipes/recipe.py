@@ -71,6 +71,7 @@ class Training:
         decay_all: whether biases and norm scales are decayed like weights, as plain SGD does.
         schedule: arguments of ``timm.scheduler.create_scheduler_v2``: ``sched``, ...
         smoothing: label smoothing.
+        sparsity: weight of :func:`we_surgery.sparsity_loss` in the loss.
         excite_from: the first epoch with excitation; before it, it is paused.
         init: as in :func:`we_surgery.convert`.
         excitation_init: of the excitations' linear layers; ``default`` is torch's.
@@ -84,6 +85,7 @@ class Training:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     decay_all: bool = True
     smoothing: float = 0.0
+    sparsity: float = 0.0
     excite_from: int = 0
     init: Init = "paper"
     excitation_init: Initialization = "default"

@@ -43,6 +43,8 @@ class RunResult:
             one batch; None for a vanilla network.
         training_parameters: of the network in training.
         deployed_parameters: of the stripped one.
+        zeros: share of the stripped weights that are exactly 0, in percent; biases and norm
+            scales left out.
         file: the stripped state dict.
     """
 
@@ -55,6 +57,7 @@ class RunResult:
     output_difference: float | None
     training_parameters: int
     deployed_parameters: int
+    zeros: float
     file: str
 
 
@@ -257,10 +260,17 @@ def _finish(
         output_difference=difference,
         training_parameters=_parameters(run.model),
         deployed_parameters=_parameters(stripped),
+        zeros=_zeros(stripped),
         file=str(file),
     )
     (output / "result.json").write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
     return result
+
+
+def _zeros(model: nn.Module) -> float:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return 100 * zeros / max(sum(weight.numel() for weight in weights), 1)
 
 
 def _parameters(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from we_surgery.errors import SurgeryError
+from we_surgery.excitations import sparsity_loss
 from we_surgery.recipes.loaders import Batches
 from we_surgery.recipes.place import Place
 from we_surgery.recipes.recipe import Recipe
@@ -139,12 +140,15 @@ class TrainingRun:
     def _step(self, images: Tensor, labels: Tensor, is_last: bool) -> Tensor:
         device = self.place.device
         images, labels = images.to(device), labels.to(device)
+        settings = self.recipe.training
         is_parallel = isinstance(self.trained, DistributedDataParallel)
         waits = contextlib.nullcontext() if is_last or not is_parallel else self.trained.no_sync()  # type: ignore[operator]
         with waits:
             with self._autocast():
                 outputs = self.trained(images)
-                loss = loss_of(outputs, labels, self.recipe.training.smoothing)
+                loss = loss_of(outputs, labels, settings.smoothing)
+            if settings.sparsity:
+                loss = loss + settings.sparsity * sparsity_loss(self.model)
             share = loss / self.accumulation
             if self.scaler is not None:
                 self.scaler(share, self.optimizer, need_update=is_last)
