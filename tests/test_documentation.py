@@ -11,9 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ONE_PROGRAM = "writing_an_excitation.md"  # its blocks go together; see test_own_excitation.py
 BLOCKS = [
     pytest.param(page, code, id=f"{page.stem}-{index}")
     for page in PAGES
+    if page.name != ONE_PROGRAM
     for index, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 

@@ -148,9 +148,8 @@ class Policy:
             if unfit is not None:
                 names.remove(name)
                 reason = f"{reason}; not {name}: it {unfit}"
-        if any(EXCITATIONS[name].takes_standardized for name in names) and all(
-            EXCITATIONS[name].order != Standardize.order for name in names
-        ):
+        takes_it = wanted == "on" or any(EXCITATIONS[name].takes_standardized for name in names)
+        if takes_it and names and all(EXCITATIONS[n].order != Standardize.order for n in names):
             standardized, why = _standardizes(facts, cell, wanted, explicit)
             if standardized:
                 names.insert(0, Standardize.name)

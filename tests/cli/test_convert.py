@@ -104,7 +104,10 @@ def test_a_config_file_is_used(model_file: Path) -> None:
     "config", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_each_config_of_the_repository_converts_a_model(config: Path, model_file: Path) -> None:
-    assert run(model_file, "--config", config).exit_code == 0
+    # Some name the layers of a sort of model, and nothing is to be written of that.
+    source = {"mixer-channels": "timm:mixer_s16_224", "vit": "timm:vit_tiny_patch16_224"}
+    words = (source[config.stem], "--dry-run") if config.stem in source else (model_file,)
+    assert run(*words, "--config", config).exit_code == 0
 
 
 def test_an_architecture_is_a_source_and_the_result_lies_here(

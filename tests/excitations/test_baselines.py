@@ -140,3 +140,16 @@ def test_a_vanilla_checkpoint_starts_a_norm_anew() -> None:
     nn.init.normal_(other.weight, std=3.0)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model.weight, other.weight)
+
+
+def test_standardization_that_is_asked_for_comes_before_any_stage_but_another_normalization() -> (
+    None
+):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
+
+    def stages(conv: str, standardize: str) -> tuple[str, ...]:
+        return ws.plan(model, config={"conv": conv, "standardize": standardize}).decisions[0].stages
+
+    assert stages("dynamic_sparse", "auto") == ("dynamic_sparse",)
+    assert stages("dynamic_sparse", "on") == ("standardize", "dynamic_sparse")
+    assert stages("weight_norm", "on") == ("weight_norm",)

@@ -207,6 +207,18 @@ def test_all_four_interfaces_take_it_and_strip_gives_the_vanilla_model_back(
 
 
 @pytest.mark.parametrize("name", EXCITATIONS)
+def test_it_compiles_to_one_graph(name: str) -> None:
+    weight, excitation = prepared([{name: {}}], LAYOUTS["conv2d"])
+    torch._dynamo.reset()
+    compiled = torch.compile(excitation, fullgraph=True, backend="aot_eager")
+    excitation.eval()
+    torch.testing.assert_close(compiled(weight), excitation(weight))
+    excitation.train()
+    compiled(weight.requires_grad_()).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("name", EXCITATIONS)
 def test_each_has_a_summary_and_a_source(name: str) -> None:
     assert EXCITATIONS[name].summary
     assert EXCITATIONS[name].source

@@ -116,7 +116,7 @@ def test_rounding_makes_undecided_kernels_zero_and_can_be_taken_back() -> None:
     assert int((weight.flatten(2).count_nonzero(2) == 0).sum()) == undecided
     ws.harden(model, "soft")
     assert torch.equal(model[0].weight, before)
-    with pytest.raises(ValueError, match="hardening must be one of soft, argmax, round"):
+    with pytest.raises(ws.InputError, match="there is no hardening 'hard'"):
         ws.harden(model, "hard")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from we_surgery.errors import InputError
 
 
 @contextmanager
@@ -22,3 +25,19 @@ def working_folder_importable() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+
+
+def import_package(name: str) -> None:
+    """Imports a package for what it registers, such as an excitation of the user's own.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        with working_folder_importable():
+            importlib.import_module(name)
+    except Exception as error:
+        raise InputError(
+            f"the package {name!r} cannot be imported: {type(error).__name__}: {error}",
+            "Install it, or start the command in the folder that it is in.",
+        ) from error

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from we_surgery.checkpoint.imports import import_package
 from we_surgery.errors import InputError, WESurgeryError
 from we_surgery.jobs import Source
 from we_surgery.targets import KINDS
@@ -121,7 +122,8 @@ def source_options(command: Command) -> Command:
                 "--allow",
                 multiple=True,
                 metavar="PACKAGE",
-                help="Import PACKAGE and let the file name its nn.Module classes. Repeatable.",
+                help="Import PACKAGE, with the excitations it registers, and let the file name its "
+                "nn.Module classes. Repeatable.",
             ),
             click.option(
                 "--trust",
@@ -169,6 +171,8 @@ def make_source(
 ) -> Source:
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.Source`."""
     arguments = dict(_key_value(text) for text in arch_args)
+    for package in allow:
+        import_package(package)
     return Source(source, arch, arguments, key, allow=tuple(allow), trust=trust)
 
 

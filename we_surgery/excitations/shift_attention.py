@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Excitation
-from we_surgery.excitations.functions import check_choice, check_flag
+from we_surgery.excitations.functions import check_flag
 from we_surgery.excitations.layout import WeightLayout
 
 HARDENINGS = ("soft", "argmax", "round")
@@ -129,12 +130,8 @@ class ShiftAttention(Excitation):
         return kernels + places * math.ceil(math.log2(positions)) / 32
 
     def set_hardening(self, how: str) -> None:
-        """Makes it ``soft``, ``argmax`` or ``round``; a choice of the state dict.
-
-        Raises:
-            ValueError: there is no such way.
-        """
-        length = HARDENINGS.index(check_choice("shift_attention: hardening", how, HARDENINGS))
+        """Makes it ``soft``, ``argmax`` or ``round``, which the state dict then says."""
+        length = HARDENINGS.index(how)
         self.forget()
         self.hardened = self.hardened.new_zeros(length)
 
@@ -221,8 +218,13 @@ def harden(model: nn.Module, how: str = "argmax") -> Hardening:
             no position over one half becomes zero; or ``soft``, which takes it back.
 
     Raises:
-        ValueError: there is no such way.
+        InputError: there is no such way.
     """
+    if how not in HARDENINGS:
+        raise InputError(
+            f"there is no hardening {how!r}{near_matches(how, HARDENINGS)}",
+            f"Use one of: {', '.join(HARDENINGS)}.",
+        )
     stages = [m for m in model.modules() if isinstance(m, ShiftAttention)]
     for stage in stages:
         stage.set_hardening(how)
