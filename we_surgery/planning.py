@@ -15,7 +15,7 @@ import we_surgery
 from we_surgery.config import make_policy
 from we_surgery.copies import copy_model, drawing_nothing
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations import Recipe, WeightLayout, build_excitation
+from we_surgery.excitations import EXCITATIONS, Recipe, WeightLayout, build_excitation
 from we_surgery.policy import Policy
 from we_surgery.reading import LayerFacts, Reading, layer_display_name, read
 from we_surgery.rules import Rule
@@ -71,13 +71,21 @@ class Decision:
 
     @property
     def verdict(self) -> str:
-        """The decision in a word: ``skip``, ``LWE``, ``LWE+MWE (standardized)``."""
+        """The decision in a word: ``skip``, ``LWE``, ``LWE(skip=True)+MWE (standardized)``."""
         if not self.stages:
             return "skip"
-        named = "+".join(s.upper() for s in self.stages if s != "standardize")
+        stages = [(name, options) for stage in self.excitation for name, options in stage.items()]
+        named = "+".join(_named(*stage) for stage in stages if stage[0] != "standardize")
         if "standardize" not in self.stages:
             return named
         return f"{named} (standardized)" if named else "standardize"
+
+
+def _named(stage: str, options: Mapping[str, Any]) -> str:
+    """``LWE(attention=cbam)``: with the options that are not the method's own."""
+    known = EXCITATIONS[stage].options() if stage in EXCITATIONS else {}
+    given = [f"{k}={v}" for k, v in options.items() if k not in known or v != known[k]]
+    return f"{stage.upper()}({', '.join(given)})" if given else stage.upper()
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,20 @@ def test_the_global_net_stays_one_through_copies_moves_and_files(tmp_path: objec
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_file_of_weights_alone_gives_one_global_net_back(ending: str, tmp_path: object) -> None:
+    architecture = "torchvision:squeezenet1_1"
+    model = ws.convert(
+        torchvision.models.squeezenet1_1(), config={"conv": "lwe", "lwe": {"attention": "global"}}
+    )
+    ws.save(model, f"{tmp_path}/weights.{ending}", architecture=architecture)
+    loaded = ws.load(f"{tmp_path}/weights.{ending}")
+    nets = {id(m.net) for m in loaded.modules() if isinstance(m, GlobalLWE)}
+    assert len(nets) == 1
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    assert torch.equal(loaded.eval()(x := torch.randn(1, 3, 64, 64)), model.eval()(x))
+
+
 def test_two_conversions_have_two_global_nets() -> None:
     first, second = (ws.convert(Two(), config={"lwe": {"attention": "global"}}) for _ in "ab")
     assert shared_net(first) is not shared_net(second)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def _grafts(
     by_parameter: dict[int, tuple[ExcitedEntry, Composition]] = {}
     grafts: list[Graft] = []
     grafted: set[tuple[int, str]] = set()
+    parts: dict[Hashable, nn.Module] = {}
     for entry in entries:
         owner = modules.get(entry.layer)
         parameter = None if owner is None else owner._parameters.get(entry.parameter)
@@ -207,6 +208,7 @@ def _grafts(
             _refuse_different(first, entry)
         else:
             excitation = _owned(entry.rebuild())
+            excitation.share(parts)
             by_parameter[id(parameter)] = (entry, excitation)
         # A module that goes by two names has its entries under both.
         if (id(owner), entry.parameter) not in grafted:
