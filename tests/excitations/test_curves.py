@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.excitations import MWE
+from we_surgery.excitations import MWE, Composition
 from we_surgery.excitations.curves import CURVES
 
 F64 = torch.float64
@@ -102,6 +102,14 @@ def test_a_mix_of_a_half_is_half_way() -> None:
         mwe.mix.fill_(0.5)
     weight = torch.randn(3, 4)
     torch.testing.assert_close(mwe(weight), (weight + MWE()(weight)) / 2)
+
+
+def test_a_mix_that_has_moved_starts_anew_where_a_weight_is_to_stay() -> None:
+    composition = Composition([MWE(learn="mix")])
+    with torch.no_grad():
+        composition.mwe.mix.fill_(0.3)
+    weight = torch.randn(3, 4)
+    torch.testing.assert_close(composition(composition.preserve(weight)), weight)
 
 
 def test_an_epsilon_that_is_driven_down_keeps_the_weights_finite() -> None:
