@@ -48,7 +48,7 @@ def test_a_converted_model_compiles_to_one_graph(backend: str, autocast: bool) -
     plain = ws.convert(ConvNet(), config=EVERYTHING)
     compiled = copy.deepcopy(plain)
     run = torch.compile(compiled, fullgraph=True, backend=backend)
-    x = image()
+    x = image().to(torch.bfloat16 if autocast else torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, found = plain(x).float(), run(x).float()
     torch.testing.assert_close(found, expected)

@@ -101,6 +101,9 @@ class ClosedFormExcitation(torch.autograd.Function):
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
+        # The formulas ask for the strides of what comes of the gradient, and a compiler starts over
+        # when it is asked: within the context it would leave autocast off for the whole model.
+        gradient.is_contiguous()
         with autocast_off(weight.device.type):
             return _backward(
                 gradient, weight, terms, Kept(*saved[_TENSOR_TERMS:]), ctx.needs_input_grad
