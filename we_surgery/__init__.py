@@ -38,6 +38,7 @@ from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
 from we_surgery.training import param_groups as param_groups
+from we_surgery.training import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training import resume as resume
 from we_surgery.training import shift_attention_words as shift_attention_words
 from we_surgery.transplants import TRANSPLANTS as TRANSPLANTS

@@ -10,6 +10,7 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
+from we_surgery.graphs import excited_weights
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
@@ -75,6 +76,80 @@ def test_each_optimizer_goes_on_and_trains_the_excitations_too(make):
     # What it saves is what it loads.
     twin = make(list(p for g in optimizer.param_groups for p in g["params"]))
     twin.load_state_dict(optimizer.state_dict())
+
+
+def test_each_class_of_torch_is_tested_or_refused():
+    classes = {
+        value
+        for value in vars(torch.optim).values()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+    tested = {type(make([nn.Parameter(torch.zeros(1))])) for make in OPTIMIZERS.values()}
+    others = {kind.__name__ for kind in classes - tested}
+    # The last two are refused; sparse gradients do not occur.
+    assert others == {"Optimizer", "SparseAdam", "LBFGS", "Muon"}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_each_optimizer_goes_on_after_a_strip_as_a_vanilla_ones(make):
+    model = ws.convert(ConvNet(), config=EVERYTHING)
+    optimizer = make(list(model.parameters()))
+    step(model, optimizer)
+    step(model, optimizer)
+    raws = {id(weight.raw) for weight in excited_weights(model)}
+    norms = {id(p): copy.deepcopy(optimizer.state.get(p)) for p in model.parameters()}
+    before = step(copy.deepcopy(model), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
+    expected = excitations(model).keys()
+    assert set(ws.remove_from_optimizer(optimizer, model)) == expected
+    assert ws.remove_from_optimizer(optimizer, model) == []
+    ws.strip(model, inplace=True)
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    for parameter in model.parameters():
+        kept = optimizer.state.get(parameter) or {}
+        if id(parameter) in raws:
+            assert not any(torch.as_tensor(v).any() for k, v in kept.items() if k != "sum")
+        else:
+            assert kept.keys() == (norms[id(parameter)] or {}).keys()
+            for key, value in kept.items():
+                was = torch.as_tensor(norms[id(parameter)][key])
+                assert torch.equal(torch.as_tensor(value), was), key
+    twin_model = copy.deepcopy(model)
+    twin = make(list(twin_model.parameters()))
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    losses = [step(model, optimizer) for _ in range(3)]
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert len(set(losses)) == 3
+    assert [step(twin_model, twin) for _ in range(3)] == losses
+
+
+def test_a_stripped_models_optimizer_saves_what_one_of_the_vanilla_model_loads():
+    model = ws.convert(ConvNet(), config=EVERYTHING)
+    optimizer = torch.optim.AdamW(ws.param_groups(model, 0.1, excitation_lr=0.5), 1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    step(model, optimizer)
+    ws.remove_from_optimizer(optimizer, model)
+    ws.strip(model, inplace=True)
+    anew = torch.optim.AdamW(ws.param_groups(model, 0.1), 1e-2)
+    groups = [g["params"] for g in optimizer.param_groups if g["params"]]
+    assert [[id(p) for p in g] for g in groups] == [
+        [id(p) for p in g["params"]] for g in anew.param_groups
+    ]
+    step(model, optimizer)
+    schedule.step()
+    named = torch.optim.SGD(ws.convert(model, inplace=True).named_parameters(), 0.1)
+    ws.remove_from_optimizer(named, model)
+    assert named.param_groups[0]["param_names"] == [
+        name for name, _ in model.named_parameters() if "excitation." not in name
+    ]
+
+
+def test_an_optimizer_that_can_give_nothing_away_or_is_anothers_is_refused():
+    model = ws.convert(ConvNet())
+    with pytest.raises(ws.InputError, match=r"LBFGS .* no parameter can join or leave"):
+        ws.remove_from_optimizer(torch.optim.LBFGS(model.parameters()), model)
+    with pytest.raises(ws.InputError, match="none of the model's parameters"):
+        ws.remove_from_optimizer(torch.optim.SGD(ConvNet().parameters(), 0.1), model)
 
 
 def test_it_takes_the_steps_of_an_optimizer_that_knew_them_from_the_start():

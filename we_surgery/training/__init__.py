@@ -6,6 +6,7 @@ The integrations with frameworks are modules of their own (``we_surgery.training
 
 from we_surgery.training.optimizers import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training.optimizers import add_to_optimizer as add_to_optimizer
+from we_surgery.training.optimizers import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training.param_groups import param_groups as param_groups
 from we_surgery.training.schedule import WESchedule as WESchedule
 from we_surgery.training.schedule import resume as resume

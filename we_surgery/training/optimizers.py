@@ -1,7 +1,8 @@
-"""Optimizers that exist already when a model is converted."""
+"""Optimizers that exist already when a model is converted, or go on when it is stripped."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from we_surgery.errors import InputError
+from we_surgery.graphs import excited_weights
 from we_surgery.training.param_groups import Group, refuse_groups_of_another_model, same_options
 from we_surgery.training.vanilla_view import (
     ExcitationParameters,
@@ -90,6 +92,55 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     return [name for name, _, _ in joining]
 
 
+def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """Takes the excitations of a converted model out of its optimizer, before an in-place strip.
+
+    For a model that is stripped in the middle of training and goes on. The groups stay, with
+    their order and hyper-parameters, so a learning-rate schedule goes on. The excited weights'
+    own state (momentum, squares) is dropped: it is of the raw weights, and the Parameters hold
+    the excited ones after the strip, whose gradients are of another scale. What the optimizer
+    saves from now on fits one that was built in the same way from the vanilla model.
+
+    Args:
+        optimizer: any torch optimizer, or one wrapped as accelerate does.
+        model: the model, still converted; also inside DDP or ``torch.compile``.
+
+    Returns:
+        The names of the parameters that were removed.
+
+    Raises:
+        InputError: the optimizer holds none of the model's parameters, or cannot give any away,
+            as LBFGS. It is as it was.
+
+    Example:
+        >>> removed = ws.remove_from_optimizer(optimizer, model)
+        >>> ws.strip(model, inplace=True)
+    """
+    model = inside_wrappers(model)
+    groups = optimizer.param_groups
+    refuse_groups_of_another_model([Group(_options(g), g["params"]) for g in groups], model)
+    weights = list(excited_weights(model))
+    leaving = {id(p) for weight in weights for p in weight.excitation.parameters()}
+    changing = leaving | {id(weight.raw) for weight in weights}
+    held = {id(tensor) for group in groups for tensor in group["params"]}
+    if held & leaving:
+        _refuse_fixed(optimizer, [])
+    for layer in _with_wrapped(optimizer):
+        for parameter in [tensor for tensor in layer.state if id(tensor) in changing]:
+            del layer.state[parameter]
+    for group in groups:
+        stays = [id(tensor) not in leaving for tensor in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = itertools.compress(group[key], stays)
+        for parameter in group["params"]:
+            if id(parameter) in changing:
+                _start_early_state(optimizer, parameter, group)
+    removed = [n for n, p in model.named_parameters() if id(p) in held & leaving]
+    logger.info("removed %d parameters from %s", len(removed), type(optimizer).__name__)
+    return removed
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
@@ -108,8 +159,8 @@ def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
         name = type(layer).__name__
         if name in _FIXED:
             raise InputError(
-                f"{name} {_FIXED[name]}, so the excitations cannot be added",
-                "Build the optimizer anew from the converted model's parameters.",
+                f"{name} {_FIXED[name]}, so no parameter can join or leave it",
+                "Build the optimizer anew from the model's parameters after the surgery.",
             )
         if isinstance(layer, torch.optim.Muon) and not_matrices:
             raise InputError(
