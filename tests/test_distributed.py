@@ -1,156 +1,160 @@
 """DDP and FSDP2 over two processes train a converted model as one process does."""
 
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
+from distributed_runs import (
+    ALL,
+    WRAPPINGS,
+    batches,
+    converted,
+    example,
+    example_run,
+    train,
+)
+from torch import Tensor
 
 import we_surgery as ws
 
 PROCESSES = 2
-STEPS = 3
+ROOT = Path(__file__).parents[1]
+REFUSALS = {"ddp": "is wrapped in DistributedDataParallel", "fsdp": "is sharded"}
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
 )
 
 
-class Net(nn.Module):
-    """Each sort of excited layer, and no norm that mixes the images of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
-        self.up = nn.ConvTranspose2d(8, 6, 3, groups=2)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.head = nn.Linear(6, 4)
-        self.tied = nn.Linear(6, 4)
-        self.tied.weight = self.head.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        tokens = self.up(F.relu(self.depthwise(x))).flatten(2).transpose(1, 2)
-        attended = self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
-        return self.head(attended) * self.tied(attended)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
 
 
-def converted() -> nn.Module:
-    torch.manual_seed(0)
-    return ws.convert(Net(), config={"mode": "lwe+mwe", "linear": "lwe+mwe", "standardize": "on"})
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> Iterator[None]:
+    address = (folder / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def batches() -> list[Tensor]:
-    torch.manual_seed(1)
-    return [torch.randn(4, 3, 6, 6) for _ in range(STEPS)]
+@pytest.fixture(scope="module")
+def alone(one_process: None, folder: Path) -> list[float]:
+    """The losses of the example in one process."""
+    return example_run(folder / "one")
 
 
-def train(model: nn.Module, parts: list[Tensor]) -> list[float]:
-    """The losses of a few steps, each followed by two with no gradient.
-
-    In eval mode throughout, where an excited weight is kept from read to read.
-    """
-    optimizer = torch.optim.SGD(model.eval().parameters(), 0.1, momentum=0.9)
-    losses = []
-    for x in parts:
-        loss = (10 * model(x)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            losses += [loss.item(), (10 * model(x)).square().mean().item()]
-            shard_again(model)
-            for parameter in model.parameters():
-                parameter.mul_(1.01)
-            losses.append((10 * model(x)).square().mean().item())
-            shard_again(model)
-    return losses
-
-
-def shard_again(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def wrap_ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def wrap_fsdp(model: nn.Module) -> nn.Module:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (PROCESSES,))
-    for layer in (model.stem, model.up, model.depthwise):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-WRAPPINGS = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
-REFUSALS = {"ddp": "is wrapped in DistributedDataParallel", "fsdp": "is sharded"}
-
-
-def refusal(model: nn.Module, surgery: Callable[[nn.Module], Any]) -> str:
-    try:
-        surgery(model)
-    except ws.InputError as error:
-        return error.cause
-    return ""
-
-
-@contextmanager
-def join_group(rank: int, folder: str) -> Iterator[None]:
-    """The process group of a spawned process, for a while."""
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module")
+def found(alone: list[float], folder: Path) -> dict[str, Any]:
+    """What two processes under torchrun have found; they also go on from the one's checkpoint."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    rendezvous = Path(folder, "rendezvous").as_uri()
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES, timeout=timedelta(0, 60)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(PROCESSES)),
+            *(str(ROOT / "tests" / "distributed_runs.py"), str(folder)),
+        ],
+        env={"GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": str(ROOT), **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = torch.load(folder / "result.pt")
+    return result
 
 
-def worker(rank: int, folder: str) -> None:
-    with join_group(rank, folder):
-        for name, wrap in WRAPPINGS.items():
-            model = wrap(converted())
-            refusals = [refusal(model, ws.strip), refusal(model, ws.convert)]
-            losses = torch.tensor(train(model, [x.chunk(PROCESSES)[rank] for x in batches()]))
-            dist.all_reduce(losses)
-            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-            if rank == 0:
-                result = {"refusals": refusals, "losses": losses / PROCESSES, "state": state}
-                torch.save(result, Path(folder, f"{name}.pt"))
+def averaged(folder: Path) -> dict[str, Tensor]:
+    """The deployed weights of an example, loaded into a vanilla network and out of it again."""
+    network = example().Network()
+    network.load_state_dict(torch.load(folder / "deploy.pt"), strict=True)
+    state: dict[str, Tensor] = network.state_dict()
+    return state
 
 
-def test_ddp_and_fsdp_train_a_converted_model_as_one_process_does(tmp_path: Path) -> None:
-    spawn(worker, (str(tmp_path),), nprocs=PROCESSES)
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_each_sort_of_layer_trains_as_in_one_process(name: str, found: dict[str, Any]) -> None:
     alone = converted()
     losses = torch.tensor(train(alone, batches()))
     trained = alone.state_dict()
     assert (losses.diff().abs() > 1e-5).all()
-    for name in WRAPPINGS:
-        result = torch.load(tmp_path / f"{name}.pt")
-        torch.testing.assert_close(result["losses"], losses, rtol=1e-6, atol=1e-6)
-        assert list(result["state"]) == list(trained)
-        for key, value in result["state"].items():
-            torch.testing.assert_close(value, trained[key], msg=lambda m, k=key: f"{k}: {m}")
-        assert all(REFUSALS[name] in refused for refused in result["refusals"])
-        again = converted()
-        again.load_state_dict(result["state"])
-        ws.strip(again, example_inputs=batches()[0])
+    result = found[name]
+    torch.testing.assert_close(result["losses"], losses, rtol=1e-6, atol=1e-6)
+    assert list(result["state"]) == list(trained)
+    for key, value in result["state"].items():
+        torch.testing.assert_close(value, trained[key], msg=lambda m, k=key: f"{k}: {m}")
+    assert all(REFUSALS[name] in refused for refused in result["refusals"])
+    again = converted()
+    again.load_state_dict(result["state"])
+    ws.strip(again, example_inputs=batches()[0])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_the_example_trains_averages_and_strips_as_in_one_process(
+    name: str, found: dict[str, Any], alone: list[float], folder: Path
+) -> None:
+    assert len(set(alone)) == len(alone) == 4
+    assert found[f"example {name}"] == pytest.approx(alone, rel=1e-5)
+    expected = averaged(folder / "one")
+    for key, value in averaged(folder / name).items():
+        # Where a gradient is nothing but rounding, AdamW takes a whole step all the same.
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_checkpoint_of_one_process_goes_on_in_two(
+    name: str, found: dict[str, Any], alone: list[float]
+) -> None:
+    assert found[f"example {name} from one"] == pytest.approx(alone[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_sharded_checkpoint_of_two_processes_goes_on_in_one(
+    engine: str, found: dict[str, Any], folder: Path
+) -> None:
+    losses = example_run(folder / f"{engine} from two", "--engine", engine, of=folder / "fsdp")
+    assert losses == pytest.approx(found["example fsdp"][2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp all", "fsdp fp16"])
+def test_the_same_processes_go_on_bit_for_bit(name: str, found: dict[str, Any]) -> None:
+    straight, resumed = found[f"example {name}"], found[f"example {name} again"]
+    assert resumed == straight[2:]
+
+
+@pytest.mark.parametrize("name", ["fsdp all", "fsdp fp16"])
+def test_half_precision_in_two_processes_is_as_in_one(
+    name: str, found: dict[str, Any], alone: list[float]
+) -> None:
+    losses = found[f"example {name}"]
+    assert losses != pytest.approx(alone, rel=1e-6)
+    assert losses == pytest.approx(alone, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "tolerance"),
+    [
+        (("--checkpoint-activations",), 0),
+        (("--accumulate", "2"), 1e-5),
+        (("--amp", "bf16"), 2e-2),
+        (("--amp", "fp16"), 2e-2),
+        (ALL, 2e-2),
+    ],
+    ids=["activation checkpointing", "accumulation", "bf16", "fp16", "all"],
+)
+@pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning")
+def test_in_one_process_each_option_gives_the_losses_of_the_plain_run(
+    words: tuple[str, ...], tolerance: float, alone: list[float], folder: Path
+) -> None:
+    torch._dynamo.reset()
+    losses = example_run(folder / "-".join(words), *words)
+    assert losses == pytest.approx(alone, rel=tolerance, abs=0)
+    assert tolerance < 1e-3 or losses != pytest.approx(alone, rel=1e-7)
+    averaged(folder / "-".join(words))

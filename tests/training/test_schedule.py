@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -148,6 +149,22 @@ def test_copies_pickles_and_files_stay_paused(tmp_path: Path) -> None:
     ):
         assert torch.equal(outputs(copied), outputs(model))
         assert ws.resume(copied) > 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_distributed_checkpoint_loads_into_a_model_that_is_as_far(tmp_path: Path) -> None:
+    model = paused()
+    ws.resume(model)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    other = paused()
+    with pytest.raises(dcp.api.CheckpointException, match=r"Size mismatch .*paused"):
+        dcp.load({"model": other.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    ws.resume(other)
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(state["model"])
+    assert torch.equal(outputs(other), outputs(model))
 
 
 def test_tied_layers_resume_once() -> None:

@@ -1,0 +1,173 @@
+"""What torchrun runs on each process for ``test_distributed``; the first writes what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import we_surgery as ws
+
+STEPS = 3
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
+
+
+class Net(nn.Module):
+    """Each sort of excited layer, and no norm that mixes the images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.up = nn.ConvTranspose2d(8, 6, 3, groups=2)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 4)
+        self.tied = nn.Linear(6, 4)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        tokens = self.up(F.relu(self.depthwise(x))).flatten(2).transpose(1, 2)
+        attended = self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+        return self.head(attended) * self.tied(attended)
+
+
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    return ws.convert(Net(), config={"mode": "lwe+mwe", "linear": "lwe+mwe", "standardize": "on"})
+
+
+def batches() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 6, 6) for _ in range(STEPS)]
+
+
+def train(model: nn.Module, parts: list[Tensor]) -> list[float]:
+    """The losses of a few steps, each followed by two with no gradient.
+
+    In eval mode throughout, where an excited weight is kept from read to read.
+    """
+    optimizer = torch.optim.SGD(model.eval().parameters(), 0.1, momentum=0.9)
+    losses = []
+    for x in parts:
+        loss = (10 * model(x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses += [loss.item(), (10 * model(x)).square().mean().item()]
+            shard_again(model)
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+            losses.append((10 * model(x)).square().mean().item())
+            shard_again(model)
+    return losses
+
+
+def shard_again(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def wrap_fsdp(model: nn.Module) -> nn.Module:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model.stem, model.up, model.depthwise):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPINGS = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
+
+
+def refusal(model: nn.Module, surgery: Callable[[nn.Module], Any]) -> str:
+    try:
+        surgery(model)
+    except ws.InputError as error:
+        return error.cause
+    return ""
+
+
+def wrapped_run(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    """What a converted net refuses, computes and becomes under DDP or FSDP2."""
+    model = wrap(converted())
+    refusals = [refusal(model, ws.strip), refusal(model, ws.convert)]
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    losses = torch.tensor(train(model, [x.chunk(processes)[rank] for x in batches()]))
+    dist.all_reduce(losses)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {"refusals": refusals, "losses": losses / processes, "state": state}
+
+
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_distributed", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def example_run(folder: Path, *words: str, of: Path | None = None) -> list[float]:
+    """The losses of the example; with ``of``, from the first checkpoint in that folder."""
+    if of is not None and dist.get_rank() == 0:
+        first = min(of.glob("step-*"))
+        shutil.copytree(first, folder / first.name)
+    dist.barrier()
+    module = example()
+    losses: list[float] = module.main(module.parse(["--folder", str(folder), *STEPPING, *words]))
+    dist.barrier()
+    return losses
+
+
+STEPPING = ("--steps", "4", "--save-every", "2")
+# Everything at once; the compiled graph may be of any backend that differentiates.
+ALL = ("--amp", "bf16", "--accumulate", "2", "--checkpoint-activations", "--compile", "aot_eager")
+TOGETHER = {
+    "ddp": ("--engine", "ddp"),
+    "fsdp": ("--engine", "fsdp"),
+    "fsdp all": ("--engine", "fsdp", *ALL),
+    "fsdp fp16": ("--engine", "fsdp", "--amp", "fp16"),
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        result: dict[str, Any] = {name: wrapped_run(wrap) for name, wrap in WRAPPINGS.items()}
+        for name, words in TOGETHER.items():
+            result[f"example {name}"] = example_run(folder / name, *words)
+        for name in ("ddp", "fsdp"):
+            again = folder / f"{name} from one"
+            result[f"example {name} from one"] = example_run(
+                again, *TOGETHER[name], of=folder / "one"
+            )
+        for name in ("fsdp all", "fsdp fp16"):
+            again = folder / f"{name} again"
+            result[f"example {name} again"] = example_run(again, *TOGETHER[name], of=folder / name)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / "result.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
