@@ -55,3 +55,18 @@ def test_the_library_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_figures_of_the_analyses_are_made_by_their_command(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/analyse_digits.py", "--quick"]
+    done = subprocess.run(
+        [*command, "--folder", str(tmp_path / "demo"), "--output", str(tmp_path / "figures")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in (tmp_path / "figures").glob("*.png")}
+    shown = set(re.findall(r"figures/(\w+\.png)", (ROOT / "docs" / "analysis.md").read_text()))
+    assert shown <= made

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import we_surgery as ws
 from we_surgery.analysis import LocationMaps, location_maps, magnitude_curve
-from we_surgery.analysis.importance import _measure_locations
+from we_surgery.analysis.importance import measure_locations
 from we_surgery.analysis.kernels import equidistant, kernel_cells
 from we_surgery.excitations import WeightLayout
 
@@ -82,9 +82,9 @@ def test_a_function_and_a_loader_agree() -> None:
 
 def test_shared_prefixes_change_no_result() -> None:
     model = Residual()
-    arguments = (batches(), (4, 4), (), "log_likelihood", None, None)
-    shared, _ = _measure_locations(model, *arguments, share_prefixes=True)
-    whole, _ = _measure_locations(model, *arguments, share_prefixes=False)
+    arguments = {"metric": batches(), "samples": (4, 4), "score": "log_likelihood"}
+    shared, _ = measure_locations(model, **arguments, share_prefixes=True)
+    whole, _ = measure_locations(model, **arguments, share_prefixes=False)
     assert shared.values == whole.values
     assert shared.shared > 60
     assert whole.shared == 0

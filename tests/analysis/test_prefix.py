@@ -10,7 +10,7 @@ import torch
 from analysis_data import Residual, batches
 from torch import Tensor, nn
 
-from we_surgery.analysis.importance import _measure_locations
+from we_surgery.analysis.importance import measure_locations
 from we_surgery.analysis.prefix import Prefix
 
 
@@ -97,9 +97,14 @@ def test_a_model_that_a_prefix_does_not_fit_is_evaluated_whole(kind: type[nn.Mod
     torch.manual_seed(0)
     model = kind()
     other = copy.deepcopy(model)
-    arguments = (batches(1), (3, 3), ("two",), "log_likelihood", None, None)
-    shared, _ = _measure_locations(model, *arguments)
-    whole, _ = _measure_locations(other, *arguments, share_prefixes=False)
+    arguments = {
+        "metric": batches(1),
+        "samples": (3, 3),
+        "layers": ("two",),
+        "score": "log_likelihood",
+    }
+    shared, _ = measure_locations(model, **arguments)
+    whole, _ = measure_locations(other, **arguments, share_prefixes=False)
     assert shared.shared == 0
     assert shared.values == whole.values
 
@@ -107,7 +112,12 @@ def test_a_model_that_a_prefix_does_not_fit_is_evaluated_whole(kind: type[nn.Mod
 def test_a_tied_weight_counts_from_its_first_owner() -> None:
     model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(3)], nn.Flatten())
     model[2].weight = model[0].weight
-    arguments = (batches(1), (2, 2), ("*",), "log_likelihood", None, None)
-    shared, _ = _measure_locations(model, *arguments)
-    whole, _ = _measure_locations(model, *arguments, share_prefixes=False)
+    arguments = {
+        "metric": batches(1),
+        "samples": (2, 2),
+        "layers": ("*",),
+        "score": "log_likelihood",
+    }
+    shared, _ = measure_locations(model, **arguments)
+    whole, _ = measure_locations(model, **arguments, share_prefixes=False)
     assert shared.values == whole.values

@@ -24,6 +24,7 @@ from we_surgery.analysis import (
 from we_surgery.analysis.pictures import render
 from we_surgery.analysis.progress_bar import duration
 from we_surgery.analysis.sensitivity import Sweep, SweepRow
+from we_surgery.analysis.sparse_training import SparseRow, SparseTraining
 
 SWEEP = Sweep(
     "epsilon",
@@ -46,10 +47,13 @@ def results() -> dict[str, Any]:
         "multipliers": multiplier_validity(converted(), batches(1)),
         "prune": pruning_curve(converted(), batches(1), shares=[0.1, 0.5]),
         "sensitivity": SWEEP,
+        "sparse_training": SparseTraining(
+            "accuracy", [SparseRow("dst", 0.0, 0, 0.1, 0.9), SparseRow("dst", 0.1, 0, 0.5, 0.8)]
+        ),
     }
 
 
-NAMES = ("magnitude", "location", "multipliers", "prune", "sensitivity")
+NAMES = ("magnitude", "location", "multipliers", "prune", "sensitivity", "sparse_training")
 
 
 @pytest.mark.parametrize("name", NAMES)

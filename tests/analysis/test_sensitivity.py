@@ -173,7 +173,10 @@ def test_models_without_norms_are_standardized_as_named() -> None:
     assert stages[names[0]] == []
     assert all(found == ["standardize", "lwe"] for found in stages[names[1]])
     assert all(found == ["lwe"] for found in stages[names[2]])
-    assert all(found == ["standardize", "lwe", "rescale"] for found in stages[names[3]])
+    for name in names[3:]:
+        assert all(found == ["standardize", "lwe", "rescale"] for found in stages[name])
+    gains = [models[name].first.excitation.rescale.gain[0].item() for name in names[3:]]
+    assert gains == pytest.approx([(1 / 72) ** 0.5, 2 * (2 / 72) ** 0.5])
 
 
 def test_scaled_filters_have_the_deviation_of_one_over_the_root_of_the_fan_in() -> None:

@@ -25,3 +25,5 @@ from we_surgery.analysis.sensitivity import (
 )
 from we_surgery.analysis.sensitivity import reduction_variants as reduction_variants
 from we_surgery.analysis.sensitivity import sweep as sweep
+from we_surgery.analysis.sparse_training import SparseTraining as SparseTraining
+from we_surgery.analysis.sparse_training import sparse_training as sparse_training

@@ -215,8 +215,14 @@ def location_maps(
     Raises:
         InputError: there is no such layer, or the metric cannot be used.
     """
-    measured, weights = _measure_locations(
-        model, metric, samples, layers, score, progress_file, monitor
+    measured, weights = measure_locations(
+        model,
+        metric,
+        samples=samples,
+        layers=layers,
+        score=score,
+        progress_file=progress_file,
+        monitor=monitor,
     )
     maps = []
     for weight in weights:
@@ -226,16 +232,21 @@ def location_maps(
     return LocationMaps(measured.score, measured.baseline, maps)
 
 
-def _measure_locations(
+def measure_locations(
     model: nn.Module,
     metric: Metric,
-    samples: tuple[int, int],
-    layers: Sequence[str],
-    score: str,
-    progress_file: str | Path | None,
-    monitor: Monitor | None,
+    *,
+    samples: tuple[int, int] = (5, 5),
+    layers: Sequence[str] = (),
+    score: str = "accuracy",
+    progress_file: str | Path | None = None,
+    monitor: Monitor | None = None,
     share_prefixes: bool = True,
 ) -> tuple[Measured, list[MeasuredWeight]]:
+    """What :func:`location_maps` measures, and of which weights; it takes the same arguments.
+
+    With ``share_prefixes=False`` the whole model is evaluated each time, for comparison.
+    """
     if min(samples) < 1:
         raise InputError(f"{samples} kernels cannot be sampled", "Give two positive numbers.")
     deployed = as_deployed(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import WeightLayout
-from we_surgery.excitations.layout import from_filters
 from we_surgery.reading import read_tree
 from we_surgery.rules import Rule
 from we_surgery.surgery import is_converted, strip
@@ -108,12 +108,16 @@ def kernel_cells(layout: WeightLayout, chosen: Tensor) -> Tensor:
     Returns:
         int64, ascending.
     """
-    outputs, channels = layout.out_channels, layout.channels
-    mask = chosen.reshape(outputs, channels, *[1] * len(layout.kernel_size))
-    mask = mask.expand(outputs, channels, *layout.kernel_size)
+    filters, channels = chosen.cpu().nonzero().unbind(1)
     if layout.transposed:
-        mask = from_filters(mask, layout.groups)
-    return mask.flatten().nonzero().flatten()
+        # Stored [C, O/g, *K]; see `from_filters`.
+        width = layout.out_channels // layout.groups
+        rows = filters // width * layout.channels + channels
+        kernels = rows * width + filters % width
+    else:
+        kernels = filters * layout.channels + channels
+    size = math.prod(layout.kernel_size)
+    return (kernels.sort().values.unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
 def equidistant(size: int, count: int) -> list[int]:

@@ -17,12 +17,13 @@ from we_surgery.analysis.importance import LocationMaps, MagnitudeCurve
 from we_surgery.analysis.multipliers import GRANULARITIES, MultiplierValidity
 from we_surgery.analysis.pruning import PruningCurve
 from we_surgery.analysis.sensitivity import Sweep
+from we_surgery.analysis.sparse_training import SparseTraining
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Result = MagnitudeCurve | LocationMaps | MultiplierValidity | PruningCurve | Sweep
+Result = MagnitudeCurve | LocationMaps | MultiplierValidity | PruningCurve | Sweep | SparseTraining
 """Whatever an analysis returns."""
 
 _SETTINGS = {
@@ -60,6 +61,7 @@ def draw(result: Result) -> Figure:
         MultiplierValidity: _validity,
         PruningCurve: _pruning,
         Sweep: _sweep,
+        SparseTraining: _sparse_training,
     }
     with _style():
         return drawers[type(result)](result)
@@ -246,6 +248,31 @@ def _sweep(result: Sweep) -> Figure:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"{_UNITS[result.score]} (a mark a seed, the bar their mean)")
     axes.set_title(result.title, loc="left")
+    return figure
+
+
+def _sparse_training(result: SparseTraining) -> Figure:
+    figure = _figure(5.2, 3.3)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row.variant for row in result.runs))
+    for name, (style, marker, color) in zip(names, _STYLES, strict=False):
+        own = [row for row in result.runs if row.variant == name]
+        points = []
+        for strength in sorted({row.strength for row in own}):
+            rows = [row for row in own if row.strength == strength]
+            kept = [100 * (1 - row.sparsity) for row in rows]
+            metrics = [row.metric for row in rows]
+            axes.plot(
+                kept, metrics, marker, color=color, markersize=3, markerfacecolor="none", alpha=0.7
+            )
+            points.append((sum(kept) / len(kept), sum(metrics) / len(metrics)))
+        axes.plot(
+            *zip(*points, strict=True), style, marker=marker, color=color, markersize=5, label=name
+        )
+    axes.set_xlabel("weights that are left, %")
+    axes.set_ylabel(_UNITS[result.score])
+    axes.set_title("Each point a strength: means large, runs small", loc="left")
+    axes.legend(fontsize=7)
     return figure
 
 

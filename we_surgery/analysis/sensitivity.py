@@ -264,25 +264,27 @@ def normalization_free_variants() -> dict[str, Variant]:
 
     The paper's ResNet50-LWE still learns so, its plain ResNet50 does not. Which standardization
     that was it does not say. With the public code's, filters of standard deviation 1 multiply
-    the signal's scale by about ``sqrt(N) / 2`` in each layer, and it overflows. So three forms
+    the signal's scale by about ``sqrt(N) / 2`` in each layer, N being the fan-in. So four forms
     are tried beside the vanilla one: the paper's as it is, none, and standardized filters times
-    ``sqrt(1 / N)``, N being the fan-in.
+    ``sqrt(1 / N)`` and ``2 sqrt(2 / N)``, of which the last makes up for a ReLU and for
+    multipliers of one half as well.
     """
 
-    def lwe(standardize: str, scaled: bool) -> Variant:
+    def lwe(standardize: str, factor: float | None = None) -> Variant:
         def variant(model: nn.Module) -> nn.Module:
             bare = without_normalization(model)
             config = {"mode": "lwe", "linear": "skip", "standardize": standardize}
             converted = convert(bare, config=config, inplace=True)
-            return scale_standardized(converted) if scaled else converted
+            return converted if factor is None else scale_standardized(converted, factor)
 
         return variant
 
     return {
         "vanilla, no norm": without_normalization,
-        "lwe, no norm, standardized": lwe("on", scaled=False),
-        "lwe, no norm, not standardized": lwe("off", scaled=False),
-        "lwe, no norm, standardized x sqrt(1/N)": lwe("on", scaled=True),
+        "lwe, no norm, standardized": lwe("on"),
+        "lwe, no norm, not standardized": lwe("off"),
+        "lwe, no norm, standardized x sqrt(1/N)": lwe("on", 1.0),
+        "lwe, no norm, standardized x 2 sqrt(2/N)": lwe("on", 2 * math.sqrt(2)),
     }
 
 
@@ -294,10 +296,10 @@ def without_normalization(model: nn.Module) -> nn.Module:
     return model
 
 
-def scale_standardized(model: nn.Module) -> nn.Module:
-    """Multiplies each standardized weight by ``sqrt(1 / N)``, in place; N is the fan-in.
+def scale_standardized(model: nn.Module, factor: float = 1.0) -> nn.Module:
+    """Multiplies each standardized weight by ``factor * sqrt(1 / N)``, in place; N is the fan-in.
 
-    The factor is a fixed stage of the excitation behind LWE. It keeps a layer's output at the
+    It is a fixed stage of the excitation behind LWE. With a factor of 1 a layer's output has the
     scale of its input, but for the multipliers and the activation function.
     """
     made: dict[Composition, Composition] = {}  # tied layers share one
@@ -307,15 +309,15 @@ def scale_standardized(model: nn.Module) -> nn.Module:
         if "standardize" not in names or Rescale.name in names:
             continue
         if excitation not in made:
-            made[excitation] = _scaled(excitation, weight.raw)
+            made[excitation] = _scaled(excitation, weight.raw, factor)
         setattr(weight.owner, excitation_name(weight.parameter), made[excitation])
     return model
 
 
-def _scaled(excitation: Composition, raw: Tensor) -> Composition:
+def _scaled(excitation: Composition, raw: Tensor, factor: float) -> Composition:
     groups = excitation.transposed_groups.shape[0] if excitation.is_transposed else None
     outputs = raw.shape[0] if groups is None else raw.shape[1] * groups
-    gain = torch.full((outputs,), math.sqrt(outputs / raw.numel())).to(raw)
+    gain = torch.full((outputs,), factor * math.sqrt(outputs / raw.numel())).to(raw)
     stages = [*excitation.stages, Rescale(gain, torch.zeros_like(gain))]
     return Composition(stages, groups).to(raw.device)
 
