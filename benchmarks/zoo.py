@@ -8,7 +8,8 @@
 
 What one model has to do to pass is told in ``zoo_check.py``. Each finished model is appended to
 a progress file; a run that was stopped goes on where it was, and ``--fresh`` begins again. A
-model during which the process died counts as failed. Times are CPU seconds of one thread.
+model during which the process died counts as failed. Models that were not run keep the row that
+the table had of them, marked as earlier. Times are CPU seconds of one thread.
 
 Writes ``results/zoo.json`` and ``docs/zoo.md``.
 """
@@ -29,7 +30,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from zoo_check import check_model, read_without_memory, time_reading, warm_up
+from zoo_check import (
+    check_model,
+    read_shift_network,
+    read_without_memory,
+    time_reading,
+    warm_up,
+)
 from zoo_list import PINNED, SMALL_ENOUGH, all_models, choose_models, parameters_of, pinned_models
 from zoo_report import write_results
 from zoo_row import ZooRow
@@ -55,12 +62,13 @@ def main() -> None:
         return
     if options.fresh:
         options.progress.unlink(missing_ok=True)
-    names = all_models() if options.all else pinned_models()
-    names = [name for name in names if re.search(options.only, name)]
+    listed = all_models() if options.all else pinned_models()
+    names = [name for name in listed if re.search(options.only, name)]
     rows = read_again(names, options) if options.times else run(names, options)
-    large = read_without_memory(LARGE)
-    _note(str(large))
-    write_results(rows, large, options.mode, len(names), options.json, options.markdown)
+    rows = _with_earlier(rows, listed, options.json)
+    apart = {"large": read_without_memory(LARGE), "shift_network": read_shift_network()}
+    _note(str(apart))
+    write_results(rows, apart, options.mode, len(listed), options.json, options.markdown)
 
 
 def run(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,6 +104,17 @@ def read_again(names: list[str], options: argparse.Namespace) -> list[dict[str, 
         _note(f"{index + 1}/{len(finished)} {name}: {done[name]['read_s']} s")
         gc.collect()
     return [done[name] for name in finished]
+
+
+def _with_earlier(
+    rows: list[dict[str, Any]], names: list[str], table: Path
+) -> list[dict[str, Any]]:
+    """The rows, and for models that have none the one of the table as it is."""
+    found = {row["name"]: row for row in rows}
+    before = json.loads(table.read_text(encoding="utf-8"))["models"] if table.exists() else []
+    earlier = {row["name"]: row | {"earlier": True} for row in before}
+    known = earlier | found
+    return [known[name] for name in names if name in known]
 
 
 def guarded_check(name: str, mode: str, seconds: int) -> ZooRow:

@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 
 def write_results(
     rows: Sequence[Row],
-    large: Row,
+    apart: Mapping[str, Row],
     mode: str,
     asked: int,
     json_file: Path,
@@ -41,7 +41,8 @@ def write_results(
 
     Args:
         rows: one a finished model.
-        large: what reading a large model on the meta device cost.
+        apart: what reading two models that are in no row cost: ``large``, on the meta device,
+            and ``shift_network``.
         mode: the mode of the plans.
         asked: how many models were to be run.
         json_file: where the table goes, a row a line.
@@ -58,7 +59,7 @@ def write_results(
             "python": platform.python_version(),
         },
         "machine": f"{platform.machine()}, one thread",
-        "large": large,
+        **apart,
     }
     for file in (json_file, markdown_file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def as_markdown(rows: Sequence[Row], head: Row) -> str:
         f"smallest inputs each model takes; {versions}; {head['machine']}. Every model's row is "
         "in [zoo.json](../benchmarks/results/zoo.json); what a model has to do to pass is told "
         "at the top of [zoo_check.py](../benchmarks/zoo_check.py).\n",
-        _unfinished(len(rows), head["asked"]),
+        _unfinished(rows, head["asked"]),
         _table(
             ("", "models", "share"),
             [
@@ -108,19 +109,30 @@ def as_markdown(rows: Sequence[Row], head: Row) -> str:
         "chose by scores that with random weights are all but equal; there each converted layer "
         "is compared, given what the vanilla layer is given.\n",
         _table(("mode", "models", "within 1e-5", "median", "largest"), _preserved(rows)),
+        _amplifiers(rows),
         "## Speed\n",
-        "CPU seconds of one thread, median and 95th percentile over the models. Reading records "
-        "a forward in eval and one in train mode, without weights; the proof records both again.\n",
+        "CPU seconds of one thread, median and 95th percentile over the models of this run. "
+        "Reading records a forward in eval and one in train mode, without weights; the proof "
+        "records both again.\n",
         _table(("step", "median", "95th percentile", "largest"), _speed(rows)),
         _large(head["large"]),
+        _shift_network(head["shift_network"]),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _unfinished(done: int, asked: int) -> str:
-    if done == asked:
-        return ""
-    return f"This run was stopped after {done} of {asked} models, the smallest first.\n"
+def _unfinished(rows: Sequence[Row], asked: int) -> str:
+    earlier = sum(row.get("earlier", False) for row in rows)
+    lines = []
+    if len(rows) < asked:
+        lines.append(f"Run were {len(rows) - earlier} of {asked} models, the smallest first.")
+    if earlier:
+        lines.append(
+            f"{len(rows) - earlier} rows are of this run, the smallest models first. The other "
+            f"{earlier}, marked as earlier in the table, are of one before it, whose proof did not "
+            "count computations yet and which did not check pretrained starts."
+        )
+    return " ".join(lines) + "\n" if lines else ""
 
 
 def _whole(rows: Sequence[Row]) -> tuple[str, int, str]:
@@ -156,7 +168,7 @@ def _exceptions(rows: Sequence[Row]) -> list[tuple[object, ...]]:
 def _preserved(rows: Sequence[Row]) -> list[tuple[object, ...]]:
     by_mode: dict[str, list[float]] = {}
     for row in rows:
-        for mode, difference in row["preserved"].items():
+        for mode, difference in row.get("preserved", {}).items():
             by_mode.setdefault(mode, []).append(difference)
     return [
         (
@@ -170,6 +182,17 @@ def _preserved(rows: Sequence[Row]) -> list[tuple[object, ...]]:
     ]
 
 
+def _amplifiers(rows: Sequence[Row]) -> str:
+    found = [
+        f"`{row['name']}` amplifies rounding: its outputs differ by "
+        f"{max(row['preserved'].values()):.1e}, and moving the last bit of each weight alone moves "
+        f"them by {row['rounding']:.1e}."
+        for row in rows
+        if row.get("rounding") is not None
+    ]
+    return " ".join(found) + "\n" if found else ""
+
+
 def _speed(rows: Sequence[Row]) -> list[tuple[object, ...]]:
     steps = {
         "vanilla forward": "forward_s",
@@ -178,7 +201,7 @@ def _speed(rows: Sequence[Row]) -> list[tuple[object, ...]]:
         "proof": "prove_s",
         "strip": "strip_s",
     }
-    read = [row for row in rows if row["rung"]]
+    read = [row for row in rows if row["rung"] and not row.get("earlier", False)]
     found: list[tuple[object, ...]] = []
     for step, key in steps.items():
         times = sorted(row[key] for row in read) or [0.0]
@@ -198,6 +221,14 @@ def _large(large: Row) -> str:
         f"{large['read_s']:.2f} s ({large['rung']}; {large['converted']} of {large['weights']} "
         f"weights to convert); the process's peak memory grew by "
         f"{large['peak_memory_grew_by_mib']:.0f} MiB.\n"
+    )
+
+
+def _shift_network(shifts: Row) -> str:
+    return (
+        f"{shifts['name']}, 8 frames of 224 px, is read in {shifts['read_s']:.2f} s, "
+        f"{shifts['read_s'] / shifts['forward_s']:.1f} times a forward "
+        f"({shifts['shift_fed']} shift-fed convs found).\n"
     )
 
 

@@ -49,6 +49,8 @@ class ZooRow:
         effect: raw to excited outputs, likewise; None where their shapes differ.
         preserved: vanilla outputs to those of the model converted with ``init="preserve"``,
             likewise, by mode.
+        rounding: where that is over 1e-5, vanilla outputs to those with each weight's last bit
+            moved, likewise.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ZooRow:
     difference: float | None = None
     effect: float | None = None
     preserved: dict[str, float] = field(default_factory=dict)
+    rounding: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON types, times in milliseconds' precision."""

@@ -5,49 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from shift_modules import axial, spatial_slice_assignment
 from torch import Tensor, nn
+from tsm import tsm_resnet50
 
 import we_surgery as ws
 from we_surgery.reading import read
 
 SEGMENTS = 4
-
-
-class Displace(nn.Module):
-    """TSM's movement before ``net``, under names that give nothing away."""
-
-    def __init__(self, net: nn.Module, *, in_place: bool = False) -> None:
-        super().__init__()
-        self.net = net
-        self.in_place = in_place
-
-    def forward(self, x: Tensor) -> Tensor:
-        nt, c, h, w = x.shape
-        x = x.view(nt // SEGMENTS, SEGMENTS, c, h, w)
-        fold = c // 8
-        out = x.clone() if self.in_place else torch.zeros_like(x)
-        out[:, :-1, :fold] = x[:, 1:, :fold]
-        out[:, -1, :fold] = 0
-        out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
-        out[:, 0, fold : 2 * fold] = 0
-        if not self.in_place:
-            out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
-        return self.net(out.view(nt, c, h, w))
-
-
-def tsm_resnet50(variant: str) -> nn.Module:
-    """Residual: the shift feeds each block's first conv; block: the identity path as well."""
-    with torch.device("meta"):
-        model = torchvision.models.resnet50()
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for index, block in enumerate(stage):
-            if variant == "block":
-                stage[index] = Displace(block)
-            else:
-                block.conv1 = Displace(block.conv1, in_place=variant == "in place")
-    return model
 
 
 @pytest.mark.parametrize(
@@ -57,7 +22,9 @@ def tsm_resnet50(variant: str) -> nn.Module:
     [("residual", 16), ("in place", 16), ("block", 20)],
 )
 def test_tsm_resnet50_has_its_shift_fed_convs_and_no_other(variant: str, fed: int) -> None:
-    reading = read(tsm_resnet50(variant), torch.randn(SEGMENTS, 3, 64, 64))
+    with torch.device("meta"):
+        model = tsm_resnet50(variant, SEGMENTS)
+    reading = read(model, torch.randn(SEGMENTS, 3, 64, 64))
     found = [layer for layer in reading.layers if layer.shift is not None]
     assert len(found) == fed
     assert all("conv1" in layer.name or "downsample" in layer.name for layer in found)

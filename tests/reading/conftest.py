@@ -1,0 +1,6 @@
+"""TSM lives with the benchmark that times its reading."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
