@@ -24,7 +24,7 @@ import copy
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,13 +55,19 @@ class ZooError(Exception):
 
 
 def check_model(
-    name: str, mode: str = "we", *, before: Change | None = None, after: Change | None = None
+    name: str,
+    mode: str = "we",
+    *,
+    preserved: Sequence[str] = PRESERVED,
+    before: Change | None = None,
+    after: Change | None = None,
 ) -> ZooRow:
     """Takes one model through everything; what goes wrong is in the row, nothing is raised.
 
     Args:
         name: ``torchvision:...`` or ``timm:...``.
         mode: as for ``ws.plan``.
+        preserved: the modes in which a pretrained start is checked.
         before: changes the vanilla model first; for planted faults.
         after: changes the converted model; for planted faults.
     """
@@ -69,7 +75,7 @@ def check_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a builder deprecates is no concern of the zoo
         try:
-            _check(row, mode, before, after)
+            _check(row, mode, preserved, before, after)
             row.passed = True
         except ZooError as failure:
             row.cause = str(failure)
@@ -78,7 +84,13 @@ def check_model(
     return row
 
 
-def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) -> None:
+def _check(
+    row: ZooRow,
+    mode: str,
+    preserved: Sequence[str],
+    before: Change | None,
+    after: Change | None,
+) -> None:
     model = build(row.name)
     if before is not None:
         before(model)
@@ -86,7 +98,7 @@ def _check(row: ZooRow, mode: str, before: Change | None, after: Change | None) 
     candidate, reading, raw_outputs = _read(row, model, mode)
     inputs, plan = candidate.inputs, _decide(model, mode, reading)
     _refuse_missing_rows(model, plan)
-    _check_preserved(row, model, candidate, reading)
+    _check_preserved(row, model, candidate, reading, preserved)
     classes = [(name, type(module)) for name, module in model.named_modules()]
     shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
 
@@ -215,7 +227,13 @@ def _prove(model: nn.Module, inputs: Any) -> None:
         raise ZooError(f"{idle} of {len(excitations)} excitations never ran")
 
 
-def _check_preserved(row: ZooRow, model: nn.Module, candidate: Candidate, reading: Reading) -> None:
+def _check_preserved(
+    row: ZooRow,
+    model: nn.Module,
+    candidate: Candidate,
+    reading: Reading,
+    modes: Sequence[str],
+) -> None:
     """Converts copies of the vanilla model with ``init="preserve"`` and compares outputs."""
     inputs = candidate.inputs
     outputs = run_in_eval(model, inputs)
@@ -223,7 +241,7 @@ def _check_preserved(row: ZooRow, model: nn.Module, candidate: Candidate, readin
         model = copy.deepcopy(model)
         calibrate(model, inputs)
         outputs = run_in_eval(model, inputs)
-    for mode in PRESERVED:
+    for mode in modes:
         plan = _decide(model, mode, reading)
         converted = ws.convert(model, plan=plan, init="preserve")
         row.preserved[mode] = (
@@ -231,7 +249,7 @@ def _check_preserved(row: ZooRow, model: nn.Module, candidate: Candidate, readin
             if candidate.chooses
             else largest_differences(outputs, run_in_eval(converted, inputs))[1]
         )
-    if not max(row.preserved.values()) <= RELATIVE_TOLERANCE:
+    if not max(row.preserved.values(), default=0.0) <= RELATIVE_TOLERANCE:
         row.rounding = largest_differences(outputs, run_in_eval(_nudged(model), inputs))[1]
 
 

@@ -14,6 +14,7 @@ from zoo_check import check_model
 from zoo_list import family_of, pinned_models, torchvision_models
 from zoo_row import short_reason
 
+import we_surgery as ws
 from we_surgery.layers import ExcitedLayer
 
 # Weights in the plan, and of these converted.
@@ -48,8 +49,9 @@ SAMPLE: dict[str, tuple[int, int]] = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_of_the_zoo_keeps_every_promise(name: str) -> None:
-    row = check_model(name)
+    row = check_model(name, preserved=["lwe+mwe"])
     assert row.passed, row.cause
+    assert list(row.preserved) == ["lwe+mwe"]
     assert row.rung == "recorded"
     assert (row.weights, row.converted) == SAMPLE[name], row.alone
     assert row.weights - row.converted == sum(row.alone.values())
@@ -101,6 +103,15 @@ def silence(model: Any) -> None:
     model.forward = MethodType(forward, model)
 
 
+def compute_twice(model: nn.Module) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.excitation(self.raw_weight)
+        return type(self).forward(self, x)
+
+    conv = a_conv(model)
+    conv.forward = MethodType(forward, conv)
+
+
 def reorder(model: nn.Module) -> None:
     layer = next(m for m in model.modules() if isinstance(m, ExcitedLayer) and m.bias is not None)
     layer._parameters["raw_weight"] = layer._parameters.pop("raw_weight")
@@ -119,6 +130,7 @@ def forget_a_class(model: nn.Module) -> None:
         (remember_the_head, None, r"reads '.*raw_weight' itself"),
         (silence, None, "outputs are those of the raw weights|not used"),
         (None, reorder, "keys after strip"),
+        (None, compute_twice, r"'.*excitation' is computed 2 times in one forward"),
         (None, forget_a_class, "classes after strip"),
     ],
 )
@@ -127,7 +139,7 @@ def test_a_planted_fault_is_noticed(
     after: Callable[[nn.Module], None] | None,
     cause: str,
 ) -> None:
-    row = check_model("timm:test_resnet", before=before, after=after)
+    row = check_model("timm:test_resnet", preserved=[], before=before, after=after)
     assert not row.passed
     assert re.search(cause, row.cause), row.cause
 
@@ -148,3 +160,16 @@ def test_the_pinned_list_holds_all_of_torchvision_and_each_name_once() -> None:
 def test_a_family_is_a_name_without_sizes_and_numbers() -> None:
     families = {"timm:seresnext26d_32x4d": "seresnextd", "timm:vit_tiny_patch16_224": "vit"}
     assert {name: family_of(name) for name in families} == families
+
+
+def test_a_start_that_changes_the_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(model: nn.Module, **options: Any) -> nn.Module:
+        converted = ws_convert(model, **options)
+        if options.get("init") == "preserve":
+            nn.init.uniform_(a_conv(converted).raw_weight)
+        return converted
+
+    ws_convert = ws.convert
+    monkeypatch.setattr(ws, "convert", convert)
+    row = check_model("timm:test_resnet", preserved=["mwe"])
+    assert re.search('init="preserve" changed the outputs', row.cause), row.cause
