@@ -44,7 +44,7 @@ def test_the_outputs_stay_what_they_were(mode: str, standardize: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mode", ws.MODES)
+@pytest.mark.parametrize("mode", EXCITING_MODES)
 def test_a_model_of_half_precision_stays_within_its_rounding(mode: str, dtype: torch.dtype) -> None:
     model, x = pretrained().to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
     rounding = torch.finfo(dtype).eps
