@@ -37,6 +37,7 @@ from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
+from we_surgery.training import norm_loss as norm_loss
 from we_surgery.training import param_groups as param_groups
 from we_surgery.training import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training import resume as resume

@@ -181,3 +181,36 @@ def test_a_failing_proof_puts_the_convs_back(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ws.SurgeryError, match="they differ"):
         ws.strip(model, example_inputs=torch.randn(1, 3, 9, 9), deploy="shift", inplace=True)
     assert repr(model) == before
+
+
+def hardened(shared: bool) -> nn.Module:
+    """A small ResNet with hardened shift attention in the 3x3 convs of its blocks."""
+    torch.manual_seed(0)
+    block = torchvision.models.resnet.BasicBlock
+    model = ws.convert(
+        torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3),
+        "none",
+        rules=[ws.Rule("re:layer.*conv[12]", f"shift_attention(shared={str(shared).lower()})")],
+    )
+    ws.harden(model)
+    return model.eval()
+
+
+def test_hardened_shared_shift_attention_deploys_as_shifts() -> None:
+    model = hardened(shared=True)
+    words = ws.shift_attention_words(model)
+    inputs = torch.randn(2, 3, 32, 32)
+    stripped, report = ws.strip_with_report(model, example_inputs=inputs, deploy="shift")
+    assert report.deployed == report.layers == 8
+    shifts = [m for m in stripped.modules() if isinstance(m, ShiftConv2d)]
+    others = sum(p.numel() for p in stripped.parameters()) - sum(
+        m.pointwise.weight.numel() for m in shifts
+    )
+    assert sum(m.stored_words for m in shifts) + others == words
+    dense = ws.strip(model, example_inputs=inputs)
+    assert torch.equal(dense.layer2[0].conv1.weight, stripped.layer2[0].conv1.dense_weight())
+
+
+def test_positions_of_each_filter_own_are_no_shift() -> None:
+    with pytest.raises(ws.InputError, match="several weights, or at different places"):
+        ws.strip(hardened(shared=False), deploy="shift")

@@ -4,6 +4,7 @@ The integrations with frameworks are modules of their own (``we_surgery.training
 ``we_surgery.training.transformers``), which import their framework; nothing here does.
 """
 
+from we_surgery.training.norm_loss import norm_loss as norm_loss
 from we_surgery.training.optimizers import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training.optimizers import add_to_optimizer as add_to_optimizer
 from we_surgery.training.optimizers import remove_from_optimizer as remove_from_optimizer

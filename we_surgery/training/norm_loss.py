@@ -1,0 +1,73 @@
+"""Norm Loss: filters drawn towards unit length (Georgiou et al., arXiv 2103.06583)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.errors import InputError
+from we_surgery.excitations.layout import to_filters
+from we_surgery.graphs import excited_weights
+from we_surgery.layers import ExcitedLayer
+from we_surgery.reading.kinds import CONV_KINDS
+from we_surgery.training.vanilla_view import inside_wrappers
+
+_LAYERS = (*CONV_KINDS, nn.Linear)
+
+
+def norm_loss(model: nn.Module, of: Literal["excited", "raw"] = "excited") -> Tensor:
+    """How far the filters of a model are from unit length: ``sum_j (1 - |W_j|)^2``.
+
+    The sum goes over all filters of all conv and linear layers that are trained, and over the
+    excited weights of other modules; a filter is what makes one output channel. It changes no
+    layer, so there is nothing to strip. Add it to the loss with a factor of your own: the
+    abstract says that each weight vector is pushed "to have a norm close to one", and neither
+    the constant nor which layers the authors take could be verified here.
+
+    Args:
+        model: a converted or vanilla model; also inside DDP or ``torch.compile``.
+        of: of excited layers the weight that is used, or the raw one that is trained. A
+            standardized weight has the length ``sqrt(N - 1)`` for N weights a filter, whatever
+            the raw one has: with standardization take ``raw``, or none.
+
+    Returns:
+        A scalar; zero for a model without such layers.
+
+    Raises:
+        InputError: ``of`` is neither.
+
+    Example:
+        >>> loss = criterion(model(x), y) + 1e-3 * ws.norm_loss(model)
+    """
+    if of not in ("excited", "raw"):
+        raise InputError(f"norm_loss takes `excited` or `raw`, not {of!r}", "Give one of the two.")
+    model = inside_wrappers(model)
+    found: dict[int, Tensor] = {}
+    excitations: set[nn.Module] = set()
+    for weight in excited_weights(model):
+        excitations.update(weight.excitation.modules())
+        if weight.raw.requires_grad and id(weight.raw) not in found:
+            read = weight.raw if of == "raw" else _excited(weight.owner, weight.parameter)
+            if read is None:  # read by a graph
+                read = weight.excitation(weight.raw)
+            found[id(weight.raw)] = _filters(weight.owner, read)
+    for module in model.modules():
+        own = module._parameters.get("weight") if isinstance(module, _LAYERS) else None
+        if own is not None and own.requires_grad and module not in excitations:
+            found.setdefault(id(own), _filters(module, own))
+    terms = [(1 - torch.linalg.vector_norm(w, dim=1)).square().sum() for w in found.values()]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def _excited(owner: nn.Module, parameter: str) -> Tensor | None:
+    return getattr(owner, parameter) if isinstance(owner, ExcitedLayer) else None
+
+
+def _filters(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as ``[filters, weights of one]``, at least in float32."""
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        weight = to_filters(weight, layer.groups)
+    flat = weight.flatten(1)
+    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
