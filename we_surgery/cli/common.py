@@ -146,14 +146,14 @@ def output_options(command: Command) -> Command:
                 "--output",
                 type=click.Path(path_type=Path),
                 metavar="FILE",
-                help="File to write; by default beside the input.",
+                help="File, or folder of shards, to write; by default beside the input.",
             ),
             click.option(
                 "--to",
                 type=click.Choice(KINDS),
                 help="Kind of file to write; by default the input's.",
             ),
-            click.option("--force", is_flag=True, help="Overwrite FILE if it exists."),
+            click.option("--force", is_flag=True, help="Overwrite what is there."),
             click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
         ]
     ):

@@ -23,6 +23,7 @@ def inspect_command(as_json: bool, **source_arguments: Any) -> None:
     Examples:
       we-inspect model.we.pt
       we-inspect last.pth.tar --key state_dict_ema --json
+      we-inspect dcp_folder/
 
     \b
     Exit codes: 0 done, 2 bad usage or unreadable input.
