@@ -29,6 +29,8 @@ def main(folder: Path) -> None:
         optimizer.step()
     accelerator.save_state(str(folder))
 
+    if not accelerator.is_main_process:
+        return
     # From the saved state, which `we-strip` reads too ...
     state = ws.strip_state_dict(load_file(folder / "model.safetensors"))
     torchvision.models.resnet18(num_classes=4).load_state_dict(state, strict=True)
