@@ -69,4 +69,4 @@ def test_the_figures_of_the_analyses_are_made_by_their_command(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tmp_path / "figures").glob("*.png")}
     shown = set(re.findall(r"figures/(\w+\.png)", (ROOT / "docs" / "analysis.md").read_text()))
-    assert shown <= made
+    assert made == shown
