@@ -1,7 +1,13 @@
 """Shared test settings: one thread a process, so that parallel workers do not fight."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported for the first time, which torch does when it is needed.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

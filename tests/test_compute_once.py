@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
-from we_surgery.excitations import LWE, MWE, formulas
+from we_surgery.excitations import LWE, MWE, backends
 from we_surgery.excitations.terms import Kept, Terms
 from we_surgery.layers import WEConv2d
 
@@ -25,13 +25,13 @@ from we_surgery.layers import WEConv2d
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all weights that were excited, in order."""
     shapes: list[tuple[int, ...]] = []
-    original = formulas.excite
+    eager = backends.EAGER
 
     def counted(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
         shapes.append(tuple(filters.shape))
-        return original(filters, terms)
+        return eager.excite(filters, terms)
 
-    monkeypatch.setattr(formulas, "excite", counted)
+    monkeypatch.setattr(backends, "EAGER", eager._replace(excite=counted))
     return shapes
 
 

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from we_surgery.backends import set_backend as set_backend
 from we_surgery.checkpoint import Architecture as Architecture
 from we_surgery.checkpoint import load as load
 from we_surgery.checkpoint import save as save

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from we_surgery.backends import check_backend, set_backend
 from we_surgery.copies import copy_model
 from we_surgery.errors import (
     AlreadyConvertedWarning,
@@ -20,6 +21,7 @@ from we_surgery.errors import (
     NothingToStripWarning,
     near_matches,
 )
+from we_surgery.excitations import Backend
 from we_surgery.grafting import Init, Start
 from we_surgery.graphs import excited_weights
 from we_surgery.operations import OPERATIONS
@@ -54,6 +56,7 @@ def convert(
     plan: Plan | None = None,
     init: Init = "paper",
     start: Start = "on",
+    backend: Backend = "auto",
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -77,6 +80,7 @@ def convert(
             what it did, within rounding: for pretrained models.
         start: ``paused`` makes each excited weight the raw weight itself until
             :func:`we_surgery.resume` (thesis, section 3.4); ``init`` then says nothing.
+        backend: who computes the excited weights; see :func:`we_surgery.set_backend`.
         example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
             model is read by recording a forward, and recorded again once converted, which
             proves that no operation reads a converted weight raw.
@@ -91,6 +95,7 @@ def convert(
         SurgeryError: a weight holds Inf or NaN, or the model cannot be copied.
     """
     refuse_wrappers(model)
+    check_backend(backend)
     if is_converted(model):
         warnings.warn(
             "the model is converted already; nothing was changed. Strip it first to convert it "
@@ -117,6 +122,7 @@ def convert(
         for operation in OPERATIONS:
             undo, plan = operation.attach(target, plan, init, start)
             undos.callback(undo)
+        set_backend(target, backend)
         if example_inputs is not None:
             ran_in_both = plan.rung == "recorded" and not plan.rung_reason
             prove_excited(target, example_inputs, ran_in_both=ran_in_both)

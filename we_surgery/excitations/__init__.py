@@ -1,5 +1,6 @@
 """The mathematics: maps from weight to weight. No module here knows a model."""
 
+from we_surgery.excitations.backends import Backend as Backend
 from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.composition import Composition as Composition
 from we_surgery.excitations.dynamic_sparse import DynamicSparse as DynamicSparse

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import formulas, repeatable
+from we_surgery.excitations import repeatable
+from we_surgery.excitations.backends import Backend, arithmetic
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
@@ -26,7 +27,7 @@ from we_surgery.excitations.terms import Kept, Terms, fcs_in
 _TENSOR_TERMS = Terms._fields.index("detach_max")
 
 
-def excite_in_closed_form(weight: Tensor, terms: Terms) -> Tensor:
+def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eager") -> Tensor:
     """The excited weight, in ``weight``'s shape, dtype and memory format.
 
     What the stages give one by one, up to rounding. Half precision is computed in float32 and
@@ -37,13 +38,14 @@ def excite_in_closed_form(weight: Tensor, terms: Terms) -> Tensor:
     Args:
         weight: as the layer stores it, with at least one element.
         terms: the layer's composition.
+        backend: who computes it; under ``torch.compile`` it is always the compiler.
     """
     # What torch.autograd.Function itself asks before it refuses.
     if torch._C._are_functorch_transforms_active():
         return staged(weight, *terms)
     if not torch.is_grad_enabled():
-        return _forward(weight, terms)[0]
-    excited: Tensor = ClosedFormExcitation.apply(weight, *terms)
+        return _forward(weight, terms, backend)[0]
+    excited: Tensor = ClosedFormExcitation.apply(weight, *terms, backend)
     return excited
 
 
@@ -62,9 +64,10 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
     return _as_stored(filters, given).to(weight.dtype)
 
 
-def _forward(weight: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
+def _forward(weight: Tensor, terms: Terms, backend: Backend) -> tuple[Tensor, Kept]:
     with autocast_off(weight.device.type):
-        filters, kept = formulas.excite(_as_filters(weight, terms), terms)
+        filters = _as_filters(weight, terms)
+        filters, kept = arithmetic(backend, filters, terms).excite(filters, terms)
     excited = _as_stored(filters, terms).to(weight.dtype)
     if terms.transposed_groups is None:
         return excited, kept
@@ -73,7 +76,7 @@ def _forward(weight: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
 
 
 class ClosedFormExcitation(torch.autograd.Function):
-    """W' from W and the fields of :class:`Terms`.
+    """W' from W, the fields of :class:`Terms` and the backend.
 
     Outside of ``torch.compile`` the graph node is *repeatable*: two losses that share an excited
     weight may be differentiated one after the other without ``retain_graph``.
@@ -83,8 +86,9 @@ class ClosedFormExcitation(torch.autograd.Function):
     # and takes a fifth of a small layer's time.
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *terms: Any) -> Tensor:
-        excited, kept = _forward(weight, Terms(*terms))
+    def forward(ctx: Any, weight: Tensor, *terms_and_backend: Any) -> Tensor:
+        *terms, ctx.backend = terms_and_backend
+        excited, kept = _forward(weight, Terms(*terms), ctx.backend)
         tensors = (*terms[:_TENSOR_TERMS], *kept)
         ctx.plain_terms = terms[_TENSOR_TERMS:]
         ctx.is_repeatable = not torch.compiler.is_compiling()
@@ -100,26 +104,21 @@ class ClosedFormExcitation(torch.autograd.Function):
         weight, *saved = tensors
         terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(gradient, (weight, *terms), ctx.needs_input_grad)
+            needed = ctx.needs_input_grad[:-1]
+            return *_differentiable_backward(gradient, (weight, *terms), needed), None
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         # The formulas ask for the strides of what comes of the gradient, and a compiler starts over
         # when it is asked: within the context it would leave autocast off for the whole model.
         gradient.is_contiguous()
         with autocast_off(weight.device.type):
-            return _backward(
-                gradient, weight, terms, Kept(*saved[_TENSOR_TERMS:]), ctx.needs_input_grad
+            filters, g = _as_filters(weight, terms), _as_filters(gradient, terms)
+            by_filters, *by_fcs = arithmetic(ctx.backend, filters, terms).differentiate(
+                g, filters, terms, Kept(*saved[_TENSOR_TERMS:]), needed
             )
-
-
-def _backward(
-    gradient: Tensor, weight: Tensor, terms: Terms, kept: Kept, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    filters, g = _as_filters(weight, terms), _as_filters(gradient, terms)
-    needed = (needed[0], *needed[2:6])
-    by_filters, *by_fcs = formulas.differentiate(g, filters, terms, kept, needed)
-    by_weight = None
-    if by_filters is not None:
-        by_weight = _as_stored(by_filters, terms).to(weight.dtype)
-    return by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 5)
+        by_weight = None
+        if by_filters is not None:
+            by_weight = _as_stored(by_filters, terms).to(weight.dtype)
+        return by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 4)
 
 
 def _differentiable_backward(

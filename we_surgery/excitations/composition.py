@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from we_surgery.excitations.backends import Backend
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
 from we_surgery.excitations.closed_form import excite_in_closed_form
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
@@ -44,6 +45,8 @@ class Composition(Excitation):
     order: ClassVar[int] = 0
     transposed_groups: Tensor
     paused: Tensor | None
+    backend: Backend = "auto"
+    """Who computes the closed form; see :func:`we_surgery.set_backend`."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ class Composition(Excitation):
         if is_traced or weight.numel() == 0 or terms is _NOTHING:
             return super().forward(weight)
         if terms is not None:
-            return excite_in_closed_form(weight, terms)
+            return excite_in_closed_form(weight, terms, self.backend)
         if self.training and torch.is_grad_enabled():
             self._advance_stages(weight)
         return excite_and_rerun(self, weight)
