@@ -10,6 +10,7 @@ from we_surgery.analysis.multipliers import MultiplierValidity as MultiplierVali
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
 from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
+from we_surgery.analysis.pictures import Result as Result
 from we_surgery.analysis.pictures import draw as draw
 from we_surgery.analysis.progress_bar import progress_bar as progress_bar
 from we_surgery.analysis.pruning import PruningCurve as PruningCurve

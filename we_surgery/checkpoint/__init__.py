@@ -4,6 +4,7 @@ from we_surgery.checkpoint.architecture import Architecture as Architecture
 from we_surgery.checkpoint.architecture import looks_like_architecture as looks_like_architecture
 from we_surgery.checkpoint.contents import Contents as Contents
 from we_surgery.checkpoint.contents import read as read
+from we_surgery.checkpoint.folding import ExcitedEntry as ExcitedEntry
 from we_surgery.checkpoint.folding import StateDictReport as StateDictReport
 from we_surgery.checkpoint.folding import cast as cast
 from we_surgery.checkpoint.folding import find_excited as find_excited

@@ -97,9 +97,13 @@ _LONGEST_LINE = 1000
 
 def source_options(command: Command) -> Command:
     """The argument and options that say where a model comes from."""
+    return click.argument("source")(opening_options(command))
+
+
+def opening_options(command: Command) -> Command:
+    """The options that say how a file is opened, for a command with arguments of its own."""
     for decorate in reversed(
         [
-            click.argument("source"),
             click.option(
                 "--arch",
                 metavar="NAME",

@@ -1,0 +1,261 @@
+"""``we-inspect``: what was learned, files side by side, and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import nn
+
+import we_surgery as ws
+from we_surgery.analysis import LocationMap, LocationMaps, save_result
+from we_surgery.cli import inspect_command
+from we_surgery.html_report import viridis
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def inspect(*words: str | Path) -> Result:
+    return CliRunner().invoke(inspect_command, [str(word) for word in words])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A converted model as it starts, and the same after some training."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 1), nn.Flatten()
+    )
+    model = ws.convert(nn.Sequential(layers, nn.Linear(8 * 4, 5)), "lwe")
+    torch.save(model, tmp_path / "start.we.pt")
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(5):
+        model(torch.randn(8, 16, 4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(model, tmp_path / "trained.we.pt")
+    return tmp_path / "start.we.pt", tmp_path / "trained.we.pt"
+
+
+def test_a_file_that_learned_nothing_is_told_so(files: tuple[Path, Path]) -> None:
+    result = inspect(files[0])
+    assert "EXCITATION HAS LEARNED NOTHING" in result.stdout
+    assert "2 of 3 as drawn: parameters that cannot be told from new ones" in result.stdout
+    assert json.loads(inspect(files[0], "--json").stdout)["learned"].startswith("EXCITATION HAS")
+
+
+def test_a_trained_file_shows_what_it_learned(files: tuple[Path, Path]) -> None:
+    result = inspect(files[1])
+    assert "LEARNED NOTHING" not in result.stdout
+    assert "2 of 3 learned" in result.stdout
+    found = json.loads(inspect(files[1], "--json").stdout)
+    assert [layer["statistics"]["verdict"] for layer in found["layers"]] == [
+        "learned",
+        "learned",
+        "nothing to learn",
+    ]
+    model = torch.load(files[1], weights_only=False)
+    conv = model[0][0]
+    statistics = found["layers"][0]["statistics"]
+    assert statistics["raw_norm"] == pytest.approx(conv.raw_weight.norm().item())
+    assert statistics["excited_norm"] == pytest.approx(conv.weight.norm().item())
+    assert found["layers"][2]["statistics"]["gain"]["maximum"] == pytest.approx(5.7619, rel=1e-4)
+    assert found["values"] - found["stripped_values"] == sum(
+        row["added"] for row in found["layers"]
+    )
+
+
+def test_the_start_tells_how_far_it_came(files: tuple[Path, Path]) -> None:
+    found = json.loads(inspect(files[1], "--start", files[0], "--json").stdout)
+    before, after = (torch.load(path, weights_only=False)[0][0].raw_weight for path in files)
+    distance = ((after - before).norm() / before.norm()).item()
+    assert found["layers"][0]["statistics"]["raw_distance"] == pytest.approx(distance)
+    assert found["layers"][0]["statistics"]["excitation_distance"] > 0
+    same = inspect(files[0], "--start", files[0])
+    assert "2 of 3 unchanged" in same.stdout
+
+
+def test_the_start_of_another_model_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "other.pt")
+    result = inspect(files[1], "--start", tmp_path / "other.pt")
+    assert (result.exit_code, "the start has no '0.0.weight'" in result.stderr) == (2, True)
+
+
+def test_two_files_stand_side_by_side(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = inspect(*files)
+    assert result.exit_code == 0, result.output
+    assert "excitation 2" in result.stdout
+    assert "LEARNED NOTHING" in result.stdout
+    found = json.loads(inspect(*files, "--json").stdout)
+    assert [file["source"] for file in found["files"]] == [str(path) for path in files]
+    rows = {row["name"]: row for row in found["weights"]}
+    maps = [
+        ws_model[0][0].excitation.lwe.multiplier(
+            ws_model[0][0].excitation.standardize.excite(ws_model[0][0].raw_weight)
+        )
+        for ws_model in (torch.load(path, weights_only=False) for path in files)
+    ]
+    expected = torch.corrcoef(torch.stack([one.detach().flatten() for one in maps]))[0, 1].item()
+    assert rows["0.0.weight"]["correlation"] == pytest.approx(expected, abs=1e-4)
+    assert rows["1.weight"]["correlation"] is None
+    assert rows["1.weight"]["distance"] > 0
+    # A vanilla file beside it has no excited weights to show.
+    ws.save(ws.strip(ws.load(files[1])), tmp_path / "vanilla.pt")
+    mixed = inspect(files[1], tmp_path / "vanilla.pt")
+    assert mixed.exit_code == 0
+    assert "vanilla: no excited weights" in mixed.stdout
+
+
+class Page(HTMLParser):
+    """Collects what a page would load or run, and checks that its tags match."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [f"{n}={v}" for n, v in attrs if n in ("src", "href") or n.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    return page
+
+
+def maps_file(folder: Path) -> Path:
+    maps = LocationMaps(
+        "accuracy",
+        0.9,
+        [LocationMap("<b>first</b>", (2, 2, 3, 3), [0, 1], [0, 1], [[0, 1], [2, 3]])],
+    )
+    save_result(maps, folder / "maps", picture=False)
+    return folder / "maps.json"
+
+
+def test_the_page_is_whole_escaped_and_loads_nothing(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "<img src=x onerror=alert(1)> & co.pt"
+    odd.write_bytes(files[1].read_bytes())
+    target = tmp_path / "report.html"
+    result = inspect(odd, "--start", files[0], "--html", target, "--maps", maps_file(tmp_path))
+    assert result.exit_code == 0, result.output
+    text = target.read_text()
+    page = page_of(text)
+    assert page.loads == []
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert "b" not in page.tags
+    assert "url(" not in text
+    assert "@import" not in text
+    for expected in (
+        "Parameters and cost",
+        "What was learned",
+        "Importance by location",
+        "Plan",
+        "0.0.weight",
+        "5.76",
+        "&lt;b&gt;first&lt;/b&gt;",
+        viridis(1.0),
+    ):
+        assert expected in text, expected
+    assert text.count("<svg") >= 2 + 2 + 2  # bars, histograms, the scale and a map
+    again = inspect(odd, "--html", target)
+    assert (again.exit_code, "exists already" in again.stderr) == (2, True)
+    assert inspect(odd, "--html", target, "--force").exit_code == 0
+    several = tmp_path / "several.html"
+    assert inspect(*files, "--html", several).exit_code == 0
+    page_of(several.read_text())
+    assert "Side by side" in several.read_text()
+    assert "EXCITATION HAS LEARNED NOTHING" in several.read_text()
+
+
+def test_a_vanilla_file_has_a_page_as_well(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    assert inspect(tmp_path / "weights.pt", "--html", tmp_path / "page.html").exit_code == 0
+    text = (tmp_path / "page.html").read_text()
+    page_of(text)
+    assert "vanilla: no excited weights" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("{", "cannot be read"),
+        ('{"analysis": "prune"}', "no importance maps"),
+        ("[]", "no importance"),
+    ],
+)
+def test_maps_that_are_none_are_refused(
+    files: tuple[Path, Path], tmp_path: Path, content: str, cause: str
+) -> None:
+    (tmp_path / "maps.json").write_text(content)
+    result = inspect(files[1], "--html", tmp_path / "p.html", "--maps", tmp_path / "maps.json")
+    assert (result.exit_code, cause in result.stderr) == (2, True)
+    assert not (tmp_path / "p.html").exists()
+    alone = inspect(files[1], "--maps", tmp_path / "maps.json")
+    assert (alone.exit_code, "without --html" in alone.stderr) == (2, True)
+
+
+def pixels(path: Path) -> tuple[int, int, set[bytes]]:
+    """Width, height and colours of a picture."""
+    image = Image.open(path).convert("RGB")
+    return image.width, image.height, {bytes(color) for _, color in image.getcolors(2**24)}
+
+
+def test_a_browser_shows_the_page(files: tuple[Path, Path], tmp_path: Path) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    target, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    inspect(files[1], "--start", files[0], "--html", target, "--maps", maps_file(tmp_path))
+    common = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1280,1500",
+    ]
+    subprocess.run(
+        [*common, f"--screenshot={shot}", target.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    width, height, colors = pixels(shot)
+    assert (width, height) == (1280, 1500)
+    for color in ("#1b3a6b", "#c4661f", viridis(0.0), viridis(1.0)):
+        assert bytes.fromhex(color[1:]) in colors, color
+    done = subprocess.run(
+        [*common, "--dump-dom", target.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert re.search(r"<h2>Importance by location</h2>", done.stdout)
+    assert done.stdout.count("<rect") == target.read_text().count("<rect")

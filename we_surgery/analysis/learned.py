@@ -1,0 +1,264 @@
+"""What an excitation has become: its multipliers, its gains, and whether it learned anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.analysis.multipliers import multiplier_map
+from we_surgery.excitations import Composition
+from we_surgery.excitations.base import in_full_precision
+from we_surgery.excitations.layout import to_filters
+
+Verdict = Literal["learned", "nothing to learn", "paused", "constant", "as drawn", "unchanged"]
+
+VERDICTS: dict[Verdict, str] = {
+    "paused": "excitation has not set in yet, the weight is the raw weight",
+    "nothing to learn": "no parameters of its own, it only shapes the weight",
+    "unchanged": "parameters within 0.1 % of those of the start that was given",
+    "as drawn": "parameters that cannot be told from new ones: all lie within 1/sqrt(fan_in), and "
+    "their mean square is a third of the square of that, within 3 standard errors",
+    "constant": "multipliers that are one number (deviation below 1 % of the mean), which a "
+    "normalization behind the layer takes out",
+    "learned": "parameters that have left their start and multipliers that differ",
+}
+"""Each verdict and its criterion, in the order they are tried; the first that holds is given."""
+
+LEARNED_NOTHING = ("paused", "constant", "as drawn", "unchanged")
+
+NEAR = 0.1
+"""How near to 0 or 1 a multiplier counts as near."""
+
+_BINS = 20
+_CONSTANT = 0.01
+_UNCHANGED = 1e-3
+
+
+@dataclass(frozen=True)
+class MultiplierStatistics:
+    """The multipliers ``[O, I]`` of one weight.
+
+    Attributes:
+        minimum, maximum, mean, deviation: over all kernels; the deviation is unbiased.
+        near_zero: the share within 0.1 of 0.
+        near_one: the share within 0.1 of 1.
+        low, high: the histogram's ends: 0 and 1, or wider where the multipliers are.
+        histogram: kernels in each of 20 equal bins.
+    """
+
+    minimum: float
+    maximum: float
+    mean: float
+    deviation: float
+    near_zero: float
+    near_one: float
+    low: float
+    high: float
+    histogram: list[int]
+
+
+@dataclass(frozen=True)
+class GainStatistics:
+    """How much more gradient the raw weights get than the excited ones, by MWE.
+
+    WE paper, eq. 3: the slope of the curve at each weight, ``M_A^2 / (M_A^2 - w^2)``.
+
+    Attributes:
+        minimum, mean, percentile_99, maximum: over all weights.
+    """
+
+    minimum: float
+    mean: float
+    percentile_99: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """One excited weight.
+
+    Attributes:
+        raw_norm: Euclidean norm of the raw weight.
+        excited_norm: that of the excited weight, which strip leaves.
+        multiplier: None where no stage has multipliers.
+        gain: None without MWE.
+        multiply_adds: of the excitation's linear layers, for each time the weight is computed;
+            it does not grow with the batch, and is 0 after strip.
+        raw_distance: of the raw weight from the start's, over the start's norm; None where the
+            start is not known.
+        excitation_distance: the same of the excitation's parameters.
+        verdict: whether it learned anything; see :data:`VERDICTS`.
+    """
+
+    raw_norm: float
+    excited_norm: float
+    multiplier: MultiplierStatistics | None
+    gain: GainStatistics | None
+    multiply_adds: int
+    raw_distance: float | None
+    excitation_distance: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a weight was before training, as far as it is known.
+
+    Attributes:
+        raw: the raw weight.
+        parameters: the excitation's parameters by name; None where the start was vanilla.
+    """
+
+    raw: Tensor
+    parameters: Mapping[str, Tensor] | None
+
+
+def weight_statistics(
+    excitation: Composition, raw: Tensor, start: Start | None = None
+) -> WeightStatistics:
+    """Measures one excited weight.
+
+    Args:
+        excitation: what computes it.
+        raw: the raw weight as its layer stores it.
+        start: what it was before training.
+    """
+    with torch.no_grad():
+        raw = raw.detach()
+        excited = excitation(raw)
+        multipliers = multiplier_map(excitation, raw)
+        statistics = None if multipliers is None else _multipliers(multipliers)
+        distance = None if start is None else _distance([raw], [start.raw])
+        own = dict(excitation.named_parameters())
+        excitation_distance = None
+        if start is not None and start.parameters is not None and own:
+            before = [start.parameters.get(name) for name in own]
+            if all(
+                b is not None and b.shape == own[n].shape for n, b in zip(own, before, strict=True)
+            ):
+                excitation_distance = _distance(own.values(), [b for b in before if b is not None])
+        return WeightStatistics(
+            raw_norm=_norm([raw]),
+            excited_norm=_norm([excited]),
+            multiplier=statistics,
+            gain=_gain(excitation, raw),
+            multiply_adds=_multiply_adds(excitation, raw),
+            raw_distance=distance,
+            excitation_distance=excitation_distance,
+            verdict=_verdict(excitation, statistics, excitation_distance),
+        )
+
+
+def learned_nothing(verdicts: Iterable[str]) -> bool:
+    """Whether none of the excitations that could learn did; False where none could."""
+    able = [verdict for verdict in verdicts if verdict != "nothing to learn"]
+    return bool(able) and all(verdict in LEARNED_NOTHING for verdict in able)
+
+
+def _verdict(
+    excitation: Composition,
+    multiplier: MultiplierStatistics | None,
+    distance: float | None,
+) -> Verdict:
+    if excitation.is_paused:
+        return "paused"
+    if next(excitation.parameters(), None) is None:
+        return "nothing to learn"
+    if distance is not None and distance < _UNCHANGED:
+        return "unchanged"
+    if distance is None and _is_as_drawn(excitation):
+        return "as drawn"
+    if multiplier is not None and multiplier.deviation < _CONSTANT * abs(multiplier.mean):
+        return "constant"
+    return "learned"
+
+
+def _is_as_drawn(excitation: Composition) -> bool:
+    """Whether all its layers could come from torch's default initialization.
+
+    That draws weights and biases from U(-b, b) with b = 1 / sqrt(fan_in), whose mean square is
+    b^2 / 3; of n values the mean of ``3 x^2 / b^2`` is 1 with a standard error of sqrt(0.8 / n).
+    Training moves some of the values near a bound beyond it.
+    """
+    layers = [
+        module
+        for module in excitation.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    if not layers:
+        return False
+    for layer in layers:
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        values = torch.cat([parameter.double().flatten() for parameter in layer.parameters()])
+        rounding = 4 * torch.finfo(layer.weight.dtype).eps
+        mean_square = (3 * values.square() / bound**2).mean().item()
+        if values.abs().max().item() > bound * (1 + rounding):
+            return False
+        if abs(mean_square - 1) > 3 * math.sqrt(0.8 / len(values)):
+            return False
+    return True
+
+
+def _multipliers(multipliers: Tensor) -> MultiplierStatistics:
+    values = multipliers.double().flatten()
+    low, high = min(0.0, values.min().item()), max(1.0, values.max().item())
+    bounds = (low, high) if math.isfinite(low) and math.isfinite(high) else (0.0, 1.0)
+    return MultiplierStatistics(
+        minimum=values.min().item(),
+        maximum=values.max().item(),
+        mean=values.mean().item(),
+        deviation=values.std().item() if len(values) > 1 else 0.0,
+        near_zero=(values.abs() < NEAR).double().mean().item(),
+        near_one=((values - 1).abs() < NEAR).double().mean().item(),
+        low=bounds[0],
+        high=bounds[1],
+        histogram=values.histc(_BINS, *bounds).long().tolist(),
+    )
+
+
+def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:
+    """The slope of the MWE stage at each weight, by autograd: it may have any curve."""
+    if excitation.is_paused or raw.numel() == 0:
+        return None
+    filters = in_full_precision(raw)
+    if excitation.is_transposed:
+        filters = to_filters(filters, excitation.transposed_groups.shape[0])
+    for stage in excitation.stages:
+        if stage.name == "mwe":
+            with torch.enable_grad():
+                fed = filters.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(stage.excite(fed).sum(), fed)
+            ordered = slope.flatten().sort().values.double()
+            return GainStatistics(
+                minimum=ordered[0].item(),
+                mean=ordered.mean().item(),
+                percentile_99=ordered[math.ceil(0.99 * len(ordered)) - 1].item(),
+                maximum=ordered[-1].item(),
+            )
+        filters = stage.excite(filters)
+    return None
+
+
+def _multiply_adds(excitation: Composition, raw: Tensor) -> int:
+    outputs = raw.shape[0]
+    if excitation.is_transposed:
+        outputs = raw.shape[1] * excitation.transposed_groups.shape[0]
+    layers = (module for module in excitation.modules() if isinstance(module, nn.Linear))
+    return outputs * sum(layer.weight.numel() for layer in layers)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def _distance(tensors: Iterable[Tensor], before: Iterable[Tensor]) -> float | None:
+    pairs = [
+        (tensor.double(), start.double()) for tensor, start in zip(tensors, before, strict=True)
+    ]
+    scale = _norm(start for _, start in pairs)
+    return _norm(tensor - start for tensor, start in pairs) / scale if scale else None
