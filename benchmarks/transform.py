@@ -18,11 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +25,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
+from measuring import (
+    RESULTS,
+    Spread,
+    build_network,
+    compare,
+    describe_machine,
+    machine_line,
+    note,
+    table,
+    write_results,
+)
 from torch import Tensor, nn
 
 import we_surgery as ws
@@ -46,7 +50,6 @@ from we_surgery.excitations import (
     build_excitation,
 )
 
-RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "convnext_tiny")
 QUICK_NETWORKS = ("resnet50", "mobilenet_v2")
 COMPILED_SHAPES = ((64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3), (2048, 512, 1, 1))
@@ -65,23 +68,6 @@ class Layer:
     weight: nn.Parameter
     excitation: Composition
     upstream: Tensor
-
-
-@dataclass
-class Spread:
-    """Ratios of interleaved measurements."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, ratios: Sequence[float]) -> Spread:
-        """The spread of one ratio a round."""
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.smallest:.2f} to {self.largest:.2f})"
 
 
 def naive(composition: Composition, weight: Tensor) -> Tensor:
@@ -123,14 +109,6 @@ FORMS: dict[str, Excite] = {
 }
 
 
-def build_network(name: str, *, device: str = "cpu") -> nn.Module:
-    """An untrained network: torchvision's, or timm's where torchvision writes its own layers."""
-    with torch.device(device):
-        if name == "convnext_tiny":
-            return timm.create_model(name)
-        return torchvision.models.get_model(name, weights=None)  # type: ignore[no-any-return]
-
-
 def excitable_layouts(name: str) -> list[WeightLayout]:
     """Every conv that is not depthwise; in ConvNeXt, whose 1x1 convs are linear, those too."""
     layouts = []
@@ -163,30 +141,6 @@ def seconds_of_a_pass(layers: Sequence[Layer], excite: Excite) -> float:
         layer.weight.grad = None
         layer.excitation.zero_grad()
     return seconds
-
-
-def compare(
-    measures: Mapping[str, Callable[[], float]], baseline: str, rounds: int
-) -> dict[str, Spread]:
-    """Each measure over the baseline's of the same round, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    names = list(measures)
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rounds + 1):
-            # Who goes first changes, so that nobody always finds the cache cold.
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name].append(measures[name]())
-    finally:
-        gc.enable()
-    measured = {name: values[1:] for name, values in seconds.items()}
-    return {
-        name: Spread.of([a / b for a, b in zip(values, measured[baseline], strict=True)])
-        for name, values in measured.items()
-        if name != baseline
-    }
 
 
 def compare_transforms(name: str, mode: str, memory_format: str, rounds: int) -> dict[str, Spread]:
@@ -283,35 +237,11 @@ def compare_training_steps(rounds: int, batch: int = 8, pixels: int = 128) -> di
     return compare(measures, "vanilla", rounds)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, software and threads."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return {
-        "processor": processor,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, as plain data; progress goes to stderr."""
     networks = QUICK_NETWORKS if options.quick else NETWORKS
     rounds = options.rounds or (3 if options.quick else 11)
     found: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds}
-
-    def note(*what: object) -> None:
-        sys.stderr.write(" ".join(map(str, what)) + "\n")
-        sys.stderr.flush()
 
     found["transform"] = []
     for name in networks:
@@ -342,21 +272,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def as_markdown(found: Mapping[str, Any]) -> str:
     """The results as tables."""
     forms = ("staged", "closed")
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
     parts = [
         "# What weight excitation costs\n",
         "Written by `benchmarks/transform.py`. Ratios of CPU time within a round, one thread: "
         f"median (smallest to largest) of {found['rounds']} rounds at most.\n",
-        f"Machine: {machine}.\n",
+        machine_line(found["machine"]),
         "## The transform, weights only, forward and backward (naive = 1)\n",
         table(
             ("network", "mode", "memory format", *forms),
@@ -409,11 +332,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = run(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "transform.json").write_text(json.dumps(found, indent=2) + "\n")
-    text = as_markdown(found)
-    (options.output / "transform.md").write_text(text)
-    sys.stdout.write(text)
+    write_results("transform", found, as_markdown(found), options.output)
 
 
 if __name__ == "__main__":
