@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
-from we_surgery import grafting
+from we_surgery import grafting, planning
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 from we_surgery.layers import excited_layers
 from we_surgery.planning import Decision, Plan
@@ -598,3 +598,32 @@ def test_convert_in_place_copies_no_weight() -> None:
     with Allocated() as allocated:
         ws.convert(ws.strip(model), "lwe+mwe")
     assert sum(allocated.storages.values()) > size
+
+
+# Cost
+
+
+def test_strip_builds_no_excitation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ws.convert(ConvNet(), "lwe")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an excitation was built")
+
+    monkeypatch.setattr(planning, "build_excitation", refuse)
+    assert is_vanilla(ws.strip(model, inplace=True))
+
+
+def test_a_strip_in_place_takes_one_more_set_of_weights_at_its_peak() -> None:
+    model = nn.Sequential(*(nn.Conv2d(32, 32, 3) for _ in range(8)))
+    ws.convert(model, "lwe", inplace=True)
+    layer = model[0].raw_weight.nbytes
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        ws.strip(model, inplace=True)
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 8 * layer <= most <= 11 * layer

@@ -152,7 +152,9 @@ def strip(
             :mod:`we_surgery.transplants.shift`, in the place of each conv with one weight a
             kernel at places that its filters share.
         inplace: change ``model`` itself instead of a deep copy; the raw Parameters stay the
-            same objects, now with the folded values, and lose their gradients.
+            same objects, now with the folded values, and lose their gradients. All folds are
+            held until all are proven, so that a failure leaves the model as it was: at its
+            peak it takes the memory of a second set of the excited weights, and of no more.
 
     Returns:
         A model of vanilla classes, with the vanilla keys in the vanilla order. Stripping a
@@ -245,6 +247,8 @@ def stored_plan(model: nn.Module) -> Plan | None:
 
 def _kept_plan(model: nn.Module) -> Plan | None:
     """What the model's plan says of the transplants that are part of it after strip."""
+    if not model.__dict__.get(PLAN_ATTRIBUTE, {}).get("transplants"):
+        return None  # without a look at its layers, which builds their excitations to count them
     plan = stored_plan(model)
     return plan.kept if plan is not None and plan.kept.transplants else None
 
