@@ -102,6 +102,15 @@ def staged(composition: Composition, weight: Tensor) -> Tensor:
     return Excitation.forward(composition, weight)
 
 
+def by_inductor(composition: Composition, weight: Tensor) -> Tensor:
+    """The closed form by another backend; see `we_surgery.set_backend`."""
+    composition.backend = "inductor"
+    try:
+        return composition(weight)  # type: ignore[no-any-return]
+    finally:
+        composition.backend = "eager"
+
+
 FORMS: dict[str, Excite] = {
     "naive": naive,
     "staged": staged,
@@ -167,6 +176,7 @@ def compare_compiled(memory_format: str, rounds: int) -> dict[str, Spread]:
     forms = dict(FORMS)
     for form in ("staged", "closed"):
         forms[f"{form}, compiled"] = torch.compile(FORMS[form], fullgraph=True, dynamic=False)
+    forms["closed, backend inductor"] = by_inductor
 
     def measure(excite: Excite) -> Callable[[], float]:
         return lambda: seconds_of_a_pass(layers, excite)
@@ -208,7 +218,9 @@ def kept_over_weights(name: str, mode: str) -> dict[str, float]:
     return kept
 
 
-def compare_training_steps(rounds: int, batch: int = 8, pixels: int = 128) -> dict[str, Spread]:
+def compare_training_steps(
+    rounds: int, batch: int = 8, pixels: int = 128, compiles: bool = False
+) -> dict[str, Spread]:
     """A whole step of ResNet50, excited over vanilla: forward, loss, backward, SGD."""
     torch.manual_seed(0)
     vanilla = build_network("resnet50").to(memory_format=torch.channels_last)
@@ -234,6 +246,10 @@ def compare_training_steps(rounds: int, batch: int = 8, pixels: int = 128) -> di
     measures = {"vanilla": measure(vanilla, Composition.forward)}
     measures |= {form: measure(excited, excite) for form, excite in FORMS.items()}
     measures["recomputed"] = measure(recomputing, Composition.forward)
+    if compiles:
+        compiled = copy.deepcopy(excited)
+        ws.set_backend(compiled, "inductor")
+        measures["backend inductor"] = measure(compiled, Composition.forward)
     return compare(measures, "vanilla", rounds)
 
 
@@ -259,7 +275,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             kept = kept_over_weights(name, mode)
             note(name, mode, kept)
             found["kept"].append({"network": name, "mode": mode} | kept)
-    steps = compare_training_steps(min(rounds, 7))
+    steps = compare_training_steps(min(rounds, 7), compiles=options.compile)
     note("step", {form: str(ratio) for form, ratio in steps.items()})
     found["step"] = {form: asdict(ratio) for form, ratio in steps.items()}
     if options.compile:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import we_surgery as ws
 from we_surgery.errors import InputError
@@ -297,6 +298,17 @@ def test_auto_tries_nothing_during_a_capture(
     weight: Any = OnGPU()
     assert backends.arithmetic("auto", weight, Terms()) == backends.EAGER
     assert not launches
+
+
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("backend", ["auto", "inductor", "triton"])
+def test_a_recording_sees_the_operations_and_no_kernel(backend: Any, launches: list[str]) -> None:
+    """As a model is read on fake tensors, which say that they are on the GPU."""
+    weight: Any = OnGPU()
+    with FakeTensorMode():
+        assert backends.arithmetic(backend, weight, Terms()) == backends.EAGER
+    assert not launches
+    assert not backends._agrees.cache_info().currsize
 
 
 # Models

@@ -39,8 +39,9 @@ EAGER = Arithmetic(formulas.excite, formulas.differentiate)
 def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
     """What computes one weight.
 
-    Eager, whatever is asked for, under ``torch.compile``, on tensors without memory, and where
-    the kernels do not know the device, the dtype or the composition.
+    Eager, whatever is asked for, under ``torch.compile`` and any dispatch mode, which must see
+    the operations, on tensors without memory, and where the kernels do not know the device, the
+    dtype or the composition.
 
     Args:
         backend: ``auto`` takes the kernels on a GPU where they agree with eager, and eager
@@ -49,6 +50,8 @@ def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
         terms: its composition.
     """
     if backend == "eager" or torch.compiler.is_compiling() or filters.is_meta:
+        return EAGER
+    if torch._C._len_torch_dispatch_stack():
         return EAGER
     if backend == "inductor":
         presence = tuple(term is None for term in terms)
