@@ -255,7 +255,7 @@ def _kept_plan(model: nn.Module) -> Plan | None:
 
 def _set_kept_plan(model: nn.Module, deployed: Sequence[TransplantDecision]) -> None:
     """Leaves of a stripped model's plan what is part of it, and nothing if nothing is."""
-    plan = stored_plan(model) or Plan("none", "", "", (), 0)
+    plan = _kept_plan(model) or Plan("none", "", "", (), 0)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
     kept = replace(plan.kept, transplants=(*plan.kept.transplants, *deployed)).kept
     if kept.transplants:
