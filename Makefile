@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types format
+.PHONY: demo test lint types format fuzz test-oldest wheel
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py
@@ -21,6 +21,26 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+MINUTES ?= 10
+fuzz: $(READY)
+	$(BIN)/python tests/hostile/fuzz.py --minutes $(MINUTES)
+
+# Every lower bound of pyproject.toml, exactly; the integrations' own tests are left out.
+OLDEST = $$(sed -n 's/^    "\([A-Za-z0-9-]*\)>=\([0-9.]*\)",/\1==\2/p' pyproject.toml)
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n auto --ignore=tests/training
+
+wheel: $(READY)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd .venv-wheel && bin/we-convert torchvision:resnet18 --dry-run
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -159,7 +159,13 @@ def location_command(samples: tuple[int, int], **options: Any) -> None:
     type=click.FloatRange(0, 1),
     help="Remove that share of the units of each layer instead of one.",
 )
-@click.option("--random-draws", type=click.IntRange(0), default=3, show_default=True)
+@click.option(
+    "--random-draws",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="How often random multipliers are drawn to compare with.",
+)
 @seed_option
 @layers_option
 @measuring_options

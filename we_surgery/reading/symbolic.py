@@ -89,7 +89,7 @@ class LayerTracer(fx.Tracer):
         self.untraceable: dict[str, str] = {}
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        last, stack = next(reversed(self.graph.nodes), None), self.module_stack.copy()
+        last, stack = next(iter(reversed(self.graph.nodes)), None), self.module_stack.copy()
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:

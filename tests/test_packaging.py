@@ -1,0 +1,68 @@
+"""The wheel and the source archive: what is in them, and that the wheel alone works."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import we_surgery as ws
+
+ROOT = Path(__file__).parents[1]
+BUILD = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, which has only what a clone has."""
+    folder = tmp_path_factory.mktemp("clone")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "we_surgery", folder / "we_surgery", ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "dist"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    assert wheel.name.startswith(f"we_surgery-{ws.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"we_surgery"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery").rglob("*.py")}
+    assert sources <= set(names)
+    assert "we_surgery/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    data = {p.suffix for p in (ROOT / "we_surgery").rglob("*.*")} - {".py", ".pyc"}
+    assert data <= {Path(name).suffix for name in names} | {".typed"}
+
+
+def test_the_source_archive_builds_the_same(dist: Path) -> None:
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "we_surgery/py.typed"} <= names
+
+
+def test_the_wheel_alone_runs(dist: Path, tmp_path: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import we_surgery.cli as c; c.convert_command(['torchvision:resnet18', '--dry-run'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "weights excited" in done.stdout
