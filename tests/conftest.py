@@ -1,6 +1,7 @@
-"""Shared test settings: one thread a process, so that parallel workers do not fight."""
+"""Shared test settings, such as one thread a process, so that parallel workers do not fight."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -17,3 +18,6 @@ def _seeded() -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell has it for what it runs in the background; some tests press Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
