@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from distributed_runs import WRAPPINGS, Net, batches, converted
 from safetensors.torch import load_file
-from test_distributed import (
-    PROCESSES,
-    WRAPPINGS,
-    Net,
-    batches,
-    converted,
-    join_group,
-    pytestmark,  # noqa: F401
-)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.multiprocessing.spawn import spawn
 
 import we_surgery as ws
 from we_surgery.checkpoint import read
 from we_surgery.checkpoint.sharded import open_sharded
+
+PROCESSES = 2
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
+)
+
+
+@contextmanager
+def join_group(rank: int, folder: str) -> Iterator[None]:
+    """The process group of a spawned process, for a while."""
+    torch.set_num_threads(1)
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES, timeout=timedelta(0, 60)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def worker(rank: int, folder: str) -> None:

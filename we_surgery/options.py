@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
+from we_surgery.backends import check_backend
 from we_surgery.config import make_policy
 from we_surgery.errors import InputError, near_matches
+from we_surgery.excitations import Backend
 from we_surgery.grafting import Init, Start
 from we_surgery.planning import Plan
 from we_surgery.policy import Policy
@@ -23,6 +25,7 @@ class ConvertOptions(TypedDict, total=False):
     plan: Plan | None
     init: Init
     start: Start
+    backend: Backend
     example_inputs: Any
 
 
@@ -55,6 +58,7 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
                 f"there is no {name} {value!r}{near_matches(str(value), choices)}",
                 f"Use one of: {', '.join(choices)}.",
             )
+    check_backend(options.get("backend", "auto"))
     resolved = options.copy()
     config, rules = resolved.pop("config", None), resolved.pop("rules", ())
     transplants = resolved.pop("transplants", ())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from we_surgery.backends import check_backend, set_backend
+from we_surgery.backends import set_backend
 from we_surgery.copies import copy_model
 from we_surgery.errors import (
     AlreadyConvertedWarning,
@@ -95,7 +95,6 @@ def convert(
         SurgeryError: a weight holds Inf or NaN, or the model cannot be copied.
     """
     refuse_wrappers(model)
-    check_backend(backend)
     if is_converted(model):
         warnings.warn(
             "the model is converted already; nothing was changed. Strip it first to convert it "
@@ -113,6 +112,7 @@ def convert(
             "plan": plan,
             "init": init,
             "start": start,
+            "backend": backend,
         },
     )
     if plan is None:

@@ -34,7 +34,7 @@ class WeightExcitation(TrainerCallback):
             ``start="paused"``.
         strip_checkpoints: whether to write the stripped models.
         **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``init``, ``start``,
-            ``example_inputs``.
+            ``backend``, ``example_inputs``.
 
     Raises:
         InputError: the options do not fit together; while the Trainer is built: nor the model;
