@@ -17,6 +17,9 @@ import matplotlib.pyplot as plt
 
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
+# Fewer tell nothing of the spread.
+_FEWEST_PAIRS = 5
+
 Rows = list[dict[str, Any]]
 
 
@@ -62,7 +65,7 @@ def _table(rows: Rows) -> list[str]:
         shown = f"{mean(run['accuracy'] for run in runs.values()):.2f}"
         seeds = sorted(runs.keys() & plain.keys())
         difference = time = ""
-        if method != "plain" and len(seeds) > 1:
+        if method != "plain" and len(seeds) >= _FEWEST_PAIRS:
             center, half = interval([runs[s]["accuracy"] - plain[s]["accuracy"] for s in seeds])
             difference = f"{center:+.2f} ± {half:.2f}"
             difference = f"**{difference}**" if abs(center) > half else difference

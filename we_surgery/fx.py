@@ -34,8 +34,8 @@ class ExcitePass(PassBase):
     Args:
         mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
         **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``, ``init``,
-            ``start``, ``backend``, ``example_inputs``. In rules, a weight that a call reads goes by the name of
-            its module or, where that name is not ``weight``, by its own.
+            ``start``, ``backend``, ``example_inputs``. In rules, a weight that a call reads goes
+            by the name of its module or, where that name is not ``weight``, by its own.
 
     Raises:
         InputError: the arguments do not fit together.
