@@ -39,8 +39,15 @@ def test_a_run_trains_strips_and_reports(recipe, image_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"ema_decay": 0.5}, {"precision": "bfloat16"}, {"excite_from": 2}, {"smoothing": 0.1}],
-    ids=["plain", "ema", "bfloat16", "paused", "smoothing"],
+    [
+        {},
+        {"ema_decay": 0.5},
+        {"precision": "bfloat16"},
+        {"excite_from": 2},
+        {"excite_from": 1, "ema_decay": 0.5},
+        {"smoothing": 0.1},
+    ],
+    ids=["plain", "ema", "bfloat16", "paused", "paused ema", "smoothing"],
 )
 def test_a_resumed_run_ends_as_one_that_went_through(recipe, image_folder, tmp_path, settings):
     recipe = recipe.replace(**settings)

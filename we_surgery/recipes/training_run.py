@@ -69,10 +69,11 @@ class TrainingRun:
             updates_per_epoch=self.updates,
             **schedule,
         )
-        self.excitation = WESchedule(model, settings.excite_from) if settings.excite_from else None
         self.average: Any = None
         if settings.ema_decay is not None:
             self.average = ModelEmaV3(model, decay=settings.ema_decay)
+        averages = [] if self.average is None else [self.average.module]
+        self.excitation = WESchedule(model, settings.excite_from, *averages)
         self.scaler: Any = None
         if settings.precision == "float16":
             self.scaler = NativeScaler(device=place.device.type)
@@ -116,8 +117,7 @@ class TrainingRun:
         sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        if self.excitation is not None and self.excitation.step(epoch) and self.average is not None:
-            WESchedule(self.average.module, 0).step(epoch)
+        self.excitation.step(epoch)
         if not self.steps_schedule:
             self.scheduler.step(epoch)
         self.trained.train()
