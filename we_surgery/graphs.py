@@ -29,6 +29,7 @@ from we_surgery.layers import (
     rename_parameter,
     trace_whole,
 )
+from we_surgery.scripted import own_parameters
 
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -314,7 +315,7 @@ def _held_names(module: nn.Module) -> tuple[str, ...]:
     """The parameters that :func:`hold` renamed, by their vanilla names."""
     if isinstance(module, ExcitedLayer):
         return ()
-    raw = (name for name in module._parameters if name.startswith(RAW_PREFIX))
+    raw = (name for name in own_parameters(module) if name.startswith(RAW_PREFIX))
     return tuple(
         name
         for name in (name.removeprefix(RAW_PREFIX) for name in raw)

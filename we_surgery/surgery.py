@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from we_surgery.backends import set_backend
 from we_surgery.copies import copy_model
@@ -33,6 +33,7 @@ from we_surgery.policy import Policy
 from we_surgery.proof import StripReport, check_outputs, run_in_eval
 from we_surgery.reading import prove_excited
 from we_surgery.rules import Rule
+from we_surgery.scripted import is_scripted, own_parameters
 from we_surgery.transplants import Transplant
 from we_surgery.transplants import rows as transplant_rows
 from we_surgery.transplants.rows import TransplantDecision
@@ -103,6 +104,8 @@ def convert(
             stacklevel=2,
         )
         return model if inplace else copy_model(model)
+    if example_inputs is not None:
+        _refuse_lazy(model)
     options = resolve_options(
         mode,
         {
@@ -262,6 +265,16 @@ def _set_kept_plan(model: nn.Module, deployed: Sequence[TransplantDecision]) -> 
         model.__dict__[PLAN_ATTRIBUTE] = kept.to_dict()
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        own = own_parameters(module).values()
+        if any(isinstance(parameter, UninitializedParameter) for parameter in own):
+            raise InputError(
+                f"layer {name!r} is lazy and has no weight yet",
+                "Run one forward pass of the model, then convert it.",
+            )
+
+
 def refuse_wrappers(model: nn.Module) -> None:
     """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models.
 
@@ -269,7 +282,7 @@ def refuse_wrappers(model: nn.Module) -> None:
         InputError: the model is wrapped or sharded.
     """
     kind = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
+    if is_scripted(model):
         raise InputError(
             "the model is TorchScript, whose layers cannot be changed",
             "Give the eager model it was scripted or traced from.",

@@ -149,3 +149,40 @@ def test_a_norm_is_seen_through_reshapes_and_functional_calls() -> None:
     facts = facts_of(Norms(), (2, 3, 9, 9))
     assert [facts[name].followed_by_norm for name in "abc"] == [True, False, False]
     assert facts["b"].norm_evidence == "aten.relu"
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "stored"),
+    [
+        ("bi,oi->bo", (8, 4), True),
+        ("oi,bi->bo", (8, 4), True),
+        ("bi,io->bo", (4, 8), False),
+    ],
+)
+def test_an_einsum_is_a_linear_where_the_filters_are_its_weights_first_axis(
+    equation: str, shape: tuple[int, int], stored: bool
+) -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            operands = (self.kernel, x) if equation.startswith("o") else (x, self.kernel)
+            return torch.einsum(equation, *operands)
+
+    obstacle = facts_of(Einsum(), (3, 4))["kernel"].obstacle
+    assert obstacle is None if stored else "x @ W" in str(obstacle)
+
+
+def test_a_permutation_of_a_matrix_among_axes_of_length_one_is_followed() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            moved = self.kernel[:, None, :].permute(1, 0, 2).transpose(1, 2)
+            return torch.bmm(x[None], moved)
+
+    assert facts_of(Permuted(), (3, 4))["kernel"].obstacle is None

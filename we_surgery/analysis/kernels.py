@@ -13,6 +13,7 @@ from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import WeightLayout
 from we_surgery.reading import read_tree
 from we_surgery.rules import Rule
+from we_surgery.scripted import own_parameters
 from we_surgery.surgery import is_converted, strip
 
 
@@ -60,14 +61,14 @@ def find_weights(
     modules = dict(model.named_modules())
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     for module in modules.values():
-        for own in module._parameters.values():
+        for own in own_parameters(module).values():
             if own is not None:
                 owners.setdefault(own, []).append(module)
     found: dict[nn.Parameter, MeasuredWeight] = {}
     for facts in read_tree(model):
         owner = modules[facts.module]
         # A parametrized weight is computed, and cannot be written to.
-        parameter = owner._parameters.get(facts.parameter)
+        parameter = own_parameters(owner).get(facts.parameter)
         if not facts.kind.startswith(kinds) or parameter is None or parameter in found:
             continue
         found[parameter] = MeasuredWeight(

@@ -35,6 +35,7 @@ from we_surgery.analysis.scores import (
 from we_surgery.errors import InputError
 from we_surgery.proof import eval_mode
 from we_surgery.reading.running import call
+from we_surgery.scripted import is_scripted
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ def _value(model: nn.Module, metric: MetricFunction) -> float:
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module))
         for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
+        if not is_scripted(module)
     ]
     try:
         value = metric(model)

@@ -6,6 +6,8 @@ import re
 
 from torch import nn
 
+from we_surgery.scripted import is_scripted
+
 CONV_KINDS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
@@ -14,7 +16,8 @@ CONV_KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
 }
-WEIGHTED = (*CONV_KINDS, nn.Linear, nn.MultiheadAttention)
+KINDS = CONV_KINDS | {nn.Linear: "linear", nn.MultiheadAttention: "attention"}
+WEIGHTED = tuple(KINDS)
 
 # Classes that are not importable without their library are known by name. A frozen batch norm
 # keeps its statistics, so it does not absorb a change of scale.
@@ -36,12 +39,10 @@ _STANDARDIZING_NAME = re.compile(r"Std.*Conv|WSConv|WeightStandard", re.IGNORECA
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a weighted layer, or None for any other module."""
-    for base, kind in CONV_KINDS.items():
-        if isinstance(module, base):
-            return kind
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "attention" if isinstance(module, nn.MultiheadAttention) else None
+    if is_scripted(module):  # it has lost its class and kept the name
+        name = str(module.original_name)
+        return next((kind for base, kind in KINDS.items() if base.__name__ == name), None)
+    return next((kind for base, kind in KINDS.items() if isinstance(module, base)), None)
 
 
 def is_norm(module: nn.Module) -> bool:

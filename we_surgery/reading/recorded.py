@@ -29,6 +29,7 @@ from we_surgery.excitations import Composition, Excitation
 from we_surgery.reading.hooks import drop_hooks
 from we_surgery.reading.running import call, fixed_seed
 from we_surgery.reading.stand_ins import StandIns
+from we_surgery.scripted import is_scripted
 
 MODULE = "module"
 """Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
@@ -248,7 +249,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Keeps track of which module is running, by hooks on the (copied) model."""
         handles = []
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if is_scripted(module):
                 continue
             if isinstance(module, Composition):
                 # No hooks: an excitation that carries some computes at each read.

@@ -20,6 +20,7 @@ from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes, Metas, StandIns
 from we_surgery.reading.tree import obstacle_of
 from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
+from we_surgery.scripted import own_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def apply_recordings(
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     known = set()
     for layer in layers:
-        parameter = modules[layer.module]._parameters.get(layer.parameter)
+        parameter = own_parameters(modules[layer.module]).get(layer.parameter)
         name = first_names.get(id(parameter), layer.path)
         known.add(name)
         if parameter is not None:
@@ -177,7 +178,7 @@ def _bare_parameter(
     """Facts of a parameter that is a conv's or linear's weight without a module of that kind."""
     owner_name, _, parameter_name = name.rpartition(".")
     owner = modules.get(owner_name)
-    parameter = owner._parameters.get(parameter_name) if owner is not None else None
+    parameter = own_parameters(owner).get(parameter_name) if owner is not None else None
     if owner is None or parameter is None or isinstance(parameter, UninitializedParameter):
         return None
     read = uses[0].read

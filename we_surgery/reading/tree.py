@@ -22,6 +22,7 @@ from we_surgery.reading.kinds import (
     kind_of,
     standardizes_itself,
 )
+from we_surgery.scripted import is_scripted, own_parameters
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,12 +67,14 @@ def _weights_of(module: nn.Module, kind: str) -> tuple[str, ...]:
 
 def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFacts:
     obstacle = obstacle_of(module, parameter)
-    weight = module._parameters.get(parameter)
+    own = own_parameters(module)
+    weight = own.get(parameter)
     if weight is None:
-        weight = module._parameters.get(raw_name(parameter))
+        weight = own.get(raw_name(parameter))
     shape = () if weight is None or isinstance(weight, UninitializedParameter) else weight.shape
     transposed = kind.startswith("conv_transpose")
-    groups = module.groups if kind.startswith("conv") else 1
+    # A traced conv has lost the number, and is left alone.
+    groups = getattr(module, "groups", 1) if kind.startswith("conv") else 1
     return LayerFacts(
         module=name,
         parameter=parameter,
@@ -124,6 +127,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "is excited already"
     if parametrize.is_parametrized(module):
         return "carries a torch.nn.utils.parametrize parametrization"
+    if is_scripted(module):
+        return "is TorchScript, which cannot be changed"
     if f"{parameter}_g" in module._parameters:
         return "carries a torch.nn.utils.weight_norm hook"
     if f"{parameter}_orig" in module._parameters:
@@ -197,7 +202,7 @@ def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]
 def _mark_tied(model: nn.Module, modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in modules.items():
-        for parameter_name, parameter in module._parameters.items():
+        for parameter_name, parameter in own_parameters(module).items():
             if parameter is not None:
                 owners[id(parameter)].append(f"{name}.{parameter_name}".lstrip("."))
     all_names: dict[int, list[str]] = defaultdict(list)
@@ -206,7 +211,7 @@ def _mark_tied(model: nn.Module, modules: dict[str, nn.Module], layers: list[Lay
     excitable = {f"{layer.module}.{layer.parameter}".lstrip(".") for layer in layers}
     blocks = _shared_memory(model)
     for layer in layers:
-        weight = modules[layer.module]._parameters.get(layer.parameter)
+        weight = own_parameters(modules[layer.module]).get(layer.parameter)
         if weight is None:
             continue
         own = f"{layer.module}.{layer.parameter}".lstrip(".")

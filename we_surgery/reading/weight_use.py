@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from we_surgery.reading.recorded import EXCITATION, MODULE, Recording, after_write
+from we_surgery.reading.recorded import EXCITATION, MODULE, SHAPE, Recording, after_write
 
 # Where a matrix or conv operation takes its data and its weight: pairs of argument positions.
 # For a plain matrix product either operand may be the weight.
@@ -171,6 +171,27 @@ def fed_by_input(graph: fx.Graph) -> set[fx.Node]:
     return fed
 
 
+def _is_turned(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a view exchanges the axes of the matrix in it, those longer than 1.
+
+    An einsum moves such axes around among others of length 1. A tensor that has more or less
+    than two of them counts as turned by any permutation.
+    """
+    name, rank = operation_name(node), len(source.meta[SHAPE])
+    if name not in _TRANSPOSES:
+        return False
+    order = list(range(rank))
+    if name == "aten.permute":
+        order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
+    elif name == "aten.transpose":
+        first, second = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
+        order[first], order[second] = second, first
+    else:
+        order.reverse()
+    long = [axis for axis in order if source.meta[SHAPE][axis] > 1]
+    return long != sorted(long) if len(long) == 2 else order != sorted(order)
+
+
 def _origins(node: fx.Node) -> Iterable[_Origin]:
     """The parameters and buffers that ``node``, which no input feeds, is made from."""
     found: dict[str, _Origin] = {}
@@ -185,8 +206,8 @@ def _origins(node: fx.Node) -> Iterable[_Origin]:
             name = str(current.target)
             found.setdefault(name, _Origin(name, transposes, computed))
         elif is_view(current):
-            turned = operation_name(current) in _TRANSPOSES
-            pending.append((current.all_input_nodes[0], transposes + turned, computed))
+            source = current.all_input_nodes[0]
+            pending.append((source, transposes + _is_turned(current, source), computed))
         else:
             pending.extend((source, transposes, True) for source in current.all_input_nodes)
     return found.values()
