@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
-from we_surgery import grafting, planning
+from we_surgery import grafting, plans
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 from we_surgery.layers import excited_layers
-from we_surgery.planning import Decision, Plan
+from we_surgery.plans import Decision, Plan
 
 
 def snapshot(model: nn.Module) -> list[Any]:
@@ -609,7 +609,7 @@ def test_strip_builds_no_excitation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an excitation was built")
 
-    monkeypatch.setattr(planning, "build_excitation", refuse)
+    monkeypatch.setattr(plans, "build_excitation", refuse)
     assert is_vanilla(ws.strip(model, inplace=True))
 
 

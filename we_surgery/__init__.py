@@ -23,9 +23,9 @@ from we_surgery.excitations import harden as harden
 from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.excitations import sparsity_loss as sparsity_loss
 from we_surgery.layers import set_recompute as set_recompute
-from we_surgery.planning import Decision as Decision
-from we_surgery.planning import Plan as Plan
 from we_surgery.planning import plan as plan
+from we_surgery.plans import Decision as Decision
+from we_surgery.plans import Plan as Plan
 from we_surgery.policy import MODES as MODES
 from we_surgery.policy import Mode as Mode
 from we_surgery.policy import Policy as Policy

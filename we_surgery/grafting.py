@@ -20,7 +20,7 @@ from we_surgery.graphs import (
     update_graphs,
 )
 from we_surgery.layers import excite, restore
-from we_surgery.planning import Decision, Plan
+from we_surgery.plans import Decision, Plan
 from we_surgery.proof import check_preserved, refuse_non_finite
 from we_surgery.reading import LayerFacts, obstacle_of, read_tree
 

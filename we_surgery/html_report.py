@@ -13,7 +13,7 @@ from we_surgery.analysis.importance import LocationMaps
 from we_surgery.analysis.learned import learned_nothing
 from we_surgery.errors import InputError
 from we_surgery.inspection import Comparison, InspectedWeight, Inspection
-from we_surgery.planning import Plan
+from we_surgery.plans import Plan
 
 _BAR = 220
 _CELL = 22

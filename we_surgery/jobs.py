@@ -14,8 +14,8 @@ from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.grafting import Init, Start
-from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
+from we_surgery.plans import Plan
 from we_surgery.policy import Policy
 from we_surgery.rules import Rule
 from we_surgery.surgery import PLAN_ATTRIBUTE, convert, is_converted

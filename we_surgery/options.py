@@ -11,7 +11,7 @@ from we_surgery.config import make_policy
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Backend
 from we_surgery.grafting import Init, Start
-from we_surgery.planning import Plan
+from we_surgery.plans import Plan
 from we_surgery.policy import Policy
 from we_surgery.rules import Rule
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from we_surgery.planning import Plan
+if TYPE_CHECKING:  # a plan prints itself by this table
+    from we_surgery.plans import Plan
 
 
 def plan_table(plan: Plan) -> RenderableType:

@@ -18,7 +18,7 @@ from we_surgery.checkpoint.wording import quoted
 from we_surgery.copies import copy_model
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.jobs import Source
-from we_surgery.planning import Plan
+from we_surgery.plans import Plan
 from we_surgery.proof import StripReport
 from we_surgery.surgery import (
     Progress,

@@ -27,8 +27,8 @@ from we_surgery.graphs import excited_weights
 from we_surgery.operations import OPERATIONS
 from we_surgery.operations import Progress as Progress
 from we_surgery.options import resolve_options
-from we_surgery.planning import Plan
 from we_surgery.planning import plan as make_plan
+from we_surgery.plans import Plan
 from we_surgery.policy import Policy
 from we_surgery.proof import StripReport, check_outputs, run_in_eval
 from we_surgery.reading import prove_excited

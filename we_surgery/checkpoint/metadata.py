@@ -10,7 +10,7 @@ from typing import Any
 import we_surgery
 from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.errors import InputError
-from we_surgery.planning import Plan
+from we_surgery.plans import Plan
 
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 1

@@ -26,7 +26,7 @@ from we_surgery.family import family, family_table
 from we_surgery.grafting import Init, Start
 from we_surgery.jobs import Converted, convert_file, plan_file
 from we_surgery.plan_table import plan_summary, plan_table
-from we_surgery.planning import Plan
+from we_surgery.plans import Plan
 from we_surgery.policy import DEFAULT_MODE, MODES, Policy
 from we_surgery.recipe_text import RECIPE_PATTERN, SKIP, YAMLLoader
 from we_surgery.rules import Rule

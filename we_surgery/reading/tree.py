@@ -80,7 +80,7 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
         parameter=parameter,
         kind=kind,
         type_name=f"{type(module).__module__}.{type(module).__qualname__}",
-        layout=WeightLayout(tuple(shape), int(groups), transposed),  # type: ignore[arg-type]
+        layout=WeightLayout(tuple(shape), int(groups), transposed),
         frozen=weight is not None and not weight.requires_grad,
         standardizes_itself=standardizes_itself(module),
         obstacle=obstacle,
