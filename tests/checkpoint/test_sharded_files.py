@@ -1,8 +1,10 @@
 """State dicts in several files: read without their code, stripped tensor by tensor."""
 
 import contextlib
+import io
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -280,6 +282,59 @@ def test_metadata_that_lies_is_an_input_error(lie, converted, tmp_path):
         ws.strip_sharded(folder, tmp_path / "out")
     assert caught.value.cure
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def packed(piece: bytes) -> bytes:
+    result = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(piece)) as archive,
+        zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as writer,
+    ):
+        for record in archive.infolist():
+            writer.writestr(record.filename, archive.read(record))
+    return result.getvalue()
+
+
+def saved(value: object, **options: bool) -> bytes:
+    result = io.BytesIO()
+    torch.save(value, result, **options)
+    return result.getvalue()
+
+
+class TakesMemory:
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+TRAPS = {
+    "packed": (packed(saved(torch.zeros(6, 3, 3, 3))), "has a packed record"),
+    "legacy": (
+        saved(torch.zeros(6, 3, 3, 3), _use_new_zipfile_serialization=False),
+        "damaged or cut short zip",
+    ),
+    "memory": (saved(TakesMemory()), "called in a way"),
+    "code": (saved([Path.touch]), "names what a file may not name"),
+    "no tensor": (saved({}), "holds dict where"),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_piece_is_read_as_carefully_as_a_file(trap, converted, tmp_path):
+    folder = write_dcp({"model": converted.state_dict()}, tmp_path / "in")
+    content, message = TRAPS[trap]
+
+    def place(metadata):
+        (info,) = (
+            info
+            for index, info in metadata.storage_data.items()
+            if index.fqn == "model.stem.raw_weight"
+        )
+        info.relative_path, info.offset, info.length = "trap.distcp", 0, len(content)
+
+    (folder / "trap.distcp").write_bytes(content)
+    edited(folder, place)
+    with pytest.raises(InputError, match=rf"trap\.distcp.*{message}"):
+        ws.strip_sharded(folder, tmp_path / "out")
 
 
 def test_metadata_cut_anywhere_is_an_input_error(converted, tmp_path):

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from we_surgery.checkpoint.recognize import FileKind, check_archive
 from we_surgery.checkpoint.sharded import Load, ShardedFiles, check_file_name
+from we_surgery.checkpoint.unpickle import unpickle
 from we_surgery.checkpoint.wording import quoted
 from we_surgery.errors import InputError
 
@@ -169,16 +171,17 @@ class DistributedCheckpoint(ShardedFiles):
         return whole
 
     def _load_piece(self, name: str, piece: Piece) -> Tensor:
+        path = self.path / piece.file
         try:
-            with (self.path / piece.file).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(piece.start)
                 content = io.BytesIO(file.read(piece.length))
-            part = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:
+            check_archive(content, path)
+            part = unpickle(path, FileKind.ZIP, content=content)
+        except (InputError, OSError, MemoryError) as error:
+            cause = error.cause if isinstance(error, InputError) else str(error)
             raise InputError(
-                f"{self.path / piece.file} cannot be read where it holds {name!r}: "
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                _SAVE_AGAIN,
+                f"{path} cannot be read where it holds {name!r}: {cause}", _SAVE_AGAIN
             ) from error
         if not isinstance(part, Tensor):
             raise InputError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+import io
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from we_surgery.errors import InputError, near_matches
 
@@ -88,14 +91,19 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
+def check_archive(content: IO[bytes], path: Path) -> None:
+    """Raises unless the bytes, which lie somewhere in a file, are an archive that holds no trap.
+
+    Raises:
+        InputError: they are damaged, or have records that are packed, repeat or overlap.
+    """
+    size = content.seek(0, io.SEEK_END)
+    _refuse_traps(_records(content, path), size, path)
+    content.seek(0)
+
+
 def _recognize_zip(path: Path) -> FileKind:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"{path} is a damaged or cut short zip archive: {error}", "Save or fetch it again."
-        ) from error
+    records = _records(path, path)
     names = {record.filename.partition("/")[2] or record.filename for record in records}
     if "constants.pkl" in names:
         raise InputError(f"{path} is TorchScript, whose layers cannot be changed", _EAGER)
@@ -105,6 +113,21 @@ def _recognize_zip(path: Path) -> FileKind:
         )
     if "data.pkl" not in names:
         raise InputError(f"{path} is a zip archive that torch.save did not write", _KNOWN_FORMATS)
+    _refuse_traps(records, path.stat().st_size, path)
+    return FileKind.ZIP
+
+
+def _records(content: Path | IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(content) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"{path} is a damaged or cut short zip archive: {error}", "Save or fetch it again."
+        ) from error
+
+
+def _refuse_traps(records: Sequence[zipfile.ZipInfo], size: int, path: Path) -> None:
     # Either could make a small file fill the memory, or show each reader something else.
     packed = next((r for r in records if r.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
@@ -114,10 +137,9 @@ def _recognize_zip(path: Path) -> FileKind:
         )
     if (
         len({record.filename for record in records}) < len(records)
-        or sum(record.file_size for record in records) > path.stat().st_size
+        or sum(record.file_size for record in records) > size
     ):
         raise InputError(
             f"{path} is a damaged or doctored zip archive: its records repeat or overlap",
             "Save or fetch it again.",
         )
-    return FileKind.ZIP

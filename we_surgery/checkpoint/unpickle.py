@@ -7,6 +7,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,7 @@ def map_tensors(path: Path, kind: FileKind) -> dict[str, Tensor]:
     Raises:
         InputError: the file is damaged, names what it may not name, or holds no state dict.
     """
-    found = unpickle(path, kind, allow=(), trust=False, mapped=kind is FileKind.ZIP)
+    found = unpickle(path, kind, mapped=kind is FileKind.ZIP)
     if not isinstance(found, Mapping):
         raise InputError(
             f"{path} holds no state dict but {type(found).__name__}", "Save or fetch it again."
@@ -40,7 +41,13 @@ def map_tensors(path: Path, kind: FileKind) -> dict[str, Tensor]:
 
 
 def unpickle(
-    path: Path, kind: FileKind, *, allow: Sequence[str], trust: bool, mapped: bool = False
+    path: Path,
+    kind: FileKind,
+    *,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+    mapped: bool = False,
+    content: IO[bytes] | None = None,
 ) -> Any:
     """The object in a file of torch.save, its tensors on the CPU.
 
@@ -52,12 +59,14 @@ def unpickle(
         trust: unpickle whatever the file says.
         mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
             they are used.
+        content: what torch.save wrote, where it is a part of the file; at its start.
 
     Raises:
         InputError: the file is damaged, or names what it may not name.
     """
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        opened = path.open("rb") if content is None else nullcontext(content)
+        with opened as file, warnings.catch_warnings():
             # Whoever opens a file can do nothing about the age of what is in it.
             warnings.simplefilter("ignore")
             if trust:
