@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
+from we_surgery.copies import drawing_nothing
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.grafting import Init, Start
 from we_surgery.planning import plan as make_plan
@@ -102,7 +103,7 @@ def plan_file(
             example_inputs=inputs,
         )
     else:
-        with torch.random.fork_rng():
+        with drawing_nothing(model):
             convert(model, plan=plan, inplace=True)
     return Converted(plan, None, contents.kind, contents.notes)
 
@@ -164,8 +165,8 @@ def convert_file(
             f"the plan excites none of the {len(decided.decisions)} layers of {source.name}",
             "See the reasons with --dry-run, and change the mode, config or rules.",
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with drawing_nothing(model):
+        torch.default_generator.manual_seed(seed)
         converted = convert(
             model, plan=decided, init=init, start=start, example_inputs=inputs, inplace=True
         )

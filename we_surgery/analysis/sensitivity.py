@@ -175,7 +175,7 @@ def _trained(
     seed: int,
     score: str,
 ) -> tuple[float | None, str]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = make_model()
         # Again: a variant may draw before others do.

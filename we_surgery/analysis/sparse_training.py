@@ -109,7 +109,7 @@ def sparse_training(
     for name, strength, seed in keys:
         key = f"{seed}:{strength!r}:{name}"
         if key not in progress:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
                 model = make_model()
                 torch.manual_seed(seed)
