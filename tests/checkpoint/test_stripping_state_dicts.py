@@ -15,6 +15,7 @@ from we_surgery.checkpoint import (
 )
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
+from we_surgery.excitations import formulas
 
 EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}
 
@@ -69,6 +70,28 @@ def test_it_equals_the_stripped_models_state_dict_bit_for_bit(converted):
         assert torch.equal(state[key], value), key
     assert getattr(state, VERSIONS) == getattr(expected, VERSIONS)
     assert not is_excited_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_weights_computed_in_blocks_fold_bit_for_bit_and_leave_the_checkpoint(
+    dtype, converted, monkeypatch
+):
+    monkeypatch.setattr(formulas, "_BLOCK", 100)
+    before = copy.deepcopy(converted.state_dict())
+    folded, report = strip_state_dict_with_report(converted.state_dict(), dtype=dtype)
+    assert report.layers
+    for key, value in converted.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    if dtype is not None and is_half(converted):
+        converted.float()
+    expected = ws.strip(converted).state_dict()
+    for key, value in expected.items():
+        rounded = value if dtype is None or not value.is_floating_point() else value.to(dtype)
+        assert torch.equal(folded[key], rounded), key
+
+
+def is_half(model: nn.Module) -> bool:
+    return next(model.parameters()).dtype is torch.bfloat16
 
 
 def test_the_input_is_not_changed_and_not_shared_where_it_is_folded(converted):

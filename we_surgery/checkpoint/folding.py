@@ -93,12 +93,13 @@ class ExcitedEntry:
         except InputError as error:
             raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
 
-    def fold(self, dtype: torch.dtype | None = None) -> Tensor:
+    def fold(self, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
         """The excited weight, in the raw one's memory format.
 
         Args:
             dtype: of the result; half precision is then excited in float32 and rounded once. By
                 default the raw weight's.
+            in_place: the raw weight's memory may be used for the result.
 
         Raises:
             InputError: an unknown or incomplete excitation.
@@ -114,11 +115,13 @@ class ExcitedEntry:
         raw = _aligned(self.raw)
         if dtype is not None:
             raw = in_full_precision(raw)
+        is_own = in_place or raw.data_ptr() != self.raw.data_ptr()
         try:
             with torch.no_grad():
-                folded = excitation(raw)
+                folded = excitation.excite_in_place(raw) if is_own else excitation(raw)
                 # It may leave the excitation in another memory format, or as the raw one itself.
-                if folded is raw or folded.stride() != raw.stride() or folded._is_view():
+                is_raw = folded is raw
+                if folded.stride() != raw.stride() or (not is_own if is_raw else folded._is_view()):
                     folded = torch.empty_like(raw).copy_(folded)
         except RuntimeError as error:
             raise SurgeryError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import repeatable
+from we_surgery.excitations import formulas, repeatable
 from we_surgery.excitations.backends import Backend, arithmetic
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
@@ -47,6 +47,29 @@ def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eage
         return _forward(weight, terms, backend)[0]
     excited: Tensor = ClosedFormExcitation.apply(weight, *terms, backend)
     return excited
+
+
+@torch.no_grad()
+def excite_in_place(weight: Tensor, terms: Terms) -> Tensor:
+    """:func:`excite_in_closed_form` in eager, bit for bit, in a large weight's own memory.
+
+    Args:
+        weight: as there.
+        terms: as there.
+
+    Returns:
+        ``weight``, overwritten; or for a small one memory of its own.
+    """
+    if not formulas.is_computed_in_blocks(weight):
+        return _forward(weight, terms, "eager")[0]
+    filters = weight
+    with autocast_off(weight.device.type):
+        if terms.transposed_groups is not None:
+            filters = to_filters(weight, terms.transposed_groups)
+        formulas.excite_in_place(filters, terms)
+    if terms.transposed_groups is not None:
+        weight.copy_(from_filters(filters, terms.transposed_groups))
+    return weight
 
 
 def staged(weight: Tensor, *terms: Any) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.excitations.backends import Backend
+from we_surgery.excitations.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
-from we_surgery.excitations.closed_form import excite_in_closed_form
+from we_surgery.excitations.closed_form import excite_in_closed_form, excite_in_place
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
@@ -133,6 +133,23 @@ class Composition(Excitation):
         if self.training and torch.is_grad_enabled():
             self._advance_stages(weight)
         return excite_and_rerun(self, weight)
+
+    @torch.no_grad()
+    def excite_in_place(self, weight: Tensor) -> Tensor:
+        """:meth:`forward` to the bit, for a weight that nobody needs afterwards.
+
+        The closed form of a large weight then needs little memory beside the weight's own.
+
+        Returns:
+            ``weight``, overwritten; or another tensor where it is small or a stage has no closed
+            form.
+        """
+        terms = None if self.is_paused or weight.numel() == 0 else self._terms(weight)
+        if terms is None or terms is _NOTHING:
+            return self(weight)  # type: ignore[no-any-return]
+        if arithmetic(self.backend, weight, terms) is not EAGER:
+            return self(weight)  # type: ignore[no-any-return]
+        return excite_in_place(weight, terms)
 
     @torch.no_grad()
     def _advance_stages(self, weight: Tensor) -> None:

@@ -15,29 +15,117 @@ A stage that is absent drops its line: c = W and r = 1, m = 1, p = 1 and q = 0, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.mwe import curve_limit
 from we_surgery.excitations.terms import Kept, Terms, fcs_in, rescaling
 
+_BLOCK = 2**20
+"""Values that are computed at a time; about what makes one launch cheap beside its work."""
+
 
 def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
-    """W' in memory of its own, line by line as in this module's docstring."""
-    mean = norm = scale = hidden = limit = None
-    excited = filters
+    """W' in memory of its own, line by line as in this module's docstring.
+
+    A CPU computes a large weight in blocks of filters, so that nothing but W' is of its size.
+    """
+    if not is_computed_in_blocks(filters):
+        linear, kept = _before_curve(filters, terms)
+        if terms.mwe_epsilon is None:
+            return linear, kept
+        limit = curve_limit(linear, terms.mwe_epsilon)
+        own = None if linear is filters else linear
+        return _curved(linear, limit, own), kept._replace(limit=limit)
+    excited, blocks = torch.empty_like(filters), _blocks(filters)
+    found = [_before_curve(filters[b], _of_block(terms, b), excited[b]) for b in blocks]
+    linears, keeps = zip(*found, strict=True)
+    kept = Kept(
+        *(None if part[0] is None else torch.cat(part) for part in zip(*keeps, strict=True))
+    )
+    if terms.mwe_epsilon is None:
+        return excited, kept
+    limit = _limit_of_blocks(linears, terms.mwe_epsilon)
+    for block, linear in zip(blocks, linears, strict=True):
+        _curved(linear, limit, excited[block])
+    return excited, kept._replace(limit=limit)
+
+
+def is_computed_in_blocks(filters: Tensor) -> bool:
+    """Whether :func:`excite` computes a few filters after the other, and not all at once."""
+    if filters.numel() <= _BLOCK or filters.device.type != "cpu":
+        return False
+    # Whoever looks at the operations, a compiler first of all, is to see those of the formulas.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(filters) in (Tensor, nn.Parameter)
+
+
+def excite_in_place(weight: Tensor, terms: Terms) -> None:
+    """W' in the place of W, bit for bit that of :func:`excite`, rounded to W's own dtype.
+
+    It needs little memory beside the weight's own. With MWE each block is computed twice, because
+    M must be known before the first block gives way.
+
+    Args:
+        weight: ``[O, I, *K]`` of any floating-point dtype, computed in blocks.
+        terms: its composition.
+    """
+
+    def linear_in(block: slice) -> Tensor:
+        return _before_curve(in_full_precision(weight[block]), _of_block(terms, block))[0]
+
+    limit = None
+    if terms.mwe_epsilon is not None:
+        limit = _limit_of_blocks(map(linear_in, _blocks(weight)), terms.mwe_epsilon)
+    for block in _blocks(weight):
+        linear = linear_in(block)
+        weight[block] = linear if limit is None else _curved(linear, limit, None)
+
+
+def _blocks(filters: Tensor) -> list[slice]:
+    # A multiple of 16 rows begins at an aligned address, and so it does where a block is copied:
+    # matrix products round differently elsewhere.
+    rows = max(_BLOCK // _fan_in(filters) // 16 * 16, 16)
+    return [slice(start, start + rows) for start in range(0, filters.shape[0], rows)]
+
+
+def _of_block(terms: Terms, block: slice) -> Terms:
+    if terms.gain is None or terms.shift is None:
+        return terms
+    return terms._replace(gain=terms.gain[block], shift=terms.shift[block])
+
+
+def _limit_of_blocks(linears: Iterable[Tensor], epsilon: Tensor) -> Tensor:
+    extremes = [torch.stack(torch.aminmax(linear)) for linear in linears]
+    return curve_limit(torch.cat(extremes), epsilon)
+
+
+def _curved(linear: Tensor, limit: Tensor, out: Tensor | None) -> Tensor:
+    ratio = linear.div_(limit) if out is linear else torch.div(linear, limit, out=out)
+    return ratio.atanh_().mul_(limit)
+
+
+def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> tuple[Tensor, Kept]:
+    """The argument of the curve, w, and what is kept but for the curve's own M.
+
+    It is ``filters`` itself where MWE is alone, and else ``out``, or memory of its own.
+    """
+    mean = norm = scale = hidden = None
+    linear = filters
     if terms.standardize_epsilon is not None:
         dims = tuple(range(1, filters.ndim))
         mean = filters.mean(dims, keepdim=True)
-        excited = filters - mean
+        linear = torch.sub(filters, mean, out=out)
         # Centred twice, as `standardized` is; the corrected mean is the one to keep.
-        correction = excited.mean(dims, keepdim=True)
-        excited.sub_(correction)
+        correction = linear.mean(dims, keepdim=True)
+        linear.sub_(correction)
         mean.add_(correction)
-        norm = torch.linalg.vector_norm(excited, dim=dims, keepdim=True).flatten(1)
+        norm = torch.linalg.vector_norm(linear, dim=dims, keepdim=True).flatten(1)
         to_std = 1 / math.sqrt(_fan_in(filters) - 1)
         scale = torch.add(terms.standardize_epsilon, norm, alpha=to_std).reciprocal_()
     gain, shift = rescaling(terms, filters)
@@ -45,7 +133,7 @@ def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
     if terms.fc1_weight is not None:
         fcs = fcs_in(terms, filters.dtype)
         to_mean = 1 / _kernel_numel(filters)
-        sums = torch.mm(_sum_over_kernel(excited), fcs[0].t())
+        sums = torch.mm(_sum_over_kernel(linear), fcs[0].t())
         if scale is None:
             hidden = torch.add(fcs[1], sums, alpha=to_mean).relu_()
         else:
@@ -54,14 +142,10 @@ def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
         factor = multiplier if factor is None else multiplier.mul_(factor)
     if factor is not None:
         spread = _spread(factor, filters)
-        excited = excited * spread if excited is filters else excited.mul_(spread)
+        linear = torch.mul(filters, spread, out=out) if linear is filters else linear.mul_(spread)
     if shift is not None:
-        excited.add_(_spread(shift, filters))
-    if terms.mwe_epsilon is not None:
-        limit = curve_limit(excited, terms.mwe_epsilon)
-        ratio = excited / limit if excited is filters else excited.div_(limit)
-        excited = ratio.atanh_().mul_(limit)
-    return excited, Kept(mean, norm, scale, hidden, limit)
+        linear.add_(_spread(shift, filters))
+    return linear, Kept(mean, norm, scale, hidden, None)
 
 
 def differentiate(
