@@ -185,8 +185,8 @@ def _preserved(rows: Sequence[Row]) -> list[tuple[object, ...]]:
 def _amplifiers(rows: Sequence[Row]) -> str:
     found = [
         f"`{row['name']}` amplifies rounding: its outputs differ by "
-        f"{max(row['preserved'].values()):.1e}, and moving the last bit of each weight alone moves "
-        f"them by {row['rounding']:.1e}."
+        f"{max(row['preserved'].values()):.1e}, and the vanilla model's own in float32 differ from "
+        f"those in float64 by {row['rounding']:.1e}."
         for row in rows
         if row.get("rounding") is not None
     ]

@@ -49,8 +49,8 @@ class ZooRow:
         effect: raw to excited outputs, likewise; None where their shapes differ.
         preserved: vanilla outputs to those of the model converted with ``init="preserve"``,
             likewise, by mode.
-        rounding: where that is over 1e-5, vanilla outputs to those with each weight's last bit
-            moved, likewise.
+        rounding: where that is over 1e-5, the vanilla model's outputs in float64 to those in
+            float32, likewise.
     """
 
     name: str
