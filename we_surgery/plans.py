@@ -206,12 +206,11 @@ class Plan:
         return cls.from_dict(data, str(path))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         from we_surgery.plan_table import plan_table
+        from we_surgery.printing import SafeConsole
 
         buffer = io.StringIO()
-        Console(file=buffer, width=140).print(plan_table(self))
+        SafeConsole(file=buffer, width=140).print(plan_table(self))
         return buffer.getvalue()
 
 

@@ -26,7 +26,14 @@ from we_surgery.analysis.sensitivity import (
     sweep,
 )
 from we_surgery.analysis.user_functions import imported, imported_metric
-from we_surgery.cli.common import SurgeryCommand, console, make_source, say, source_options
+from we_surgery.cli.common import (
+    SurgeryCommand,
+    console,
+    make_source,
+    say,
+    say_notes,
+    source_options,
+)
 from we_surgery.errors import InputError
 from we_surgery.surgery import is_converted
 
@@ -280,8 +287,7 @@ def _analyse(
     check_result(output, picture=picture, force=force)
     metric = imported_metric(options.pop("metric"), options.pop("loader"))
     contents = source.read()
-    for note in contents.notes:
-        say(f"note: {note}")
+    say_notes(contents.notes)
     model = source.load(contents)
     if vanilla and is_converted(model):
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from we_surgery.checkpoint.imports import import_package
 from we_surgery.errors import InputError, WESurgeryError
 from we_surgery.jobs import Source
+from we_surgery.printing import SafeConsole, printable
 from we_surgery.targets import KINDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -88,7 +89,7 @@ def _say_error(cause: str, cure: str) -> None:
 
 def one_line(text: str) -> str:
     """Text that may come from a file, so that it neither breaks a line nor steers a terminal."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..."
 
 
@@ -212,13 +213,19 @@ def parse_shape(text: str | None) -> list[int] | None:
 
 def console() -> Console:
     """Standard output, for tables."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+    plain = SafeConsole()
+    return plain if plain.is_terminal else SafeConsole(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def say(message: str) -> None:
     """A line for people, on stderr: stdout is kept for tables and JSON."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """What is worth knowing of a file, a line each."""
+    for note in notes:
+        say(f"note: {one_line(note)}")
 
 
 @contextmanager

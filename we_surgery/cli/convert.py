@@ -18,6 +18,7 @@ from we_surgery.cli.common import (
     output_options,
     parse_shape,
     say,
+    say_notes,
     source_options,
 )
 from we_surgery.config import make_policy
@@ -239,8 +240,7 @@ def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _show_plan(result: Converted, as_json: bool) -> None:
-    for note in result.notes:
-        say(f"note: {note}")
+    say_notes(result.notes)
     if as_json:
         click.echo(result.plan.to_json())
     else:
@@ -248,8 +248,7 @@ def _show_plan(result: Converted, as_json: bool) -> None:
 
 
 def _show_result(result: Converted, as_json: bool) -> None:
-    for note in result.notes:
-        say(f"note: {note}")
+    say_notes(result.notes)
     say(plan_summary(result.plan))
     say(f"wrote {result.target} ({result.kind})")
     say(f"next: train it as always, then `we-strip {result.target}`")

@@ -15,7 +15,14 @@ from we_surgery.analysis.importance import LocationMaps
 from we_surgery.analysis.learned import WeightStatistics
 from we_surgery.analysis.results import to_json
 from we_surgery.checkpoint import check_target, write_bytes
-from we_surgery.cli.common import SurgeryCommand, console, make_source, opening_options, say
+from we_surgery.cli.common import (
+    SurgeryCommand,
+    console,
+    make_source,
+    opening_options,
+    say,
+    say_notes,
+)
 from we_surgery.errors import InputError
 from we_surgery.html_report import html_report
 from we_surgery.inspection import Comparison, Inspection, compare_files, inspect_file
@@ -86,8 +93,7 @@ def inspect_command(
         found = compare_files(opened, before)
         files = found.inspections
     for file in files:
-        for note in file.notes:
-            say(f"note: {note}")
+        say_notes(file.notes)
     if html is not None:
         write_bytes(html_report(found, maps).encode(), html, force=force)
         say(f"wrote {html}")

@@ -16,6 +16,7 @@ from we_surgery.cli.common import (
     parse_shape,
     progress_bar,
     say,
+    say_notes,
     source_options,
 )
 from we_surgery.stripping import Stripped, strip_both, strip_file
@@ -125,8 +126,7 @@ def strip_command(
 
 def _say(result: Stripped) -> None:
     report = result.report
-    for note in result.notes:
-        say(f"note: {note}")
+    say_notes(result.notes)
     say(
         f"{report.layers} weights folded, each bit-equal to its excited one; "
         f"{report.removed_parameters:,} training-only values removed"
