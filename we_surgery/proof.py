@@ -16,6 +16,8 @@ from we_surgery.reading.running import call, fixed_seed
 
 RELATIVE_TOLERANCE = 1e-5
 
+_HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class StripReport:
@@ -64,6 +66,13 @@ def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
         )
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of one dtype and shape and equal in every bit, NaNs too."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
 def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
     """Raises unless an excitation starts as what the weight was.
 
@@ -90,7 +99,7 @@ def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
 
 def refuse_non_finite(name: str, weight: Tensor, what: str) -> None:
     """Raises a :class:`SurgeryError` that names the layer if ``weight`` holds Inf or NaN."""
-    if weight.is_meta or _is_finite(weight):
+    if weight.is_meta or is_finite(weight):
         return
     count = int((~torch.isfinite(weight)).sum())
     raise SurgeryError(
@@ -99,10 +108,11 @@ def refuse_non_finite(name: str, weight: Tensor, what: str) -> None:
     )
 
 
-def _is_finite(weight: Tensor) -> bool:
-    if weight.dtype not in (torch.float32, torch.float64) or weight.numel() == 0:
+def is_finite(weight: Tensor) -> bool:
+    """Whether a tensor holds neither Inf nor NaN."""
+    if weight.dtype not in _HAVE_EXTREMES or weight.numel() == 0:
         return bool(torch.isfinite(weight).all())
-    # Extremes are NaN if anything is, and take a tenth of the time.
+    # Extremes are NaN if anything is, take a tenth of the time, and no memory.
     return bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
 
 

@@ -19,7 +19,7 @@ from we_surgery.copies import copy_model
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.jobs import Source
 from we_surgery.plans import Plan
-from we_surgery.proof import StripReport
+from we_surgery.proof import StripReport, same_bits
 from we_surgery.surgery import (
     Progress,
     is_converted,
@@ -307,7 +307,7 @@ def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, An
     wrong = [
         key
         for key, value in tensors.items()
-        if found is None or key not in found or not checkpoint.same_bits(found[key], value)
+        if found is None or key not in found or not same_bits(found[key], value)
     ]
     if wrong or (found is not None and len(found) < len(tensors)):
         raise SurgeryError(

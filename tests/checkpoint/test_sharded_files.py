@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import mmap
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from toys import EVERYTHING, ConvNet
 import we_surgery as ws
 from we_surgery.checkpoint import read, sharded
 from we_surgery.errors import InputError, SurgeryError
+from we_surgery.excitations import formulas
 
 SOURCES = {
     "safetensors": lambda state, folder: write_shards(state, folder, 3),
@@ -63,7 +67,7 @@ def test_it_strips_to_a_folder_of_as_many_shards(source, converted, tmp_path):
     expected = ws.strip(converted).state_dict()
     assert_holds(load_folder(tmp_path / "out"), expected)
     assert (report.layers, report.tensors) == (4, len(expected))
-    assert steps[-1] == (len(expected), len(expected))
+    assert steps == [(step + 1, 2 * len(expected)) for step in range(2 * len(expected))]
     is_dcp = (tmp_path / "source" / ".metadata").exists()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if is_dcp else 3)
 
@@ -149,9 +153,16 @@ def test_nothing_is_left_where_a_shard_fails(converted, tmp_path):
 def test_what_the_disk_gives_back_is_compared(converted, tmp_path, monkeypatch):
     from we_surgery.checkpoint.streaming import SafetensorsWriter
 
-    read_back = SafetensorsWriter.read
-    monkeypatch.setattr(SafetensorsWriter, "read", lambda *args: read_back(*args).neg() + 1)
-    with pytest.raises(SurgeryError, match="not bit-equal"):
+    write = SafetensorsWriter.write
+
+    def write_wrong(self, name, tensor):
+        write(self, name, tensor)
+        if name == "norm.bias":
+            self._file.seek(self._start + self._spans[name][1] - 1)
+            self._file.write(b"x")
+
+    monkeypatch.setattr(SafetensorsWriter, "write", write_wrong)
+    with pytest.raises(SurgeryError, match=r"'norm.bias' was written and is not bit-equal"):
         ws.strip_sharded(write_shards(converted.state_dict(), tmp_path / "in", 2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -386,3 +397,74 @@ def test_one_shard_is_open_at_a_time_and_each_tensor_is_read_by_itself(
     monkeypatch.setattr(sharded, "_open_file", watch)
     ws.strip_sharded(source, tmp_path / "out.safetensors")
     assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(converted).state_dict())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_weights_folded_in_their_own_memory_leave_the_files(name, converted, tmp_path, monkeypatch):
+    """Also where torch was told to share what it maps with the file."""
+    monkeypatch.setattr(formulas, "_BLOCK", 50)
+    SOURCES[name](converted.state_dict(), tmp_path / "source")
+    before = contents(tmp_path / "source")
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        ws.strip_sharded(tmp_path / "source", tmp_path / "out.safetensors")
+    assert contents(tmp_path / "source") == before
+    assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(converted).state_dict())
+
+
+@pytest.mark.parametrize("ending", ["bin", "dcp"])
+def test_tied_weights_in_one_memory_are_folded_each(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(formulas, "_BLOCK", 50)
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+    second.weight = first.weight
+    tied = ws.convert(torch.nn.ModuleList([first, second]), config={"linear": "lwe+mwe"})
+    state = tied.state_dict()
+    assert state["0.raw_weight"].data_ptr() == state["1.raw_weight"].data_ptr()
+    folder = tmp_path / "in"
+    source = write_dcp(state, folder) if ending == "dcp" else write_shards(state, folder, 1, "bin")
+    ws.strip_sharded(source, tmp_path / "out.safetensors")
+    assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(tied).state_dict())
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+import we_surgery as ws
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+torch.set_num_threads(1)
+# Code of torch that the first fold and the first read load is no part of what a shard costs.
+ws.strip_sharded(sys.argv[1], sys.argv[1] + ".small")
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+ws.strip_sharded(sys.argv[2], sys.argv[2] + ".out")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it measures on Linux")
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "dcp"])
+def test_a_shard_of_one_tensor_takes_less_than_twice_its_size(layout, tmp_path):
+    """81 MiB; ``benchmarks/strip_large.py`` measures more and larger ones."""
+    for name, width in (("small", 64), ("large", 1536)):
+        layer = ws.convert(torch.nn.Conv2d(width, width, 3), "lwe+mwe")
+        state, folder = layer.state_dict(), tmp_path / name
+        if layout == "dcp":
+            write_dcp(state, folder)
+        else:
+            write_shards(state, folder, len(state), layout)
+    largest = max(path.stat().st_size for path in (tmp_path / "large").iterdir())
+    assert largest >= 81 * 2**20
+    places = [str(tmp_path / name) for name in ("small", "large")]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *places], capture_output=True, text=True, check=True
+    )
+    assert 81 * 2**20 <= int(done.stdout) < 1.5 * largest

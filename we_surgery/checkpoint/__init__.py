@@ -14,7 +14,6 @@ from we_surgery.checkpoint.folding import (
     strip_state_dict_with_report as strip_state_dict_with_report,
 )
 from we_surgery.checkpoint.folding import tensor_identity as tensor_identity
-from we_surgery.checkpoint.folding_shards import same_bits as same_bits
 from we_surgery.checkpoint.folding_shards import save_stripped as save_stripped
 from we_surgery.checkpoint.folding_shards import strip_sharded as strip_sharded
 from we_surgery.checkpoint.metadata import Metadata as Metadata

@@ -174,10 +174,9 @@ class DistributedCheckpoint(ShardedFiles):
         path = self.path / piece.file
         try:
             with path.open("rb") as file:
-                file.seek(piece.start)
-                content = io.BytesIO(file.read(piece.length))
-            check_archive(content, path)
-            part = unpickle(path, FileKind.ZIP, content=content)
+                content = io.BufferedReader(_Window(file, piece.start, piece.length))
+                check_archive(content, path)
+                part = unpickle(path, FileKind.ZIP, content=content)
         except (InputError, OSError, MemoryError) as error:
             cause = error.cause if isinstance(error, InputError) else str(error)
             raise InputError(
@@ -189,6 +188,35 @@ class DistributedCheckpoint(ShardedFiles):
                 _SAVE_AGAIN,
             )
         return part.detach()
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, so that nothing is read twice."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(origin + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
+        self._file.seek(self._start + self._at)
+        read = self._file.readinto(wanted)
+        self._at += read
+        return read
 
 
 class _Record:

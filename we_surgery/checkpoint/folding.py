@@ -15,7 +15,7 @@ from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import Composition, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
 from we_surgery.layers import RAW_PREFIX, excitation_name, raw_name
-from we_surgery.proof import refuse_non_finite
+from we_surgery.proof import is_finite, refuse_non_finite
 
 Progress = Callable[[int, int], None]
 
@@ -263,7 +263,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     rounded = tensor.to(dtype)
-    if not tensor.is_meta and bool((rounded.isinf() & tensor.isfinite()).any()):
+    if tensor.is_meta or is_finite(rounded):
+        return rounded
+    if bool((rounded.isinf() & tensor.isfinite()).any()):
         largest = tensor[tensor.isfinite()].abs().max()
         raise SurgeryError(
             f"{name!r} has a value of {largest:g}, beyond the numbers of "

@@ -41,7 +41,9 @@ def strip_sharded(
     """Strips a state dict that lies in several files, and never holds more than a shard of it.
 
     It needs no model, no process group and no code of the files. Each tensor is written as
-    safetensors as soon as it is folded, read back, and compared bit for bit with a second fold.
+    safetensors as soon as it is folded; a shard's are then read back, and compared bit for bit with
+    a second fold. A weight that is large is folded in its own memory, where its excitation is
+    made of standardization, LWE, Rescale and MWE.
 
     Args:
         source: a folder of ``torch.distributed.checkpoint``, an index of shards
@@ -53,7 +55,7 @@ def strip_sharded(
         weights: ``"raw"`` or ``"ema"``, wherever the trainer put them, instead of ``key``.
         dtype: of all floating-point tensors; by default each keeps its own.
         force: overwrite what is there.
-        progress: called with (tensors done, tensors in all).
+        progress: called with (steps done, steps in all), two for each tensor.
 
     Raises:
         InputError: a file is missing, damaged or names what it may not name; or the target
@@ -101,18 +103,20 @@ def save_stripped(
     done = itertools.count(1)
 
     def write(writer: SafetensorsWriter, shard: int, names: list[str]) -> None:
-        with _open(state, shard, [entries[name] for name in names]) as load:
-            for name in names:
-                writer.write(name, _computed(name, entries[name], load, dtype))
-                # Computed anew and read from the disk: neither may differ by a bit.
-                again = _computed(name, entries[name], load, dtype)
-                if not same_bits(writer.read(name, forms[name]), again):
-                    raise SurgeryError(
-                        f"{name!r} was written and is not bit-equal to what it is folded to",
-                        "The disk or the memory is faulty; nothing was left at the target.",
-                    )
-                if progress is not None:
-                    progress(next(done), len(entries))
+        def check(name: str, tensor: Tensor) -> None:
+            if not writer.holds(name, tensor):
+                raise SurgeryError(
+                    f"{name!r} was written and is not bit-equal to what it is folded to",
+                    "The disk or the memory is faulty; nothing was left at the target.",
+                )
+
+        # Then read and computed anew: neither that nor the disk may differ by a bit.
+        for act in (writer.write, check):
+            with _open(state, shard, [entries[name] for name in names]) as load:
+                for name in names:
+                    act(name, _computed(name, entries[name], load, dtype))
+                    if progress is not None:
+                        progress(next(done), 2 * len(entries))
 
     if folder:
         stem = _stem(state.files.path)
@@ -130,13 +134,6 @@ def save_stripped(
             for shard, names in groups:
                 write(writer, shard, names)
     return report(entries, state.notes)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape and equal in every bit, NaNs too."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
 
 
 def _form(entry: Tensor | ExcitedEntry, dtype: torch.dtype | None) -> Tensor:
@@ -183,7 +180,9 @@ def _computed(
     """The value of a vanilla entry, folded where it is excited."""
     if isinstance(entry, ExcitedEntry):
         # What is not of the meta device is in no file.
-        return entry.replaced(lambda key, own: load(key) if own.is_meta else own).fold(dtype)
+        return entry.replaced(lambda key, own: load(key) if own.is_meta else own).fold(
+            dtype, in_place=True
+        )
     return cast(name, load(name), dtype)
 
 

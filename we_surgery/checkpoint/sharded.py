@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.checkpoint.recognize import FileKind, recognize
+from we_surgery.checkpoint.streaming import SafetensorsReader
 from we_surgery.checkpoint.unpickle import map_tensors
 from we_surgery.checkpoint.unwrap import Weights, unwrap
 from we_surgery.checkpoint.wording import quoted
@@ -60,7 +62,10 @@ class ShardedFiles(ABC):
     @abstractmethod
     @contextmanager
     def open(self, shard: int) -> Iterator[Load]:
-        """Reads tensors of one shard by name; they may be views of the file until it closes.
+        """Reads tensors of one shard by name, each once.
+
+        They may be overwritten, and be used until it closes: one may be a view of the file, mapped
+        so that what is written to it stays in memory.
 
         Raises:
             InputError: a file is missing, damaged, or does not hold what the index says.
@@ -261,14 +266,19 @@ def _open_file(file: Path, kind: FileKind) -> Iterator[tuple[set[str], Load, Loa
     """The names in a file, what reads one, and what describes one on the meta device."""
     if kind is not FileKind.SAFETENSORS:
         mapped = map_tensors(file, kind)
-        yield set(mapped), mapped.__getitem__, lambda key: mapped[key].to("meta")
+        places = Counter(map(_storage, mapped.values()))
+
+        def load_mapped(key: str) -> Tensor:
+            # Tied tensors are one memory, which may be overwritten for the first of them.
+            return mapped[key].clone() if places[_storage(mapped[key])] > 1 else mapped[key]
+
+        yield set(mapped), load_mapped, lambda key: mapped[key].to("meta")
         return
     from safetensors import safe_open
 
     def load(key: str) -> Tensor:
         with _readable(file):
-            tensor: Tensor = opened.get_tensor(key)
-            return tensor
+            return reader.read(key, describe(key))
 
     def describe(key: str) -> Tensor:
         with _readable(file):
@@ -280,8 +290,13 @@ def _open_file(file: Path, kind: FileKind) -> Iterator[tuple[set[str], Load, Loa
 
     with _readable(file):
         opened: Any = safe_open(file, framework="pt", device="cpu")
-    with opened:
+        reader = SafetensorsReader(file)
+    with opened, closing(reader):
         yield set(opened.keys()), load, describe
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""A safetensors file whose tensors are written one at a time, so that one alone is in memory.
+"""Safetensors files read and written one tensor at a time, so that one alone is in memory.
 
-safetensors' own writer takes all tensors of a file at once. The format: eight bytes with the
+safetensors' own writer takes all tensors of a file at once, and its reader maps the file, of which
+whatever was read stays in memory, at addresses of any alignment. The format: eight bytes with the
 length of a header of JSON, which gives each tensor's dtype, shape and place; then the values.
 """
 
@@ -19,6 +20,7 @@ from we_surgery.errors import InputError
 
 # The values begin at a multiple of this, so that every dtype is aligned.
 _ALIGNMENT = 64
+_PIECE = 2**22
 
 _DTYPES = {
     torch.float64: "F64",
@@ -80,18 +82,26 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one of the tensors."""
         start, end = self._spans[name]
-        values = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        assert values.nbytes == end - start
+        values = _bytes_of(tensor.detach().contiguous())
+        assert values.numel() == end - start
         self._file.seek(self._start + start)
-        self._file.write(values.data)
+        self._file.write(values.numpy().data)
 
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """What the file now holds under a name, in the dtype and shape of ``like``."""
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether the file now holds the tensor, in every bit, NaNs too; read in pieces."""
         start, end = self._spans[name]
+        values = _bytes_of(tensor.detach().contiguous())
+        if values.numel() != end - start:
+            return False
         self._file.seek(self._start + start)
-        content = bytearray(end - start)
-        self._file.readinto(content)  # type: ignore[attr-defined]
-        return _from_bytes(content, like)
+        buffer = torch.empty(min(_PIECE, end - start), dtype=torch.uint8)
+        for piece in torch.split(values, _PIECE):
+            found = buffer[: piece.numel()]
+            if self._file.readinto(found.numpy()) != piece.numel():  # type: ignore[attr-defined]
+                return False
+            if not torch.equal(found, piece):
+                return False
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +115,42 @@ class SafetensorsWriter:
         self._file.close()
 
 
-def _from_bytes(content: bytearray, like: Tensor) -> Tensor:
-    if not content:
-        return torch.empty(like.shape, dtype=like.dtype)
-    return torch.frombuffer(content, dtype=torch.uint8).view(like.dtype).reshape(like.shape)
+class SafetensorsReader:
+    """Reads tensors of a safetensors file into memory of their own.
+
+    Args:
+        path: a file whose header safetensors has found right.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        length = int.from_bytes(self._file.read(8), "little")
+        self._header: dict[str, Any] = json.loads(self._file.read(length))
+        self._start = 8 + length
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """One of the tensors.
+
+        Args:
+            name: its name.
+            like: its shape and dtype; of the meta device.
+
+        Raises:
+            ValueError: the file changed since, or ends too early.
+        """
+        start, end = self._header[name]["data_offsets"]
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        self._file.seek(self._start + start)
+        read = self._file.readinto(_bytes_of(tensor).numpy().data) if tensor.nbytes else 0
+        if not read == tensor.nbytes == end - start:
+            raise ValueError(f"it has {read} bytes where {name!r} should be")
+        return tensor
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as numbers of one byte."""
+    return tensor.view(-1).view(torch.uint8)

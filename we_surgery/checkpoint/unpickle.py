@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import mmap
 import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,7 +59,7 @@ def unpickle(
             torchvision, timm and we_surgery.
         trust: unpickle whatever the file says.
         mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
-            they are used.
+            they are used; what is written to them does not reach it.
         content: what torch.save wrote, where it is a part of the file; at its start.
 
     Raises:
@@ -77,7 +78,8 @@ def unpickle(
             with torch.serialization.safe_globals(safe):
                 # Torch maps files by their path alone.
                 place = str(path) if mapped else file
-                found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
+                with _private_maps():
+                    found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
         refuse_unsound(found, path)
         return found
     except InputError:
@@ -88,6 +90,13 @@ def unpickle(
             f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}",
             "Save or fetch it again, or save it with the installed versions of its packages.",
         ) from error
+
+
+def _private_maps() -> AbstractContextManager[Any]:
+    """What is written to a mapped tensor stays in memory and out of its file."""
+    if sys.platform == "win32":  # always so, and torch refuses to be told
+        return nullcontext()
+    return torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
 
 
 def _safe_globals(path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]) -> list[Any]:

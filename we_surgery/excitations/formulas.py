@@ -25,7 +25,7 @@ from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.mwe import curve_limit
 from we_surgery.excitations.terms import Kept, Terms, fcs_in, rescaling
 
-_BLOCK = 2**20
+_BLOCK = 2**19
 """Values that are computed at a time; about what makes one launch cheap beside its work."""
 
 
@@ -75,16 +75,23 @@ def excite_in_place(weight: Tensor, terms: Terms) -> None:
         weight: ``[O, I, *K]`` of any floating-point dtype, computed in blocks.
         terms: its composition.
     """
+    blocks = _blocks(weight)
+    first = weight[blocks[0]]
+    # One for all blocks: an allocator may find no room for the next where the last one was.
+    scratch = torch.empty_like(first, dtype=in_full_precision(first[:0]).dtype)
 
     def linear_in(block: slice) -> Tensor:
-        return _before_curve(in_full_precision(weight[block]), _of_block(terms, block))[0]
+        filters = in_full_precision(weight[block])
+        return _before_curve(filters, _of_block(terms, block), scratch[: filters.shape[0]])[0]
 
     limit = None
     if terms.mwe_epsilon is not None:
-        limit = _limit_of_blocks(map(linear_in, _blocks(weight)), terms.mwe_epsilon)
-    for block in _blocks(weight):
+        limit = _limit_of_blocks(map(linear_in, blocks), terms.mwe_epsilon)
+    for block in blocks:
         linear = linear_in(block)
-        weight[block] = linear if limit is None else _curved(linear, limit, None)
+        if limit is not None:
+            linear = _curved(linear, limit, linear)
+        weight[block] = linear
 
 
 def _blocks(filters: Tensor) -> list[slice]:
