@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import we_surgery as ws
+from we_surgery.excitations.lwe_global import LocationNet
 
 STEPS = 3
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
@@ -45,9 +46,18 @@ class Net(nn.Module):
         return self.head(attended) * self.tied(attended)
 
 
-def converted() -> nn.Module:
+METHODS: dict[str, dict[str, Any]] = {
+    "lwe+mwe": {"mode": "lwe+mwe", "linear": "lwe+mwe", "standardize": "on"},
+    # One net for all layers.
+    "global": {"conv": "lwe", "linear": "lwe", "lwe": {"attention": "global"}},
+    # Buffers that each forward pass in training moves.
+    "spectral": {cell: "spectral_norm" for cell in ("conv", "depthwise", "linear")},
+}
+
+
+def converted(method: str = "lwe+mwe") -> nn.Module:
     torch.manual_seed(0)
-    return ws.convert(Net(), config={"mode": "lwe+mwe", "linear": "lwe+mwe", "standardize": "on"})
+    return ws.convert(Net(), config=METHODS[method])
 
 
 def batches() -> list[Tensor]:
@@ -55,12 +65,12 @@ def batches() -> list[Tensor]:
     return [torch.randn(4, 3, 6, 6) for _ in range(STEPS)]
 
 
-def train(model: nn.Module, parts: list[Tensor]) -> list[float]:
+def train(model: nn.Module, parts: list[Tensor], *, training: bool = False) -> list[float]:
     """The losses of a few steps, each followed by two with no gradient.
 
-    In eval mode throughout, where an excited weight is kept from read to read.
+    By default in eval mode throughout, where an excited weight is kept from read to read.
     """
-    optimizer = torch.optim.SGD(model.eval().parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.train(training).parameters(), 0.1, momentum=0.9)
     losses = []
     for x in parts:
         loss = (10 * model(x)).square().mean()
@@ -89,12 +99,31 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 def wrap_fsdp(model: nn.Module) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    # What all layers have in common is the whole model's, and gathered for as long as it runs.
+    common = {
+        p
+        for module in model.modules()
+        if isinstance(module, LocationNet)
+        for p in module.parameters()
+    }
     for layer in (model.stem, model.up, model.depthwise):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=common)
     return fully_shard(model, mesh=mesh)
 
 
 WRAPPINGS = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
+SPECIAL = [
+    (method, name, recomputes)
+    for method in ("global", "spectral")
+    for name, recomputes in (("ddp", False), ("ddp", True), ("fsdp", False))
+]
+
+
+def special_run(method: str, name: str, recomputes: bool) -> dict[str, Any]:
+    """What a method with more than a layer's own parameters computes and becomes, in training."""
+    model = converted(method)
+    ws.set_recompute(model, recomputes)
+    return trained(WRAPPINGS[name](model), training=True)
 
 
 def refusal(model: nn.Module, surgery: Callable[[nn.Module], Any]) -> str:
@@ -109,11 +138,16 @@ def wrapped_run(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
     """What a converted net refuses, computes and becomes under DDP or FSDP2."""
     model = wrap(converted())
     refusals = [refusal(model, ws.strip), refusal(model, ws.convert)]
+    return {"refusals": refusals, **trained(model)}
+
+
+def trained(model: nn.Module, *, training: bool = False) -> dict[str, Any]:
     rank, processes = dist.get_rank(), dist.get_world_size()
-    losses = torch.tensor(train(model, [x.chunk(processes)[rank] for x in batches()]))
+    parts = [x.chunk(processes)[rank] for x in batches()]
+    losses = torch.tensor(train(model, parts, training=training))
     dist.all_reduce(losses)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return {"refusals": refusals, "losses": losses / processes, "state": state}
+    return {"losses": losses / processes, "state": state}
 
 
 def example() -> ModuleType:
@@ -153,6 +187,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     try:
         result: dict[str, Any] = {name: wrapped_run(wrap) for name, wrap in WRAPPINGS.items()}
+        for case in SPECIAL:
+            result["-".join(map(str, case))] = special_run(*case)
         for name, words in TOGETHER.items():
             result[f"example {name}"] = example_run(folder / name, *words)
         for name in ("ddp", "fsdp"):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed_runs import (
     ALL,
+    SPECIAL,
     WRAPPINGS,
     batches,
     converted,
@@ -94,6 +95,28 @@ def test_each_sort_of_layer_trains_as_in_one_process(name: str, found: dict[str,
     again = converted()
     again.load_state_dict(result["state"])
     ws.strip(again, example_inputs=batches()[0])
+
+
+@pytest.mark.parametrize(("method", "name", "recomputes"), SPECIAL)
+def test_what_layers_share_and_what_moves_trains_as_in_one_process(
+    method: str, name: str, recomputes: bool, found: dict[str, Any]
+) -> None:
+    alone = converted(method)
+    ws.set_recompute(alone, recomputes)
+    before = {key: value.clone() for key, value in alone.state_dict().items()}
+    losses = torch.tensor(train(alone, batches(), training=True))
+    trained = alone.state_dict()
+    moved = [k for k in trained if ".net.fc2.weight" in k or k.endswith("spectral_norm.u")]
+    assert moved
+    assert not any(torch.equal(trained[key], before[key]) for key in moved)
+    result = found[f"{method}-{name}-{recomputes}"]
+    torch.testing.assert_close(result["losses"], losses, rtol=1e-5, atol=1e-6)
+    assert list(result["state"]) == list(trained)
+    for key, value in result["state"].items():
+        torch.testing.assert_close(
+            value, trained[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    ws.strip_state_dict(result["state"])
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -183,7 +183,9 @@ def set_recompute(model: nn.Module, recompute: bool = True) -> None:
     ordinary weight: all of them together take as much memory as the weights. With
     ``recompute`` they are computed a second time in the backward pass instead. It holds for
     layers that read their own weight; where a parent reads it, and under activation
-    checkpointing or ``torch.compile``, which decide themselves, nothing changes.
+    checkpointing or ``torch.compile``, which decide themselves, nothing changes. What is not
+    kept is computed at each read: in training, spectral norm then takes a step of its iteration
+    for each of several tied layers, and not one for all.
 
     Example:
         >>> model = ws.convert(model, mode="lwe")
