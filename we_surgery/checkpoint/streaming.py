@@ -8,6 +8,7 @@ length of a header of JSON, which gives each tensor's dtype, shape and place; th
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -139,7 +140,7 @@ class SafetensorsReader:
             ValueError: the file changed since, or ends too early.
         """
         start, end = self._header[name]["data_offsets"]
-        tensor = torch.empty(like.shape, dtype=like.dtype)
+        tensor = _mapped(like)
         self._file.seek(self._start + start)
         read = self._file.readinto(_bytes_of(tensor).numpy().data) if tensor.nbytes else 0
         if not read == tensor.nbytes == end - start:
@@ -149,6 +150,18 @@ class SafetensorsReader:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _mapped(like: Tensor) -> Tensor:
+    """An empty tensor whose memory goes back to the system with it.
+
+    What an allocator keeps for later, and cannot use for the next large tensor, is several times
+    one of them.
+    """
+    memory = mmap.mmap(-1, max(like.nbytes, 1))
+    return (
+        torch.frombuffer(memory, dtype=torch.uint8)[: like.nbytes].view(like.dtype).view(like.shape)
+    )
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
