@@ -33,6 +33,7 @@ from we_surgery.verification import (
     input_shape_of,
     inputs_for,
     is_half,
+    rounding_effect,
 )
 
 
@@ -251,7 +252,7 @@ def _strip_model(
     if how.dtype is not None:
         cast_model(stripped, how.dtype)
         if shape is not None:
-            differences = compare_outputs(model, copy_model(stripped), shape, how.dtype)
+            differences = rounding_effect(model, copy_model(stripped), shape)
             report = _with_differences(report, differences)
     state = stripped.state_dict()
     target.save(temporary, stripped, state, _kept_metadata(stored_plan(stripped), source, contents))

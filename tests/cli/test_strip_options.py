@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import we_surgery as ws
 from we_surgery import stripping, verification
 from we_surgery.checkpoint.streaming import SafetensorsWriter
 from we_surgery.cli import convert_command, inspect_command, strip_command
+from we_surgery.errors import SurgeryError
 
 ARCH = ("--arch", "toys:ConvNet")
 SHAPE = ("--input-shape", "2,3,8,8")
@@ -133,15 +135,35 @@ def test_a_cast_rounds_the_float32_fold_once(
     assert (difference == 0) == (dtype == "float32")
 
 
-def test_a_rounding_that_moves_the_outputs_too_far_writes_nothing(
-    trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_value_that_is_off_by_its_last_bit_is_refused_in_half_precision(
+    dtype: str, trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(verification.OUTPUT_TOLERANCE, torch.bfloat16, 1e-4)
-    done = strip(trainers_file, *ARCH, *SHAPE, "--dtype", "bfloat16")
-    assert done.exit_code == 1
-    assert "rounding all weights to bfloat16 moves the outputs" in done.stderr
+    """It moves the outputs by less than the rounding of the others does."""
+    load = stripping.checkpoint.load
+
+    def load_wrong(*args: Any, **options: Any) -> nn.Module:
+        model = load(*args, **options)
+        with torch.no_grad():
+            model.head.weight[2, 3] *= 1 + torch.finfo(verification.DTYPES[dtype]).eps
+        return model
+
+    monkeypatch.setattr(stripping.checkpoint, "load", load_wrong)
+    done = strip(trainers_file, *ARCH, *SHAPE, "--dtype", dtype)
+    assert done.exit_code == 1, done.output
+    assert (
+        f"'head.weight' of the stripped model is not what it is folded to, rounded once to {dtype}"
+        in (done.stderr)
+    )
     assert names(tmp_path) == ["last.pth.tar"]
-    assert strip(trainers_file, *ARCH, *SHAPE, "--dtype", "float32").exit_code == 0
+
+
+def test_a_rounding_that_overflows_the_outputs_is_refused() -> None:
+    excited, rounded = nn.Linear(3, 3), nn.Linear(3, 3)
+    with torch.no_grad():
+        rounded.bias.fill_(torch.inf)
+    with pytest.raises(SurgeryError, match="not finite"):
+        verification.rounding_effect(excited, rounded, (1, 3))
 
 
 def test_a_value_beyond_the_dtype_is_named(converted: nn.Module, tmp_path: Path) -> None:
@@ -190,8 +212,9 @@ def test_verify_without_an_architecture_says_what_to_give(
     assert names(tmp_path) == ["last.pth.tar"]
 
 
+@pytest.mark.parametrize("words", [(), ("--dtype", "bfloat16")], ids=["as it was", "bfloat16"])
 def test_the_file_that_was_written_is_what_is_run(
-    trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    words: tuple[str, ...], trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An architecture that computes otherwise without excitation fails the proof."""
     forward = ConvNet.forward
@@ -200,7 +223,7 @@ def test_the_file_that_was_written_is_what_is_run(
         return forward(self, x) + (type(self.stem) is nn.Conv2d)
 
     monkeypatch.setattr(ConvNet, "forward", biased)
-    done = strip(trainers_file, *ARCH, "--verify")
+    done = strip(trainers_file, *ARCH, "--verify", *words)
     assert done.exit_code == 1
     assert "outputs differ" in done.stderr
     assert names(tmp_path) == ["last.pth.tar"]
