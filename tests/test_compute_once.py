@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import timm
@@ -27,9 +27,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     eager = backends.EAGER
 
-    def counted(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
-        shapes.append(tuple(filters.shape))
-        return eager.excite(filters, terms)
+    def counted(weights: Sequence[tuple[Tensor, Terms]]) -> list[tuple[Tensor, Kept]]:
+        shapes.extend(tuple(filters.shape) for filters, _ in weights)
+        return eager.excite(weights)
 
     monkeypatch.setattr(backends, "EAGER", eager._replace(excite=counted))
     return shapes

@@ -24,6 +24,7 @@ from we_surgery.excitations import (
     Standardize,
     backends,
 )
+from we_surgery.excitations.closed_form import excite_together
 from we_surgery.excitations.terms import Terms
 
 pytest.importorskip("triton")
@@ -94,7 +95,7 @@ def launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("stages", "count"),
-    [("s", 4), ("l", 5), ("m", 3), ("sl", 5), ("sm", 5), ("slm", 6), ("slrm", 6), ("r", 2)],
+    [("s", 5), ("l", 6), ("m", 3), ("sl", 6), ("sm", 6), ("slm", 7), ("slrm", 7), ("r", 2)],
 )
 def test_kernels_give_what_eager_gives_in_few_launches(
     stages: str, count: int, launches: list[str]
@@ -121,6 +122,73 @@ def test_kernels_read_every_shape_and_memory_format(
     weight = torch.randn(shape).contiguous(memory_format=memory_format)
     assert_agreement(compose("slm", shape), weight, "triton")
     assert launches
+
+
+def test_kernels_take_any_number_of_hidden_channels(launches: list[str]) -> None:
+    composition = Composition([Standardize(), LWE(70, reduction=1)])
+    assert_agreement(composition, torch.randn(5, 70, 2), "triton")
+    assert launches
+
+
+SHAPES = ((20, 38, 3), (3, 5), (17, 8, 3, 3), (16, 32))
+
+
+def test_layers_together_give_what_each_gives_alone(launches: list[str]) -> None:
+    compositions = [compose("slm", shape) for shape in SHAPES]
+    weights = [torch.randn(shape, requires_grad=True) for shape in SHAPES]
+    weights[2] = weights[2].detach().to(memory_format=torch.channels_last).requires_grad_()
+    weights[0].requires_grad_(False)
+    compositions[1].requires_grad_(False)
+    alone: list[Any] = []
+    for composition, weight in zip(compositions, weights, strict=True):
+        composition.backend = "triton"
+        leaves = [t for t in (weight, *composition.parameters()) if t.requires_grad]
+        excited = composition(weight)
+        alone.append((excited, leaves, torch.autograd.grad(excited.square().sum(), leaves)))
+    launches.clear()
+    pairs = [(w, c._terms(w)) for c, w in zip(compositions, weights, strict=True)]
+    together = excite_together(pairs, "triton")  # type: ignore[arg-type]
+    assert launches == ["summarize", "multiply", "amplify"]
+    for one, (other, _, _) in zip(together, alone, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    launches.clear()
+    # The last layer gets no gradient.
+    sum(excited.square().sum() for excited in together[:3]).backward()  # type: ignore[union-attr]
+    assert launches == ["sum_tiles", "sum_filters", "by_weight", "by_fcs"]
+    for _, leaves, gradients in alone[:3]:
+        assert all(torch.equal(leaf.grad, g) for leaf, g in zip(leaves, gradients, strict=True))
+    assert not any(leaf.grad is not None for leaf in alone[3][1])
+    assert weights[0].grad is None
+
+
+def test_layers_of_other_stages_are_launched_apart(launches: list[str]) -> None:
+    stages = ("sl", "m", "sl", "m")
+    pairs = []
+    for name, shape in zip(stages, SHAPES, strict=True):
+        weight = torch.randn(shape, requires_grad=True)
+        pairs.append((weight, compose(name, shape)._terms(weight)))
+    together = excite_together(pairs, "triton")  # type: ignore[arg-type]
+    torch.autograd.grad([e.sum() for e in together], [weight for weight, _ in pairs])
+    assert launches == [
+        *("summarize", "multiply", "multiply", "amplify"),
+        *("sum_tiles", "sum_filters", "by_weight", "by_fcs", "by_weight"),
+    ]
+
+
+@torch.no_grad()
+def test_a_table_is_made_again_only_when_a_layer_has_moved(kernels: Any) -> None:
+    weight = torch.randn(6, 5)
+    composition = compose("sl", (6, 5))
+    composition.backend = "triton"
+    kernels._table.cache_clear()
+    for _ in range(10):
+        torch.testing.assert_close(composition(weight), composition.excite(weight))
+        weight.mul_(1.1)
+    assert kernels._table.cache_info()[:2] == (9, 1)
+    moved = weight.clone()
+    torch.testing.assert_close(composition(moved), composition.excite(moved))
+    assert kernels._table.cache_info()[:2] == (9, 2)
 
 
 def test_kernels_read_a_weight_of_any_strides_and_a_transposed_one(launches: list[str]) -> None:
@@ -177,7 +245,6 @@ def test_kernels_make_zeros_of_a_constant_filter(value: float, launches: list[st
     [
         ([MWE(detach_max=False)], torch.randn(3, 4)),
         ([MWE(dtype=torch.float64)], torch.randn(3, 4, dtype=torch.float64)),
-        ([LWE(300, reduction=1)], torch.randn(2, 300)),
     ],
 )
 def test_eager_computes_what_kernels_do_not(
@@ -202,6 +269,9 @@ def test_a_frozen_weight_and_frozen_layers_get_no_gradient(launches: list[str]) 
     assert "by_fcs" not in launches
 
 
+KERNELS = ("summarize", "multiply", "amplify", "sum_tiles", "sum_filters", "by_weight", "by_fcs")
+
+
 @pytest.mark.filterwarnings("ignore")  # Triton announces a change of a default of its own
 def test_kernels_compile_for_a_gpu() -> None:
     """In a process of its own, where they are not interpreted; no GPU is needed for it."""
@@ -209,22 +279,25 @@ def test_kernels_compile_for_a_gpu() -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from we_surgery.excitations import triton_kernels as kernels
+from we_surgery.excitations import triton_backend, triton_kernels as kernels
 
-for name in ("summarize", "multiply", "amplify", "sum_filters", "by_weight", "by_fcs"):
+everything = triton_backend._Stages(None, *[True] * 4).constants()
+curve_alone = triton_backend._Stages(None, False, False, False, True).constants()
+for name, stages, layers, capability in (
+    *((name, everything, 64, 90) for name in NAMES),
+    *((name, everything, 1, 80) for name in NAMES[:2]),
+    ("multiply", curve_alone, 1, 80),
+    ("by_weight", curve_alone, 2, 90),
+):
     kernel = getattr(kernels, name)
-    sizes = {"ROWS": 16, "COLUMNS": 32, "UNITS": 16, "BLOCK": 1024}
-    constants = {p.name: sizes.get(p.name, True) for p in kernel.params if p.is_constexpr}
-    numbers = ("channel", "position", "numel", "tiles")
-    types = {
-        p.name: "constexpr" if p.is_constexpr
-        else "i32" if any(n in p.name for n in numbers) else "*fp32"
-        for p in kernel.params
-    }
+    given = stages | {"LAYERS": layers}
+    constants = {name: given[name] for name in kernel.arg_names if name in given}
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(constants, "constexpr")
+    types["table"] = "*i64"
     source = ASTSource(kernel, types, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert len(built.asm["cubin"]) > 1000
-"""
+""".replace("NAMES", repr(KERNELS))
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
@@ -266,7 +339,7 @@ def test_auto_takes_kernels_that_agree_on_the_gpu(kernels: Any, launches: list[s
     weight: Any = OnGPU()
     assert backends.arithmetic("auto", weight, Terms()) == kernels.ARITHMETIC
     tried = len(launches)
-    assert tried == 6
+    assert tried == 7
     backends.arithmetic("auto", weight, Terms())
     assert len(launches) == tried
 

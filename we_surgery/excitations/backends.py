@@ -1,13 +1,14 @@
 """Who computes the closed form: torch's operations one by one, compiled ones, or Triton kernels.
 
 All do the same arithmetic in float32 and differ by rounding. On a GPU it is launches that cost:
-eager has some sixty a layer, the kernels three to six.
+eager has some sixty a layer; the kernels have at most seven, for one layer or for many at once.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import logging
 import types
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.excitations import formulas
-from we_surgery.excitations.terms import Kept, Terms
+from we_surgery.excitations.terms import Kept, Pullback, Terms
 
 Backend = Literal["auto", "eager", "inductor", "triton"]
 
@@ -25,15 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class Arithmetic(NamedTuple):
-    """The two directions; see :mod:`~we_surgery.excitations.formulas`."""
+    """The two directions, of any number of weights; see :mod:`~we_surgery.excitations.formulas`."""
 
-    excite: Callable[[Tensor, Terms], tuple[Tensor, Kept]]
-    differentiate: Callable[
-        [Tensor, Tensor, Terms, Kept, Sequence[bool]], tuple[Tensor | None, ...]
-    ]
+    excite: Callable[[Sequence[tuple[Tensor, Terms]]], list[tuple[Tensor, Kept]]]
+    differentiate: Callable[[Sequence[Pullback]], list[tuple[Tensor | None, ...]]]
 
 
-EAGER = Arithmetic(formulas.excite, formulas.differentiate)
+def _one_by_one(excite: Callable[..., Any], differentiate: Callable[..., Any]) -> Arithmetic:
+    return Arithmetic(
+        lambda weights: [excite(*weight) for weight in weights],
+        lambda pullbacks: [differentiate(*pullback) for pullback in pullbacks],
+    )
+
+
+EAGER = _one_by_one(formulas.excite, formulas.differentiate)
 
 
 def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
@@ -41,7 +47,8 @@ def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
 
     Eager, whatever is asked for, under ``torch.compile`` and any dispatch mode, which must see
     the operations, on tensors without memory, and where the kernels do not know the device, the
-    dtype or the composition.
+    dtype or the composition. So it is in the capture of a CUDA graph too: a replay would read
+    the kernels' tables after they are gone, and in a graph launches cost little.
 
     Args:
         backend: ``auto`` takes the kernels on a GPU where they agree with eager, and eager
@@ -59,9 +66,11 @@ def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
         return _compiled(key)
     if not filters.is_cuda and (backend == "auto" or not is_interpreted()):
         return EAGER
+    if filters.is_cuda and torch.cuda.is_current_stream_capturing():
+        return EAGER
     if not has_triton() or not _with_kernels().supports(filters, terms):
         return EAGER
-    if backend == "auto" and not _can_trust_kernels(filters.device):
+    if backend == "auto" and not _agrees(filters.device):
         return EAGER
     kernels: Arithmetic = _with_kernels().ARITHMETIC
     return kernels
@@ -93,25 +102,18 @@ def _with_kernels() -> Any:
 def _compiled(key: Any) -> Arithmetic:
     # A compiler gives up on a function of too many shapes, and a network has dozens: each shape
     # has a function of its own.
-    def compiled(function: types.FunctionType) -> Any:
+    def compiled(function: Any) -> Any:
         own = types.FunctionType(
             function.__code__.replace(), function.__globals__, function.__name__
         )
         return torch.compile(own, fullgraph=True, dynamic=False)
 
-    return Arithmetic(*(compiled(function) for function in EAGER))  # type: ignore[arg-type]
-
-
-def _can_trust_kernels(device: torch.device) -> bool:
-    # A check would wait for the GPU, which a capture forbids.
-    if not _agrees.cache_info().currsize and torch.cuda.is_current_stream_capturing():
-        return False
-    return _agrees(device)
+    return _one_by_one(compiled(formulas.excite), compiled(formulas.differentiate))
 
 
 @functools.cache
 def _agrees(device: torch.device) -> bool:
-    """Whether the kernels run on this device and give what eager gives, on a small layer."""
+    """Whether the kernels run on this device and give what eager gives, on two small layers."""
     try:
         difference = _largest_difference(device)
     except Exception as error:
@@ -131,22 +133,30 @@ def _largest_difference(device: torch.device) -> float:
         count = torch.Size(shape).numel()
         return torch.arange(count, device=device, dtype=torch.float32).mul_(1.7).sin_().view(shape)
 
-    rows, channels, hidden = 24, 40, 5
-    terms = Terms(
-        standardize_epsilon=torch.tensor(1e-5, device=device),
-        fc1_weight=wave(hidden, channels),
-        fc1_bias=wave(hidden),
-        fc2_weight=wave(channels, hidden),
-        fc2_bias=wave(channels),
-        mwe_epsilon=torch.tensor(0.1, device=device),
-    )
-    weight = wave(rows, channels, 3, 3)
-    gradient = weight.cos()
+    layers = [
+        (
+            wave(rows, channels, *kernel),
+            Terms(
+                standardize_epsilon=torch.tensor(1e-5, device=device),
+                fc1_weight=wave(hidden, channels),
+                fc1_bias=wave(hidden),
+                fc2_weight=wave(channels, hidden),
+                fc2_bias=wave(channels),
+                mwe_epsilon=torch.tensor(0.1, device=device),
+            ),
+        )
+        for rows, channels, hidden, kernel in ((24, 40, 5, (3, 3)), (5, 7, 35, ()))
+    ]
     results: list[list[Tensor]] = []
     for excite, differentiate in (EAGER, _with_kernels().ARITHMETIC):
-        excited, kept = excite(weight, terms)
-        found = differentiate(gradient.clone(), weight, terms, kept, (True,) * 5)
-        results.append([excited, *(tensor for tensor in found if tensor is not None)])
+        excited = excite(layers)
+        pullbacks = [
+            Pullback(weight.cos(), weight, terms, kept, (True,) * 5)
+            for (weight, terms), (_, kept) in zip(layers, excited, strict=True)
+        ]
+        gradients = itertools.chain(*differentiate(pullbacks))
+        results.append([weight for weight, _ in excited])
+        results[-1] += [tensor for tensor in gradients if tensor is not None]
     return max(
         float((one - other).abs().max() / one.abs().max())
         for one, other in zip(*results, strict=True)

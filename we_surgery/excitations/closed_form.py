@@ -8,23 +8,23 @@ weight itself and a few numbers a filter, rebuilds the rest and frees it again. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import formulas, repeatable
-from we_surgery.excitations.backends import Backend, arithmetic
+from we_surgery.excitations import formulas
+from we_surgery.excitations.backends import Arithmetic, Backend, arithmetic
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
 from we_surgery.excitations.mwe import amplified
+from we_surgery.excitations.repeatable import Remembered
 from we_surgery.excitations.rescale import rescaled
 from we_surgery.excitations.standardize import standardized
-from we_surgery.excitations.terms import Kept, Terms, fcs_in
-
-_TENSOR_TERMS = Terms._fields.index("detach_max")
+from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms, fcs_in
 
 
 def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eager") -> Tensor:
@@ -44,8 +44,20 @@ def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eage
     if torch._C._are_functorch_transforms_active():
         return staged(weight, *terms)
     if not torch.is_grad_enabled():
-        return _forward(weight, terms, backend)[0]
-    excited: Tensor = ClosedFormExcitation.apply(weight, *terms, backend)
+        return _forward([(weight, terms)], backend)[0][0]
+    return excite_together([(weight, terms)], backend)[0]
+
+
+def excite_together(
+    weights: Sequence[tuple[Tensor, Terms]], backend: Backend
+) -> tuple[Tensor, ...]:
+    """The same of many weights on one device, by one node of the graph.
+
+    Its backward pass runs when the gradients of all of them have arrived; one that none arrives
+    for gives none to its inputs.
+    """
+    given = itertools.chain(*((weight, *terms) for weight, terms in weights))
+    excited: tuple[Tensor, ...] = ClosedFormExcitation.apply(backend, *given)
     return excited
 
 
@@ -61,7 +73,7 @@ def excite_in_place(weight: Tensor, terms: Terms) -> Tensor:
         ``weight``, overwritten; or for a small one memory of its own.
     """
     if not formulas.is_computed_in_blocks(weight):
-        return _forward(weight, terms, "eager")[0]
+        return _forward([(weight, terms)], "eager")[0][0]
     filters = weight
     with autocast_off(weight.device.type):
         if terms.transposed_groups is not None:
@@ -87,19 +99,44 @@ def staged(weight: Tensor, *terms: Any) -> Tensor:
     return _as_stored(filters, given).to(weight.dtype)
 
 
-def _forward(weight: Tensor, terms: Terms, backend: Backend) -> tuple[Tensor, Kept]:
-    with autocast_off(weight.device.type):
-        filters = _as_filters(weight, terms)
-        filters, kept = arithmetic(backend, filters, terms).excite(filters, terms)
+def _forward(
+    weights: Sequence[tuple[Tensor, Terms]], backend: Backend
+) -> list[tuple[Tensor, Kept]]:
+    with autocast_off(weights[0][0].device.type):
+        filters = [(_as_filters(weight, terms), terms) for weight, terms in weights]
+        found = _by_arithmetic(backend, filters, lambda one, jobs: one.excite(jobs), filters)
+    return [
+        (_as_given(excited, weight, terms), kept)
+        for (weight, terms), (excited, kept) in zip(weights, found, strict=True)
+    ]
+
+
+def _as_given(filters: Tensor, weight: Tensor, terms: Terms) -> Tensor:
     excited = _as_stored(filters, terms).to(weight.dtype)
     if terms.transposed_groups is None:
-        return excited, kept
+        return excited
     # Regrouping loses the memory format, and a conv's result may depend on it.
-    return torch.empty_like(weight).copy_(excited), kept
+    return torch.empty_like(weight).copy_(excited)
+
+
+def _by_arithmetic(
+    backend: Backend,
+    layers: Sequence[tuple[Tensor, Terms]],
+    compute: Callable[[Arithmetic, list[Any]], list[Any]],
+    jobs: Sequence[Any],
+) -> list[Any]:
+    """What ``compute`` makes of the jobs of the layers, those of one arithmetic together."""
+    places: dict[Arithmetic, list[int]] = {}
+    for place, (filters, terms) in enumerate(layers):
+        places.setdefault(arithmetic(backend, filters, terms), []).append(place)
+    found: dict[int, Any] = {}
+    for one, own in places.items():
+        found |= zip(own, compute(one, [jobs[place] for place in own]), strict=True)
+    return [found[place] for place in range(len(layers))]
 
 
 class ClosedFormExcitation(torch.autograd.Function):
-    """W' from W, the fields of :class:`Terms` and the backend.
+    """Each W' from the backend, and each W with the fields of :class:`Terms`.
 
     Outside of ``torch.compile`` the graph node is *repeatable*: two losses that share an excited
     weight may be differentiated one after the other without ``retain_graph``.
@@ -109,39 +146,89 @@ class ClosedFormExcitation(torch.autograd.Function):
     # and takes a fifth of a small layer's time.
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *terms_and_backend: Any) -> Tensor:
-        *terms, ctx.backend = terms_and_backend
-        excited, kept = _forward(weight, Terms(*terms), ctx.backend)
-        tensors = (*terms[:_TENSOR_TERMS], *kept)
-        ctx.plain_terms = terms[_TENSOR_TERMS:]
+    def forward(ctx: Any, backend: Backend, *given: Any) -> tuple[Tensor, ...]:
+        weights = [(weight, Terms(*terms)) for weight, *terms in _in_parts(given, _INPUTS)]
+        found = _forward(weights, backend)
+        ctx.backend = backend
+        ctx.plain_terms = [terms[TENSOR_TERMS:] for _, terms in weights]
+        saved = [
+            (weight, *terms[:TENSOR_TERMS], *kept)
+            for (weight, terms), (_, kept) in zip(weights, found, strict=True)
+        ]
         ctx.is_repeatable = not torch.compiler.is_compiling()
         if ctx.is_repeatable:
-            repeatable.keep(ctx, weight, tensors)
+            ctx.set_materialize_grads(False)
+            ctx.layers = [Remembered(weight, others) for weight, *others in saved]
         else:
-            ctx.save_for_backward(weight, *tensors)
-        return excited
+            ctx.save_for_backward(*itertools.chain(*saved))
+        return tuple(excited for excited, _ in found)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = repeatable.kept(ctx) if ctx.is_repeatable else ctx.saved_tensors
-        weight, *saved = tensors
-        terms = Terms(*saved[:_TENSOR_TERMS], *ctx.plain_terms)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        if ctx.is_repeatable:
+            saved = [ctx.layers[place].tensors() for place in places]
+        else:
+            saved = list(_in_parts(ctx.saved_tensors, _SAVED))
+        needed = list(_in_parts(ctx.needs_input_grad[1:], _INPUTS))
+        asked = [
+            Pullback(
+                gradients[place],  # type: ignore[arg-type]
+                weight,
+                Terms(*rest[:TENSOR_TERMS], *ctx.plain_terms[place]),
+                Kept(*rest[TENSOR_TERMS:]),
+                needed[place],
+            )
+            for place, (weight, *rest) in zip(places, saved, strict=True)
+        ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            needed = ctx.needs_input_grad[:-1]
-            return *_differentiable_backward(gradient, (weight, *terms), needed), None
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
+            results = [
+                _differentiable_backward(one.gradient, (one.filters, *one.terms), one.needed)
+                for one in asked
+            ]
+        else:
+            results = _backward(ctx.backend, asked)
+        found = dict(zip(places, results, strict=True))
+        nothing = (None,) * _INPUTS
+        return None, *itertools.chain(*(found.get(i, nothing) for i in range(len(gradients))))
+
+
+_INPUTS = 1 + len(Terms._fields)
+_SAVED = 1 + TENSOR_TERMS + len(Kept._fields)
+
+
+def _in_parts(values: Sequence[Any], length: int) -> list[Sequence[Any]]:
+    return [values[start : start + length] for start in range(0, len(values), length)]
+
+
+def _backward(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
+    """The gradients of W and of each of its terms, where they are needed."""
+    for one in asked:
         # The formulas ask for the strides of what comes of the gradient, and a compiler starts over
         # when it is asked: within the context it would leave autocast off for the whole model.
-        gradient.is_contiguous()
-        with autocast_off(weight.device.type):
-            filters, g = _as_filters(weight, terms), _as_filters(gradient, terms)
-            by_filters, *by_fcs = arithmetic(ctx.backend, filters, terms).differentiate(
-                g, filters, terms, Kept(*saved[_TENSOR_TERMS:]), needed
+        one.gradient.is_contiguous()
+    if not asked:
+        return []
+    with autocast_off(asked[0].filters.device.type):
+        jobs = [
+            Pullback(
+                _as_filters(gradient, terms),
+                _as_filters(weight, terms),
+                terms,
+                kept,
+                (needed[0], *needed[2:6]),
             )
+            for gradient, weight, terms, kept, needed in asked
+        ]
+        layers = [(job.filters, job.terms) for job in jobs]
+        found = _by_arithmetic(backend, layers, lambda one, own: one.differentiate(own), jobs)
+    results = []
+    for (by_filters, *by_fcs), (_, weight, terms, _, _) in zip(found, asked, strict=True):
         by_weight = None
         if by_filters is not None:
             by_weight = _as_stored(by_filters, terms).to(weight.dtype)
-        return by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 4)
+        results.append((by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 5)))
+    return results
 
 
 def _differentiable_backward(

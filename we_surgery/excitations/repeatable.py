@@ -1,8 +1,9 @@
 """Graph nodes that may be walked back through more than once.
 
 The tensors that autograd saves for a node are freed by the first backward pass. An excited weight
-that several losses share must outlast it, so its node keeps what it needs by itself: the weight
-and the parameters, which live in the model anyway, and a few numbers a filter.
+that several losses share must outlast it, so its node keeps what it needs by itself, and says so by
+``ctx.is_repeatable``: the weight and the parameters, which live in the model anyway, and a few
+numbers a filter.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from typing import Any
 from torch import Tensor
 
 
-def keep(ctx: Any, weight: Tensor, others: Sequence[Tensor | None]) -> None:
-    """Keeps tensors with a node of an autograd function, to be had back from :func:`kept`."""
-    ctx.is_repeatable = True
-    ctx.tensors = (weight, *others)
-    ctx.versions = versions(weight, others)
+class Remembered:
+    """What one excited weight was computed from, for as long as its node lives.
 
-
-def kept(ctx: Any) -> tuple[Any, ...]:
-    """What :func:`keep` was given: tensors and None.
-
-    Raises:
-        RuntimeError: a tensor was written to since, as autograd raises for what it saves.
+    Args:
+        weight: the raw weight.
+        others: tensors and None.
     """
-    tensors: tuple[Any, ...] = ctx.tensors
-    refuse_modified(ctx.versions, versions(tensors[0], tensors[1:]))
-    return tensors
+
+    def __init__(self, weight: Tensor, others: Sequence[Tensor | None]) -> None:
+        self._weight, self._others = weight, others
+        self._versions = versions(weight, others)
+
+    def tensors(self) -> tuple[Any, ...]:
+        """The weight and the others.
+
+        Raises:
+            RuntimeError: one was written to since, as autograd raises for what it saves.
+        """
+        refuse_modified(self._versions, versions(self._weight, self._others))
+        return self._weight, *self._others
 
 
 def versions(weight: Tensor, others: Sequence[Tensor | None]) -> list[int]:

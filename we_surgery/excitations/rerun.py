@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import repeatable
 from we_surgery.excitations.base import Excitation, autocast_off
+from we_surgery.excitations.repeatable import Remembered
 
 
 def excite_and_rerun(excitation: Excitation, weight: Tensor) -> Tensor:
@@ -46,14 +46,15 @@ class RerunExcitation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, excitation: Excitation, weight: Tensor, *parameters: Tensor) -> Tensor:
-        repeatable.keep(ctx, weight, parameters)
+        ctx.is_repeatable = True
+        ctx.inputs = Remembered(weight, parameters)
         ctx.excitation = excitation
         ctx.advanced = advanced_buffers(excitation)
         return Excitation.forward(excitation, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = repeatable.kept(ctx)
+        inputs = ctx.inputs.tensors()
         is_differentiated_again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Stand-ins, so that no hook on a parameter sees a gradient that is not yet its own.

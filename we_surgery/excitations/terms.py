@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ class Terms(NamedTuple):
     transposed_groups: int | None = None
 
 
+TENSOR_TERMS = Terms._fields.index("detach_max")
+"""How many terms are tensors; they come first."""
+
+
 class Kept(NamedTuple):
     """What the forward pass leaves for the backward pass; None where a stage is absent."""
 
@@ -49,6 +54,19 @@ class Kept(NamedTuple):
     """h, ``[O, hidden]``"""
     limit: Tensor | None
     """M, 0-d"""
+
+
+class Pullback(NamedTuple):
+    """What the backward pass of one weight is given."""
+
+    gradient: Tensor
+    """Of the excited weight, ``[O, I, *K]``; it may be used up."""
+    filters: Tensor
+    """The raw weight, ``[O, I, *K]``."""
+    terms: Terms
+    kept: Kept
+    needed: Sequence[bool]
+    """Whether W, A, a, B and b need a gradient."""
 
 
 def fcs_in(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

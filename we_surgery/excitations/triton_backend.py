@@ -1,203 +1,261 @@
-"""The closed form by the Triton kernels: 3 to 6 launches a layer, forward and backward together.
+"""The closed form by the Triton kernels, of one layer or of many: at most seven launches.
 
 Imported where it is used alone: it needs Triton.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from we_surgery.excitations import triton_kernels as kernels
 from we_surgery.excitations.backends import Arithmetic
-from we_surgery.excitations.terms import Kept, Terms
+from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms
 
-ROWS = 16
-COLUMNS = 32
-BLOCK = 1024
-LARGEST_HIDDEN = 256
-"""Widest hidden layer of LWE that a program holds in its registers."""
+ROWS, COLUMNS, UNITS, BLOCK = 16, 32, 32, 4096
 
 
 def supports(filters: Tensor, terms: Terms) -> bool:
     """Whether the kernels compute this composition; otherwise eager does."""
-    if filters.dtype != torch.float32 or filters.numel() >= 2**31:
-        return False
-    if terms.mwe_epsilon is not None and not terms.detach_max:
-        return False
-    return terms.fc1_bias is None or terms.fc1_bias.shape[0] <= LARGEST_HIDDEN
+    return filters.dtype == torch.float32 and (terms.mwe_epsilon is None or terms.detach_max)
 
 
-def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
+def excite(layers: Sequence[tuple[Tensor, Terms]]) -> list[tuple[Tensor, Kept]]:
     """As :func:`we_surgery.excitations.formulas.excite`, of float32 weights."""
-    filters = _dense(filters)
-    layer = _Layer(filters, terms)
-    mean = norm = scale = hidden = limit = None
-    if layer.standardizes:
-        mean, norm, scale = (layer.new(layer.out_channels, 1) for _ in range(3))
-    if layer.locates:
-        hidden = layer.new(layer.out_channels, layer.hidden_channels)
-    if layer.standardizes or layer.locates:
-        launch(
-            kernels.summarize,
-            (layer.row_tiles,),
-            filters,
-            *layer.given(terms.standardize_epsilon, *terms[1:3], mean, norm, scale, hidden),
-            *layer.sizes,
-            STANDARDIZE=layer.standardizes,
-            LWE=layer.locates,
-            **layer.blocks,
-        )
-    amplifies = terms.mwe_epsilon is not None
-    excited = torch.empty_like(filters)
-    tiles = layer.row_tiles * layer.column_tiles
-    maxima = layer.new(tiles) if amplifies else None
-    launch(
-        kernels.multiply,
-        (layer.row_tiles, layer.column_tiles),
-        filters,
-        excited,
-        *layer.given(*terms[3:7], mean, scale, hidden, maxima),
-        *layer.sizes,
-        STANDARDIZE=layer.standardizes,
-        LWE=layer.locates,
-        RESCALE=terms.gain is not None,
-        MWE=amplifies,
-        **layer.blocks,
-    )
-    if amplifies:
-        limit = layer.new()
-        launch(
-            kernels.amplify,
-            (math.ceil(filters.numel() / BLOCK),),
-            excited,
-            *layer.given(maxima, terms.mwe_epsilon, limit),
-            filters.numel(),
-            tiles,
-            BLOCK=BLOCK,
-        )
-    shaped = None if mean is None else mean.view(-1, *[1] * (filters.ndim - 1))
-    return excited, Kept(shaped, norm, scale, hidden, limit)
+    found: dict[int, tuple[Tensor, Kept]] = {}
+    for stages, places in _alike(layers):
+        group = [_Layer(*layers[place]) for place in places]
+        found |= zip(places, _excite(stages, group), strict=True)
+    return [found[place] for place in range(len(layers))]
 
 
-def differentiate(
-    g: Tensor, filters: Tensor, terms: Terms, kept: Kept, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+def differentiate(layers: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
     """As :func:`we_surgery.excitations.formulas.differentiate`."""
-    filters = _dense(filters)
-    if g.stride() != filters.stride():
-        g = torch.empty_like(filters).copy_(g)
-    layer = _Layer(filters, terms)
-    rows, channels, hidden_channels = layer.out_channels, layer.channels, layer.hidden_channels
-    z = sums = v = f = average = None
-    if layer.locates:
-        z, sums, v = (layer.new(rows, width) for width in (channels, channels, hidden_channels))
-    if layer.standardizes:
-        f, average = layer.new(rows), layer.new(rows)
-    stages: dict[str, Any] = {
-        "STANDARDIZE": layer.standardizes,
-        "LWE": layer.locates,
-        "RESCALE": terms.gain is not None,
-        "MWE": terms.mwe_epsilon is not None,
-    }
-    if layer.standardizes or layer.locates:
-        launch(
-            kernels.sum_filters,
-            (layer.row_tiles,),
-            filters,
-            g,
-            *layer.given(*terms[1:7], *kept, z, sums, v, f, average),
-            *layer.sizes,
-            **stages,
-            **layer.blocks,
-        )
-    by_filters: Tensor | None = None
-    if needed[0]:
-        by_filters = torch.empty_like(filters)
-        launch(
-            kernels.by_weight,
-            (layer.row_tiles, layer.column_tiles),
-            filters,
-            g,
-            *layer.given(terms.fc1_weight, *terms[3:7], kept.mean, *kept[2:], v, f, average),
-            by_filters,
-            *layer.sizes,
-            **stages,
-            **layer.blocks,
-        )
-    by_fcs: tuple[Tensor | None, ...] = (None,) * 4
-    if layer.locates and any(needed[1:]):
-        found = [
-            layer.new(*shape)
-            for shape in (
-                (hidden_channels, channels),
-                (hidden_channels,),
-                (channels, hidden_channels),
-                (channels,),
-            )
-        ]
-        launch(
-            kernels.by_fcs,
-            (layer.column_tiles,),
-            *layer.given(kept.scale, kept.hidden, z, sums, v),
-            *found,
-            rows,
-            channels,
-            layer.positions,
-            hidden_channels,
-            STANDARDIZE=layer.standardizes,
-            **layer.blocks,
-        )
-        by_fcs = tuple(
-            value if is_needed else None for value, is_needed in zip(found, needed[1:], strict=True)
-        )
-    return by_filters, *by_fcs
+    found: dict[int, tuple[Tensor | None, ...]] = {}
+    for stages, places in _alike((layer.filters, layer.terms) for layer in layers):
+        group = [_Layer(layers[place].filters, layers[place].terms) for place in places]
+        asked = [layers[place] for place in places]
+        found |= zip(places, _differentiate(stages, group, asked), strict=True)
+    return [found[place] for place in range(len(layers))]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Runs one kernel; every launch goes through here, to be counted."""
-    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
-        kernel[grid](*arguments, **constants)
+class _Stages(NamedTuple):
+    """What the layers of one launch have in common."""
+
+    device: torch.device
+    standardize: bool
+    lwe: bool
+    rescale: bool
+    mwe: bool
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants."""
+        stages = {name.upper(): value for name, value in self._asdict().items()}
+        return stages | {"ROWS": ROWS, "COLUMNS": COLUMNS, "UNITS": UNITS, "BLOCK": BLOCK}
+
+
+def _alike(layers: Iterable[tuple[Tensor, Terms]]) -> Iterator[tuple[_Stages, list[int]]]:
+    """The places of the layers that one launch can do."""
+    places: dict[_Stages, list[int]] = {}
+    for place, (filters, terms) in enumerate(layers):
+        stages = _Stages(
+            filters.device,
+            standardize=terms.standardize_epsilon is not None,
+            lwe=terms.fc1_bias is not None,
+            rescale=terms.gain is not None,
+            mwe=terms.mwe_epsilon is not None,
+        )
+        places.setdefault(stages, []).append(place)
+    yield from places.items()
 
 
 class _Layer:
-    """The sizes of one launch."""
+    """A layer as the kernels read it: its tensors, its sizes, its tiles."""
 
     def __init__(self, filters: Tensor, terms: Terms) -> None:
-        self.filters = filters
+        self.filters = _dense(filters)
         self.out_channels, self.channels = filters.shape[:2]
         self.positions = math.prod(filters.shape[2:])
-        self.standardizes = terms.standardize_epsilon is not None
-        self.locates = terms.fc1_bias is not None
-        self.hidden_channels = 1 if terms.fc1_bias is None else terms.fc1_bias.shape[0]
+        self.hidden_channels = 0 if terms.fc1_bias is None else terms.fc1_bias.shape[0]
         self.row_tiles = math.ceil(self.out_channels / ROWS)
         self.column_tiles = math.ceil(self.channels / COLUMNS)
-        is_channels_last = self.positions > 1 and not filters.is_contiguous()
+        self.tiles = self.row_tiles * self.column_tiles
+        # Held here, for some may be copies.
+        self.tensors: dict[str, Tensor] = {"weight": self.filters}
+        for name, term in zip(Terms._fields[:TENSOR_TERMS], terms, strict=False):
+            if isinstance(term, Tensor):
+                self.tensors[name] = term.to(torch.float32).contiguous()
+
+    def row(self, anchors: dict[str, Tensor]) -> kernels.Row:
+        places = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        for name, anchor in _ANCHORED.items():
+            if name in places:
+                places[name] = (places[name] - anchors[anchor].data_ptr()) // 4
+        is_channels_last = self.positions > 1 and not self.filters.is_contiguous()
         steps = (1, self.channels) if is_channels_last else (self.positions, 1)
-        self.sizes = (
-            self.out_channels,
-            self.channels,
-            self.positions,
-            *steps,
-            self.hidden_channels,
+        return kernels.Row(
+            **places,
+            out_channels=self.out_channels,
+            channels=self.channels,
+            positions=self.positions,
+            channel_step=steps[0],
+            position_step=steps[1],
+            hidden_channels=self.hidden_channels,
         )
-        self.blocks = {
-            "ROWS": ROWS,
-            "COLUMNS": COLUMNS,
-            # Powers of two, and at least what a matrix product takes.
-            "UNITS": max(16, 1 << (self.hidden_channels - 1).bit_length()),
-        }
 
-    def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.filters.device)
+    def programs(self, needed: Sequence[bool]) -> tuple[int, ...]:
+        """How many programs work for this layer in each of the kernels' deals."""
+        unit_tiles = self.column_tiles * math.ceil(self.hidden_channels / UNITS)
+        return (
+            self.row_tiles,
+            self.tiles,
+            self.tiles if needed[0] else 0,
+            unit_tiles if any(needed[1:]) else 0,
+            math.ceil(self.filters.numel() / BLOCK),
+        )
 
-    def given(self, *tensors: Tensor | None) -> list[Tensor]:
-        """What a kernel is given; the weight itself where it will not look."""
-        return [self.filters if tensor is None else tensor.contiguous() for tensor in tensors]
+
+def _excite(stages: _Stages, group: Sequence[_Layer]) -> Iterator[tuple[Tensor, Kept]]:
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for layer in group:
+        layer.tensors["result"] = torch.empty_like(layer.filters)
+        rows, ndim = layer.out_channels, layer.filters.ndim
+        shapes.append({})
+        if stages.standardize:
+            shapes[-1] |= {"mean": (rows, *[1] * (ndim - 1)), "norm": (rows, 1), "scale": (rows, 1)}
+        if stages.lwe:
+            shapes[-1]["hidden"] = (rows, layer.hidden_channels)
+        if stages.mwe:
+            shapes[-1] |= {"limit": (), "maxima": (layer.tiles,)}
+    _allocate(group, shapes)
+    programs = _Programs(stages, group, [(False,) * 5] * len(group))
+    if stages.standardize or stages.lwe:
+        programs.launch(kernels.summarize, kernels.BY_FILTERS)
+    programs.launch(kernels.multiply, kernels.BY_TILES)
+    if stages.mwe:
+        programs.launch(kernels.amplify, kernels.BY_BLOCKS)
+    for layer in group:
+        yield layer.tensors["result"], Kept(*map(layer.tensors.get, Kept._fields))
+
+
+def _differentiate(
+    stages: _Stages, group: Sequence[_Layer], asked: Sequence[Pullback]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    fc_shapes: list[dict[str, tuple[int, ...]]] = []
+    for layer, (gradient, _, terms, kept, needed) in zip(group, asked, strict=True):
+        if gradient.stride() != layer.filters.stride():
+            gradient = torch.empty_like(layer.filters).copy_(gradient)
+        layer.tensors["gradient"] = gradient
+        for name, value in kept._asdict().items():
+            if value is not None:
+                layer.tensors[name] = value
+        if needed[0]:
+            layer.tensors["result"] = torch.empty_like(layer.filters)
+        fc_shapes.append({})
+        if any(needed[1:]):
+            fc_shapes[-1] |= {f"by_{name}": getattr(terms, name).shape for name in _FCS}
+        rows, columns = layer.out_channels, layer.channels
+        shapes.append({})
+        if stages.standardize or stages.lwe:
+            partial = (layer.column_tiles, rows)
+            shapes[-1] |= {"partial_t": partial, "partial_total": partial}
+        if stages.lwe:
+            shapes[-1] |= dict.fromkeys(("z", "sums"), (rows, columns))
+            shapes[-1]["v"] = (rows, layer.hidden_channels)
+        if stages.standardize:
+            shapes[-1] |= dict.fromkeys(("f", "average"), (rows,))
+    _allocate(group, shapes)
+    _allocate(group, fc_shapes)
+    programs = _Programs(stages, group, [pullback.needed for pullback in asked])
+    if stages.standardize or stages.lwe:
+        programs.launch(kernels.sum_tiles, kernels.BY_TILES)
+        programs.launch(kernels.sum_filters, kernels.BY_FILTERS)
+    programs.launch(kernels.by_weight, kernels.BY_TRAINED_TILES)
+    if stages.lwe:
+        programs.launch(kernels.by_fcs, kernels.BY_UNITS)
+    for layer, pullback in zip(group, asked, strict=True):
+        names = ("result", *(f"by_{name}" for name in _FCS))
+        yield tuple(
+            layer.tensors.get(name) if is_needed else None
+            for name, is_needed in zip(names, pullback.needed, strict=True)
+        )
+
+
+_FCS = Terms._fields[1:5]
+_KEPT = (*Kept._fields, "maxima")
+_SCRATCH = ("partial_t", "partial_total", "z", "sums", "v", "f", "average")
+_ANCHORED = {
+    "result": "result",
+    "gradient": "gradient",
+    **dict.fromkeys(_KEPT, "kept"),
+    **dict.fromkeys(_SCRATCH, "scratch"),
+    **dict.fromkeys((f"by_{name}" for name in _FCS), "fcs"),
+}
+"""By which of a kernel's arguments a tensor that moves is found."""
+
+
+def _allocate(group: Sequence[_Layer], shapes: Sequence[dict[str, tuple[int, ...]]]) -> None:
+    """Gives the layers float32 tensors of these shapes, all in one piece of memory."""
+    sizes = [math.prod(shape) for layer in shapes for shape in layer.values()]
+    space = torch.empty(sum(sizes), dtype=torch.float32, device=group[0].filters.device)
+    pieces = iter(torch.split(space, sizes))
+    for layer, named in zip(group, shapes, strict=True):
+        for name, shape in named.items():
+            layer.tensors[name] = next(pieces).view(shape)
+
+
+class _Programs:
+    """The table of a group on its device, and how many programs each kernel has."""
+
+    def __init__(
+        self, stages: _Stages, group: Sequence[_Layer], needed: Sequence[Sequence[bool]]
+    ) -> None:
+        # A power of two, as whatever a kernel loads at once.
+        layers = 1 << (len(group) - 1).bit_length()
+        dealt = zip(*(map(_Layer.programs, group, needed)), strict=True)
+        firsts = [list(accumulate(counts, initial=0)) for counts in dealt]
+        self.counts = [deal[-1] for deal in firsts]
+        padded = (deal[:-1] + deal[-1:] * (layers - len(group)) for deal in firsts)
+        # Whatever a kernel has no use for is given the weight.
+        self.anchors = dict.fromkeys(_ANCHORED.values(), group[0].filters)
+        for layer in reversed(group):
+            tensors = reversed(layer.tensors.items())
+            self.anchors |= {_ANCHORED[name]: t for name, t in tensors if name in _ANCHORED}
+        content = array("q", chain(*padded, *(layer.row(self.anchors) for layer in group)))
+        device = stages.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        self.table = _table(content.tobytes(), device, stream)
+        self.constants = stages.constants() | {"LAYERS": layers}
+
+    def launch(self, kernel: Any, deal: Any) -> None:
+        given = self.anchors | self.constants
+        if self.counts[deal.value]:
+            grid = (self.counts[deal.value],)
+            launch(kernel, grid, self.table, **{name: given[name] for name in kernel.arg_names[1:]})
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(content: bytes, device: torch.device, stream: int) -> Tensor:
+    """A table on its device, kept as long as layers stay where they are.
+
+    The copy is ordered within the stream and nobody waits for it.
+    """
+    table = torch.frombuffer(bytearray(content), dtype=torch.int64)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], table: Tensor, **others: Any) -> None:
+    """Runs one kernel; every launch goes through here, to be counted."""
+    with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
+        kernel[grid](table, **others)
 
 
 def _dense(filters: Tensor) -> Tensor:
