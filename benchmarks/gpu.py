@@ -8,8 +8,9 @@ bf16 autocast, channels_last, SGD with momentum; forward, loss, backward, step. 
 and only ratios of one round are reported: median (smallest to largest). Times are those of CUDA
 events; the peak is ``torch.cuda.max_memory_allocated`` of one step; launches are the kernels that
 torch's profiler saw in one step, excited minus vanilla, over the excited layers. ``inductor``
-compiles for some minutes first. Writes ``gpu.json`` and ``gpu.md`` into ``benchmarks/results``,
-or, for a rehearsal, nothing: a CPU's figures say nothing of a GPU's.
+compiles for some minutes first; ``grouped`` is ``triton`` after ``set_grouped``. Writes
+``gpu.json`` and ``gpu.md`` into ``benchmarks/results``, or, for a rehearsal, nothing: a CPU's
+figures say nothing of a GPU's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import nn
 import we_surgery as ws
 from we_surgery.layers import excited_layers
 
-BACKENDS = ("eager", "inductor", "triton")
+BACKENDS = ("eager", "inductor", "triton", "grouped")
 
 
 class Step:
@@ -105,13 +106,21 @@ class Step:
         return sum(event.device_type == on_device for event in profiler.events())
 
 
+def excited(vanilla: nn.Module, mode: str, backend: str) -> nn.Module:
+    """The network, excited by a backend."""
+    is_grouped = backend == "grouped"
+    model = ws.convert(vanilla, mode, backend="triton" if is_grouped else backend)  # type: ignore[arg-type]
+    ws.set_grouped(model, is_grouped)
+    return model
+
+
 def measure(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every backend over vanilla, for one network."""
     torch.manual_seed(0)
     vanilla = build_network(name)
     steps = {"vanilla": Step(vanilla, options)}
     for backend in options.backends:
-        steps[backend] = Step(ws.convert(vanilla, mode, backend=backend), options)
+        steps[backend] = Step(excited(vanilla, mode, backend), options)
     for step in steps.values():
         step.run()  # compiles, and makes the optimizer's state
 

@@ -111,7 +111,20 @@ def wrap_fsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-WRAPPINGS = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
+def grouped(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def wrap_grouped(model: nn.Module) -> nn.Module:
+        ws.set_grouped(model)
+        return wrap(model)
+
+    return wrap_grouped
+
+
+WRAPPINGS = {
+    "ddp": wrap_ddp,
+    "fsdp": wrap_fsdp,
+    "ddp, grouped": grouped(wrap_ddp),
+    "fsdp, grouped": grouped(wrap_fsdp),
+}
 SPECIAL = [
     (method, name, recomputes)
     for method in ("global", "spectral")

@@ -22,6 +22,7 @@ from we_surgery.excitations import average_location_nets as average_location_net
 from we_surgery.excitations import harden as harden
 from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.excitations import sparsity_loss as sparsity_loss
+from we_surgery.grouping import set_grouped as set_grouped
 from we_surgery.layers import set_recompute as set_recompute
 from we_surgery.planning import plan as plan
 from we_surgery.plans import Decision as Decision

@@ -21,11 +21,12 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
         model: a converted model.
         backend: ``eager`` is torch's operations one by one. ``inductor`` compiles them for each
             shape of weight, which takes minutes for a network; it saves time on a CPU too.
-            ``triton`` has kernels of its own, 3 to 6 launches a layer where eager has some
-            sixty; they run on a GPU, and eager computes what they do not: float64, LWE of over
-            256 hidden channels, MWE with ``detach_max=False``, stages without a closed form.
-            ``auto`` takes the kernels on a GPU, if they run there and agree with eager on a
-            small layer that is tried first, and eager everywhere else.
+            ``triton`` has kernels of its own, 2 to 7 launches a layer where eager has some
+            sixty, or 7 for many layers (:func:`we_surgery.set_grouped`); they run on a GPU, and
+            eager computes what they do not: float64, MWE with ``detach_max=False``, stages
+            without a closed form, whatever is captured in a CUDA graph. ``auto`` takes the
+            kernels on a GPU, if they run there and agree with eager on two small layers that
+            are tried first, and eager everywhere else.
 
     Raises:
         InputError: there is no such backend, or it cannot be imported.

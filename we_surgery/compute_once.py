@@ -8,7 +8,8 @@ Two reads share one tensor as long as everything it was computed from is as it w
   that saved it for its backward pass) keeps it alive, and a second read finds it. Nothing
   outlives its graph, and two passes may share it because the closed form's node can be walked
   back through more than once. Where nobody keeps it (autocast saves a half-precision copy), a
-  layer that turns out to be read again holds it until its gradient has arrived.
+  layer that turns out to be read again holds it until its gradient has arrived. What a group
+  of layers (:mod:`we_surgery.grouping`) has computed is held until it is first read.
 
 Everything is: the raw weight, the excitation's parameters, buffers and submodules (the same
 objects, at the same version, at the same address), whether they require gradients, the CUDA
@@ -37,7 +38,7 @@ from we_surgery.excitations import Excitation
 
 
 @dataclass(eq=False, slots=True)
-class _Source:
+class Source:
     """A tensor or module an excited weight was computed from, and where it was found."""
 
     owner: dict[str, Any]
@@ -65,7 +66,7 @@ class _Kept:
     raw_version: int
     raw_alias: Tensor
     """The raw weight's memory, which cannot be given to another tensor while this is here."""
-    sources: list[_Source]
+    sources: list[Source]
     stream: int | None
     is_differentiable: bool
     excited: TensorWeakRef
@@ -93,6 +94,18 @@ class _Kept:
             return None
         return excited
 
+    def read(self) -> Tensor | None:
+        """:meth:`value`, which from now on is held by its readers alone where it can be."""
+        excited = self.value()
+        if self.is_differentiable and not self.is_read_often:
+            self.held = None
+        return excited
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the excited weight is there, or was handed out and may get a gradient."""
+        return self.is_waiting or self.value() is not None
+
 
 def excited_weight(excitation: Excitation, raw: Tensor, *, may_hold: bool = True) -> Tensor:
     """``excitation(raw)``, computed anew only where something has changed since the last time.
@@ -102,19 +115,27 @@ def excited_weight(excitation: Excitation, raw: Tensor, *, may_hold: bool = True
         raw: the layer's raw weight, ``[O, I, *K]``.
         may_hold: whether a weight that needs a gradient may be held although nobody else does.
     """
-    if not _may_share(excitation, raw):
+    if not may_share(excitation, raw):
         return excitation(raw)  # type: ignore[no-any-return]
+    if excitation.group is not None and may_hold:
+        excitation.group.compute(excitation, raw)
     kept: _Kept | None = excitation.kept
     is_read_often = False
     if kept is not None:
         is_read_often = kept.is_read_often
         if kept.is_current(raw):
-            known = kept.value()
+            known = kept.read()
             if known is not None:
                 return known
             is_read_often = may_hold and (is_read_often or kept.is_waiting)
     excitation.forget()
     return _compute(excitation, raw, is_read_often)
+
+
+def is_outdated(excitation: Excitation, raw: Tensor) -> bool:
+    """Whether a read would compute, and not because the same pass has read before."""
+    kept: _Kept | None = excitation.kept
+    return kept is None or not kept.is_current(raw) or not kept.is_left
 
 
 def outdate(excitation: Excitation) -> None:
@@ -124,7 +145,8 @@ def outdate(excitation: Excitation) -> None:
         kept.raw_version = -1
 
 
-def _may_share(excitation: Excitation, raw: Tensor) -> bool:
+def may_share(excitation: Excitation, raw: Tensor) -> bool:
+    """Whether two reads may get one tensor here."""
     if torch.compiler.is_compiling() or not _is_parameter(raw) or raw.numel() == 0:
         return False
     if torch._C._len_torch_function_stack() or _is_watched():
@@ -151,47 +173,81 @@ def _is_watched() -> bool:
 
 
 def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor:
-    try:
-        sources = list(_sources(excitation))
-        raw_version = raw._version
-    except (_UnwatchableError, RuntimeError):  # a tensor made in inference mode has no version
+    watched = watch(excitation, raw)
+    if watched is None or (excitation.training and not watched.is_differentiable):
         return excitation(raw)  # type: ignore[no-any-return]
-    is_differentiable = _is_differentiable(raw, sources)
-    if _is_shared(raw) or (excitation.training and not is_differentiable):
-        return excitation(raw)  # type: ignore[no-any-return]
-    if is_differentiable:
+    if watched.is_differentiable:
         excited: Tensor = excitation(raw)
         # A graph of the stages' own operations can be walked back through only once.
         if not getattr(excited.grad_fn, "is_repeatable", False):
             return excited
-        if any(source.has_moved() for source in sources):  # a stage has advanced its buffers
-            sources = list(_sources(excitation))
+        if any(source.has_moved() for source in watched.sources):  # a stage advanced its buffers
+            watched.sources = list(_sources(excitation))
     else:
         # Made in inference mode, it could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             excited = excitation(raw)
+    keep(watched, excited, is_read_often=is_read_often)
+    if watched.is_differentiable and not is_read_often:
+        excitation.kept.held = None
+    return excited
+
+
+@dataclass(slots=True)
+class Watched:
+    """A weight that can be kept, as it was before it was excited."""
+
+    excitation: Excitation
+    raw: Tensor
+    raw_version: int
+    sources: list[Source]
+    is_differentiable: bool
+
+
+def watch(excitation: Excitation, raw: Tensor) -> Watched | None:
+    """What an excited weight is going to be computed from; None where that cannot be watched."""
+    try:
+        sources = list(_sources(excitation))
+        raw_version = raw._version
+    except (_UnwatchableError, RuntimeError):  # a tensor made in inference mode has no version
+        return None
+    if _is_shared(raw):
+        return None
+    return Watched(excitation, raw, raw_version, sources, _is_differentiable(raw, sources))
+
+
+def keep(watched: Watched, excited: Tensor, *, is_read_often: bool | None = None) -> None:
+    """Keeps an excited weight for those who will read it, and holds it until the first does.
+
+    Args:
+        watched: what it was computed from.
+        excited: the weight.
+        is_read_often: whether to hold it until its gradient has arrived; None: as before.
+    """
+    excitation, raw = watched.excitation, watched.raw
+    if is_read_often is None:
+        is_read_often = excitation.kept is not None and excitation.kept.is_read_often
     kept = _Kept(
         raw=raw,
-        raw_version=raw_version,
+        raw_version=watched.raw_version,
         raw_alias=raw.detach(),
-        sources=sources,
+        sources=watched.sources,
         stream=_stream(raw),
-        is_differentiable=is_differentiable,
+        is_differentiable=watched.is_differentiable,
         excited=TensorWeakRef(excited),
         excited_version=excited._version,
-        held=excited if is_read_often or not is_differentiable else None,
-        is_waiting=is_differentiable,
+        held=excited,
+        is_waiting=watched.is_differentiable,
         is_read_often=is_read_often,
     )
-    if is_differentiable:
+    if watched.is_differentiable:
         excited.register_hook(  # type: ignore[no-untyped-call]
             functools.partial(_let_go, weakref.ref(kept))
         )
     excitation.__dict__["kept"] = kept
-    return excited
 
 
-def _let_go(reference: weakref.ref[_Kept], gradient: Tensor) -> None:
+def _let_go(reference: weakref.ref[_Kept], gradient: Tensor | None) -> None:
     kept = reference()
     if kept is not None:
         kept.held = None
@@ -202,7 +258,7 @@ class _UnwatchableError(Exception):
     """The excited weight depends on something that cannot be watched."""
 
 
-def _sources(excitation: Excitation) -> Iterator[_Source]:
+def _sources(excitation: Excitation) -> Iterator[Source]:
     """All that an excitation computes from, read each time: anything may have been replaced."""
     for module in excitation.modules():
         if "parametrizations" in module._modules:
@@ -219,7 +275,7 @@ def _sources(excitation: Excitation) -> Iterator[_Source]:
                     if type(value) not in (nn.Parameter, Tensor, FakeTensor):
                         raise _UnwatchableError
                     version, address = value._version, _address(value)
-                yield _Source(owner, name, value, version, address, len(owner))
+                yield Source(owner, name, value, version, address, len(owner))
 
 
 def _address(tensor: Tensor) -> int:
@@ -227,7 +283,7 @@ def _address(tensor: Tensor) -> int:
     return 0 if type(tensor) is FakeTensor else tensor.data_ptr()
 
 
-def _is_differentiable(raw: Tensor, sources: list[_Source]) -> bool:
+def _is_differentiable(raw: Tensor, sources: list[Source]) -> bool:
     if not torch.is_grad_enabled():
         return False
     return raw.requires_grad or any(

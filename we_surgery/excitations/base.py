@@ -55,6 +55,8 @@ class Excitation(nn.Module, ABC):
     """Whether its paper standardizes the weights of convs first."""
     kept: Any = None
     """What :mod:`we_surgery.compute_once` keeps between two reads; no part of any copy or file."""
+    group: Any = None
+    """The :class:`we_surgery.grouping.Group` it is computed with; no part of any copy either."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""
@@ -211,7 +213,8 @@ class Excitation(nn.Module, ABC):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "kept"}
+        own = ("kept", "group")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     @staticmethod
     def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:

@@ -134,6 +134,13 @@ class Composition(Excitation):
             self._advance_stages(weight)
         return excite_and_rerun(self, weight)
 
+    def closed_form(self, weight: Tensor) -> Terms | None:
+        """What the closed form is given for this weight; None where something else computes."""
+        if self.is_paused or weight.numel() == 0:
+            return None
+        terms = self._terms(weight)
+        return None if terms is _NOTHING else terms
+
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
         """:meth:`forward` to the bit, for a weight that nobody needs afterwards.
@@ -144,10 +151,8 @@ class Composition(Excitation):
             ``weight``, overwritten; or another tensor where it is small or a stage has no closed
             form.
         """
-        terms = None if self.is_paused or weight.numel() == 0 else self._terms(weight)
-        if terms is None or terms is _NOTHING:
-            return self(weight)  # type: ignore[no-any-return]
-        if arithmetic(self.backend, weight, terms) is not EAGER:
+        terms = self.closed_form(weight)
+        if terms is None or arithmetic(self.backend, weight, terms) is not EAGER:
             return self(weight)  # type: ignore[no-any-return]
         return excite_in_place(weight, terms)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.excitations import triton_kernels as kernels
+from we_surgery.excitations import triton_table as tables
 from we_surgery.excitations.backends import Arithmetic
 from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms
 
@@ -93,14 +94,14 @@ class _Layer:
             if isinstance(term, Tensor):
                 self.tensors[name] = term.to(torch.float32).contiguous()
 
-    def row(self, anchors: dict[str, Tensor]) -> kernels.Row:
+    def row(self, anchors: dict[str, Tensor]) -> tables.Row:
         places = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         for name, anchor in _ANCHORED.items():
             if name in places:
                 places[name] = (places[name] - anchors[anchor].data_ptr()) // 4
         is_channels_last = self.positions > 1 and not self.filters.is_contiguous()
         steps = (1, self.channels) if is_channels_last else (self.positions, 1)
-        return kernels.Row(
+        return tables.Row(
             **places,
             out_channels=self.out_channels,
             channels=self.channels,
@@ -137,10 +138,10 @@ def _excite(stages: _Stages, group: Sequence[_Layer]) -> Iterator[tuple[Tensor, 
     _allocate(group, shapes)
     programs = _Programs(stages, group, [(False,) * 5] * len(group))
     if stages.standardize or stages.lwe:
-        programs.launch(kernels.summarize, kernels.BY_FILTERS)
-    programs.launch(kernels.multiply, kernels.BY_TILES)
+        programs.launch(kernels.summarize, tables.BY_FILTERS)
+    programs.launch(kernels.multiply, tables.BY_TILES)
     if stages.mwe:
-        programs.launch(kernels.amplify, kernels.BY_BLOCKS)
+        programs.launch(kernels.amplify, tables.BY_BLOCKS)
     for layer in group:
         yield layer.tensors["result"], Kept(*map(layer.tensors.get, Kept._fields))
 
@@ -176,11 +177,11 @@ def _differentiate(
     _allocate(group, fc_shapes)
     programs = _Programs(stages, group, [pullback.needed for pullback in asked])
     if stages.standardize or stages.lwe:
-        programs.launch(kernels.sum_tiles, kernels.BY_TILES)
-        programs.launch(kernels.sum_filters, kernels.BY_FILTERS)
-    programs.launch(kernels.by_weight, kernels.BY_TRAINED_TILES)
+        programs.launch(kernels.sum_tiles, tables.BY_TILES)
+        programs.launch(kernels.sum_filters, tables.BY_FILTERS)
+    programs.launch(kernels.by_weight, tables.BY_TRAINED_TILES)
     if stages.lwe:
-        programs.launch(kernels.by_fcs, kernels.BY_UNITS)
+        programs.launch(kernels.by_fcs, tables.BY_UNITS)
     for layer, pullback in zip(group, asked, strict=True):
         names = ("result", *(f"by_{name}" for name in _FCS))
         yield tuple(
