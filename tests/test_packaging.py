@@ -22,9 +22,12 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, which has only what a clone has."""
     folder = tmp_path_factory.mktemp("clone")
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "we_surgery", folder / "we_surgery", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("we_surgery", "configs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("pyproject.toml", "LICENSE", "MANIFEST.in", "CITATION.cff"):
         shutil.copy(ROOT / name, folder)
+    for page in ROOT.glob("*.md"):
+        shutil.copy(page, folder)
     done = subprocess.run(
         [sys.executable, "-c", BUILD], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -39,7 +42,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"we_surgery"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery").rglob("*.py")}
     assert sources <= set(names)
-    assert "we_surgery/py.typed" in names
+    assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     data = {p.suffix for p in (ROOT / "we_surgery").rglob("*.*")} - {".py", ".pyc"}
     assert data <= {Path(name).suffix for name in names} | {".typed"}
@@ -49,13 +52,21 @@ def test_the_source_archive_builds_the_same(dist: Path) -> None:
     (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "we_surgery/py.typed"} <= names
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml"} <= names
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")} <= names
+    assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= names
+    # Half of them would be there by default, without the helpers they import.
+    assert not [name for name in names if name.startswith("tests")]
 
 
 def test_the_wheel_alone_runs(dist: Path, tmp_path: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import we_surgery.cli as c; c.convert_command(['torchvision:resnet18', '--dry-run'])"
+    recipe = ROOT / "configs/recipes/imagenet/resnet18-lwe.yaml"
+    code = (
+        "import we_surgery.cli as c; from we_surgery.recipes import load_recipe; "
+        f"load_recipe({str(recipe)!r}); c.convert_command(['torchvision:resnet18', '--dry-run'])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
