@@ -26,12 +26,16 @@ MINUTES ?= 10
 fuzz: $(READY)
 	$(BIN)/python tests/hostile/fuzz.py --minutes $(MINUTES)
 
-# Every lower bound of pyproject.toml, exactly; the integrations' own tests are left out.
-OLDEST = $$(sed -n 's/^    "\([A-Za-z0-9-]*\)>=\([0-9.]*\)",/\1==\2/p' pyproject.toml)
+# Every lower bound of pyproject.toml, exactly. Left out are the tests of what needs newer ones: the
+# integrations, and the recipes, which need a newer timm. Triton 3.4's interpreter, which comes with
+# torch 2.8, does not run on newer NumPys.
+NOT_OLDEST = accelerate|lightning|transformers|mypy|ruff
+OLDEST = $$(grep -oE '"[A-Za-z][A-Za-z0-9-]*>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' \
+	| grep -vE '^($(NOT_OLDEST))=|^timm==1.0.31' | sort -u) 'numpy<2.4'
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet $(OLDEST)
-	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n auto --ignore=tests/training
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n auto --ignore=tests/training --ignore=tests/recipes
 
 wheel: $(READY)
 	rm -rf dist .venv-wheel

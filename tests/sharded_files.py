@@ -40,5 +40,6 @@ def write_dcp(checkpoint: Mapping[str, object], folder: Path) -> Path:
     """What ``torch.distributed.checkpoint.save`` writes in one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.8's own use
         dcp.save(dict(checkpoint), checkpoint_id=folder)
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_toys import picture, tiny_network
+from timm.utils import CheckpointSaver
 from torch import nn
 
 from we_surgery.checkpoint import Architecture
@@ -152,6 +153,13 @@ def test_nothing_is_overwritten(recipe, image_folder, tmp_path):
     with pytest.raises(InputError, match="no run to resume"):
         run(recipe, image_folder, tmp_path / "run", resume=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_timm_that_cannot_resume_is_named(recipe, image_folder, tmp_path, monkeypatch):
+    run(recipe, image_folder, tmp_path / "run")
+    monkeypatch.delattr(CheckpointSaver, "load_state_dict_from_checkpoint")
+    with pytest.raises(InputError, match=r"this timm forgets .*\n.*we-surgery\[recipes\]"):
+        run(recipe, image_folder, tmp_path / "run", resume=True)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(recipe, image_folder, tmp_path):

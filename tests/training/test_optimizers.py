@@ -86,8 +86,8 @@ def test_each_class_of_torch_is_tested_or_refused():
     }
     tested = {type(make([nn.Parameter(torch.zeros(1))])) for make in OPTIMIZERS.values()}
     others = {kind.__name__ for kind in classes - tested}
-    # The last two are refused; sparse gradients do not occur.
-    assert others == {"Optimizer", "SparseAdam", "LBFGS", "Muon"}
+    # LBFGS and Muon (of torch 2.9 and newer) are refused; sparse gradients do not occur.
+    assert others - {"Muon"} == {"Optimizer", "SparseAdam", "LBFGS"}
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -231,13 +231,13 @@ def say_notes(notes: Iterable[str]) -> None:
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, shown in a terminal alone; yields ``update(done, total)``."""
+    stderr = Console(stderr=True)
+    if not stderr.is_terminal:
+        # A bar that is disabled leaves an empty line.
+        yield lambda done, total: None
+        return
     bar = Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not Console(stderr=True).is_terminal,
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), console=stderr, transient=True
     )
     with bar:
         task = bar.add_task(what, total=None)

@@ -200,6 +200,11 @@ def _train(
         output.mkdir(parents=True, exist_ok=True)
         saver = run.saver(output)
         if resume:
+            if not hasattr(saver, "load_state_dict_from_checkpoint"):
+                raise InputError(
+                    "this timm forgets the best epoch of a run that it resumes",
+                    "Install 1.0.31 or newer (`pip install 'we-surgery[recipes]'`).",
+                )
             saver.load_state_dict_from_checkpoint(str(output / LAST))
             metrics = json.loads(history.read_text(encoding="utf-8"))[:first]
     board = _tensorboard(output) if run.place.rank == 0 else None

@@ -162,7 +162,7 @@ def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
                 f"{name} {_FIXED[name]}, so no parameter can join or leave it",
                 "Build the optimizer anew from the model's parameters after the surgery.",
             )
-        if isinstance(layer, torch.optim.Muon) and not_matrices:
+        if isinstance(layer, getattr(torch.optim, "Muon", ())) and not_matrices:
             raise InputError(
                 f"Muon trains matrices alone, and {not_matrices[0]!r} is none",
                 "Give the excitations' biases an optimizer of their own, such as AdamW.",
