@@ -1,7 +1,7 @@
 """Does it help? Paired runs of small networks, with and without weight excitation.
 
     python benchmarks/evidence.py digits        # about half an hour of one core
-    python benchmarks/evidence.py strokes       # some hours of one core
+    python benchmarks/evidence.py strokes       # about an hour of one core a condition
     python benchmarks/evidence.py strokes --conditions 'SGD, 0.05' --seeds 3
     python benchmarks/evidence.py --report      # only write the tables and curves anew
 

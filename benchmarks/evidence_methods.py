@@ -62,6 +62,7 @@ CONDITIONS = {
     "AdamW, 0.002": Condition(optimizer="adamw", lr=0.002),
     "group norm": Condition(norm="group"),
     "no norm": Condition(norm="none", lr=0.015),
+    "no norm, AdamW": Condition(norm="none", optimizer="adamw", lr=0.002),
 }
 
 
