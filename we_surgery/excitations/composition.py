@@ -18,9 +18,7 @@ from we_surgery.excitations.paused import idle
 from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
-from we_surgery.excitations.terms import Terms
-
-_NOTHING = Terms()
+from we_surgery.excitations.terms import Terms, changes_nothing
 
 
 class Composition(Excitation):
@@ -126,7 +124,7 @@ class Composition(Excitation):
         # A trace that is to be saved cannot hold an autograd function.
         is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
         terms = self._terms(weight)
-        if is_traced or weight.numel() == 0 or terms is _NOTHING:
+        if is_traced or weight.numel() == 0 or (terms is not None and changes_nothing(terms)):
             return super().forward(weight)
         if terms is not None:
             return excite_in_closed_form(weight, terms, self.backend)
@@ -139,7 +137,7 @@ class Composition(Excitation):
         if self.is_paused or weight.numel() == 0:
             return None
         terms = self._terms(weight)
-        return None if terms is _NOTHING else terms
+        return None if terms is None or changes_nothing(terms) else terms
 
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
@@ -178,16 +176,15 @@ class Composition(Excitation):
                 if weight.numel() > self._out_channels(weight):
                     found["standardize_epsilon"] = stage.epsilon
             elif isinstance(stage, LWE) and stage.is_paper_form:
-                names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-                found |= zip(names, stage.layer_tensors(), strict=True)
+                fc1_weight, fc1_bias, fc2_weight, fc2_bias = stage.layer_tensors()
+                found |= {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias}
+                found |= {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
             elif type(stage) is Rescale and not stage.gain.requires_grad:
                 found |= {"gain": stage.gain, "shift": stage.shift}
             elif isinstance(stage, MWE) and stage.is_paper_form:
                 found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
             else:
                 return None
-        if not found:
-            return _NOTHING
         groups = self.transposed_groups.shape[0] if self.is_transposed else None
         return Terms(**found, transposed_groups=groups)
 

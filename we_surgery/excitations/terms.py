@@ -41,6 +41,11 @@ TENSOR_TERMS = Terms._fields.index("detach_max")
 """How many terms are tensors; they come first."""
 
 
+def changes_nothing(terms: Terms) -> bool:
+    """Whether the excited weight is the raw one."""
+    return all(term is None for term in terms[:TENSOR_TERMS])
+
+
 class Kept(NamedTuple):
     """What the forward pass leaves for the backward pass; None where a stage is absent."""
 
