@@ -39,6 +39,10 @@ def test_torch_export_has_the_vanilla_nodes(make):
     assert nodes(converted).total() > nodes(vanilla).total()
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."),
+    reason="torch 2.8 exports no model, vanilla ones neither, with an onnxscript that is not older",
+)
 @pytest.mark.parametrize("make", [ConvNet, vit])
 def test_onnx_of_a_stripped_model_runs_in_onnxruntime(make, tmp_path: Path):
     pytest.importorskip("onnxscript")

@@ -24,7 +24,14 @@ from we_surgery.excitations.mwe import amplified
 from we_surgery.excitations.repeatable import Remembered
 from we_surgery.excitations.rescale import rescaled
 from we_surgery.excitations.standardize import standardized
-from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms, fcs_in
+from we_surgery.excitations.terms import (
+    TENSOR_TERMS,
+    Kept,
+    Pullback,
+    Terms,
+    fcs_in,
+    tensors_of,
+)
 
 
 def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eager") -> Tensor:
@@ -131,7 +138,9 @@ def _by_arithmetic(
         places.setdefault(arithmetic(backend, filters, terms), []).append(place)
     found: dict[int, Any] = {}
     for one, own in places.items():
-        found |= zip(own, compute(one, [jobs[place] for place in own]), strict=True)
+        results = compute(one, [jobs[place] for place in own])
+        for place, result in zip(own, results, strict=True):
+            found[place] = result
     return [found[place] for place in range(len(layers))]
 
 
@@ -150,9 +159,9 @@ class ClosedFormExcitation(torch.autograd.Function):
         weights = [(weight, Terms(*terms)) for weight, *terms in _in_parts(given, _INPUTS)]
         found = _forward(weights, backend)
         ctx.backend = backend
-        ctx.plain_terms = [terms[TENSOR_TERMS:] for _, terms in weights]
+        ctx.plain_terms = [tuple(terms)[TENSOR_TERMS:] for _, terms in weights]
         saved = [
-            (weight, *terms[:TENSOR_TERMS], *kept)
+            (weight, *tensors_of(terms), *kept)
             for (weight, terms), (_, kept) in zip(weights, found, strict=True)
         ]
         ctx.is_repeatable = not torch.compiler.is_compiling()

@@ -40,7 +40,7 @@ def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
             return linear, kept
         limit = curve_limit(linear, terms.mwe_epsilon)
         own = None if linear is filters else linear
-        return _curved(linear, limit, own), kept._replace(limit=limit)
+        return _curved(linear, limit, own), _with_limit(kept, limit)
     excited, blocks = torch.empty_like(filters), _blocks(filters)
     found = [_before_curve(filters[b], _of_block(terms, b), excited[b]) for b in blocks]
     linears, keeps = zip(*found, strict=True)
@@ -52,7 +52,12 @@ def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
     limit = _limit_of_blocks(linears, terms.mwe_epsilon)
     for block, linear in zip(blocks, linears, strict=True):
         _curved(linear, limit, excited[block])
-    return excited, kept._replace(limit=limit)
+    return excited, _with_limit(kept, limit)
+
+
+def _with_limit(kept: Kept, limit: Tensor) -> Kept:
+    # torch 2.8 does not compile `_replace`.
+    return Kept(kept.mean, kept.norm, kept.scale, kept.hidden, limit)
 
 
 def is_computed_in_blocks(filters: Tensor) -> bool:

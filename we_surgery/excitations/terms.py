@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,16 @@ TENSOR_TERMS = Terms._fields.index("detach_max")
 """How many terms are tensors; they come first."""
 
 
+def tensors_of(terms: Terms) -> tuple[Tensor | None, ...]:
+    """The terms that are tensors."""
+    # torch 2.8 compiles no slice of a named tuple.
+    tensors: tuple[Any, ...] = tuple(terms)[:TENSOR_TERMS]
+    return tensors
+
+
 def changes_nothing(terms: Terms) -> bool:
     """Whether the excited weight is the raw one."""
-    return all(term is None for term in terms[:TENSOR_TERMS])
+    return all(term is None for term in tensors_of(terms))
 
 
 class Kept(NamedTuple):
@@ -78,7 +85,7 @@ def fcs_in(terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     """A, a, B and b in ``dtype``."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
         term if term.dtype == dtype else term.to(dtype)
-        for term in terms[1:5]
+        for term in (terms.fc1_weight, terms.fc1_bias, terms.fc2_weight, terms.fc2_bias)
         if isinstance(term, Tensor)
     )
     return fc1_weight, fc1_bias, fc2_weight, fc2_bias
