@@ -177,9 +177,10 @@ def _is_turned(node: fx.Node, source: fx.Node) -> bool:
     An einsum moves such axes around among others of length 1. A tensor that has more or less
     than two of them counts as turned by any permutation.
     """
-    name, rank = operation_name(node), len(source.meta[SHAPE])
+    name = operation_name(node)
     if name not in _TRANSPOSES:
         return False
+    rank = len(source.meta[SHAPE])
     order = list(range(rank))
     if name == "aten.permute":
         order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
