@@ -343,10 +343,11 @@ def test_it_can_be_ended(groups: list[int]) -> None:
     assert not groups
 
 
-def test_the_layer_at_fault_says_so() -> None:
+def test_the_layer_at_fault_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = build()
     model.side.excitation.lwe.fc1.weight = nn.Parameter(torch.zeros(1, 7))
     features = model.features(images())
+    assert "are computed one by one" in caplog.text
     with pytest.raises(RuntimeError) as raised:
         model.side(features)
     assert "'side' (Conv2d)" in str(raised.value.__notes__)

@@ -7,6 +7,7 @@ Launches of a GPU's kernels are then counted by model and not by layer.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +20,8 @@ from we_surgery.excitations.backends import Backend
 from we_surgery.excitations.closed_form import excite_together
 from we_surgery.excitations.terms import Terms
 from we_surgery.layers import ExcitedLayer, excitation_name, excited_layers, raw_name
+
+logger = logging.getLogger(__name__)
 
 
 def set_grouped(model: nn.Module, grouped: bool = True) -> None:
@@ -115,8 +118,9 @@ def _compute(weights: list[tuple[Watched, Terms]], backend: Backend) -> None:
     try:
         together = [(watched.raw, terms) for watched, terms in weights]
         excited = excite_together(together, backend)
-    except Exception:
+    except Exception as error:
         # Each is computed by itself then, when it is read, and the one at fault says its name.
+        logger.warning("%d excited weights are computed one by one: %s", len(weights), error)
         return
     for (watched, _), value in zip(weights, excited, strict=True):
         keep(watched, value)
