@@ -21,6 +21,8 @@ OF_TORCH_2_8 = (
     "ignore:.*should not be instantiated:DeprecationWarning",
     # The interpreter of its Triton, on NumPy since 1.25.
     "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+    # Its own way of writing checkpoints of many processes.
+    "ignore:TypedStorage is deprecated:UserWarning",
 )
 
 

@@ -18,6 +18,8 @@ NOT_TRACEABLE = {
     "as-mlp",
     "channels-last linear",
 }
+if torch.__version__.startswith("2.8."):  # its arange takes no number that is traced
+    NOT_TRACEABLE.add("gather")
 
 
 def shift_of(model: nn.Module, shape: tuple[int, ...], name: str = "target") -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,35 @@ def test_an_einsum_is_a_linear_where_the_filters_are_its_weights_first_axis(
             return torch.einsum(equation, *operands)
 
     obstacle = facts_of(Einsum(), (3, 4))["kernel"].obstacle
+    assert obstacle is None if stored else "x @ W" in str(obstacle)
+
+
+class Product(nn.Module):
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 4))
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.kernel, x)
+
+
+@pytest.mark.parametrize(
+    ("multiply", "shape", "stored"),
+    [
+        (lambda kernel, x: kernel @ x, (2, 4, 3), True),
+        (lambda kernel, x: kernel @ x, (4,), True),
+        (lambda kernel, x: kernel.expand(2, 5, 4).bmm(x), (2, 4, 3), True),
+        (lambda kernel, x: kernel.t() @ x, (2, 5, 3), False),
+        (lambda kernel, x: x @ kernel, (2, 3, 5), False),
+        (lambda kernel, x: x @ kernel.t(), (2, 3, 4), True),
+    ],
+    ids=["W @ x", "W @ vector", "W's bmm", "W^T @ x", "x @ W", "x @ W^T"],
+)
+def test_the_filters_of_a_product_are_where_the_sum_does_not_run(
+    multiply: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], stored: bool
+) -> None:
+    obstacle = facts_of(Product(multiply), shape)["kernel"].obstacle
     assert obstacle is None if stored else "x @ W" in str(obstacle)
 
 

@@ -203,7 +203,8 @@ def test_two_processes_train_one_model(image_folder, tmp_path):
         [*torchrun, str(program), *map(str, words)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    # The gloo of torch 2.8 says on the same stream that it is connected.
+    result = json.loads(done.stdout[done.stdout.index("{") :])
     assert result["output_difference"] == 0
     assert result["stripped"] == result["last"]
 

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 import pytest
+import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo_check import check_model
@@ -50,6 +51,8 @@ SAMPLE: dict[str, tuple[int, int]] = {
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_model_of_the_zoo_keeps_every_promise(name: str) -> None:
     row = check_model(name, preserved=["lwe+mwe"])
+    if timm.__version__ == "1.0.21" and "Unknown model" in row.cause:
+        pytest.skip("the oldest timm has no such model")
     assert row.passed, row.cause
     assert list(row.preserved) == ["lwe+mwe"]
     assert row.rung == "recorded"

@@ -78,7 +78,9 @@ def unpickle(
             with torch.serialization.safe_globals(safe):
                 # Torch maps files by their path alone.
                 place = str(path) if mapped else file
-                with _private_maps():
+                # Asked for by name: torch 2.8 believes the indices of a sparse tensor otherwise.
+                sound: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
+                with _private_maps(), sound:
                     found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
         refuse_unsound(found, path)
         return found

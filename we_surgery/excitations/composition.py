@@ -157,9 +157,10 @@ class Composition(Excitation):
     @torch.no_grad()
     def _advance_stages(self, weight: Tensor) -> None:
         stages = self.stages
-        last = max((i for i, stage in enumerate(stages) if stage.advances), default=-1)
-        if last < 0 or torch._C._are_functorch_transforms_active():
+        places = [place for place, stage in enumerate(stages) if stage.advances]
+        if not places or torch._C._are_functorch_transforms_active():
             return
+        last = places[-1]
         with autocast_off(weight.device.type):
             filters = self._as_filters(in_full_precision(weight.detach()))
             for stage in stages[:last]:

@@ -61,7 +61,7 @@ class WeightRead:
         operation: the aten operation, such as ``aten.convolution``.
         reader: the innermost module that was running.
         filters_first: the operation takes the parameter's first axis as its filters, as
-            ``F.linear(x, W)`` does and ``x @ W`` does not.
+            ``F.linear(x, W)`` and ``W @ x`` do and ``x @ W`` does not.
         computed: the parameter passes through arithmetic first, as in ``StdConv2d``.
         constant_input: what the weight is applied to does not depend on the model's input.
         in_excitation: the operation belongs to an excitation.
@@ -110,12 +110,15 @@ def weight_reads(
             data, weight = _argument(node, data_index), _argument(node, weight_index)
             if weight is None or weight in fed:
                 continue
-            # Of two operands without input, only one that comes in the way of F.linear, after
-            # one transposition, is told apart as the weight.
+            # In W @ x the filters are W's rows, in x @ W its columns.
+            is_left = weight_index < data_index
             for origin in _origins(weight):
-                stored = name in _AS_STORED or origin.transposes % 2 == 1
+                is_turned = origin.transposes % 2 == 1
+                stored = name in _AS_STORED or is_turned is not is_left
                 constant = data is not None and data not in fed
-                if constant and not stored:
+                # Of two operands without input, only one that comes in the way of F.linear is told
+                # apart as the weight.
+                if constant and (is_left or not stored):
                     continue
                 conv = name == "aten.convolution"
                 reads[origin.parameter].append(
