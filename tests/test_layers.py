@@ -11,17 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
+from we_surgery.class_swap import excite, restore
 from we_surgery.excitations import WeightLayout, build_excitation
-from we_surgery.layers import (
-    ExcitedLayer,
-    WEConv2d,
-    WELinear,
-    excitation_name,
-    excite,
-    excited_class,
-    raw_name,
-    restore,
-)
+from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.layers import ExcitedLayer, WEConv2d, WELinear, excited_class
 
 
 def excited_conv(*stages: str, bias: bool = True) -> ExcitedLayer:

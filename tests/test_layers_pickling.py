@@ -16,6 +16,7 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery import layers
+from we_surgery.layer_names import raw_name
 from we_surgery.layers import excited_class
 
 
@@ -129,4 +130,4 @@ def test_a_deepcopy_strips_while_the_original_trains_on(name: str) -> None:
     for _, layer in layers.excited_layers(original):
         for parameter in layer.excited_parameters:
             getattr(layer, parameter).sum().backward()
-            assert getattr(layer, layers.raw_name(parameter)).grad is not None
+            assert getattr(layer, raw_name(parameter)).grad is not None

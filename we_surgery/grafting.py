@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from we_surgery.class_swap import excite, restore
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition, build_excitation
 from we_surgery.graphs import (
@@ -19,7 +20,6 @@ from we_surgery.graphs import (
     release,
     update_graphs,
 )
-from we_surgery.layers import excite, restore
 from we_surgery.plans import Decision, Plan
 from we_surgery.proof import check_preserved, refuse_non_finite
 from we_surgery.reading import LayerFacts, obstacle_of, read_tree

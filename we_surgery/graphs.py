@@ -17,18 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
+from we_surgery.class_swap import trace_whole
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import Composition
-from we_surgery.layers import (
-    RAW_PREFIX,
-    ExcitedLayer,
-    excitation_name,
-    excited_names,
-    own_memory,
-    raw_name,
-    rename_parameter,
-    trace_whole,
-)
+from we_surgery.layer_names import RAW_PREFIX, excitation_name, raw_name, rename_parameter
+from we_surgery.layer_views import own_memory
+from we_surgery.layers import ExcitedLayer, excited_names
 from we_surgery.scripted import own_parameters
 
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")

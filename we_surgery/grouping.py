@@ -19,7 +19,8 @@ from we_surgery.excitations import Composition
 from we_surgery.excitations.backends import Backend
 from we_surgery.excitations.closed_form import excite_together
 from we_surgery.excitations.terms import Terms
-from we_surgery.layers import ExcitedLayer, excitation_name, excited_layers, raw_name
+from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.layers import ExcitedLayer, excited_layers
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from we_surgery.analysis.learned import (
 from we_surgery.analysis.multipliers import multiplier_map
 from we_surgery.errors import InputError
 from we_surgery.jobs import Source
-from we_surgery.layers import EXCITATION, raw_name
+from we_surgery.layer_names import EXCITATION, raw_name
 from we_surgery.surgery import PLAN_ATTRIBUTE
 
 

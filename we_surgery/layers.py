@@ -13,9 +13,9 @@ import contextlib
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from we_surgery.compute_once import excited_weight
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
+from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.layer_views import folded_parameters, vanilla_view
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 
-RAW_PREFIX = "raw_"
-EXCITATION = "excitation"
 _HANDED = "_handed_weights"
-_TRACED_WHOLE = "torch.nn"
 _FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
 """The module of torch that puts the tensors of a functional call into layers."""
 
@@ -37,25 +36,6 @@ if TYPE_CHECKING:
 else:
     # Not nn.Module: the mixin must come before the vanilla class and leave its layout alone.
     _ModuleBase = object
-
-
-Traced = TypeVar("Traced", bound=nn.Module)
-
-
-def raw_name(parameter: str) -> str:
-    """Where the raw tensor of ``parameter`` is kept: ``weight`` -> ``raw_weight``."""
-    return RAW_PREFIX + parameter
-
-
-def excitation_name(parameter: str) -> str:
-    """The submodule that excites ``parameter``: ``in_proj_weight`` -> ``in_proj_excitation``."""
-    stem = parameter.removesuffix("weight")
-    return stem + EXCITATION if stem != parameter else f"{parameter}_{EXCITATION}"
-
-
-def names_taken(parameter: str) -> tuple[str, ...]:
-    """The attributes that exciting ``parameter`` adds to a layer."""
-    return raw_name(parameter), excitation_name(parameter), "layer_name", "recompute"
 
 
 class ExcitedLayer(_ModuleBase):
@@ -249,126 +229,6 @@ def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
         raw.copy_(inverse)
 
 
-def excite(module: nn.Module, parameter: str, excitation: Composition, layer_name: str) -> None:
-    """Makes ``module`` compute ``parameter`` from its raw value, in place.
-
-    The raw tensor is the very Parameter the module had, at the very position it had
-    in ``_parameters``: optimizers index their state by position.
-
-    Args:
-        module: a module that owns ``parameter``.
-        parameter: the parameter's name, such as ``weight`` or ``in_proj_weight``.
-        excitation: what computes it; shared between layers that share the Parameter.
-        layer_name: the module's name in its model, for error messages.
-    """
-    names = (*excited_names(module), parameter)
-    vanilla_parameters = dict(module._parameters)
-    base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
-    swapped = excited_class(base, names)
-    try:
-        rename_parameter(module, parameter, raw_name(parameter))
-        module._modules[excitation_name(parameter)] = trace_whole(excitation)
-        module.__dict__["layer_name"] = layer_name
-        if base.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
-            trace_whole(module)
-        # Last: it is what makes the layer an excited one.
-        module.__class__ = swapped
-    except BaseException:
-        module._parameters.clear()
-        module._parameters.update(vanilla_parameters)
-        module._modules.pop(excitation_name(parameter), None)
-        if not isinstance(module, ExcitedLayer):
-            _drop_own_attributes(module)
-        raise
-
-
-def trace_whole(module: Traced) -> Traced:
-    """Makes torch.fx's own tracers call the module and not enter it; returns it.
-
-    They go by the instance's ``__module__``, and pickle goes by that of the class.
-    """
-    module.__dict__["__module__"] = _TRACED_WHOLE
-    return module
-
-
-def is_traced_whole(attributes: Mapping[str, Any]) -> bool:
-    """Whether these are attributes of a module that :func:`trace_whole` was given."""
-    return attributes.get("__module__") == _TRACED_WHOLE
-
-
-def restore(module: nn.Module) -> None:
-    """Undoes :func:`excite`: the vanilla class, with the raw tensors as its parameters."""
-    if not isinstance(module, ExcitedLayer):
-        return
-    for parameter in module.excited_parameters:
-        rename_parameter(module, raw_name(parameter), parameter)
-        del module._modules[excitation_name(parameter)]
-    module.__class__ = module.vanilla_class  # type: ignore[assignment]
-    _drop_own_attributes(module)
-
-
-def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
-    """A vanilla layer that shares everything with ``layer`` but its excited parameters."""
-    view = layer.vanilla_class.__new__(layer.vanilla_class)
-    view.__dict__.update(layer.__dict__)
-    view.__dict__["_parameters"] = dict(layer._parameters)
-    view.__dict__["_modules"] = dict(layer._modules)
-    for name, value in values.items():
-        rename_parameter(view, raw_name(name), name)
-        view._parameters[name] = value  # type: ignore[assignment]
-        del view._modules[excitation_name(name)]
-    _drop_own_attributes(view)
-    return view
-
-
-def _drop_own_attributes(module: nn.Module) -> None:
-    """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
-    for name in ("layer_name", "recompute", "__module__"):
-        module.__dict__.pop(name, None)
-
-
-def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
-    """The layer's excited weights as new Parameters, with the raw ones' ``requires_grad``."""
-    return {
-        name: nn.Parameter(
-            folded_tensor(layer, name), requires_grad=getattr(layer, raw_name(name)).requires_grad
-        )
-        for name in layer.excited_parameters
-    }
-
-
-def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
-    """One excited weight of the layer, in memory of its own."""
-    excitation, raw = (
-        getattr(layer, excitation_name(parameter)),
-        getattr(layer, raw_name(parameter)),
-    )
-    excitation.forget()
-    with torch.inference_mode(False), torch.no_grad():
-        excited: Tensor = getattr(layer, parameter)
-        excitation.forget()
-        return own_memory(excited.detach(), raw)
-
-
-def own_memory(excited: Tensor, raw: Tensor) -> Tensor:
-    """A weight just computed and kept nowhere, as a tensor that nothing else can reach."""
-    # An excitation may have nothing to do and return what it was given.
-    if excited.is_meta or excited.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
-        return excited
-    return excited.clone(memory_format=torch.preserve_format)
-
-
-def change_since_conversion(layer: ExcitedLayer) -> str | None:
-    """What was done to an excited layer that no fold can undo, or None."""
-    for name in map(raw_name, layer.excited_parameters):
-        if layer._parameters.get(name) is None:
-            return f"its {name!r} is no Parameter any more"
-    base: Any = layer.vanilla_class
-    if type(layer) is not excited_class(base, layer.excited_parameters):
-        return f"its class is {type(layer).__name__} now"
-    return None
-
-
 def excited_layers(model: nn.Module) -> Iterator[tuple[str, ExcitedLayer]]:
     """Each excited layer of ``model`` once, with its first name."""
     for name, module in model.named_modules():
@@ -389,13 +249,6 @@ def describe(layer: ExcitedLayer) -> str:
 def describe_stages(excitation: Composition) -> str:
     """The stages' names joined as in a config: ``standardize+lwe``."""
     return "+".join(stage.name for stage in excitation.stages)
-
-
-def rename_parameter(module: nn.Module, old: str, new: str) -> None:
-    """Renames a parameter without a change of its position."""
-    renamed = {new if name == old else name: p for name, p in module._parameters.items()}
-    module._parameters.clear()
-    module._parameters.update(renamed)
 
 
 # Classes. Those of torch's own layers are written out; any other is made on demand and found

@@ -14,10 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from we_surgery.class_swap import change_since_conversion
 from we_surgery.errors import SurgeryError
 from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
 from we_surgery.graphs import excited_weights, refuse_changed_graphs
-from we_surgery.layers import change_since_conversion, excited_layers, raw_name
+from we_surgery.layer_names import raw_name
+from we_surgery.layers import excited_layers
 from we_surgery.plans import Plan
 from we_surgery.proof import check_fold
 from we_surgery.transplants import Undo, rows

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import we_surgery as ws
-from we_surgery.layers import excitation_name, excited_layers, raw_name
+from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.layers import excited_layers
 
 Maker = Callable[[], nn.Module]
 

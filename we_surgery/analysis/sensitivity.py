@@ -19,7 +19,7 @@ from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.errors import InputError, SurgeryError, near_matches
 from we_surgery.excitations import Composition, Rescale
 from we_surgery.graphs import excited_weights
-from we_surgery.layers import excitation_name
+from we_surgery.layer_names import excitation_name
 from we_surgery.reading.kinds import is_norm
 from we_surgery.surgery import convert
 

@@ -14,7 +14,7 @@ from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import Composition, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.layers import RAW_PREFIX, excitation_name, raw_name
+from we_surgery.layer_names import RAW_PREFIX, excitation_name, raw_name
 from we_surgery.proof import is_finite, refuse_non_finite
 
 Progress = Callable[[int, int], None]

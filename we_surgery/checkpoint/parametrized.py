@@ -17,7 +17,7 @@ from torch import Tensor
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations import EXCITATIONS
-from we_surgery.layers import excitation_name, raw_name
+from we_surgery.layer_names import excitation_name, raw_name
 
 _ORIGINAL = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original")
 _LWE = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations.standardize import Standardize
-from we_surgery.layers import EXCITATION, raw_name
+from we_surgery.layer_names import EXCITATION, raw_name
 
 _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 

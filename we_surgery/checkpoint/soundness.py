@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from we_surgery.class_swap import is_traced_whole
 from we_surgery.errors import InputError
-from we_surgery.layers import is_traced_whole
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from we_surgery.excitations import WeightLayout
 from we_surgery.graphs import Fetch, fetches
-from we_surgery.layers import raw_name
+from we_surgery.layer_names import raw_name
 from we_surgery.reading.symbolic import TracedBlock, norm_after_calls, reads_shape_only
 from we_surgery.reading.weight_use import fed_by_input
 

@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from we_surgery.excitations import Composition, WeightLayout
-from we_surgery.layers import ExcitedLayer, excitation_name, names_taken, raw_name
+from we_surgery.layer_names import excitation_name, names_taken, raw_name
+from we_surgery.layers import ExcitedLayer
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.graph_calls import GraphRead, graph_reads
 from we_surgery.reading.kinds import (

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from we_surgery.graphs import excited_weights
-from we_surgery.layers import ExcitedLayer, excitation_name, raw_name, rename_parameter
+from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
+from we_surgery.layers import ExcitedLayer
 
 _WRAPPED_IN = {
     "DistributedDataParallel": "module",
