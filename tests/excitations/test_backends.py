@@ -279,7 +279,7 @@ def test_kernels_compile_for_a_gpu() -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from we_surgery.excitations import triton_backend, triton_kernels as kernels
+from we_surgery.excitations import triton_backend, triton_backward, triton_forward
 
 everything = triton_backend._Stages(None, *[True] * 4).constants()
 curve_alone = triton_backend._Stages(None, False, False, False, True).constants()
@@ -289,7 +289,7 @@ for name, stages, layers, capability in (
     ("multiply", curve_alone, 1, 80),
     ("by_weight", curve_alone, 2, 90),
 ):
-    kernel = getattr(kernels, name)
+    kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
     given = stages | {"LAYERS": layers}
     constants = {name: given[name] for name in kernel.arg_names if name in given}
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(constants, "constexpr")

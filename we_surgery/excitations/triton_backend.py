@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from we_surgery.excitations import triton_kernels as kernels
+from we_surgery.excitations import triton_backward as backward
+from we_surgery.excitations import triton_forward as forward
 from we_surgery.excitations import triton_table as tables
 from we_surgery.excitations.backends import Arithmetic
 from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms
@@ -138,10 +139,10 @@ def _excite(stages: _Stages, group: Sequence[_Layer]) -> Iterator[tuple[Tensor, 
     _allocate(group, shapes)
     programs = _Programs(stages, group, [(False,) * 5] * len(group))
     if stages.standardize or stages.lwe:
-        programs.launch(kernels.summarize, tables.BY_FILTERS)
-    programs.launch(kernels.multiply, tables.BY_TILES)
+        programs.launch(forward.summarize, tables.BY_FILTERS)
+    programs.launch(forward.multiply, tables.BY_TILES)
     if stages.mwe:
-        programs.launch(kernels.amplify, tables.BY_BLOCKS)
+        programs.launch(forward.amplify, tables.BY_BLOCKS)
     for layer in group:
         yield layer.tensors["result"], Kept(*map(layer.tensors.get, Kept._fields))
 
@@ -177,11 +178,11 @@ def _differentiate(
     _allocate(group, fc_shapes)
     programs = _Programs(stages, group, [pullback.needed for pullback in asked])
     if stages.standardize or stages.lwe:
-        programs.launch(kernels.sum_tiles, tables.BY_TILES)
-        programs.launch(kernels.sum_filters, tables.BY_FILTERS)
-    programs.launch(kernels.by_weight, tables.BY_TRAINED_TILES)
+        programs.launch(backward.sum_tiles, tables.BY_TILES)
+        programs.launch(backward.sum_filters, tables.BY_FILTERS)
+    programs.launch(backward.by_weight, tables.BY_TRAINED_TILES)
     if stages.lwe:
-        programs.launch(kernels.by_fcs, tables.BY_UNITS)
+        programs.launch(backward.by_fcs, tables.BY_UNITS)
     for layer, pullback in zip(group, asked, strict=True):
         names = ("result", *(f"by_{name}" for name in _FCS))
         yield tuple(

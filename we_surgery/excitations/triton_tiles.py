@@ -33,6 +33,8 @@ from we_surgery.excitations.triton_table import (
     tensor_of,
 )
 
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
 
 @triton.jit
 def filters_of(layer, number, ROWS: tl.constexpr):
