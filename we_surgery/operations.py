@@ -8,7 +8,6 @@ excitation then finds, and detached in the opposite order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 
 from we_surgery.class_swap import change_since_conversion
 from we_surgery.errors import SurgeryError
-from we_surgery.grafting import Graft, Init, Start, build_grafts, graft, ungraft
+from we_surgery.fold_in_place import Progress as Progress
+from we_surgery.fold_in_place import put_in_place
+from we_surgery.grafting import Init, Start, build_grafts, graft
 from we_surgery.graphs import excited_weights, refuse_changed_graphs
 from we_surgery.layer_names import raw_name
 from we_surgery.layers import excited_layers
 from we_surgery.plans import Plan
 from we_surgery.proof import check_fold
 from we_surgery.transplants import Undo, rows
-
-Progress = Callable[[int, int], None]
 
 
 class Operation(ABC):
@@ -119,33 +118,17 @@ class WeightExcitation(Operation):
         # first layer is changed.
         weights = list(excited_weights(model))
         references = {(w.module, w.parameter): w for w in excited_weights(reference)}
-        folded: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        folded: dict[int, Tensor] = {}
         for index, weight in enumerate(weights):
             raw = weight.raw
             if id(raw) not in folded:
-                folded[id(raw)] = (raw, weight.folded())
+                folded[id(raw)] = weight.folded()
             with torch.no_grad():
                 excited = references[weight.module, weight.parameter].excited()
-            check_fold(weight.name, excited, folded[id(raw)][1])
+            check_fold(weight.name, excited, folded[id(raw)])
             if progress is not None:
                 progress(index + 1, len(weights))
-        kept = [(raw, raw.data, raw.grad) for raw, _ in folded.values()]
-        grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
-
-        def undo() -> None:
-            for raw, data, gradient in kept:
-                raw.data, raw.grad = data, gradient
-            left = {(w.module, w.parameter) for w in excited_weights(model)}
-            graft(model, [g for g in grafts if (g.module, g.parameter) not in left])
-
-        try:
-            for raw, value in folded.values():
-                raw.data, raw.grad = value, None
-            ungraft(model, [weight.owner for weight in weights])
-        except BaseException:
-            undo()
-            raise
-        return undo
+        return put_in_place(model, weights, folded)
 
 
 OPERATIONS: tuple[Operation, ...] = (Transplantation(), WeightExcitation())

@@ -59,11 +59,16 @@ def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
     refuse_non_finite(name, folded, "the folded weight")
     same = excited.dtype == folded.dtype and torch.equal(excited, folded)
     if not same:
-        raise SurgeryError(
-            f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
-            "Its excitation is not deterministic, or its raw weight was tied to that of a layer "
-            "with another excitation; nothing was changed.",
-        )
+        raise not_deterministic(name)
+
+
+def not_deterministic(name: str) -> SurgeryError:
+    """Of a layer whose excited weight was computed twice, with two results."""
+    return SurgeryError(
+        f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
+        "Its excitation is not deterministic, or its raw weight was tied to that of a layer "
+        "with another excitation; nothing was changed.",
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -22,6 +22,7 @@ from we_surgery.errors import (
     near_matches,
 )
 from we_surgery.excitations import Backend
+from we_surgery.fold_in_place import fold_layer_by_layer
 from we_surgery.grafting import Init, Start
 from we_surgery.graphs import excited_weights
 from we_surgery.operations import OPERATIONS
@@ -141,6 +142,7 @@ def strip(
     example_inputs: Any = None,
     deploy: str = "dense",
     inplace: bool = False,
+    layer_by_layer: bool = False,
 ) -> nn.Module:
     """The vanilla model with every excited weight folded in, proven equal.
 
@@ -158,6 +160,11 @@ def strip(
             same objects, now with the folded values, and lose their gradients. All folds are
             held until all are proven, so that a failure leaves the model as it was: at its
             peak it takes the memory of a second set of the excited weights, and of no more.
+        layer_by_layer: with ``inplace``, take the memory of one weight instead. All folds are
+            proven first all the same, one after the other, and then computed again; a failure
+            after that, such as Ctrl-C, leaves a model that computes what it did, of which some
+            layers are vanilla already. Not with ``example_inputs``, which prove a strip that can
+            still be taken back.
 
     Returns:
         A model of vanilla classes, with the vanilla keys in the vanilla order. Stripping a
@@ -167,9 +174,13 @@ def strip(
         SurgeryError: the proof failed; ``model`` is as it was.
         InputError: ``model`` is wrapped or sharded, or fails on the example inputs.
     """
-    return strip_with_report(model, example_inputs=example_inputs, deploy=deploy, inplace=inplace)[
-        0
-    ]
+    return strip_with_report(
+        model,
+        example_inputs=example_inputs,
+        deploy=deploy,
+        inplace=inplace,
+        layer_by_layer=layer_by_layer,
+    )[0]
 
 
 def strip_with_report(
@@ -178,6 +189,7 @@ def strip_with_report(
     example_inputs: Any = None,
     deploy: str = "dense",
     inplace: bool = False,
+    layer_by_layer: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, StripReport]:
     """:func:`strip`, and what it found.
@@ -187,6 +199,7 @@ def strip_with_report(
         example_inputs: as in :func:`strip`.
         deploy: as in :func:`strip`.
         inplace: as in :func:`strip`.
+        layer_by_layer: as in :func:`strip`.
         progress: called with (layers done, layers in all).
     """
     refuse_wrappers(model)
@@ -194,6 +207,12 @@ def strip_with_report(
         raise InputError(
             f"there is no deploy form {deploy!r}{near_matches(str(deploy), DEPLOY_FORMS)}",
             f"Use one of: {', '.join(DEPLOY_FORMS)}.",
+        )
+    if layer_by_layer and example_inputs is not None:
+        raise InputError(
+            "a strip layer by layer cannot be taken back when its outputs turn out to differ",
+            "Leave out the example inputs, each weight is compared in any case; or leave out "
+            "`layer_by_layer`.",
         )
     if not is_converted(model):
         warnings.warn(
@@ -210,6 +229,8 @@ def strip_with_report(
     folds = sum(1 for _ in excited_weights(model))
     transplants = sum(1 for _ in transplant_rows.attached(model))
     target = model if inplace else copy_model(model)
+    if layer_by_layer:
+        fold_layer_by_layer(target, progress)
     with ExitStack() as undos:
         for operation in reversed(OPERATIONS):
             undos.callback(operation.detach(target, model, progress))

@@ -177,9 +177,20 @@ def test_missing_images_leave_no_folder_behind(recipe, tmp_path):
 
 
 DISTRIBUTED = """
+import gc
 import sys
-from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
+
+destroy = torch.distributed.destroy_process_group
+
+def destroy_when_nobody_holds_it():
+    # Destroyed after the group, it could wait for ever.
+    assert not [found for found in gc.get_objects() if type(found) is DistributedDataParallel]
+    destroy()
+
+torch.distributed.destroy_process_group = destroy_when_nobody_holds_it
 from we_surgery.cli import we_surgery
 we_surgery(["run", *sys.argv[1:]])
 """

@@ -121,8 +121,11 @@ def run_recipe(
         model.to(place.device)
         steps = len(loaders.train)
         run = TrainingRun(recipe, model, place, steps, accumulation, seed)
-        best, last = _train(run, loaders, output, resume, progress)
-        return _finish(run, loaders, output, best, last, progress)
+        try:
+            best, last = _train(run, loaders, output, resume, progress)
+            return _finish(run, loaders, output, best, last, progress)
+        finally:
+            run.leave_group()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -83,6 +83,14 @@ class TrainingRun:
                 model, device_ids=None if place.device.type == "cpu" else [place.device]
             )
 
+    def leave_group(self) -> None:
+        """Lets go of DDP, before the group of processes is destroyed.
+
+        As the group's last holder it would wait for gloo's threads, which wait for the
+        interpreter that it does not let go of meanwhile.
+        """
+        self.trained = self.model
+
     @property
     def evaluated(self) -> nn.Module:
         """The model whose figures count: the moving average where there is one."""
