@@ -145,7 +145,7 @@ def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> t
     if terms.fc1_weight is not None:
         fcs = fcs_in(terms, filters.dtype)
         to_mean = 1 / _kernel_numel(filters)
-        sums = torch.mm(_sum_over_kernel(linear), fcs[0].t())
+        sums = _to_hidden(_sum_over_kernel(linear), fcs[0].t())
         if scale is None:
             hidden = torch.add(fcs[1], sums, alpha=to_mean).relu_()
         else:
@@ -261,7 +261,7 @@ def _through_gate(
     if not (needed[0] or needed[1] or needed[2]):
         return g, t, (None, None, by_fc2_weight, by_fc2_bias)
 
-    y = torch.mm(z, gate.fc2_weight).mul_(hidden > 0)
+    y = _to_hidden(z, gate.fc2_weight).mul_(hidden > 0)
     t.add_((y * (hidden - gate.fc1_bias)).sum(1, keepdim=True))
     by_fc1_bias = torch.mv(y.t(), r.squeeze(1)) if needed[2] else None
     v = y.mul_(r * r)
@@ -289,6 +289,15 @@ def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first * second
 
 
+def _to_hidden(values: Tensor, matrix: Tensor) -> Tensor:
+    """``values @ matrix``, ``[O, I]`` times ``[I, hidden]``."""
+    # A CPU's product fills vectors along the last axis of its result. Where the hidden channels
+    # are too few for whole ones, it takes up to three times as long as one with them in front.
+    if matrix.shape[1] % 16:
+        return torch.mm(matrix.t(), values.t()).t()
+    return torch.mm(values, matrix)
+
+
 def _transposed(matrix: Tensor) -> Tensor:
     # DDP warns of the strides of a single column that `t` leaves.
     return matrix.t() if matrix.shape[0] > 1 else matrix.view(-1, 1)
@@ -296,8 +305,7 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 def _multiplier(hidden: Tensor, fcs: Sequence[Tensor]) -> Tensor:
     """LWE's m, ``[O, I]``."""
-    # Not addmm, which is slower on a CPU by more than the addition.
-    return torch.mm(hidden, fcs[2].t()).add_(fcs[3]).sigmoid_()
+    return torch.addmm(fcs[3], hidden, fcs[2].t()).sigmoid_()
 
 
 def _sum_over_kernel(filters: Tensor) -> Tensor:
