@@ -173,7 +173,8 @@ def main() -> None:
             ratios |= conversion(name, mode, rounds)
             row = {"network": name, "mode": mode}
             row |= {key: asdict(ratio) for key, ratio in ratios.items()}
-            sizes = [parameter.nbytes for parameter in build_network(name, device="meta").parameters()]
+            network = build_network(name, device="meta")
+            sizes = [parameter.nbytes for parameter in network.parameters()]
             peak = peak_of_strip(name, mode, layer_by_layer=False)
             row["peak memory"] = round(peak / sum(sizes), 2)
             peak = peak_of_strip(name, mode, layer_by_layer=True)
