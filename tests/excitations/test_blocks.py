@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_closed_form import STAGES, assert_close, compose, gradients, staged
+from closed_forms import STAGES, assert_close, compose, gradients, staged
 from torch import Tensor
 
 import we_surgery as ws

@@ -1,117 +1,35 @@
 """The closed form against the stages run one by one, in every direction and transformation."""
 
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from closed_forms import (
+    F64,
+    SMALL,
+    STAGES,
+    as_function,
+    assert_agreement,
+    assert_close,
+    compose,
+    conv_net,
+    every_combination,
+    every_kind,
+    gradients,
+    staged,
+)
 from torch import Tensor, nn
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.autograd import gradcheck, gradgradcheck
 
 import we_surgery as ws
 from we_surgery.excitations import (
-    LWE,
     MWE,
     Composition,
-    Excitation,
-    Rescale,
     Standardize,
     closed_form,
 )
-
-F64 = torch.float64
-STAGES = ["s", "l", "m", "sl", "sm", "lm", "slm", "r", "lr", "sr", "slrm"]
-SMALL = {
-    "linear": (4, 6),
-    "1d": (4, 3, 3),
-    "2d": (4, 3, 3, 2),
-    "3d": (3, 2, 2, 1, 3),
-    "1x1": (4, 6, 1, 1),
-}
-every_combination = pytest.mark.parametrize("stages", STAGES)
-every_kind = pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
-
-
-def compose(
-    stages: str,
-    shape: tuple[int, ...],
-    *,
-    groups: int = 1,
-    transposed: bool = False,
-    detach_max: bool = True,
-    dtype: torch.dtype = F64,
-) -> Composition:
-    """Stages by their first letters, for a layer whose weight has this shape."""
-    channels = shape[0] if transposed else shape[1] * groups
-    filters = shape[1] * groups if transposed else shape[0]
-    made: dict[str, Callable[[], Excitation]] = {
-        "s": lambda: Standardize(dtype=dtype),
-        "l": lambda: LWE(channels, groups, reduction=max(channels // 4, 1), dtype=dtype),
-        "r": lambda: Rescale(torch.rand(filters, dtype=dtype) + 0.5, torch.randn(filters)),
-        "m": lambda: MWE(detach_max=detach_max, dtype=dtype),
-    }
-    return Composition([made[stage]() for stage in stages], groups if transposed else None)
-
-
-def staged(composition: Composition, weight: Tensor) -> Tensor:
-    """The reference: each stage's own `excite`, differentiated by autograd."""
-    return Excitation.forward(composition, weight)
-
-
-def gradients(excited: Tensor, inputs: list[Tensor], upstream: Tensor) -> list[Tensor | None]:
-    return list(torch.autograd.grad(excited, inputs, upstream, allow_unused=True))
-
-
-def assert_close(found: list[Any], expected: list[Any], tolerance: float) -> None:
-    """Equal up to ``tolerance`` of each tensor's largest value, and of all of them if it is 0."""
-    largest = [0.0 if other is None else other.abs().max().item() for other in expected]
-    for one, other, own in zip(found, expected, largest, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            scale = max(own, 1e-3 * max(largest))
-            torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
-
-
-def assert_agreement(composition: Composition, weight: Tensor, tolerance: float) -> None:
-    inputs = [weight.detach().clone().requires_grad_(), *composition.parameters()]
-    closed, reference = composition(inputs[0]), staged(composition, inputs[0])
-    assert "ClosedForm" in type(closed.grad_fn).__name__
-    assert_close([closed], [reference], tolerance)
-    upstream = torch.randn_like(reference)
-    found, expected = (gradients(e, inputs, upstream) for e in (closed, reference))
-    assert_close(found, expected, tolerance)
-
-
-def as_function(composition: Composition) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The composition as a function of a weight and its parameters, and these."""
-    names = [name for name, _ in composition.named_parameters()]
-
-    def function(weight: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(composition, dict(zip(names, values, strict=True)), (weight,))
-
-    return function, [p.detach().clone().requires_grad_() for p in composition.parameters()]
-
-
-def as_staged_function(composition: Composition) -> Callable[..., Tensor]:
-    class Staged(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = composition
-
-        def forward(self, weight: Tensor) -> Tensor:
-            return staged(self.inner, weight)
-
-    names = [f"inner.{name}" for name, _ in composition.named_parameters()]
-
-    def reference(weight: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(Staged(), dict(zip(names, values, strict=True)), (weight,))
-
-    return reference
-
 
 # Derivatives
 
@@ -342,17 +260,6 @@ def saved_bytes(modules: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: sum(storage.nbytes() for storage in storages.values())
 
 
-def conv_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(32, 64, 3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.Conv2d(64, 256, 1, bias=False),
-        nn.BatchNorm2d(256),
-        nn.Conv2d(256, 256, 3, groups=4, bias=False),
-        nn.BatchNorm2d(256),
-    )
-
-
 @pytest.mark.parametrize("mode", ["lwe", "mwe", "lwe+mwe"])
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 1.05), (torch.bfloat16, 1.1)])
 def test_little_but_the_excited_weight_is_kept_for_the_backward_pass(
@@ -416,146 +323,3 @@ def test_stages_of_other_classes_run_one_by_one(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(4, 3, dtype=F64)
     expected = 2 * compose("sm", (4, 3)).excite(weight)
     torch.testing.assert_close(composition(weight), expected)
-
-
-# Transformations
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
-@pytest.mark.parametrize(
-    ("stages", "dynamic"), [*((stages, None) for stages in STAGES), ("slm", True)]
-)
-def test_it_compiles_without_a_graph_break(stages: str, dynamic: bool | None) -> None:
-    composition = compose(stages, (6, 4, 3, 3))
-    compiled = torch.compile(composition, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    weight = torch.randn(6, 4, 3, 3, dtype=F64).contiguous(memory_format=torch.channels_last)
-    inputs = [weight.requires_grad_(), *composition.parameters()]
-    upstream = torch.randn_like(weight)
-    excited, expected = compiled(weight), staged(composition, weight)
-    assert_close([excited], [expected], 1e-12)
-    assert_close(gradients(excited, inputs, upstream), gradients(expected, inputs, upstream), 1e-12)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.filterwarnings("default")
-def test_a_compiled_model_trains_as_the_eager_one() -> None:
-    model = ws.convert(conv_net(), "lwe+mwe").double()
-    model[2].raw_weight.requires_grad_(False)
-    x = torch.randn(2, 32, 6, 6, dtype=F64)
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        run(x).square().mean().backward()
-        results.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
-    assert_close(*results, 1e-10)
-
-
-@pytest.fixture(params=["sl", "slm"])
-def transformed(request: pytest.FixtureRequest) -> tuple[Any, Any, Tensor, list[Tensor]]:
-    composition = compose(request.param, (4, 6, 2, 2))
-    function, parameters = as_function(composition)
-    weight = torch.randn(4, 6, 2, 2, dtype=F64)
-    return function, as_staged_function(composition), weight, [p.detach() for p in parameters]
-
-
-@pytest.mark.filterwarnings("default")  # torch.func warns of its own parts
-def test_torch_func_takes_gradients_and_curvature(transformed: Any) -> None:
-    function, reference, weight, parameters = transformed
-    results = []
-    for excite in (function, reference):
-
-        def loss(weight: Tensor, *values: Tensor, excite: Any = excite) -> Tensor:
-            return excite(weight, *values).square().sum()
-
-        firsts = grad(loss, argnums=(0, 1, 4))(weight, *parameters)
-        seconds = hessian(loss)(weight[:2, :, :1], *parameters)
-        results.append([*firsts, seconds])
-    assert_close(*results, 1e-12)
-
-
-@pytest.mark.filterwarnings("default")
-def test_torch_func_takes_forward_derivatives(transformed: Any) -> None:
-    function, reference, weight, parameters = transformed
-    primals = (weight, *parameters)
-    tangents = tuple(torch.randn_like(primal) for primal in primals)
-    assert_close(
-        list(jvp(function, primals, tangents)), list(jvp(reference, primals, tangents)), 1e-12
-    )
-
-
-def test_vmap_runs_an_ensemble(transformed: Any) -> None:
-    function, reference, weight, parameters = transformed
-    weights = torch.stack([weight, 2 * weight, weight.flip(0)])
-    stacked = [torch.stack([p, 2 * p, -p]) for p in parameters]
-    expected = [reference(weights[i], *(p[i] for p in stacked)) for i in range(3)]
-    assert_close([vmap(function)(weights, *stacked)], [torch.stack(expected)], 1e-12)
-    one_weight = vmap(function, (None, *[0] * len(stacked)))(weight, *stacked)
-    expected = [reference(weight, *(p[i] for p in stacked)) for i in range(3)]
-    assert_close([one_weight], [torch.stack(expected)], 1e-12)
-
-
-def test_autograd_differentiates_through_vmap(transformed: Any) -> None:
-    function, reference, weight, parameters = transformed
-    weights = torch.stack([weight, 2 * weight]).requires_grad_()
-    over_weights = vmap(function, (0, *[None] * len(parameters)))(weights, *parameters)
-    one_by_one = torch.stack([reference(one, *parameters) for one in weights])
-    upstream = torch.randn_like(weights)
-    assert_close(
-        gradients(over_weights, [weights], upstream),
-        gradients(one_by_one, [weights], upstream),
-        1e-12,
-    )
-
-
-def test_per_sample_gradients_of_a_converted_model() -> None:
-    layer = ws.convert(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), "lwe").double()[0]
-    parameters = dict(layer.named_parameters())
-    x = torch.randn(5, 4, 6, 6, dtype=F64)
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(layer, parameters, (sample[None],)).square().sum()
-
-    found = vmap(grad(loss), (None, 0))(parameters, x)
-    for index, sample in enumerate(x):
-        layer.zero_grad()
-        F.conv2d(sample[None], layer.weight, layer.bias).square().sum().backward()
-        for name, parameter in layer.named_parameters():
-            torch.testing.assert_close(found[name][index], parameter.grad)
-
-
-@pytest.mark.filterwarnings("default")
-def test_forward_mode_outside_of_torch_func_is_refused() -> None:
-    composition = compose("sl", (4, 6))
-    weight = torch.randn(4, 6, dtype=F64)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(weight, torch.ones_like(weight))
-        with pytest.raises(NotImplementedError, match="forward mode AD"):
-            composition(dual)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_trace_can_be_saved_and_loaded() -> None:
-    model = ws.convert(conv_net(), "lwe+mwe").eval()
-    x = torch.randn(2, 32, 6, 6)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(model, x, check_trace=False), file)
-    file.seek(0)
-    assert_close([torch.jit.load(file)(x)], [model(x)], 1e-5)
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("strict", [True, False])
-def test_an_excited_model_can_be_exported(strict: bool) -> None:
-    model = ws.convert(conv_net(), "lwe+mwe").eval()
-    x = torch.randn(2, 32, 6, 6)
-    exported = torch.export.export(model, (x,), strict=strict)
-    torch.testing.assert_close(exported.module()(x), model(x))
