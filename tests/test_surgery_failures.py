@@ -15,8 +15,6 @@ import we_surgery as ws
 from we_surgery import grafting
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
-# Failures on the way
-
 
 @pytest.mark.parametrize("init", ["paper", "preserve"])
 @pytest.mark.parametrize("fails_at", range(6))

@@ -13,8 +13,6 @@ from toys import ConvNet, Zoo, is_vanilla
 import we_surgery as ws
 from we_surgery.plans import Plan
 
-# What cannot be operated on
-
 
 class DistributedDataParallel(nn.Module):
     """Stands for torch's: it is refused by the name of its class."""

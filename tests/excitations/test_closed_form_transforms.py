@@ -24,8 +24,6 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import we_surgery as ws
 
-# Transformations
-
 
 @pytest.fixture
 def _fresh_compiler() -> Iterator[None]:
