@@ -26,7 +26,7 @@ import torch
 from measuring import TABLE_1, build_network, describe_machine, machine_line, table, write_results
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transform import naive, staged
+from transform_forms import naive, staged
 
 import we_surgery as ws
 from we_surgery.excitations import Composition, triton_backend

@@ -5,7 +5,7 @@
     python benchmarks/transform.py --compile  # also torch.compile, on some layers of ResNet50
 
 Three forms of the same mathematics are compared: *naive*, the obvious sequence of operations,
-written out below; *staged*, this package's stages one by one under autograd; and *closed*, the
+written out in ``transform_forms.py``; *staged*, this package's stages one by one under autograd; and *closed*, the
 closed form that layers use. They are measured in turns, and only ratios of one round are ever
 reported, as median, smallest and largest, because a machine is rarely quiet. Times are CPU
 seconds of one thread.
@@ -20,7 +20,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,104 +39,27 @@ from measuring import (
     write_results,
 )
 from torch import Tensor, nn
+from transform_forms import (
+    FORMS,
+    MEMORY_FORMATS,
+    Excite,
+    Layer,
+    by_inductor,
+    excitable_layouts,
+    make_layer,
+)
 
 import we_surgery as ws
 from we_surgery.excitations import (
     LWE,
     Composition,
-    Excitation,
-    Recipe,
     WeightLayout,
-    build_excitation,
 )
 
 NETWORKS = ("resnet50", "mobilenet_v2", "resnext50_32x4d", "convnext_tiny")
 QUICK_NETWORKS = ("resnet50", "mobilenet_v2")
+PRODUCTS = "products alone"
 COMPILED_SHAPES = ((64, 64, 3, 3), (256, 64, 1, 1), (512, 512, 3, 3), (2048, 512, 1, 1))
-MEMORY_FORMATS = {
-    "channels_last": torch.channels_last,
-    "contiguous": torch.contiguous_format,
-}
-
-Excite = Callable[[Composition, Tensor], Tensor]
-
-
-@dataclass
-class Layer:
-    """A weight, what excites it, and the gradient that arrives at the excited weight."""
-
-    weight: nn.Parameter
-    excitation: Composition
-    upstream: Tensor
-
-
-def naive(composition: Composition, weight: Tensor) -> Tensor:
-    """The obvious sequence of operations, each left to autograd.
-
-    Standardized as published layers do it, the map from two 1x1 convs over the pooled kernels,
-    MWE in its logarithmic form with the maximum in the graph. A linear layer is taken as a 1x1
-    conv, and 1x1 kernels are not pooled.
-    """
-    if weight.ndim == 2:
-        return naive(composition, weight[:, :, None, None])[:, :, 0, 0]
-    stages = {stage.name: stage for stage in composition.stages}
-    if "standardize" in stages:
-        mean = weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
-        weight = weight - mean
-        std = weight.reshape(weight.shape[0], -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
-        weight = weight / std.expand_as(weight)
-    lwe = stages.get("lwe")
-    if isinstance(lwe, LWE):
-        pooled = F.avg_pool2d(weight, weight.shape[2:]) if weight.shape[2] > 1 else weight
-        hidden = F.relu(F.conv2d(pooled, lwe.fc1.weight[:, :, None, None], lwe.fc1.bias))
-        mapped = F.conv2d(hidden, lwe.fc2.weight[:, :, None, None], lwe.fc2.bias)
-        weight = weight * torch.sigmoid(mapped)
-    if "mwe" in stages:
-        limit = 1.1 * weight.abs().max()
-        weight = limit * 0.5 * torch.log((1 + weight / limit) / (1 - weight / limit))
-    return weight
-
-
-def staged(composition: Composition, weight: Tensor) -> Tensor:
-    """The stages one by one, under autograd."""
-    return Excitation.forward(composition, weight)
-
-
-def by_inductor(composition: Composition, weight: Tensor) -> Tensor:
-    """The closed form by another backend; see `we_surgery.set_backend`."""
-    composition.backend = "inductor"
-    try:
-        return composition(weight)  # type: ignore[no-any-return]
-    finally:
-        composition.backend = "eager"
-
-
-FORMS: dict[str, Excite] = {
-    "naive": naive,
-    "staged": staged,
-    "closed": Composition.forward,  # what an excited layer runs
-}
-
-
-def excitable_layouts(name: str) -> list[WeightLayout]:
-    """Every conv that is not depthwise; in ConvNeXt, whose 1x1 convs are linear, those too."""
-    layouts = []
-    for module in build_network(name, device="meta").modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels > module.groups:
-            layouts.append(WeightLayout(tuple(module.weight.shape), module.groups))
-        elif isinstance(module, nn.Linear) and name == "convnext_tiny":
-            layouts.append(WeightLayout(tuple(module.weight.shape)))
-    return layouts
-
-
-def make_layer(layout: WeightLayout, memory_format: torch.memory_format, mode: str) -> Layer:
-    """A layer with random weights, excited as ``mode`` excites a conv."""
-    weight = torch.randn(layout.shape) * 0.05
-    if weight.ndim == 4:
-        weight = weight.contiguous(memory_format=memory_format)
-    recipe: Recipe = [{"standardize": {}}, *({name: {}} for name in mode.split("+"))]
-    excitation = build_excitation(recipe, layout)
-    return Layer(nn.Parameter(weight), excitation, torch.randn_like(weight))
 
 
 def seconds_of_a_pass(layers: Sequence[Layer], excite: Excite) -> float:
@@ -152,8 +75,32 @@ def seconds_of_a_pass(layers: Sequence[Layer], excite: Excite) -> float:
     return seconds
 
 
+@torch.no_grad()
+def seconds_of_products(layers: Sequence[Layer]) -> float:
+    """CPU seconds for the six products that no form of LWE and its gradient goes without.
+
+    They are those with fc1 and fc2 in the forward pass, and those with either operand of both in
+    the backward pass.
+    """
+    total = 0.0
+    for layer in layers:
+        lwe = layer.excitation.get_submodule("lwe")
+        assert isinstance(lwe, LWE)
+        values = layer.weight.flatten(2)[..., 0] if layer.weight.ndim > 2 else layer.weight
+        values = values.contiguous()
+        start = time.process_time()
+        hidden = torch.mm(values, lwe.fc1.weight.t())
+        mapped = torch.mm(hidden, lwe.fc2.weight.t())
+        torch.mm(hidden.t(), mapped)
+        torch.mm(mapped, lwe.fc2.weight)
+        torch.mm(hidden.t(), values)
+        torch.mm(hidden, lwe.fc1.weight)
+        total += time.process_time() - start
+    return total
+
+
 def compare_transforms(name: str, mode: str, memory_format: str, rounds: int) -> dict[str, Spread]:
-    """Staged and closed over naive, weights only, forward and backward."""
+    """Staged, closed and its matrix products over naive, weights only, forward and backward."""
     torch.manual_seed(0)
     layers = [
         make_layer(layout, MEMORY_FORMATS[memory_format], mode)
@@ -163,7 +110,9 @@ def compare_transforms(name: str, mode: str, memory_format: str, rounds: int) ->
     def measure(excite: Excite) -> Callable[[], float]:
         return lambda: seconds_of_a_pass(layers, excite)
 
-    return compare({form: measure(excite) for form, excite in FORMS.items()}, "naive", rounds)
+    measures = {form: measure(excite) for form, excite in FORMS.items()}
+    measures[PRODUCTS] = lambda: seconds_of_products(layers)
+    return compare(measures, "naive", rounds)
 
 
 def compare_compiled(memory_format: str, rounds: int) -> dict[str, Spread]:
@@ -290,13 +239,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def as_markdown(found: Mapping[str, Any]) -> str:
     """The results as tables."""
-    forms = ("staged", "closed")
+    forms = ("staged", "closed", PRODUCTS)
     parts = [
         "# What weight excitation costs\n",
         "Written by `benchmarks/transform.py`. Ratios of CPU time within a round, one thread: "
         f"median (smallest to largest) of {found['rounds']} rounds at most.\n",
         machine_line(found["machine"]),
         "## The transform, weights only, forward and backward (naive = 1)\n",
+        "*Products alone* are the six matrix products with fc1 and fc2 that every form has to "
+        "compute; the naive one computes them too.\n",
         table(
             ("network", "mode", "memory format", *forms),
             [
