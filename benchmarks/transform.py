@@ -5,10 +5,10 @@
     python benchmarks/transform.py --compile  # also torch.compile, on some layers of ResNet50
 
 Three forms of the same mathematics are compared: *naive*, the obvious sequence of operations,
-written out in ``transform_forms.py``; *staged*, this package's stages one by one under autograd; and *closed*, the
-closed form that layers use. They are measured in turns, and only ratios of one round are ever
-reported, as median, smallest and largest, because a machine is rarely quiet. Times are CPU
-seconds of one thread.
+written out in ``transform_forms.py``; *staged*, this package's stages one by one under autograd;
+and *closed*, the closed form that layers use. They are measured in turns, and only ratios of one
+round are ever reported, as median, smallest and largest, because a machine is rarely quiet. Times
+are CPU seconds of one thread.
 
 Writes ``transform.json`` and ``transform.md`` into ``benchmarks/results``.
 """
