@@ -56,6 +56,19 @@ def build_network(name: str, *, device: str = "cpu") -> nn.Module:
         return torchvision.models.get_model(name, weights=None)  # type: ignore[no-any-return]
 
 
+def peak_mib(act: Callable[[], object]) -> float:
+    """MiB of resident memory that an action takes at its peak, beyond what there was; on Linux."""
+
+    def status(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    act()
+    return status("VmHWM") - before
+
+
 def seconds(act: Callable[[], object]) -> float:
     """CPU seconds of one call."""
     start = time.process_time()

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measuring import peak_mib
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -118,10 +119,6 @@ def measure(source: Path, target: Path) -> dict[str, float]:
     """Strips in this process; megabytes of memory above the start, and seconds."""
     import we_surgery as ws
 
-    def status(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
     torch.set_num_threads(1)
     # The first strip loads code of torch that stays: it is no part of what a shard costs.
     ws.strip_state_dict(layer(0, FILTERS))
@@ -131,15 +128,11 @@ def measure(source: Path, target: Path) -> dict[str, float]:
             small.mkdir()
             write_shards(small, 1, 16, 2**10, layout)
             ws.strip_sharded(small, small / "out.safetensors")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
     started = time.process_time()
-    report = ws.strip_sharded(source, target)
-    return {
-        "layers": report.layers,
-        "peak_mib": status("VmHWM") - before,
-        "seconds": time.process_time() - started,
-    }
+    layers = []
+    peak = peak_mib(lambda: layers.append(ws.strip_sharded(source, target).layers))
+    seconds = time.process_time() - started
+    return {"layers": layers[0], "peak_mib": peak, "seconds": seconds}
 
 
 def run(

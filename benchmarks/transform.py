@@ -117,6 +117,7 @@ def compare_transforms(name: str, mode: str, memory_format: str, rounds: int) ->
 
 def compare_compiled(memory_format: str, rounds: int) -> dict[str, Spread]:
     """All forms and the compiled ones over naive, on some shapes: compiling takes minutes."""
+    torch._dynamo.reset()  # which refuses to compile a function for too many shapes
     torch.manual_seed(0)
     layers = [
         make_layer(WeightLayout(shape), MEMORY_FORMATS[memory_format], "lwe")
