@@ -136,7 +136,7 @@ def run_processes(words: list[str]) -> str:
     loopback = "lo" if sys.platform == "linux" else "lo0"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
-        env={"GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": str(ROOT), **os.environ},
+        env={"GLOO_SOCKET_IFNAME": loopback, **os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
