@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,8 @@ from torch import nn
 import we_surgery as ws
 from we_surgery import analysis
 
+# Run elsewhere, by the block's first words. Here its files and options are checked.
+RUN_ELSEWHERE = {"torchrun --nproc-per-node 2 examples/train_distributed.py": "test_distributed.py"}
 # In place of eight GPUs and ImageNet: a CPU, and two made-up batches of two images.
 ON_ANY_MACHINE = ("--device", "cpu", "--dry-run", "--step-batch", "2")
 
@@ -126,30 +125,23 @@ def run_line(line: str) -> str:
 
 
 def run_processes(words: list[str]) -> str:
-    """What torchrun is given: a script as it stands, a recipe in this process and dry."""
-    words = [str(ROOT / word) if word.endswith((".py", ".yaml")) else word for word in words]
-    if words[2:4] == ["-m", "we_surgery"]:
-        Path("DIR").mkdir()
-        result = CliRunner().invoke(COMMANDS["we-surgery"], [*words[4:], *ON_ANY_MACHINE])
-        assert result.exit_code == 0, result.output
-        return result.output
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
-        env={"GLOO_SOCKET_IFNAME": loopback, **os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What torchrun is given, a recipe, in this process and dry."""
+    assert words[2:4] == ["-m", "we_surgery"]
+    Path("DIR").mkdir()
+    words = [str(ROOT / word) if word.endswith(".yaml") else word for word in words[4:]]
+    result = CliRunner().invoke(COMMANDS["we-surgery"], [*words, *ON_ANY_MACHINE])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def runs_elsewhere(block: str) -> bool:
+    return block.startswith(tuple(RUN_ELSEWHERE))
 
 
 SHELL = of_kind("sh")
 
 
-@pytest.mark.parametrize(("page", "block"), SHELL)
+@pytest.mark.parametrize(("page", "block"), [p for p in SHELL if not runs_elsewhere(p.values[1])])
 def test_each_shell_block_runs(page: str, block: str, folder: Path) -> None:
     if "--start model.we.pt" in block:  # which, like the maps, an earlier command made
         shutil.copytree(folder / "before", folder, dirs_exist_ok=True)
@@ -169,6 +161,18 @@ def following_output(page: str, block: str) -> str | None:
 
 def without_hashes(text: str) -> str:
     return re.sub(r"\b[0-9a-f]{64}\b", "HASH", text)
+
+
+@pytest.mark.parametrize("start", RUN_ELSEWHERE)
+def test_a_block_that_runs_elsewhere_names_files_and_options_that_exist(start: str) -> None:
+    (block,) = (p.values[1] for p in SHELL if p.values[1].startswith(start))
+    script = start.split()[-1]
+    assert Path(script).stem in (ROOT / "tests" / "distributed_runs.py").read_text()
+    source = (ROOT / script).read_text()
+    for line in block.splitlines():
+        options = line.partition(f"{script} ")[2]
+        assert options
+        assert all(f'"{option}"' in source for option in re.findall(r"--[\w-]+", options))
 
 
 @pytest.mark.parametrize(("page", "block"), of_kind("yaml"))
