@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 from pathlib import Path
 
 import torch
@@ -228,4 +229,6 @@ if __name__ == "__main__":
     try:
         main(chosen)
     finally:
+        # What FSDP2 leaves holds the group in cycles. Let go of at exit, it may abort the process.
+        gc.collect()
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import sys
@@ -215,6 +216,7 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             torch.save(result, folder / "result.pt")
     finally:
+        gc.collect()  # as in the example
         dist.destroy_process_group()
 
 
