@@ -33,7 +33,8 @@ def put_in_place(
     Returns:
         What undoes it. On any failure it is undone already.
     """
-    kept = [(raw, raw.data, raw.grad) for raw in _raws(weights)]
+    raws = [weight.raw for weight in _one_of_each_raw(weights)]
+    kept = [(raw, raw.data, raw.grad) for raw in raws]
     grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
 
     def undo() -> None:
@@ -43,7 +44,7 @@ def put_in_place(
         graft(model, [g for g in grafts if (g.module, g.parameter) not in left])
 
     try:
-        for raw, _, _ in kept:
+        for raw in raws:
             raw.data, raw.grad = folded[id(raw)], None
         ungraft(model, [weight.owner for weight in weights])
     except BaseException:
@@ -101,10 +102,6 @@ def _keys(weight: ExcitedWeight) -> tuple[int, int]:
 
 def _one_of_each_raw(weights: Iterable[ExcitedWeight]) -> Iterable[ExcitedWeight]:
     return {id(weight.raw): weight for weight in reversed(list(weights))}.values()
-
-
-def _raws(weights: Iterable[ExcitedWeight]) -> list[nn.Parameter]:
-    return [weight.raw for weight in _one_of_each_raw(weights)]
 
 
 def _checksum(weight: Tensor) -> bytes:

@@ -68,11 +68,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--minutes", type=float, default=1.0)
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--corpus", type=Path, help="a folder to go on from and to add to")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = given.corpus or Path(scratch, "corpus")
-        corpus.mkdir(parents=True, exist_ok=True)
+        corpus = Path(scratch, "corpus")
+        corpus.mkdir()
         target = Target(Path(scratch))
         for place, seed in enumerate(target.seeds()):
             (corpus / f"seed-{place}").write_bytes(seed)
