@@ -18,6 +18,7 @@ import we_surgery as ws
 from we_surgery.excitations import backends
 from we_surgery.excitations.terms import Kept, Terms
 from we_surgery.layers import WEConv2d
+from we_surgery.watching import Sources
 
 
 @pytest.fixture
@@ -82,6 +83,15 @@ def test_a_change_is_seen_by_the_next_read(
         with mode():
             found = conv.weight.clone()
         torch.testing.assert_close(found, expected(conv), rtol=0, atol=0)
+
+
+def test_memory_that_is_given_out_again_is_not_taken_for_the_same() -> None:
+    """An allocator gives this size out again after some fifty tensors."""
+    layer = nn.Linear(400, 250)
+    sources = Sources.of(layer)
+    for _ in range(200):
+        layer.weight.data = layer.weight.data * 0.9 + 0.1
+        assert sources.have_moved()
 
 
 def test_a_write_into_the_excited_weight_does_not_stay() -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 import we_surgery as ws
 from we_surgery.excitations import LWE, MWE
@@ -99,6 +99,11 @@ def write_into_the_location_net(conv: WEConv2d) -> None:
         conv.excitation.lwe.fc2.bias.add_(1)
 
 
+def assign_data_to_the_location_net(conv: WEConv2d) -> None:
+    bias = conv.excitation.lwe.fc2.bias
+    bias.data = bias.data + 1
+
+
 def replace_a_parameter_of_the_location_net(conv: WEConv2d) -> None:
     fc2 = conv.excitation.lwe.fc2
     fc2.bias = nn.Parameter(fc2.bias.detach() + 1)
@@ -138,6 +143,22 @@ def parametrize_the_location_net(conv: WEConv2d) -> None:
         fc1.parametrizations.weight.original0.mul_(3)
 
 
+class Stretch(nn.Module):
+    """A parametrization whose result no tensor tells."""
+
+    factor = 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+
+def change_what_a_parametrization_does(conv: WEConv2d) -> None:
+    fc1 = conv.excitation.lwe.fc1
+    if not is_parametrized(fc1):
+        register_parametrization(fc1, "weight", Stretch())
+    fc1.parametrizations.weight[0].factor += 1
+
+
 def write_data_and_call_eval(conv: WEConv2d) -> None:
     conv.raw_weight.data.uniform_()
     conv.eval()
@@ -173,6 +194,7 @@ CHANGES: list[Callable[[WEConv2d], None]] = [
     cast,
     change_the_memory_format,
     write_into_the_location_net,
+    assign_data_to_the_location_net,
     replace_a_parameter_of_the_location_net,
     replace_a_layer_of_the_location_net,
     replace_the_location_net,
@@ -180,6 +202,7 @@ CHANGES: list[Callable[[WEConv2d], None]] = [
     replace_the_excitation,
     write_a_hyperparameter,
     parametrize_the_location_net,
+    change_what_a_parametrization_does,
     write_data_and_call_eval,
     write_data_and_train_in_between,
     write_data_after_a_pass_with_gradients,

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,27 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from we_surgery.excitations import Excitation
-
-
-@dataclass(eq=False, slots=True)
-class Source:
-    """A tensor or module an excited weight was computed from, and where it was found."""
-
-    owner: dict[str, Any]
-    name: str
-    value: Any
-    version: int
-    address: int
-    size: int
-    """Of ``owner``: something may have been added."""
-
-    def has_moved(self) -> bool:
-        tensor = self.value
-        if len(self.owner) != self.size or tensor is not self.owner.get(self.name):
-            return True
-        if not isinstance(tensor, Tensor):
-            return False
-        return tensor._version != self.version or _address(tensor) != self.address
+from we_surgery.watching import Sources, UnwatchableError, address
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -66,7 +44,7 @@ class _Kept:
     raw_version: int
     raw_alias: Tensor
     """The raw weight's memory, which cannot be given to another tensor while this is here."""
-    sources: list[Source]
+    sources: Sources
     stream: int | None
     is_differentiable: bool
     excited: TensorWeakRef
@@ -79,17 +57,14 @@ class _Kept:
     def is_current(self, raw: Tensor) -> bool:
         if raw is not self.raw or raw._version != self.raw_version:
             return False
-        if _address(raw) != _address(self.raw_alias):
+        if address(raw) != address(self.raw_alias) or self.sources.have_moved():
             return False
-        for source in self.sources:
-            if source.has_moved():
-                return False
         is_differentiable = _is_differentiable(raw, self.sources)
         return is_differentiable == self.is_differentiable and _stream(raw) == self.stream
 
     def value(self) -> Tensor | None:
         """The excited weight, unless nobody kept it or somebody wrote into it."""
-        excited: Tensor | None = self.excited()
+        excited: Tensor | None = self.excited() if self.held is None else self.held
         if excited is None or excited._version != self.excited_version:
             return None
         return excited
@@ -181,8 +156,8 @@ def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor
         # A graph of the stages' own operations can be walked back through only once.
         if not getattr(excited.grad_fn, "is_repeatable", False):
             return excited
-        if any(source.has_moved() for source in watched.sources):  # a stage advanced its buffers
-            watched.sources = list(_sources(excitation))
+        if watched.sources.have_moved():  # a stage advanced its buffers
+            watched.sources = Sources.of(excitation)
     else:
         # Made in inference mode, it could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -200,16 +175,16 @@ class Watched:
     excitation: Excitation
     raw: Tensor
     raw_version: int
-    sources: list[Source]
+    sources: Sources
     is_differentiable: bool
 
 
 def watch(excitation: Excitation, raw: Tensor) -> Watched | None:
     """What an excited weight is going to be computed from; None where that cannot be watched."""
     try:
-        sources = list(_sources(excitation))
+        sources = Sources.of(excitation)
         raw_version = raw._version
-    except (_UnwatchableError, RuntimeError):  # a tensor made in inference mode has no version
+    except (UnwatchableError, RuntimeError):  # a tensor made in inference mode has no version
         return None
     if _is_shared(raw):
         return None
@@ -254,41 +229,10 @@ def _let_go(reference: weakref.ref[_Kept], gradient: Tensor | None) -> None:
         kept.is_waiting = False
 
 
-class _UnwatchableError(Exception):
-    """The excited weight depends on something that cannot be watched."""
-
-
-def _sources(excitation: Excitation) -> Iterator[Source]:
-    """All that an excitation computes from, read each time: anything may have been replaced."""
-    for module in excitation.modules():
-        if "parametrizations" in module._modules:
-            raise _UnwatchableError
-        owners: tuple[dict[str, Any], ...] = (
-            module._modules,
-            module._parameters,
-            module._buffers,
-        )
-        for owner in owners:
-            for name, value in owner.items():
-                version, address = -1, 0
-                if isinstance(value, Tensor):
-                    if type(value) not in (nn.Parameter, Tensor, FakeTensor):
-                        raise _UnwatchableError
-                    version, address = value._version, _address(value)
-                yield Source(owner, name, value, version, address, len(owner))
-
-
-def _address(tensor: Tensor) -> int:
-    """Where the tensor's values are; 0 for one that has none."""
-    return 0 if type(tensor) is FakeTensor else tensor.data_ptr()
-
-
-def _is_differentiable(raw: Tensor, sources: list[Source]) -> bool:
+def _is_differentiable(raw: Tensor, sources: Sources) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return raw.requires_grad or any(
-        source.version >= 0 and source.value.requires_grad for source in sources
-    )
+    return raw.requires_grad or sources.require_gradients()
 
 
 def _is_shared(raw: Tensor) -> bool:

@@ -111,9 +111,12 @@ def excited_property(parameter: str) -> property:
         if handed is not None and parameter in handed:
             return handed[parameter]  # type: ignore[no-any-return]
         try:
-            return excited_weight(
-                getattr(self, excitation), getattr(self, raw), may_hold=not self.recompute
-            )
+            # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
+            # same: torch.fx puts a proxy there while it traces.
+            own: Any = self._modules.get(excitation)
+            if own is None:
+                own = getattr(self, excitation)
+            return excited_weight(own, getattr(self, raw), may_hold=not self.recompute)
         except AttributeError as error:
             # Left as it is, it would send Python on to nn.Module.__getattr__, which denies
             # that there is a `weight` and hides the cause.
