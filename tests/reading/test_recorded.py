@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.reading.recorded import EXCITATION, record
+from we_surgery.reading.recorded import record
 from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.recorder import EXCITATION
 from we_surgery.reading.stand_ins import Fakes, Metas
 from we_surgery.reading.weight_use import weight_reads
 

@@ -1,11 +1,11 @@
 """The papers' measurements, on any model and data, and their pictures."""
 
+from we_surgery.analysis.changes import Monitor as Monitor
 from we_surgery.analysis.importance import LocationMap as LocationMap
 from we_surgery.analysis.importance import LocationMaps as LocationMaps
 from we_surgery.analysis.importance import MagnitudeCurve as MagnitudeCurve
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
-from we_surgery.analysis.measuring import Monitor as Monitor
 from we_surgery.analysis.multipliers import MultiplierValidity as MultiplierValidity
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from we_surgery.analysis.changes import Change, Monitor
 from we_surgery.analysis.kernels import (
     MeasuredWeight,
     as_deployed,
@@ -18,7 +19,7 @@ from we_surgery.analysis.kernels import (
     find_weights,
     kernel_cells,
 )
-from we_surgery.analysis.measuring import Change, Measured, Monitor, measure
+from we_surgery.analysis.measuring import Measured, measure
 from we_surgery.analysis.scores import Metric
 from we_surgery.errors import InputError
 

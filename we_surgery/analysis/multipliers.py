@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from we_surgery.analysis.changes import Change, Monitor
 from we_surgery.analysis.kernels import (
     MeasuredWeight,
     as_deployed,
@@ -18,7 +19,7 @@ from we_surgery.analysis.kernels import (
     kernel_cells,
     union,
 )
-from we_surgery.analysis.measuring import Change, Monitor, measure
+from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.scores import Metric
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition

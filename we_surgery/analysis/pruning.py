@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from we_surgery.analysis.changes import Change, Monitor
 from we_surgery.analysis.kernels import MeasuredWeight, find_weights, kernel_cells, union
-from we_surgery.analysis.measuring import Change, Monitor, measure
+from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.multipliers import check_share, lowest, with_multipliers
 from we_surgery.analysis.scores import Metric
 from we_surgery.errors import InputError, near_matches

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from we_surgery.analysis.changes import Monitor
 from we_surgery.analysis.kernels import as_deployed
-from we_surgery.analysis.measuring import Monitor, measure
+from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.progress_file import ProgressFile
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.errors import InputError, SurgeryError, near_matches

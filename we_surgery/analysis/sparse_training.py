@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from we_surgery.analysis.changes import Monitor
 from we_surgery.analysis.kernels import find_weights
-from we_surgery.analysis.measuring import Monitor, measure
+from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.progress_file import ProgressFile
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.analysis.sensitivity import MakeModel, Variant

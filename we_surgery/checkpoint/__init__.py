@@ -4,16 +4,16 @@ from we_surgery.checkpoint.architecture import Architecture as Architecture
 from we_surgery.checkpoint.architecture import looks_like_architecture as looks_like_architecture
 from we_surgery.checkpoint.contents import Contents as Contents
 from we_surgery.checkpoint.contents import read as read
-from we_surgery.checkpoint.folding import ExcitedEntry as ExcitedEntry
+from we_surgery.checkpoint.excited_entry import ExcitedEntry as ExcitedEntry
+from we_surgery.checkpoint.excited_entry import cast as cast
+from we_surgery.checkpoint.excited_entry import find_excited as find_excited
+from we_surgery.checkpoint.excited_entry import is_excited_state_dict as is_excited_state_dict
+from we_surgery.checkpoint.excited_entry import tensor_identity as tensor_identity
 from we_surgery.checkpoint.folding import StateDictReport as StateDictReport
-from we_surgery.checkpoint.folding import cast as cast
-from we_surgery.checkpoint.folding import find_excited as find_excited
-from we_surgery.checkpoint.folding import is_excited_state_dict as is_excited_state_dict
 from we_surgery.checkpoint.folding import strip_state_dict as strip_state_dict
 from we_surgery.checkpoint.folding import (
     strip_state_dict_with_report as strip_state_dict_with_report,
 )
-from we_surgery.checkpoint.folding import tensor_identity as tensor_identity
 from we_surgery.checkpoint.folding_shards import save_stripped as save_stripped
 from we_surgery.checkpoint.folding_shards import strip_sharded as strip_sharded
 from we_surgery.checkpoint.metadata import Metadata as Metadata

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from we_surgery.checkpoint.excited_entry import (
+    ExcitedEntry,
+    cast,
+    find_excited,
+    tensor_identity,
+)
 from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
-from we_surgery.excitations import Composition, rebuild_excitation
-from we_surgery.excitations.base import in_full_precision
-from we_surgery.layer_names import RAW_PREFIX, excitation_name, raw_name
-from we_surgery.proof import is_finite, refuse_non_finite
 
 Progress = Callable[[int, int], None]
-
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -39,108 +39,6 @@ class StateDictReport:
     values: int
     removed_values: int
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class ExcitedEntry:
-    """One excited weight as a state dict holds it.
-
-    Attributes:
-        layer: the owning module's name ("" for the model itself).
-        parameter: the weight's name in it.
-        raw: the raw weight.
-        excitation: the excitation's entries, named from the excitation on.
-    """
-
-    layer: str
-    parameter: str
-    raw: Tensor
-    excitation: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def vanilla_key(self) -> str:
-        """The key that the folded weight gets."""
-        return _join(self.layer, self.parameter)
-
-    @property
-    def raw_key(self) -> str:
-        """The key of the raw weight."""
-        return _join(self.layer, raw_name(self.parameter))
-
-    @property
-    def excitation_prefix(self) -> str:
-        """What the keys of the excitation begin with."""
-        return _join(self.layer, excitation_name(self.parameter)) + "."
-
-    @property
-    def display_name(self) -> str:
-        """The layer's name in messages."""
-        return self.layer or "(the model itself)"
-
-    def identity(self) -> tuple[Any, ...]:
-        """Equal for entries that are the same memory, as those of tied layers are."""
-        own = sorted(self.excitation.items())
-        return (tensor_identity(self.raw), *((key, tensor_identity(value)) for key, value in own))
-
-    def rebuild(self) -> Composition:
-        """The excitation, sharing memory with the state dict where that is aligned.
-
-        Raises:
-            InputError: an unknown or incomplete excitation.
-        """
-        try:
-            return rebuild_excitation({k: _aligned(v) for k, v in self.excitation.items()})
-        except InputError as error:
-            raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
-
-    def fold(self, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
-        """The excited weight, in the raw one's memory format.
-
-        Args:
-            dtype: of the result; half precision is then excited in float32 and rounded once. By
-                default the raw weight's.
-            in_place: the raw weight's memory may be used for the result.
-
-        Raises:
-            InputError: an unknown or incomplete excitation.
-            SurgeryError: the weight cannot be computed, is not finite, or too large for
-                ``dtype``.
-        """
-        if self.raw.is_meta:
-            raise InputError(
-                f"the {self.parameter} of layer {self.display_name!r} has a shape and no values",
-                "Save the model after its weights were loaded.",
-            )
-        excitation = self.rebuild()
-        raw = _aligned(self.raw)
-        if dtype is not None:
-            raw = in_full_precision(raw)
-        is_own = in_place or raw.data_ptr() != self.raw.data_ptr()
-        try:
-            with torch.no_grad():
-                folded = excitation.excite_in_place(raw) if is_own else excitation(raw)
-                # It may leave the excitation in another memory format, or as the raw one itself.
-                is_raw = folded is raw
-                if folded.stride() != raw.stride() or (not is_own if is_raw else folded._is_view()):
-                    folded = torch.empty_like(raw).copy_(folded)
-        except RuntimeError as error:
-            raise SurgeryError(
-                f"the excited {self.parameter} of layer {self.display_name!r} cannot be computed: "
-                f"{error}",
-                "The file is damaged, or mixes the tensors of two models.",
-            ) from error
-        refuse_non_finite(self.display_name, folded, "the folded weight")
-        return cast(self.vanilla_key, folded, dtype)
-
-    def replaced(self, replace: Callable[[str, Tensor], Tensor]) -> ExcitedEntry:
-        """The entry with other tensors: what ``replace`` gives for each by its key."""
-        prefix = self.excitation_prefix
-        return ExcitedEntry(
-            self.layer,
-            self.parameter,
-            replace(self.raw_key, self.raw),
-            {key: replace(prefix + key, value) for key, value in self.excitation.items()},
-        )
 
 
 def strip_state_dict(checkpoint: Mapping[str, Any], *, key: str | None = None) -> dict[str, Tensor]:
@@ -249,88 +147,6 @@ def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEn
     }
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in ``dtype`` if it is of floating point and a dtype is given.
-
-    Args:
-        name: its key, for the message.
-        tensor: any tensor.
-        dtype: the wished one.
-
-    Raises:
-        SurgeryError: a finite value is beyond the numbers of ``dtype``.
-    """
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    rounded = tensor.to(dtype)
-    if tensor.is_meta or is_finite(rounded):
-        return rounded
-    if bool((rounded.isinf() & tensor.isfinite()).any()):
-        largest = tensor[tensor.isfinite()].abs().max()
-        raise SurgeryError(
-            f"{name!r} has a value of {largest:g}, beyond the numbers of "
-            f"{str(dtype).removeprefix('torch.')}",
-            "Choose --dtype bfloat16 or float32 (`dtype=`).",
-        )
-    return rounded
-
-
-def is_excited_state_dict(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict holds excited weights, under whatever prefix."""
-    return next(find_excited(state), None) is not None
-
-
-def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
-    """Each excited weight of a state dict, in its order.
-
-    A ``raw_...`` entry without an excitation beside it is somebody's own and none of ours.
-
-    Raises:
-        InputError: a weight is there both excited and vanilla.
-    """
-    entries: dict[str, ExcitedEntry] = {}
-    for key, value in state.items():
-        layer, _, last = key.rpartition(".")
-        parameter = last.removeprefix(RAW_PREFIX)
-        if parameter and parameter != last and isinstance(value, Tensor):
-            entry = ExcitedEntry(layer, parameter, value)
-            entries[entry.excitation_prefix] = entry
-    for key, value in state.items():
-        parts = key.split(".")
-        for length in range(1, len(parts)):
-            found = entries.get(".".join(parts[:length]) + ".")
-            if found is not None and isinstance(value, Tensor):
-                found.excitation[".".join(parts[length:])] = value
-                break
-    for entry in entries.values():
-        if not entry.excitation:
-            continue
-        if entry.vanilla_key in state:
-            raise InputError(
-                f"the state dict holds both {entry.vanilla_key!r} and its excited form "
-                f"{_join(entry.layer, raw_name(entry.parameter))!r}",
-                "Give the state dict of one model, converted or vanilla.",
-            )
-        yield entry
-
-
-def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory read in the same way."""
-    if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
-        return (id(tensor),)
-    storage = tensor.untyped_storage()
-    layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-    return (tensor.device, storage.data_ptr(), *layout)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, where torch's own allocator would have put it."""
-    tensor = tensor.detach()
-    # A file's reader lays tensors at any address, and matrix products round differently there:
-    # the fold would not be bit-equal to what the trained model computes.
-    return tensor if tensor.is_meta or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
 def _refuse_sharded(state: Mapping[str, Tensor]) -> None:
     sharded = next((name for name, value in state.items() if hasattr(value, "full_tensor")), None)
     if sharded is not None:
@@ -352,7 +168,3 @@ def _refuse_tied_after_conversion(
                 "its conversion",
                 "Tie layers before converting, so that the plan can decide for all of them.",
             )
-
-
-def _join(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name

@@ -11,14 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from we_surgery.checkpoint.folding import (
-    ExcitedEntry,
-    Progress,
-    StateDictReport,
-    cast,
-    report,
-    vanilla_entries,
-)
+from we_surgery.checkpoint.excited_entry import ExcitedEntry, cast
+from we_surgery.checkpoint.folding import Progress, StateDictReport, report, vanilla_entries
 from we_surgery.checkpoint.sharded import INDEX_ENDING, Load, ShardedStateDict, open_sharded
 from we_surgery.checkpoint.streaming import SafetensorsWriter
 from we_surgery.checkpoint.unwrap import Weights

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.checkpoint.contents import Contents, read
-from we_surgery.checkpoint.folding import ExcitedEntry, find_excited
+from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
 from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict

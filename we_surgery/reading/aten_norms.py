@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from we_surgery.reading.kinds import is_norm
-from we_surgery.reading.recorded import MODULE
+from we_surgery.reading.recorder import MODULE
 from we_surgery.reading.weight_use import is_view, operation_name
 
 _NORM_OPERATIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")

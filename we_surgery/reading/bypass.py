@@ -13,8 +13,9 @@ from torch import nn
 from we_surgery.errors import SurgeryError
 from we_surgery.graphs import excited_weights
 from we_surgery.layer_names import excitation_name, raw_name
-from we_surgery.reading.recorded import EXCITATION, MODULE, Recording
+from we_surgery.reading.recorded import Recording
 from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.recorder import EXCITATION, MODULE
 from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from we_surgery.reading.recorded import MODULE, Recording
+from we_surgery.reading.recorded import Recording
+from we_surgery.reading.recorder import MODULE
 from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
 
 _BOUNDED = frozenset(

@@ -11,67 +11,21 @@ import contextlib
 import copy
 import gc
 import logging
-import operator
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from we_surgery.compute_once import outdate
-from we_surgery.excitations import Composition, Excitation
+from we_surgery.excitations import Excitation
 from we_surgery.reading.hooks import drop_hooks
+from we_surgery.reading.recorder import Computation, Recorder
 from we_surgery.reading.running import call, fixed_seed
 from we_surgery.reading.stand_ins import StandIns
-from we_surgery.scripted import is_scripted
-
-MODULE = "module"
-"""Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
-EXCITATION = "excitation"
-"""Key of ``node.meta``: whether an excitation was running."""
-SHAPE = "shape"
-"""Key of ``node.meta``: the result's shape; absent where the result is no tensor."""
-DTYPE = "dtype"
-"""Key of ``node.meta``: the result's dtype."""
-
-_FX_CONSTANTS = (
-    fx.Node,
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-
-
-_META = torch.device("meta")
-
-
-def after_write(value: Any, write: Any) -> Any:
-    """The value of a tensor once another tensor over its memory has been written to."""
-    return value
-
-
-class Computation(NamedTuple):
-    """What an excitation is computed for, and once a forward pass.
-
-    Attributes:
-        excitation: its qualified name.
-        raw: the node of the raw weight; another one once it was written to.
-    """
-
-    excitation: str
-    raw: fx.Node
 
 
 @dataclass
@@ -137,7 +91,7 @@ def record(
 
 
 def _record(replica: nn.Module, inputs: Any, fakes: StandIns | None) -> Recording:
-    recorder = _Recorder(replica, _run if fakes is None else fakes.run)
+    recorder = Recorder(replica, _run if fakes is None else fakes.run)
     for tensor in tree_iter(inputs):
         if isinstance(tensor, Tensor):
             recorder.add_input(tensor)
@@ -199,180 +153,3 @@ def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
     replica = copy.deepcopy(model, memo)
     drop_hooks(replica, keep_torchs_own=True)
     return replica
-
-
-class _Excite(torch.autograd.Function):
-    """An excitation as one operation, with a node that reads may share as they share its own."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.is_repeatable = True
-        return weight * 1
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes each dispatched operation into an fx graph."""
-
-    shares_excited_weights = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any],
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._run = run
-        self.graph = fx.Graph()
-        self.calls: Counter[str] = Counter()
-        self.computations: Counter[Computation] = Counter()
-        self._graphs = {n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)}
-        self._names = {id(t): name for name, t in _named_tensors(model)}
-        self._nodes: Any = WeakTensorKeyDictionary()
-        self._order: dict[fx.Node, int] = {}
-        self._writes: dict[int, fx.Node] = {}
-        self._running: list[tuple[str, bool]] = [("", False)]
-        self.constants: dict[str, Tensor] = {}
-
-    def add_input(self, tensor: Tensor) -> None:
-        self._label(tensor, self.graph.placeholder(f"input_{len(self._order)}"))
-
-    def finish(self, outputs: Any) -> None:
-        tensors = [t for t in tree_iter(outputs) if isinstance(t, Tensor)]
-        self.graph.output(tuple(self._node_of(tensor) for tensor in tensors))
-
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Keeps track of which module is running, by hooks on the (copied) model."""
-        handles = []
-        for name, module in model.named_modules():
-            if is_scripted(module):
-                continue
-            if isinstance(module, Composition):
-                # No hooks: an excitation that carries some computes at each read.
-                module.__dict__["forward"] = partial(self._excite, name, module)
-                continue
-            enter, leave = self._hooks(name)
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(*_: Any) -> None:
-            self.calls[name] += 1
-            self._running.append((name, self._running[-1][1]))
-
-        def leave(*_: Any) -> None:
-            self._running.pop()
-
-        return enter, leave
-
-    def _excite(self, name: str, excitation: Composition, weight: Tensor) -> Tensor:
-        """One operation instead of some forty: who reads its result matters, not how it is made."""
-        self.calls[name] += 1
-        self._running.append((name, True))
-        try:
-            if excitation.is_paused:
-                return weight * 1
-            excited: Tensor = _Excite.apply(weight, *excitation.parameters())
-        finally:
-            self._running.pop()
-        may_share = excited.requires_grad or not excitation.training
-        if may_share and self._running[-1][0] not in self._graphs:
-            self.computations[Computation(name, self._node_of(weight))] += 1
-        return excited
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # fake tensors are asked all the time
-            return self._run(func, args, kwargs)
-        node_args, node_kwargs = self._storable(args), self._storable(kwargs)
-        result = self._run(func, args, kwargs)
-        node = self._add(func, node_args, node_kwargs)
-        if isinstance(result, Tensor):
-            self._label(result, node)
-        else:
-            for index, item in enumerate(tree_iter(result)):
-                if isinstance(item, Tensor):
-                    self._label(item, self._add(operator.getitem, (node, index), {}))
-        self._note_writes(func, args, kwargs, node)
-        return result
-
-    def _storable(self, value: Any) -> Any:
-        """Arguments as fx takes them, tensors as their nodes; anything else is written as text.
-
-        A walk of its own: torch's pytree took a quarter of the time of a recording.
-        """
-        if isinstance(value, Tensor):
-            return self._node_of(value)
-        if value is None or isinstance(value, _FX_CONSTANTS):
-            # What a graph says is run again on codes, which have memory.
-            return torch.device("cpu") if value == _META else value
-        if isinstance(value, tuple | list):
-            items = [self._storable(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {key: self._storable(item) for key, item in value.items()}
-        return str(value)
-
-    def _add(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args, kwargs)
-        node.meta[MODULE], node.meta[EXCITATION] = self._running[-1]
-        return node
-
-    def _label(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta[SHAPE], node.meta[DTYPE] = tuple(tensor.shape), tensor.dtype
-        self._nodes[tensor] = node
-        self._order[node] = len(self._order)
-
-    def _node_of(self, tensor: Tensor) -> fx.Node:
-        node: fx.Node | None = self._nodes.get(tensor)
-        if node is None:
-            name = self._names.get(id(tensor))
-            if name is None:
-                name = f"constant_{len(self.constants)}"
-                self.constants[name] = tensor
-            node = self.graph.create_node("get_attr", name)
-            self._label(tensor, node)
-        write = self._writes.get(_memory(tensor))
-        if write is not None and self._order.get(write, -1) > self._order[node]:
-            node = self._add(after_write, (node, write), {})
-            self._label(tensor, node)
-        return node
-
-    def _note_writes(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], node: fx.Node
-    ) -> None:
-        """Remembers what memory an in-place operation wrote, so that its aliases depend on it."""
-        if not func._schema.is_mutable:
-            return
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for tensor in tree_iter(value):
-                if isinstance(tensor, Tensor):
-                    self._order.setdefault(node, len(self._order))
-                    self._writes[_memory(tensor)] = node
-                    self._nodes[tensor] = node
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse and other tensors without one storage
-        return -id(tensor)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from we_surgery.reading.recorded import EXCITATION, MODULE, SHAPE, Recording, after_write
+from we_surgery.reading.recorded import Recording
+from we_surgery.reading.recorder import EXCITATION, MODULE, SHAPE, after_write
 
 # Where a matrix or conv operation takes its data and its weight: pairs of argument positions.
 # For a plain matrix product either operand may be the weight.
