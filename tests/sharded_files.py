@@ -43,3 +43,19 @@ def write_dcp(checkpoint: Mapping[str, object], folder: Path) -> Path:
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.8's own use
         dcp.save(dict(checkpoint), checkpoint_id=folder)
     return folder
+
+
+SOURCES = {
+    "safetensors": lambda state, folder: write_shards(state, folder, 3),
+    "bin": lambda state, folder: write_shards(state, folder, 3, "bin"),
+    "folder": lambda state, folder: write_shards(state, folder, 3).parent,
+    "dcp": lambda state, folder: write_dcp({"model": state, "epoch": 2}, folder),
+}
+"""The same state dict in each layout, by what writes it into a folder."""
+
+
+def assert_holds(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 import we_surgery as ws
 from we_surgery.checkpoint import read
-from we_surgery.checkpoint.sharded import open_sharded
+from we_surgery.checkpoint.locating import open_sharded
 
 PROCESSES = 2
 pytestmark = pytest.mark.skipif(

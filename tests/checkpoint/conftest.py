@@ -1,4 +1,4 @@
-"""Archives as torch.save writes them, around pickles that it would never write."""
+"""A converted model, and archives around pickles that torch.save would never write."""
 
 import zipfile
 from collections.abc import Callable
@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from toys import EVERYTHING, ConvNet
+
+import we_surgery as ws
+
+
+@pytest.fixture
+def converted() -> torch.nn.Module:
+    """A toy with weights excited in every way there is."""
+    torch.manual_seed(0)
+    return ws.convert(ConvNet(), config=EVERYTHING)
 
 
 @pytest.fixture

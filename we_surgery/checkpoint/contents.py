@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
+from we_surgery.checkpoint.locating import open_sharded, resolve
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.recognize import FileKind, recognize
-from we_surgery.checkpoint.sharded import ShardedStateDict, open_sharded, resolve
+from we_surgery.checkpoint.sharded import ShardedStateDict
 from we_surgery.checkpoint.unpickle import unpickle
 from we_surgery.checkpoint.unwrap import Weights, unwrap
 from we_surgery.checkpoint.wording import listed

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, cast
 from we_surgery.checkpoint.folding import Progress, StateDictReport, report, vanilla_entries
-from we_surgery.checkpoint.sharded import INDEX_ENDING, Load, ShardedStateDict, open_sharded
+from we_surgery.checkpoint.indexed_shards import INDEX_ENDING
+from we_surgery.checkpoint.locating import open_sharded
+from we_surgery.checkpoint.sharded import Load, ShardedStateDict
 from we_surgery.checkpoint.streaming import SafetensorsWriter
 from we_surgery.checkpoint.unwrap import Weights
 from we_surgery.checkpoint.writing import staged
