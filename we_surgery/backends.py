@@ -20,7 +20,7 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     Args:
         model: a converted model.
         backend: ``eager`` is torch's operations one by one. ``inductor`` compiles them for each
-            shape of weight, which takes minutes for a network; it saves time on a CPU too.
+            shape of weight, which takes minutes for a network and gains little on a CPU.
             ``triton`` has kernels of its own, 2 to 7 launches a layer where eager has some
             sixty, or 7 for many layers (:func:`we_surgery.set_grouped`); they run on a GPU, and
             eager computes what they do not: float64, MWE with ``detach_max=False``, stages

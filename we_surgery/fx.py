@@ -32,10 +32,11 @@ class ExcitePass(PassBase):
     as it is and reports it as not modified. When it raises, the graph module is as it was.
 
     Args:
-        mode: ``lwe`` (default), ``mwe``, ``we`` or ``lwe+mwe``.
-        **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``, ``init``,
-            ``start``, ``backend``, ``example_inputs``. In rules, a weight that a call reads goes
-            by the name of its module or, where that name is not ``weight``, by its own.
+        mode: as in :func:`we_surgery.convert`.
+        **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``,
+            ``transplants``, ``init``, ``start``, ``backend``, ``example_inputs``. In
+            rules, a weight that a call reads goes by the name of its module or, where that name
+            is not ``weight``, by its own.
 
     Raises:
         InputError: the arguments do not fit together.

@@ -146,18 +146,18 @@ def graft(model: nn.Module, grafts: Iterable[Graft]) -> Callable[[], None]:
 
 def pause(excitation: Composition, parameter: nn.Parameter, layer: str) -> None:
     """Makes a new excitation the identity for now."""
-    with torch.inference_mode(False), _named(layer):
+    with torch.inference_mode(False), _named(layer, "start='on'"):
         excitation.pause(parameter.detach())
 
 
 @contextlib.contextmanager
-def _named(layer: str) -> Iterator[None]:
+def _named(layer: str, instead: str) -> Iterator[None]:
     try:
         yield
     except NotImplementedError as error:
         raise InputError(
             f"layer {layer!r} cannot start as what it is: {error}",
-            "Convert with `init='paper'`, or give it another excitation by a rule.",
+            f"Convert with `{instead}`, or give it another excitation by a rule.",
         ) from error
 
 
@@ -165,7 +165,7 @@ def _preserve(excitation: Composition, parameter: nn.Parameter, layer: str) -> T
     """The raw weight whose excitation is the parameter; None if it is the parameter itself."""
     weight = parameter.detach()
     with torch.inference_mode(False):
-        with _named(layer):
+        with _named(layer, "init='paper'"):
             raw = excitation.preserve(weight)
         with torch.no_grad():
             check_preserved(layer, weight, excitation(raw))

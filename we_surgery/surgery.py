@@ -94,7 +94,8 @@ def convert(
 
     Raises:
         InputError: the request does not fit together or does not fit the model.
-        SurgeryError: a weight holds Inf or NaN, or the model cannot be copied.
+        SurgeryError: a weight holds Inf or NaN, the model cannot be copied or does not run on
+            ``example_inputs``, or the proof by a second recording failed.
     """
     refuse_wrappers(model)
     if is_converted(model):
@@ -160,11 +161,11 @@ def strip(
             same objects, now with the folded values, and lose their gradients. All folds are
             held until all are proven, so that a failure leaves the model as it was: at its
             peak it takes the memory of a second set of the excited weights, and of no more.
-        layer_by_layer: with ``inplace``, take the memory of one weight instead. All folds are
-            proven first all the same, one after the other, and then computed again; a failure
-            after that, such as Ctrl-C, leaves a model that computes what it did, of which some
-            layers are vanilla already. Not with ``example_inputs``, which prove a strip that can
-            still be taken back.
+        layer_by_layer: with ``inplace``, take the memory of one or two weights instead. All
+            folds are proven first all the same, one after the other, and then computed again; a
+            failure after that, such as Ctrl-C, leaves a model that computes what it did, of
+            which some layers are vanilla already. Not with ``example_inputs``, which prove a
+            strip that can still be taken back.
 
     Returns:
         A model of vanilla classes, with the vanilla keys in the vanilla order. Stripping a

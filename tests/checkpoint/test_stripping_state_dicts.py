@@ -244,3 +244,14 @@ def test_the_fold_does_not_depend_on_where_a_file_laid_the_tensors():
 def _laid_elsewhere(tensor, shift):
     room = torch.empty(tensor.numel() + shift, dtype=tensor.dtype)
     return room[shift:].view(tensor.shape).copy_(tensor)
+
+
+def test_the_trained_weights_or_their_average_are_stripped():
+    trained, averaged = (ws.convert(MODELS["tied"](), "mwe") for _ in range(2))
+    checkpoint = {"state_dict": trained.state_dict(), "state_dict_ema": averaged.state_dict()}
+    for weights, model in (("raw", trained), ("ema", averaged)):
+        found = strip_state_dict(checkpoint, weights=weights)
+        expected = ws.strip(model).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(InputError, match="both the key"):
+        strip_state_dict(checkpoint, key="state_dict", weights="ema")

@@ -212,6 +212,7 @@ def test_options_go_to_all_layers_and_those_of_a_rule_to_its_own(model_file: Pat
     ("words", "message"),
     [
         (("--option", "epsilon=0.2"), "takes STAGE.NAME=VALUE, not 'epsilon=0.2'"),
+        (("--option", "spectral_norm.eps=0.2"), "It has no options."),
         (("--option", "mwe.eps=0.2"), "mwe has no option 'eps'; did you mean 'epsilon'"),
         (("--option", "mew.eps=0.2"), "no excitation called 'mew'"),
         (("--option", "mwe.epsilon=["), "the value of --option 'mwe.epsilon=[' cannot be read"),

@@ -132,6 +132,13 @@ def test_an_option_out_of_range_is_refused(options: dict[str, object], message: 
         ws.plan(nn.Linear(3, 3), config={"mwe": options})
 
 
-def test_a_curve_without_an_inverse_refuses_a_pretrained_start() -> None:
-    with pytest.raises(ws.InputError, match="mwe cannot start as an identity"):
-        ws.convert(nn.Linear(3, 3), config={"mwe": {"curve": "gelu"}}, init="preserve")
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [({"init": "preserve"}, "init='paper'"), ({"start": "paused"}, "start='on'")],
+)
+def test_a_curve_without_an_inverse_cannot_start_as_the_model_does(
+    options: dict[str, str], instead: str
+) -> None:
+    with pytest.raises(ws.InputError, match="mwe cannot start as an identity") as caught:
+        ws.convert(nn.Linear(3, 3), config={"mwe": {"curve": "gelu"}}, **options)
+    assert f"`{instead}`" in caught.value.cure

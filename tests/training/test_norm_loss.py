@@ -34,8 +34,10 @@ def test_of_converted_models_it_takes_excited_or_raw_weights_and_no_excitations(
     weights = [layer.weight for layer in (vanilla.stem, vanilla.depthwise, vanilla.grouped)]
     model = ws.convert(vanilla, "lwe")
     layers = (model.stem, model.depthwise, model.grouped, model.head)
-    torch.testing.assert_close(ws.norm_loss(model), by_hand(*(layer.weight for layer in layers)))
-    raw = ws.norm_loss(model, of="raw")
+    excited = ws.norm_loss(model, of="excited")
+    torch.testing.assert_close(excited, by_hand(*(layer.weight for layer in layers)))
+    raw = ws.norm_loss(model)
+    assert raw < excited  # the stem and the grouped conv are standardized
     torch.testing.assert_close(raw, by_hand(*weights, vanilla.head.weight))
     raw.backward()
     assert model.stem.raw_weight.grad is not None
@@ -49,7 +51,8 @@ def test_attention_weights_count_where_they_are_excited() -> None:
     without = ws.convert(Zoo(), "mwe", rules=[ws.Rule("attention.in_proj_weight", "skip")])
     without.load_state_dict(model.state_dict(), strict=False)
     attention = by_hand(model.attention.in_proj_weight)
-    torch.testing.assert_close(ws.norm_loss(model) - attention, ws.norm_loss(without))
+    expected = ws.norm_loss(without, of="excited") + attention
+    torch.testing.assert_close(ws.norm_loss(model, of="excited"), expected)
 
 
 def test_weights_that_a_graph_reads_are_excited_too() -> None:
@@ -64,8 +67,8 @@ def test_weights_that_a_graph_reads_are_excited_too() -> None:
     vanilla = fx.symbolic_trace(Functional())
     model = ws.convert(vanilla, "mwe")
     folded = ws.strip(model).weight
-    torch.testing.assert_close(ws.norm_loss(model), by_hand(folded))
-    torch.testing.assert_close(ws.norm_loss(model, of="raw"), by_hand(vanilla.weight))
+    torch.testing.assert_close(ws.norm_loss(model, of="excited"), by_hand(folded))
+    torch.testing.assert_close(ws.norm_loss(model), by_hand(vanilla.weight))
 
 
 def test_filters_of_transposed_convs_are_those_that_make_an_output() -> None:

@@ -96,7 +96,7 @@ def _matplotlib(module: str) -> Any:
     except ImportError as error:
         raise InputError(
             "pictures need matplotlib, which is not installed",
-            "Install it with `pip install 'we-surgery[plot]'`, or leave pictures out "
+            "Install it with `pip install matplotlib`, or leave pictures out "
             "(--no-picture; `picture=False`).",
         ) from error
 

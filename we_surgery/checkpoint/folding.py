@@ -16,7 +16,7 @@ from we_surgery.checkpoint.excited_entry import (
     find_excited,
     tensor_identity,
 )
-from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
+from we_surgery.checkpoint.unwrap import VERSIONS, Weights, unwrap, with_versions
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 
 Progress = Callable[[int, int], None]
@@ -41,7 +41,9 @@ class StateDictReport:
     notes: list[str]
 
 
-def strip_state_dict(checkpoint: Mapping[str, Any], *, key: str | None = None) -> dict[str, Tensor]:
+def strip_state_dict(
+    checkpoint: Mapping[str, Any], *, key: str | None = None, weights: Weights | None = None
+) -> dict[str, Tensor]:
     """The vanilla state dict of a converted model's checkpoint. Needs no model and no plan.
 
     Each excited weight is folded into the entry the vanilla layer has, at its place; the other
@@ -52,16 +54,23 @@ def strip_state_dict(checkpoint: Mapping[str, Any], *, key: str | None = None) -
         checkpoint: a state dict, or what a trainer saved around one; it is not changed.
         key: where in the checkpoint the state dict is; by default the first of ``state_dict``,
             ``model``, ``state_dict_ema``, ``model_ema`` and ``ema``.
+        weights: in place of ``key``, ``raw`` for the trained weights or ``ema`` for their
+            average, wherever the trainer put them.
 
     Returns:
         The state dict without wrappers and without the prefixes of DDP and ``torch.compile``.
         One without excitations is returned with a :class:`NothingToStripWarning`.
 
     Raises:
-        InputError: there is no state dict, or an excitation in it is not known or not complete.
+        InputError: there is no state dict, or an excitation in it is not known or not complete;
+            or both ``key`` and ``weights`` are given.
         SurgeryError: a folded weight is not finite.
+
+    Example:
+        >>> checkpoint = torch.load("last.pth.tar")
+        >>> averaged = ws.strip_state_dict(checkpoint, weights="ema")
     """
-    stripped, report = strip_state_dict_with_report(checkpoint, key=key)
+    stripped, report = strip_state_dict_with_report(checkpoint, key=key, weights=weights)
     if not report.layers:
         warnings.warn(
             "the state dict has no excited weights; there is nothing to strip.",
@@ -75,6 +84,7 @@ def strip_state_dict_with_report(
     checkpoint: Mapping[str, Any],
     *,
     key: str | None = None,
+    weights: Weights | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], StateDictReport]:
@@ -83,11 +93,12 @@ def strip_state_dict_with_report(
     Args:
         checkpoint: as in :func:`strip_state_dict`.
         key: as in :func:`strip_state_dict`.
+        weights: as there.
         dtype: of all floating-point entries; by default each keeps its own. A half-precision
             weight is then excited in float32 and rounded once.
         progress: called with (weights done, weights in all).
     """
-    state, notes = unwrap(checkpoint, key)
+    state, notes = unwrap(checkpoint, key, weights)
     _refuse_sharded(state)
     entries = vanilla_entries(state)
     excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]

@@ -142,28 +142,31 @@ def opening_options(command: Command) -> Command:
     return command
 
 
-def output_options(command: Command) -> Command:
-    """The options that say what is written where."""
-    for decorate in reversed(
-        [
-            click.option(
-                "-o",
-                "--output",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="File, or folder of shards, to write; by default beside the input.",
-            ),
-            click.option(
-                "--to",
-                type=click.Choice(KINDS),
-                help="Kind of file to write; by default the input's.",
-            ),
-            click.option("--force", is_flag=True, help="Overwrite what is there."),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
-        ]
-    ):
-        command = decorate(command)
-    return command
+def output_options(what: str) -> Callable[[Command], Command]:
+    """The options that say what is written where; ``what`` is what ``-o`` may name."""
+    options = [
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help=f"{what} to write; by default beside the input.",
+        ),
+        click.option(
+            "--to",
+            type=click.Choice(KINDS),
+            help="Kind of file to write; by default the input's.",
+        ),
+        click.option("--force", is_flag=True, help="Overwrite what is there."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
+    ]
+
+    def decorate_all(command: Command) -> Command:
+        for decorate in reversed(options):
+            command = decorate(command)
+        return command
+
+    return decorate_all
 
 
 def make_source(

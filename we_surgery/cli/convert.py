@@ -45,12 +45,14 @@ class _ConvertCommand(SurgeryCommand):
         return super().parse_args(ctx, args)
 
 
-@click.command("convert", cls=_ConvertCommand)
+@click.command("convert", cls=_ConvertCommand, short_help="Excite a model, ready to train.")
 @source_options
 @click.option(
     "--mode",
     type=click.Choice(list(MODES)),
-    help=f"What the layers get.  [default: {DEFAULT_MODE}]",
+    help="lwe: LWE on convs, MWE on linear layers. mwe: MWE on all. we: as lwe, and MWE on "
+    "depthwise and shift-fed convs. lwe+mwe: both on convs. --list-modes tells of all.  "
+    f"[default: {DEFAULT_MODE}]",
 )
 @click.option(
     "--list-modes",
@@ -125,7 +127,7 @@ class _ConvertCommand(SurgeryCommand):
     "them that no converted weight is bypassed.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@output_options
+@output_options("File")
 def convert_command(
     mode: str | None,
     config: Path | None,

@@ -31,7 +31,9 @@ from we_surgery.jobs import Source
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-@click.command("inspect", cls=SurgeryCommand)
+@click.command(
+    "inspect", cls=SurgeryCommand, short_help="Tell what files hold and what they learned."
+)
 @click.argument("sources", nargs=-1, required=True)
 @opening_options
 @click.option(

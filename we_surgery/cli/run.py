@@ -12,7 +12,7 @@ from rich.table import Table
 from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
 
 
-@click.command("run", cls=SurgeryCommand)
+@click.command("run", cls=SurgeryCommand, short_help="Train and strip an experiment of the papers.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option(
     "--data",

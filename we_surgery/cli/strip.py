@@ -24,13 +24,16 @@ from we_surgery.surgery import DEPLOY_FORMS
 from we_surgery.verification import DTYPES
 
 
-@click.command("strip", cls=SurgeryCommand)
+@click.command(
+    "strip", cls=SurgeryCommand, short_help="Fold excited weights into vanilla ones, proven."
+)
 @source_options
 @click.option(
     "--raw",
     "weights",
     flag_value="raw",
-    help="Strip the trained weights of a checkpoint, wherever the trainer put them.",
+    help="Strip the trained weights of a checkpoint, wherever the trainer put them. Without this "
+    "and --ema: the first of state_dict, model, state_dict_ema, model_ema and ema.",
 )
 @click.option(
     "--ema", "weights", flag_value="ema", help="Strip their running average (EMA) instead."
@@ -66,7 +69,7 @@ from we_surgery.verification import DTYPES
     help="shift: a shift and a 1x1 conv in the place of each conv with one weight a kernel, as "
     "hardened, shared shift attention leaves it. Such a file needs we_surgery.",
 )
-@output_options
+@output_options("File, or folder of shards,")
 def strip_command(
     weights: Literal["raw", "ema", "both"] | None,
     dtype: str | None,

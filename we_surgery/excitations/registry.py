@@ -109,7 +109,7 @@ def check_stage(name: object, options: object = None) -> type[Excitation]:
         if option not in known:
             raise InputError(
                 f"{name} has no option {option!r}{near_matches(str(option), known)}",
-                f"Its options are: {', '.join(known)}.",
+                f"Its options are: {', '.join(known)}." if known else "It has no options.",
             )
     return excitation
 

@@ -206,7 +206,7 @@ def _train(
             if not hasattr(saver, "load_state_dict_from_checkpoint"):
                 raise InputError(
                     "this timm forgets the best epoch of a run that it resumes",
-                    "Install 1.0.31 or newer (`pip install 'we-surgery[recipes]'`).",
+                    "Install 1.0.31 or newer (`pip install 'timm>=1.0.31'`).",
                 )
             saver.load_state_dict_from_checkpoint(str(output / LAST))
             metrics = json.loads(history.read_text(encoding="utf-8"))[:first]

@@ -34,7 +34,8 @@ class WeightExcitation(ExcitingCallback, Callback):
             ``start="paused"``. Averages that Lightning's callbacks keep set in with the model.
         strip_checkpoints: whether to write the stripped files.
         **options: those of ``convert``: ``config``, ``rules`` (the layers' names begin at the
-            submodule), ``plan``, ``init``, ``start``, ``backend``, ``example_inputs``.
+            submodule), ``plan``, ``transplants``, ``init``, ``start``, ``backend``,
+            ``example_inputs``.
 
     Raises:
         InputError: the options do not fit together; in ``setup``: nor the model, there is no

@@ -17,7 +17,7 @@ from we_surgery.training.vanilla_view import inside_wrappers
 _LAYERS = (*CONV_KINDS, nn.Linear)
 
 
-def norm_loss(model: nn.Module, of: Literal["excited", "raw"] = "excited") -> Tensor:
+def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor:
     """How far the filters of a model are from unit length: ``sum_j (1 - |W_j|)^2``.
 
     The sum goes over all filters of all conv and linear layers that are trained, and over the
@@ -28,9 +28,10 @@ def norm_loss(model: nn.Module, of: Literal["excited", "raw"] = "excited") -> Te
 
     Args:
         model: a converted or vanilla model; also inside DDP or ``torch.compile``.
-        of: of excited layers the weight that is used, or the raw one that is trained. A
-            standardized weight has the length ``sqrt(N - 1)`` for N weights a filter, whatever
-            the raw one has: with standardization take ``raw``, or none.
+        of: of excited layers the raw weight, which is trained, or the excited one, which is
+            used. A standardized filter of N weights has the length ``sqrt(N - 1)`` whatever the
+            raw one has: with standardization, as in the mode ``lwe``, the excited ones give a
+            loss of thousands that moves nothing.
 
     Returns:
         A scalar; zero for a model without such layers.
@@ -42,7 +43,7 @@ def norm_loss(model: nn.Module, of: Literal["excited", "raw"] = "excited") -> Te
         >>> loss = criterion(model(x), y) + 1e-3 * ws.norm_loss(model)
     """
     if of not in ("excited", "raw"):
-        raise InputError(f"norm_loss takes `excited` or `raw`, not {of!r}", "Give one of the two.")
+        raise InputError(f"norm_loss takes `raw` or `excited`, not {of!r}", "Give one of the two.")
     model = inside_wrappers(model)
     found: dict[int, Tensor] = {}
     excitations: set[nn.Module] = set()

@@ -33,8 +33,8 @@ class WeightExcitation(TrainerCallback):
         start_epoch: the first epoch with excitation: until then it is paused, as by
             ``start="paused"``.
         strip_checkpoints: whether to write the stripped models.
-        **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``init``, ``start``,
-            ``backend``, ``example_inputs``.
+        **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``transplants``,
+            ``init``, ``start``, ``backend``, ``example_inputs``.
 
     Raises:
         InputError: the options do not fit together; while the Trainer is built: nor the model;
