@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from weight_changes import CHANGES, excited_conv
 
 import we_surgery as ws
+from we_surgery import compute_once
 from we_surgery.excitations import backends
 from we_surgery.excitations.terms import Kept, Terms
 from we_surgery.layers import WEConv2d
@@ -128,6 +130,47 @@ def test_freezing_and_unfreezing_are_seen(computed: list[tuple[int, ...]]) -> No
     conv.requires_grad_(True)
     conv(x).sum().backward()
     assert conv.raw_weight.grad is not None
+
+
+@pytest.mark.parametrize("is_frozen_first", [True, False])
+def test_one_tensor_that_is_frozen_or_unfrozen_is_seen(is_frozen_first: bool) -> None:
+    conv = excited_conv().train()
+    raw, x = conv.raw_weight, torch.randn(1, 4, 5, 5)
+    raw.requires_grad_(not is_frozen_first)
+    first = conv(x).sum()
+    raw.requires_grad_(is_frozen_first)
+    second = conv(x).square().sum()
+    raw.requires_grad_(True)
+    (first + second).backward()
+
+    expected = copy.deepcopy(conv)
+    expected.zero_grad()
+    output = expected(x)
+    (output.square() if is_frozen_first else output).sum().backward()
+    torch.testing.assert_close(raw.grad, expected.raw_weight.grad)
+
+
+def test_a_step_through_data_is_seen_although_the_graph_lives() -> None:
+    conv = excited_conv().train()
+    x = torch.randn(1, 4, 5, 5)
+    loss = conv(x).square().sum()
+    loss.backward(retain_graph=True)
+    for parameter in conv.parameters():
+        parameter.data.sub_(parameter.grad, alpha=0.1)
+    torch.testing.assert_close(conv.weight, expected(conv), rtol=0, atol=0)
+
+
+def test_another_thread_may_forget_what_was_just_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = compute_once.keep
+
+    def keep_and_forget(watched: Any, excited: Tensor, **how: Any) -> Any:
+        kept = keep(watched, excited, **how)
+        watched.excitation.forget()
+        return kept
+
+    monkeypatch.setattr(compute_once, "keep", keep_and_forget)
+    conv = excited_conv().train()
+    torch.testing.assert_close(conv.weight, expected(conv), rtol=0, atol=0)
 
 
 def test_parameters_made_in_inference_mode_are_excited_each_time() -> None:

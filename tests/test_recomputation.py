@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import timm
@@ -145,6 +146,46 @@ def test_a_failing_forward_pass_leaves_no_weight_behind() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         model(torch.randn(1, 4, 5, 5))
     assert set(model[0].__dict__) == before
+
+
+def test_a_weight_is_handed_to_the_thread_that_computed_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One thread under autocast, which is handed a bfloat16 weight, and one without."""
+    conv = ws.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "lwe")[0]
+    ws.set_recompute(conv)
+    before = set(conv.__dict__)
+    both_are_in, forward = threading.Barrier(2, timeout=60), nn.Conv2d.forward
+    seen: dict[bool, torch.dtype] = {}
+
+    def meeting(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        both_are_in.wait()
+        seen[torch.is_autocast_enabled("cpu")] = layer.weight.dtype
+        both_are_in.wait()
+        return forward(layer, x)
+
+    def run(autocast: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            conv(torch.randn(1, 3, 5, 5))
+
+    monkeypatch.setattr(nn.Conv2d, "forward", meeting)
+    threads = [threading.Thread(target=run, args=(autocast,)) for autocast in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {True: torch.bfloat16, False: torch.float32}
+    assert set(conv.__dict__) == before
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_an_excitation_may_be_frozen_between_the_passes(recompute: bool) -> None:
+    model = ws.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "lwe")
+    ws.set_recompute(model, recompute)
+    loss = model(torch.randn(1, 3, 5, 5)).square().sum()
+    model[0].excitation.requires_grad_(False)
+    loss.backward()
+    assert model[0].raw_weight.grad is not None
 
 
 def test_it_survives_copies_and_pickles_and_ends_with_strip() -> None:

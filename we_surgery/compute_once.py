@@ -17,8 +17,9 @@ stream. Under ``torch.compile``, ``torch.func``, tracing, capture and any dispat
 mode each read computes, and so it does where an excitation carries hooks. A recording of the
 reading is the one mode that says it may be shared under, so that it shows what is shared.
 
-Torch keeps no version for writes through ``tensor.data`` or a NumPy alias: in eval mode, call
-``model.eval()`` after them, which forgets what was kept. So does ``model.train()``.
+Torch keeps no version for writes through ``tensor.data`` or a NumPy alias: in eval mode, and
+between two forward passes whose graphs both live, call ``model.eval()`` or ``model.train()`` after
+them, which forget what was kept. So does a gradient that arrives.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from torch.utils.weak import TensorWeakRef
 from we_surgery.excitations import Excitation
 from we_surgery.watching import Sources, UnwatchableError, address
 
+_OUTDATED = -1
+"""A version that no tensor has."""
+
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class _Kept:
@@ -46,7 +50,8 @@ class _Kept:
     """The raw weight's memory, which cannot be given to another tensor while this is here."""
     sources: Sources
     stream: int | None
-    is_differentiable: bool
+    required: tuple[bool, ...] | None
+    """Which tensors, the raw one first, required a gradient; None where none got any."""
     excited: TensorWeakRef
     excited_version: int
     held: Tensor | None
@@ -59,8 +64,7 @@ class _Kept:
             return False
         if address(raw) != address(self.raw_alias) or self.sources.have_moved():
             return False
-        is_differentiable = _is_differentiable(raw, self.sources)
-        return is_differentiable == self.is_differentiable and _stream(raw) == self.stream
+        return _required(raw, self.sources) == self.required and _stream(raw) == self.stream
 
     def value(self) -> Tensor | None:
         """The excited weight, unless nobody kept it or somebody wrote into it."""
@@ -72,7 +76,7 @@ class _Kept:
     def read(self) -> Tensor | None:
         """:meth:`value`, which from now on is held by its readers alone where it can be."""
         excited = self.value()
-        if self.is_differentiable and not self.is_read_often:
+        if self.required is not None and not self.is_read_often:
             self.held = None
         return excited
 
@@ -117,7 +121,7 @@ def outdate(excitation: Excitation) -> None:
     """Makes the next read compute anew, as after a step of the optimizer."""
     kept: _Kept | None = excitation.kept
     if kept is not None:
-        kept.raw_version = -1
+        kept.raw_version = _OUTDATED
 
 
 def may_share(excitation: Excitation, raw: Tensor) -> bool:
@@ -149,9 +153,9 @@ def _is_watched() -> bool:
 
 def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor:
     watched = watch(excitation, raw)
-    if watched is None or (excitation.training and not watched.is_differentiable):
+    if watched is None or (excitation.training and watched.required is None):
         return excitation(raw)  # type: ignore[no-any-return]
-    if watched.is_differentiable:
+    if watched.required is not None:
         excited: Tensor = excitation(raw)
         # A graph of the stages' own operations can be walked back through only once.
         if not getattr(excited.grad_fn, "is_repeatable", False):
@@ -162,9 +166,9 @@ def _compute(excitation: Excitation, raw: Tensor, is_read_often: bool) -> Tensor
         # Made in inference mode, it could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
             excited = excitation(raw)
-    keep(watched, excited, is_read_often=is_read_often)
-    if watched.is_differentiable and not is_read_often:
-        excitation.kept.held = None
+    kept = keep(watched, excited, is_read_often=is_read_often)
+    if watched.required is not None and not is_read_often:
+        kept.held = None
     return excited
 
 
@@ -176,7 +180,7 @@ class Watched:
     raw: Tensor
     raw_version: int
     sources: Sources
-    is_differentiable: bool
+    required: tuple[bool, ...] | None
 
 
 def watch(excitation: Excitation, raw: Tensor) -> Watched | None:
@@ -188,10 +192,10 @@ def watch(excitation: Excitation, raw: Tensor) -> Watched | None:
         return None
     if _is_shared(raw):
         return None
-    return Watched(excitation, raw, raw_version, sources, _is_differentiable(raw, sources))
+    return Watched(excitation, raw, raw_version, sources, _required(raw, sources))
 
 
-def keep(watched: Watched, excited: Tensor, *, is_read_often: bool | None = None) -> None:
+def keep(watched: Watched, excited: Tensor, *, is_read_often: bool | None = None) -> _Kept:
     """Keeps an excited weight for those who will read it, and holds it until the first does.
 
     Args:
@@ -208,18 +212,20 @@ def keep(watched: Watched, excited: Tensor, *, is_read_often: bool | None = None
         raw_alias=raw.detach(),
         sources=watched.sources,
         stream=_stream(raw),
-        is_differentiable=watched.is_differentiable,
+        required=watched.required,
         excited=TensorWeakRef(excited),
         excited_version=excited._version,
         held=excited,
-        is_waiting=watched.is_differentiable,
+        is_waiting=watched.required is not None,
         is_read_often=is_read_often,
     )
-    if watched.is_differentiable:
+    if watched.required is not None:
         excited.register_hook(  # type: ignore[no-untyped-call]
             functools.partial(_let_go, weakref.ref(kept))
         )
     excitation.__dict__["kept"] = kept
+    # Not to be read from there again: another thread may have read, or forgotten it, by now.
+    return kept
 
 
 def _let_go(reference: weakref.ref[_Kept], gradient: Tensor | None) -> None:
@@ -227,12 +233,15 @@ def _let_go(reference: weakref.ref[_Kept], gradient: Tensor | None) -> None:
     if kept is not None:
         kept.held = None
         kept.is_waiting = False
+        # A step may come now, and one that writes to `data` would not be seen.
+        kept.raw_version = _OUTDATED
 
 
-def _is_differentiable(raw: Tensor, sources: Sources) -> bool:
+def _required(raw: Tensor, sources: Sources) -> tuple[bool, ...] | None:
     if not torch.is_grad_enabled():
-        return False
-    return raw.requires_grad or sources.require_gradients()
+        return None
+    required = (raw.requires_grad, *sources.require_gradients())
+    return required if any(required) else None
 
 
 def _is_shared(raw: Tensor) -> bool:

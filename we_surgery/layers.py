@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +28,6 @@ from we_surgery.layer_names import excitation_name, raw_name
 from we_surgery.layer_views import folded_parameters, vanilla_view
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 
-_HANDED = "_handed_weights"
 _FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
 """The module of torch that puts the tensors of a functional call into layers."""
 
@@ -107,9 +107,10 @@ def excited_property(parameter: str) -> property:
     raw, excitation = raw_name(parameter), excitation_name(parameter)
 
     def read(self: ExcitedLayer) -> Tensor:
-        handed = self.__dict__.get(_HANDED)
-        if handed is not None and parameter in handed:
-            return handed[parameter]  # type: ignore[no-any-return]
+        if self.recompute and not torch.compiler.is_compiling():
+            handed: dict[str, Tensor] = self.__dict__.get(_handed_here(), {})
+            if parameter in handed:
+                return handed[parameter]
         try:
             # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
             # same: torch.fx puts a proxy there while it traces.
@@ -129,6 +130,11 @@ def excited_property(parameter: str) -> property:
             raise
 
     return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
+
+
+def _handed_here() -> str:
+    """Where the weights of a forward pass lie that this thread is in, and no other."""
+    return f"_handed_weights_{threading.get_ident()}"
 
 
 def forward_with_recomputation(
@@ -154,8 +160,8 @@ def forward_with_recomputation(
             for name, excited in handed.items()
         ]
         stack.enter_context(recomputed_in_backward(weights))
-        layer.__dict__[_HANDED] = handed
-        stack.callback(layer.__dict__.pop, _HANDED, None)
+        layer.__dict__[_handed_here()] = handed
+        stack.callback(layer.__dict__.pop, _handed_here(), None)
         return forward(*args, **kwargs)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.excitations import Excitation
-from we_surgery.excitations.repeatable import refuse_modified, versions
+from we_surgery.excitations.repeatable import Versions
 from we_surgery.excitations.rerun import advanced_buffers, holding
 
 
@@ -26,7 +26,7 @@ class _Note:
 
     excitation: Excitation
     raw: Tensor
-    versions: list[int]
+    versions: Versions
     advanced: dict[str, Tensor]
     dtype: torch.dtype
     size: torch.Size
@@ -34,7 +34,7 @@ class _Note:
     offset: int
 
     def rebuild(self) -> Tensor:
-        refuse_modified(self.versions, _versions(self.excitation, self.raw))
+        self.versions.refuse_modified()
         with torch.no_grad(), holding(self.excitation, self.advanced):
             excited = self.excitation(self.raw).to(self.dtype)
         return torch.as_strided(excited, self.size, self.stride, self.offset)
@@ -71,7 +71,7 @@ def recomputed_in_backward(weights: Iterable[HandedWeight]) -> Iterator[None]:
         (excited.untyped_storage().data_ptr(), excited.dtype): (
             excitation,
             raw,
-            _versions(excitation, raw),
+            Versions(raw, excitation.parameters()),
             advanced_buffers(excitation),
         )
         for excitation, raw, excited in weights
@@ -89,7 +89,3 @@ def recomputed_in_backward(weights: Iterable[HandedWeight]) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-def _versions(excitation: Excitation, raw: Tensor) -> list[int]:
-    return versions(raw, list(excitation.parameters()))

@@ -67,9 +67,9 @@ class Sources:
                 return True
         return False
 
-    def require_gradients(self) -> bool:
-        """Whether one of the tensors does."""
-        return any(tensor.requires_grad for tensor, _, _ in self.tensors)
+    def require_gradients(self) -> list[bool]:
+        """Which of the tensors do."""
+        return [tensor.requires_grad for tensor, _, _ in self.tensors]
 
 
 def _owners(excitation: nn.Module) -> Iterator[dict[str, Any]]:

@@ -218,6 +218,31 @@ def test_autocast_changes_neither_direction() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_autocast_changes_no_second_derivative_and_no_vmap() -> None:
+    composition = compose("sl", (8, 16, 3, 3), dtype=torch.float32)
+    weight = torch.randn(8, 16, 3, 3, requires_grad=True)
+    upstream, excited = torch.randn_like(weight), composition(weight)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (first,) = torch.autograd.grad(excited, weight, upstream, create_graph=True)
+            results.append([first.detach(), torch.func.vmap(composition)(weight[None]).detach()])
+    assert_close(*results, 1e-5)
+
+
+def test_gradients_may_come_in_batches() -> None:
+    composition = compose("slm", (4, 6, 3, 3))
+    weight = torch.randn(4, 6, 3, 3, dtype=F64, requires_grad=True)
+    excited, upstreams = composition(weight), torch.randn(3, 4, 6, 3, 3, dtype=F64)
+    (batched,) = torch.autograd.grad(
+        excited, weight, upstreams, is_grads_batched=True, retain_graph=True
+    )
+    one_by_one = [
+        torch.autograd.grad(excited, weight, one, retain_graph=True)[0] for one in upstreams
+    ]
+    assert_close([batched], [torch.stack(one_by_one)], 1e-12)
+
+
 # Layout and memory
 
 

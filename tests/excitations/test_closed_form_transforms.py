@@ -62,6 +62,19 @@ def test_a_compiled_model_trains_as_the_eager_one() -> None:
     assert_close(*results, 1e-10)
 
 
+def test_a_transposed_conv_compiles_without_a_graph_break() -> None:
+    model = ws.convert(
+        nn.Sequential(nn.ConvTranspose2d(16, 8, 2, stride=2)), config={"conv": "lwe"}
+    )
+    x = torch.randn(2, 16, 4, 4)
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert_close(*gradients, 1e-5)
+
+
 @pytest.fixture(params=["sl", "slm"])
 def transformed(request: pytest.FixtureRequest) -> tuple[Any, Any, Tensor, list[Tensor]]:
     composition = compose(request.param, (4, 6, 2, 2))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
 from we_surgery.excitations import DynamicSparse, WeightLayout, build_excitation
@@ -55,6 +56,25 @@ def test_a_layer_that_would_lose_all_its_weights_starts_anew(mode: str) -> None:
         excitation.dynamic_sparse.threshold.fill_(9.0)
     assert torch.equal(excitation(weight.requires_grad_()), weight)
     assert excitation.dynamic_sparse.threshold.unique().item() == (0 if mode == "train" else 9)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "twice", "recompute", "looked at"])
+def test_a_weight_may_be_computed_more_than_once_before_the_backward_pass(way: str) -> None:
+    torch.manual_seed(0)
+    model = ws.convert(nn.Sequential(nn.Conv2d(4, 6, 3)), config={"conv": "dynamic_sparse"})
+    ws.set_recompute(model, way == "recompute")
+    x = torch.randn(2, 4, 6, 6)
+    if way == "checkpoint":
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "twice"):
+            loss = model(x).sum()
+            if way == "looked at":
+                with torch.no_grad():
+                    model[0].weight.mean()
+            loss = loss + model(2 * x).sum()
+    loss.backward()
+    assert model[0].excitation.dynamic_sparse.threshold.grad is not None
 
 
 def test_the_sparsity_loss_sums_over_a_model() -> None:

@@ -49,7 +49,8 @@ def excite_in_closed_form(weight: Tensor, terms: Terms, backend: Backend = "eage
     """
     # What torch.autograd.Function itself asks before it refuses.
     if torch._C._are_functorch_transforms_active():
-        return staged(weight, *terms)
+        with autocast_off(weight.device.type):
+            return staged(weight, *terms)
     if not torch.is_grad_enabled():
         return _forward([(weight, terms)], backend)[0][0]
     return excite_together([(weight, terms)], backend)[0]
@@ -252,8 +253,9 @@ def _differentiable_backward(
             completed[place] = value
         return staged(*completed)
 
-    pull_back = torch.func.vjp(excited, *(inputs[place] for place in places))[1]
-    found = dict(zip(places, pull_back(gradient), strict=True))
+    with autocast_off(gradient.device.type):
+        pull_back = torch.func.vjp(excited, *(inputs[place] for place in places))[1]
+        found = dict(zip(places, pull_back(gradient), strict=True))
     return tuple(found.get(place) for place in range(len(inputs)))
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from we_surgery.excitations.base import Excitation
 from we_surgery.excitations.functions import spread
@@ -66,8 +67,11 @@ class DynamicSparse(Excitation):
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
-        threshold = self.threshold.to(weight.dtype)
-        self.threshold.mul_(self._is_enough_kept(weight, threshold).to(self.threshold.dtype))
+        kept = self._is_enough_kept(weight, self.threshold.to(weight.dtype))
+        # Without a new version: `excite` takes those thresholds for 0 already, so no graph that
+        # has read them is out of date, and a layer may be called twice in a forward pass.
+        with _unsafe_preserve_version_counter(self.threshold):
+            self.threshold.mul_(kept.to(self.threshold.dtype))
 
     @staticmethod
     def _is_enough_kept(weight: Tensor, threshold: Tensor) -> Tensor:

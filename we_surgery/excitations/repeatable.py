@@ -8,10 +8,33 @@ numbers a filter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+
+class Versions:
+    """The version counters of a weight and of those other tensors that are trained, as they were.
+
+    Args:
+        weight: the raw weight.
+        others: tensors and None.
+    """
+
+    def __init__(self, weight: Tensor, others: Iterable[Tensor | None]) -> None:
+        # Not those of buffers, which DDP broadcasts before each forward pass. What was trained is
+        # asked now: it may be frozen before the backward pass.
+        moving = (tensor for tensor in others if tensor is not None and tensor.requires_grad)
+        self._known = [(tensor, tensor._version) for tensor in (weight, *moving)]
+
+    def refuse_modified(self) -> None:
+        """Raises a ``RuntimeError`` where one was written to, as autograd does."""
+        if any(tensor._version != version for tensor, version in self._known):
+            raise RuntimeError(
+                "a raw weight or a parameter of its excitation was modified by an inplace "
+                "operation between the forward pass that excited it and this backward pass"
+            )
 
 
 class Remembered:
@@ -24,29 +47,13 @@ class Remembered:
 
     def __init__(self, weight: Tensor, others: Sequence[Tensor | None]) -> None:
         self._weight, self._others = weight, others
-        self._versions = versions(weight, others)
+        self._versions = Versions(weight, others)
 
     def tensors(self) -> tuple[Any, ...]:
         """The weight and the others.
 
         Raises:
-            RuntimeError: one was written to since, as autograd raises for what it saves.
+            RuntimeError: one was written to since.
         """
-        refuse_modified(self._versions, versions(self._weight, self._others))
+        self._versions.refuse_modified()
         return self._weight, *self._others
-
-
-def versions(weight: Tensor, others: Sequence[Tensor | None]) -> list[int]:
-    """The version counters of a weight and of those other tensors that are trained."""
-    # Not those of buffers, which DDP broadcasts before each forward pass.
-    moving = (tensor for tensor in others if tensor is not None and tensor.requires_grad)
-    return [weight._version, *(tensor._version for tensor in moving)]
-
-
-def refuse_modified(before: Sequence[int], now: Sequence[int]) -> None:
-    """Raises a ``RuntimeError`` where version counters of the two passes differ."""
-    if before != now:
-        raise RuntimeError(
-            "a raw weight or a parameter of its excitation was modified by an inplace "
-            "operation between the forward pass that excited it and this backward pass"
-        )
