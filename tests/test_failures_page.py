@@ -1,0 +1,252 @@
+"""Each message that docs/when_it_fails.md quotes is provoked here, and begins as it says."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import we_surgery as ws
+from we_surgery.excitations import EXCITATIONS
+from we_surgery.excitations.curves import CURVES
+
+PAGE = (Path(__file__).parents[1] / "docs" / "when_it_fails.md").read_text(encoding="utf-8")
+
+
+def net(norm: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    second = nn.BatchNorm2d(8) if norm else nn.ReLU()
+    layers = (nn.Conv2d(3, 8, 3, padding=1), second, nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5))
+
+
+class Bypassing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.conv._parameters
+        return nn.functional.conv2d(x, own.get("weight", own.get("raw_weight")))
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = net(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x) + self.calls
+
+
+class Noise(ws.Excitation):
+    name = "noise_of_this_test"
+    order = 12
+
+    def excite(self, weight: Tensor) -> Tensor:
+        return weight + torch.rand_like(weight)
+
+    @classmethod
+    def for_layout(cls, layout: Any, *, device: Any, dtype: Any) -> Noise:
+        return cls()
+
+    from_state = for_layout
+
+
+@pytest.fixture
+def noise() -> Iterator[None]:
+    ws.register_excitation(Noise)
+    yield
+    del EXCITATIONS[Noise.name]
+
+
+def with_value(model: nn.Module, value: float) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = value
+    return model
+
+
+def named(name: str) -> nn.Module:
+    wrapper = type(name, (nn.Module,), {"forward": lambda self, x: x})
+    return wrapper()
+
+
+def sharded() -> nn.Module:
+    model = net()
+    model[0].weight.full_tensor = lambda: None
+    return model
+
+
+def foreign_plan() -> ws.Plan:
+    data = ws.plan(net()).to_dict()
+    data["layers"][0]["module"] = "9"
+    return ws.Plan.from_dict(data)
+
+
+def old_optimizer(kind: Callable[..., Any], inplace: bool) -> None:
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    ws.add_to_optimizer(optimizer, ws.convert(model, inplace=inplace))
+
+
+def saved(thing: Any, **options: Any) -> Any:
+    torch.save(thing, "file.pt")
+    return ws.load("file.pt", **options)
+
+
+X = torch.ones(2, 3, 8, 8)
+PLANNED: dict[str, Callable[[], Any]] = {
+    "the pattern '...' matches none of the ... layers": lambda: ws.plan(
+        net(), rules=[ws.Rule("layer9", "skip")]
+    ),
+    "there is no mode called '...'": lambda: ws.plan(net(), "lwee"),
+    "the config has an unknown key '...'": lambda: ws.plan(net(), config={"mod": "lwe"}),
+    "the config ... cannot be read": lambda: ws.plan(net(), config="configs/none.yaml"),
+    "layer '...' cannot start as what it is": lambda: ws.convert(
+        net(), config={"conv": "shift_attention"}, start="paused"
+    ),
+    "the model is wrapped in DistributedDataParallel": lambda: ws.convert(
+        named("DistributedDataParallel")
+    ),
+    "the model is wrapped by torch.compile": lambda: ws.convert(torch.compile(net())),
+    "the model is sharded": lambda: ws.convert(sharded()),
+    "the model is TorchScript": lambda: ws.convert(torch.jit.trace(net(), X, check_trace=False)),
+    "the weight of layer '...' holds ... non-finite values": lambda: ws.convert(
+        with_value(net(), torch.inf)
+    ),
+    "the converted model does not run in eval mode": lambda: ws.convert(
+        net(), example_inputs=torch.ones(2, 4, 8, 8)
+    ),
+    "aten.convolution in module '...' reads '...raw_weight' itself": lambda: ws.convert(
+        Bypassing(), example_inputs=X
+    ),
+    "the plan names a layer '...' that the model has not": lambda: ws.convert(
+        net(), plan=foreign_plan()
+    ),
+    "both a plan and a mode, config, rules or transplants were given": lambda: ws.convert(
+        net(), "lwe", plan=ws.plan(net())
+    ),
+    "the parameter groups hold none of the model's parameters": lambda: old_optimizer(
+        torch.optim.SGD, False
+    ),
+    "LBFGS keeps one flat history": lambda: old_optimizer(torch.optim.LBFGS, True),
+    "weight of layer '...' (...) is computed by ... and cannot be assigned": lambda: setattr(
+        ws.convert(net())[0], "weight", torch.ones(8, 3, 3, 3)
+    ),
+    "functional_call was given 'weight'": lambda: torch.func.functional_call(
+        ws.convert(net()), {"0.weight": torch.ones(8, 3, 3, 3)}, (X,)
+    ),
+    "Error(s) in loading state_dict for Sequential: Missing key(s)": lambda: ws.convert(
+        net()
+    ).load_state_dict(ws.convert(net(), "mwe").state_dict()),
+    "... names what a file may not name: ... (is of another package)": lambda: saved(Counting()),
+    "... names what a file may not name: ... (is no nn.Module class)": lambda: saved(eval),
+    "... holds weights and does not say of which architecture": lambda: saved(net().state_dict()),
+    "the state dict does not fit ...": lambda: saved(
+        net().state_dict(), architecture="torchvision:alexnet"
+    ),
+    "there is no file ...": lambda: ws.load("none.pt"),
+    "... exists already": lambda: [ws.save(net(), "a.pt") for _ in range(2)],
+    "the stripped model's outputs differ by ...": lambda: ws.strip(
+        ws.convert(Counting()), example_inputs=X
+    ),
+    "the folded weight of layer '...' is not bit-equal": lambda: ws.strip(
+        ws.convert(net(), config={"conv": Noise.name})
+    ),
+    "the folded weight of layer '...' holds ... non-finite values": lambda: ws.strip(
+        with_value(ws.convert(net()), torch.nan)
+    ),
+    "the model fails on the example inputs": lambda: ws.strip(
+        ws.convert(net()), example_inputs=torch.ones(2, 4, 8, 8)
+    ),
+}
+QUOTED = [
+    quote
+    for table in re.findall(r"\| message begins .*?(?=\n\n|\Z)", PAGE, re.S)
+    for quote in re.findall(r"^\| `([^|]*)` \|", table, re.M)
+]
+
+
+def test_each_quoted_message_is_provoked() -> None:
+    assert list(PLANNED) == QUOTED
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.usefixtures("noise")
+@pytest.mark.parametrize("quote", QUOTED)
+def test_the_message_begins_as_the_page_says(
+    quote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ws.WESurgeryError, RuntimeError)) as caught:
+        PLANNED[quote]()
+    message = " ".join(str(caught.value).split())
+    assert re.match(re.escape(quote).replace(r"\.\.\.", ".*"), message), message
+
+
+@pytest.mark.parametrize("how", [{"init": "preserve"}, {"start": "paused"}])
+def test_the_page_says_which_excitations_have_no_such_start(how: dict[str, str]) -> None:
+    def starts(config: dict[str, Any]) -> bool:
+        try:
+            ws.convert(net(), config=config, **how)
+        except ws.InputError:
+            return False
+        return True
+
+    stages = [name for name in EXCITATIONS if EXCITATIONS[name].__module__.startswith("we_surg")]
+    assert [s for s in stages if not starts({"conv": s})] == ["shift_attention"]
+    assert [c for c in CURVES if starts({"mode": "mwe", "mwe": {"curve": c}})] == ["atanh"]
+    assert not starts({"mode": "mwe", "mwe": {"rescale": False}})
+    assert not starts({"lwe": {"inner": "mwe"}})
+    for options in ({"learn": "mix"}, {"learn": "epsilon"}, {"detach_max": False}):
+        assert starts({"mode": "mwe", "mwe": options})
+    for attention in ("se", "bam", "cbam", "global", "triplet"):
+        assert starts({"lwe": {"attention": attention}})
+
+
+def test_the_reasons_are_those_of_plans() -> None:
+    def reason(model: nn.Module, **how: Any) -> str:
+        return ws.plan(model, **how).decisions[0].reason
+
+    frozen = net().requires_grad_(False)
+    parametrized = net()
+    nn.utils.parametrizations.weight_norm(parametrized[0])
+    pruned = net()
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
+    found = [
+        reason(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))),
+        reason(frozen),
+        reason(parametrized),
+        reason(pruned),
+        reason(net(norm=False)).partition(" (")[0],
+    ]
+    assert [text for text in found if f"`{text}`" not in PAGE] == []
+
+
+def test_the_classes_have_the_exit_codes_of_the_page() -> None:
+    for name, base, code in re.findall(r"^\| `ws\.(\w+)` \|.*\| `(\w+)` \| (\d?) ?\|$", PAGE, re.M):
+        assert issubclass(getattr(ws, name), getattr(builtins, base))
+        if code:
+            assert getattr(ws, name).exit_code == int(code)
+    classes = {n for n in dir(ws) if n.endswith(("Error", "Warning"))}
+    assert classes == set(re.findall(r"^\| `ws\.(\w+)`", PAGE, re.M))
+
+
+def test_an_optimizer_of_before_leaves_the_excitations_as_they_are() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ws.convert(model, inplace=True)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model(X + torch.randn_like(X)).square().mean().backward()
+    optimizer.step()
+    moved = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
+    assert "0.raw_weight" in moved
+    assert not [name for name in moved if "excitation" in name]
