@@ -202,6 +202,21 @@ def test_a_pattern_and_the_edited_plan_choose_the_places() -> None:
         ws.plan(model, transplants=["se(match=stage*)"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "cause"),
+    [
+        ({"se": {"reduction": True}}, "se: the reduction must be a positive integer, not True"),
+        ({"cbam": {"kernel_size": 4}}, "cbam: the kernel_size must be odd, not 4"),
+        ({"cbam": {"kernel_size": "x"}}, "cbam: the kernel_size must be a positive integer"),
+        ({"bam": {"dilation": 0}}, "bam: the dilation must be a positive integer, not 0"),
+        ({"max_dropout": {"always_on": 3}}, "always_on must be true or false, not 3"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(asked: dict[str, object], cause: str) -> None:
+    with pytest.raises(ws.InputError, match=cause):
+        ws.plan(resnet(), "none", transplants=[asked])
+
+
 def test_a_failing_conversion_leaves_the_model_as_it_was() -> None:
     model = resnet()
     nn.init.constant_(model.layer4[0].conv1.weight, torch.nan)

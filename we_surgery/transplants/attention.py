@@ -35,7 +35,7 @@ class BranchAttention(Transplant):
     reduction: int = 16
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduction)
+        check_positive("reduction", self.reduction)
 
     @property
     def stays(self) -> bool:
@@ -126,6 +126,12 @@ class CBAM(BranchAttention):
 
     kernel_size: int = 7
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("kernel_size", self.kernel_size)
+        if self.kernel_size % 2 == 0:  # it would leave a map of another size
+            raise ValueError(f"the kernel_size must be odd, not {self.kernel_size}")
+
     def build(self, channels: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         from timm.layers.cbam import CbamModule
 
@@ -144,10 +150,10 @@ class CBAM(BranchAttention):
         return module
 
 
-def check_reduction(reduction: int) -> None:
-    """Raises a ValueError unless the reduction is a positive integer."""
-    if not isinstance(reduction, int) or reduction < 1:
-        raise ValueError(f"the reduction must be a positive integer, not {reduction!r}")
+def check_positive(name: str, value: int) -> None:
+    """Raises a ValueError unless the value of an option is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"the {name} must be a positive integer, not {value!r}")
 
 
 def like(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.errors import InputError
-from we_surgery.transplants.attention import check_reduction, like
+from we_surgery.transplants.attention import check_positive, like
 from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name, replace_module
 from we_surgery.transplants.residual_blocks import residual_blocks
 
@@ -113,7 +113,8 @@ class BAMTransplant(Transplant):
     form: str = "product"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduction)
+        check_positive("reduction", self.reduction)
+        check_positive("dilation", self.dilation)
         if self.form not in FORMS:
             raise ValueError(f"the form must be one of {', '.join(FORMS)}, not {self.form!r}")
 

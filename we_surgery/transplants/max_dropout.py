@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from we_surgery.errors import InputError
+from we_surgery.excitations.functions import check_flag
 from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name
 
 _FUNCTIONS: dict[Any, str] = {
@@ -184,6 +185,7 @@ class MaxDropoutTransplant(Transplant):
     def __post_init__(self) -> None:
         if self.rate is not None:
             _check_rate(self.rate)
+        check_flag("always_on", self.always_on)
 
     @property
     def stays(self) -> bool:
