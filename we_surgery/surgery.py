@@ -160,7 +160,8 @@ def strip(
         inplace: change ``model`` itself instead of a deep copy; the raw Parameters stay the
             same objects, now with the folded values, and lose their gradients. All folds are
             held until all are proven, so that a failure leaves the model as it was: at its
-            peak it takes the memory of a second set of the excited weights, and of no more.
+            peak it takes the memory of a second set of the excited weights, and of computing
+            the largest.
         layer_by_layer: with ``inplace``, take the memory of one or two weights instead. All
             folds are proven first all the same, one after the other, and then computed again; a
             failure after that, such as Ctrl-C, leaves a model that computes what it did, of
