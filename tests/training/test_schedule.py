@@ -70,6 +70,19 @@ def test_a_paused_model_is_the_vanilla_one_and_resumes_without_a_jump(
     assert not torch.allclose(outputs(model), before, atol=1e-3)
 
 
+def test_a_model_that_was_cast_since_resumes_in_its_new_precision() -> None:
+    model = paused().double().eval()
+    x = batch()[0].double()
+    before = model(x)
+    ws.resume(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    half = paused().bfloat16()
+    ws.resume(half)
+    gains = [b for name, b in half.named_buffers() if name.endswith("rescale.gain")]
+    assert gains
+    assert all(gain.dtype == torch.float32 for gain in gains)
+
+
 def test_the_loss_before_the_switch_is_the_loss_after_it() -> None:
     model = paused()
     train(model, 5)
