@@ -58,7 +58,7 @@ def main(folder: Path, epochs: int = 3) -> list[float]:
     torch.manual_seed(0)
     # Build all as the first time, in the same order; then load.
     model = ws.convert(network(), "lwe+mwe", start="paused")
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     optimizer = torch.optim.AdamW(ws.param_groups(model, 0.05), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * STEPS_PER_EPOCH)
     excitation = ws.WESchedule(model, 1, average)  # has no state of its own

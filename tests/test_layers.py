@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from toys import EVERYTHING, ConvNet, is_vanilla
@@ -168,6 +169,57 @@ def test_other_attributes_are_assigned_as_in_any_module() -> None:
     layer.note = "mine"
     assert torch.equal(layer.state_dict()["bias"], torch.ones(6))
     assert layer.note == "mine"
+
+
+def test_a_layer_that_a_layers_own_method_makes_is_a_vanilla_one() -> None:
+    layer = ws.convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "lwe")[0]
+    made = layer.__class__(3, 4, kernel_size=1)
+    assert type(made) is nn.Conv2d
+    assert made.weight.shape == (4, 3, 1, 1)
+    assert isinstance(layer, WEConv2d)
+
+
+class Listed(nn.Module):
+    """Weights in a ParameterList and a ParameterDict, under names that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(6, 6), (6, 6), (6, 6), (6,)]
+        self.listed = nn.ParameterList([nn.Parameter(torch.randn(size)) for size in sizes])
+        self.named = nn.ParameterDict({"a:b": torch.randn(6, 6), "c%3A": torch.randn(6, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in (*self.listed[:-1], *self.named.values()):
+            x = F.linear(x, weight)
+        return x + self.listed[3:][0]
+
+
+def test_a_slice_of_a_parameter_list_holds_excited_weights_that_learn() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = ws.convert(Listed(), config={"linear": "lwe+mwe"}, example_inputs=x)
+    part = model.listed[1::2]
+    assert type(part) is nn.ParameterList
+    assert len(part) == 2
+    assert torch.equal(part[0], model.listed[1])
+    assert part[1] is model.listed[3]
+    output = model(x)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert torch.equal(ws.strip(model, example_inputs=x)(x), output)
+
+
+def test_a_weight_that_is_taken_out_of_a_parameter_dict_takes_its_excitation_along() -> None:
+    model = ws.convert(Listed(), config={"linear": "mwe"}, example_inputs=torch.randn(4, 6))
+    weight = model.named["c%3A"].clone()
+    assert model.named.pop("a:b").shape == (6, 6)
+    assert list(model.named) == ["c%3A"]
+    assert torch.equal(model.named["c%3A"], weight)
+    assert [name for name, _ in model.named.named_parameters()] == ["raw_c%3A"]
+    del model.named["c%3A"]
+    assert is_vanilla(model.named)
+    assert not list(model.named.parameters())
+    assert isinstance(model.listed, ExcitedLayer)
 
 
 def test_folding_a_batch_norm_into_an_mwe_conv_is_right() -> None:

@@ -117,3 +117,29 @@ def test_strip_gives_a_state_dict_that_loads_into_the_vanilla_model() -> None:
     vanilla.load_state_dict(ws.strip(converted).state_dict())
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(vanilla(x), converted(x))
+
+
+class Renaming(nn.Linear):
+    """A layer whose files are of before its weight got its name."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    @staticmethod
+    def rename(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        if prefix + "kernel" in state:
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+
+
+def test_a_vanilla_checkpoint_passes_the_hooks_of_a_layer_first() -> None:
+    vanilla = nn.Sequential(Renaming())
+    old = {"0.kernel": torch.randn(6, 6), "0.bias": torch.randn(6)}
+    vanilla.load_state_dict(old)
+    model = ws.convert(nn.Sequential(Renaming()), config={"linear": "lwe"})
+    hooks = list(model[0]._load_state_dict_pre_hooks)
+    for _ in range(2):
+        model.load_state_dict(old)
+        assert torch.equal(model[0].raw_weight, vanilla[0].weight)
+    assert list(model[0]._load_state_dict_pre_hooks) == hooks
+    model.load_state_dict(copy.deepcopy(model.state_dict()))

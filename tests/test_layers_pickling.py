@@ -91,6 +91,13 @@ def test_a_class_made_on_demand_is_found_again_in_a_fresh_process(tmp_path: Path
     assert done.stdout.split() == ["WEConv2dSame", "WEMultiheadAttention"], done.stderr
 
 
+def test_a_parameter_with_a_separator_in_its_name_pickles() -> None:
+    names = ("a:b", "c%3A", "d/e", "é f")
+    made = excited_class(nn.ParameterDict, names)
+    assert pickle.loads(pickle.dumps(made)) is made
+    assert made is not excited_class(nn.ParameterDict, ("a", "b", *names[1:]))
+
+
 def test_a_class_that_cannot_be_imported_fails_as_it_does_vanilla() -> None:
     class Local(nn.Linear):
         """Exists in this function alone."""

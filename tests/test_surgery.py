@@ -138,6 +138,28 @@ def test_a_model_on_the_meta_device_converts_and_strips_there() -> None:
     assert list(stripped.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "lwe", "start": "paused"},
+        {"mode": "lwe", "init": "preserve"},
+        {"config": {"conv": "spectral_norm"}},
+    ],
+)
+def test_a_model_on_the_meta_device_is_materialized_and_loaded(options: dict[str, Any]) -> None:
+    expected = ws.convert(ConvNet(), **options)
+    with torch.device("meta"):
+        model = ws.convert(ConvNet(), **options)
+    model.half().float()
+    model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict())
+    dtypes = [(name, value.dtype) for name, value in model.state_dict().items()]
+    assert dtypes == [(name, value.dtype) for name, value in expected.state_dict().items()]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), expected.eval()(x))
+    assert ws.resume(model) == ws.resume(expected)
+
+
 def test_layers_without_elements_are_converted_and_stripped() -> None:
     with pytest.warns(UserWarning, match="zero-element"):
         model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3))

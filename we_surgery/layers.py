@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from we_surgery.compute_once import excited_weight
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
+from we_surgery.fresh_layers import item_or_slice, vanilla_initializer
 from we_surgery.layer_names import excitation_name, raw_name
-from we_surgery.layer_views import folded_parameters, vanilla_view
+from we_surgery.layer_views import drop_own_attributes, folded_parameters, vanilla_view
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 
 _FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
@@ -68,6 +70,19 @@ class ExcitedLayer(_ModuleBase):
                 getattr(self, excitation_name(parameter)).forget()
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        base: Any = self.vanilla_class
+        excited = self.excited_parameters
+        if name not in excited or type(self) is not excited_class(base, excited):
+            super().__delattr__(name)
+            return
+        # As of a vanilla layer; `ParameterDict.pop` does it.
+        del self._parameters[raw_name(name)], self._modules[excitation_name(name)]
+        left = tuple(other for other in excited if other != name)
+        self.__class__ = excited_class(base, left) if left else base
+        if not left:
+            drop_own_attributes(self)
+
     def fuse(self) -> nn.Module:
         """A vanilla layer with the excited weight folded in; this layer is left as it is.
 
@@ -85,19 +100,24 @@ class ExcitedLayer(_ModuleBase):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         vanilla: list[str] = []
-        for name in self.excited_parameters:
-            vanilla_key, raw_key = prefix + name, prefix + raw_name(name)
-            if vanilla_key in state_dict and raw_key not in state_dict:
-                vanilla.append(name)
-                # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
-                # loaded before the conversion, and the excitation keeps its values but those
-                # that it takes from the weight.
-                state_dict[raw_key] = state_dict.pop(vanilla_key)
-                excitation = getattr(self, excitation_name(name))
-                own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
-                for key, value in own.items():
-                    state_dict.setdefault(key, value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+        def rename(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+            for name in self.excited_parameters:
+                vanilla_key, raw_key = prefix + name, prefix + raw_name(name)
+                if vanilla_key in state_dict and raw_key not in state_dict:
+                    vanilla.append(name)
+                    # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
+                    # loaded before the conversion, and the excitation keeps its values but those
+                    # that it takes from the weight.
+                    state_dict[raw_key] = state_dict.pop(vanilla_key)
+                    excitation = getattr(self, excitation_name(name))
+                    own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
+                    for key, value in own.items():
+                        state_dict.setdefault(key, value)
+
+        # The last of the hooks: the layer's own know vanilla names.
+        with self.register_load_state_dict_pre_hook(rename):  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in vanilla:
             getattr(self, excitation_name(name)).prepare(getattr(self, raw_name(name)))
 
@@ -308,6 +328,7 @@ for _vanilla, _excited in _WRITTEN_OUT.items():
     _excited.excited_parameters = ("weight",)
     setattr(_excited, "weight", excited_property("weight"))  # noqa: B010
     setattr(_excited, "reset_parameters", raw_initializer("reset_parameters"))  # noqa: B010
+    setattr(_excited, "__init__", vanilla_initializer(_vanilla))  # noqa: B010
 
 
 @cache  # one class for one question, so that copies and pickles agree on it
@@ -319,7 +340,10 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
             namespace[method] = raw_initializer(method)
+    if issubclass(base, nn.ParameterList):
+        namespace["__getitem__"] = item_or_slice(base)
     namespace |= {
+        "__init__": vanilla_initializer(base),
         "vanilla_class": base,
         "excited_parameters": parameters,
         "__module__": __name__,
@@ -327,9 +351,10 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     }
     made = type(f"WE{base.__name__}", (ExcitedLayer, base), namespace)
     # The separators are no characters of an identifier, and a dot would send pickle looking
-    # for attributes of attributes.
+    # for attributes of attributes. Parameters may have any other name, as in a ParameterDict.
+    names = (quote(name, safe="") for name in parameters)
     made.__qualname__ = _SEPARATOR.join(
-        (base.__module__.replace(".", "/"), base.__qualname__.replace(".", "/"), *parameters)
+        (base.__module__.replace(".", "/"), base.__qualname__.replace(".", "/"), *names)
     )
     return made
 
@@ -342,4 +367,4 @@ def __getattr__(name: str) -> Any:
     base: Any = importlib.import_module(module_name.replace("/", "."))
     for part in class_name.split("/"):
         base = getattr(base, part)
-    return excited_class(base, tuple(parameters))
+    return excited_class(base, tuple(map(unquote, parameters)))

@@ -263,6 +263,20 @@ def test_layers_that_are_not_trained_stay_out():
     assert all(name.startswith("head.") for name in added)
 
 
+def test_what_layers_share_joins_with_the_first_of_them_that_is_trained():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3))
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    config = {"conv": "lwe", "lwe": {"attention": "global"}}
+    ws.convert(model, config=config, inplace=True)
+    added = ws.add_to_optimizer(optimizer, model)
+    own = {n: p for n, p in model.named_parameters() if ".net." in n}
+    assert own.keys() <= set(added)
+    assert not any(name.startswith("0.") for name in set(added) - own.keys())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in held for p in own.values())
+    assert set(ws.remove_from_optimizer(optimizer, model)) == set(added)
+
+
 def test_lbfgs_refuses_and_stays_as_it_was():
     model = ConvNet()
     optimizer = torch.optim.LBFGS(model.parameters())

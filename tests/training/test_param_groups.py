@@ -236,6 +236,19 @@ def test_a_layer_that_the_base_leaves_out_is_left_out_with_its_excitation():
     assert any(name.startswith("head") for name in found)
 
 
+def test_what_layers_share_goes_with_the_first_of_them_in_the_base():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3))
+    model = ws.convert(model, config={"conv": "lwe", "lwe": {"attention": "global"}})
+    base = [{"params": [model[2].raw_weight], "lr": 0.3, "weight_decay": 0.1}]
+    found = by_name(model, ws.param_groups(model, base=base))
+    shared = [name for name, _ in model.named_parameters() if ".net." in name]
+    assert shared
+    for name in shared:
+        decay = 0.0 if name.endswith("bias") else 0.1
+        assert found[name] == {"lr": 0.3, "weight_decay": decay}
+    assert not any(name.startswith("0.") for name in found.keys() - set(shared))
+
+
 def test_timms_optimizer_factory_takes_them(model):
     optimizer = create_optimizer_v2(
         model, "adamw", lr=1e-3, param_group_fn=partial(ws.param_groups, weight_decay=0.1)

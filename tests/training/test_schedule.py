@@ -70,6 +70,19 @@ def test_a_paused_model_is_the_vanilla_one_and_resumes_without_a_jump(
     assert not torch.allclose(outputs(model), before, atol=1e-3)
 
 
+def test_a_model_that_was_cast_since_resumes_in_its_new_precision() -> None:
+    model = paused().double().eval()
+    x = batch()[0].double()
+    before = model(x)
+    ws.resume(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    half = paused().bfloat16()
+    ws.resume(half)
+    gains = [b for name, b in half.named_buffers() if name.endswith("rescale.gain")]
+    assert gains
+    assert all(gain.dtype == torch.float32 for gain in gains)
+
+
 def test_the_loss_before_the_switch_is_the_loss_after_it() -> None:
     model = paused()
     train(model, 5)
@@ -208,7 +221,10 @@ AVERAGES = {
 
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_an_average_sets_in_with_its_model_without_a_jump_and_goes_on(kind: str) -> None:
-    model = paused()
+    # Without standardization excitations have no buffers of a weight's own.
+    config = {"mode": "lwe+mwe", "standardize": "off"} if kind == "torch" else EVERYTHING
+    torch.manual_seed(0)
+    model = ws.convert(ConvNet(), config=config, start="paused")
     average = AVERAGES[kind](model)
     update = getattr(average, "update", None) or average.update_parameters
     for seed in range(3):
@@ -227,6 +243,35 @@ def test_an_average_sets_in_with_its_model_without_a_jump_and_goes_on(kind: str)
         update(model)
     expected = outputs(model.eval() if kind == "timm" else model)
     torch.testing.assert_close(outputs(average.module), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_average_does_not_jump_at_its_next_update_either() -> None:
+    torch.manual_seed(0)
+    model = ws.convert(ConvNet(), config={"conv": "standardize+lwe"}, start="paused")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+
+    def moved() -> float:
+        before = outputs(average.module)
+        train(model, 1)
+        average.update_parameters(model)
+        return float((outputs(average.module) - before).norm() / before.norm())
+
+    paused_moves = [moved() for _ in range(30)]
+    ws.resume(model, average)
+    assert moved() < 2 * paused_moves[-1]
+
+
+def test_an_average_that_would_copy_gain_and_shift_is_refused_before_anything_changes() -> None:
+    model = paused()
+    average = AVERAGES["torch"](model)
+    for attempt in (lambda: ws.resume(model, average), lambda: ws.WESchedule(model, 3, average)):
+        with pytest.raises(ws.InputError, match="without use_buffers copies") as caught:
+            attempt()
+        assert "use_buffers=True" in caught.value.cure
+    assert all(layer.excitation.is_paused for _, layer in excited_layers(model))
+    ws.resume(model)
+    late = AVERAGES["torch"](model)  # of a model that is not paused
+    assert not ws.WESchedule(model, 3, late).step(3)
 
 
 @pytest.mark.parametrize("kind", AVERAGES)

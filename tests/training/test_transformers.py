@@ -168,6 +168,29 @@ def test_excitation_sets_in_at_its_epoch_and_the_run_resumes(tmp_path):
             assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_epochs_of_data_without_a_length_are_counted(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (Images()[i] for i in range(8))  # two steps
+
+    class Watching(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            found.append(any(weight.excitation.is_paused for weight in excited_weights(model)))
+
+    def train(**options) -> list[bool]:
+        found.clear()
+        callback = WeightExcitation(config=CONFIG, start_epoch=1)
+        run = trainer(build("resnet"), tmp_path, callback, Watching())
+        run.train_dataset = Stream()
+        run.args.max_steps = 5
+        run.train(**options)
+        return list(found)
+
+    found: list[bool] = []
+    assert train() == [True, True, False, False, False]
+    assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-1")) == [True, *[False] * 3]
+
+
 def test_an_optimizer_that_was_made_before_gets_the_excitations(tmp_path):
     model = build("resnet")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

@@ -201,7 +201,9 @@ class Excitation(nn.Module, ABC):
             after = self._buffers[name]
             if before is not None and after is not None:
                 target = before.device if after.is_meta else after.device
-                self._buffers[name] = before.to(target)
+                # One without memory has no value to keep; `to_empty` has just given it memory.
+                kept = after if before.is_meta else before
+                self._buffers[name] = kept.to(target, before.dtype)
         return self
 
     def forget(self) -> None:

@@ -91,7 +91,8 @@ class Composition(Excitation):
         self.forget()
         self.preserve(weight)
         # As for the groups, the length is what says it: 1 for paused, 0 for resumed.
-        self.paused = torch.zeros(1, dtype=torch.uint8, device=weight.device)
+        device = "cpu" if weight.is_meta else weight.device
+        self.paused = torch.zeros(1, dtype=torch.uint8, device=device)
 
     @torch.no_grad()
     def resume(self, weight: Tensor) -> Tensor:
@@ -270,8 +271,9 @@ class Composition(Excitation):
         gain, shift = (filters.new_zeros(filters.shape[0]) + values for values in undone)
         rescale = self._modules.get(Rescale.name)
         if isinstance(rescale, Rescale):
-            rescale.gain.copy_(gain)
-            rescale.shift.copy_(shift)
+            # The weight may have been cast since.
+            rescale.gain = rescale.gain.to(gain.dtype).copy_(gain)
+            rescale.shift = rescale.shift.to(shift.dtype).copy_(shift)
         else:
             self._insert(Rescale(gain, shift))
 

@@ -228,7 +228,7 @@ class LWE(Excitation):
 
     def gate_at(self, value: float) -> float:
         """The gate of one number."""
-        return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64)).item()
+        return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
     def start_affine(self, weight: Tensor) -> Affine:
         return Affine(1 / self.start_constant(weight))

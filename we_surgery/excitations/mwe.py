@@ -145,7 +145,9 @@ class MWE(Excitation):
     def _inverted(self, excited: Tensor) -> Tensor:
         # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
         epsilon = self._epsilon()
-        largest_gain = (1 + epsilon) * torch.atanh(1 / (1 + epsilon))
+        # Rounded as in `curve_limit`, and then no more, where the model has become float64 since.
+        pole = (1 + epsilon).to(excited.dtype)
+        largest_gain = pole * torch.atanh(1 / pole)
         limit = curve_limit(excited / largest_gain, epsilon)
         return limit * torch.tanh(excited / limit)
 

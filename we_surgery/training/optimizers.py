@@ -71,8 +71,8 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     model = inside_wrappers(model)
     groups = optimizer.param_groups
     refuse_groups_of_another_model([Group(_options(g), g["params"]) for g in groups], model)
-    excitations = list(excitation_parameters(model))
     held = {id(tensor): group for group in groups for tensor in group["params"]}
+    excitations = list(excitation_parameters(model, held))
     _warn_of_replaced_parameters(held.keys(), groups, model, excitations)
     joining = [
         (name, parameter, _place(groups, held[id(excitation.raw)], parameter))

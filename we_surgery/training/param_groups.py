@@ -98,7 +98,6 @@ def param_groups(
         >>> optimizer = torch.optim.SGD(ws.param_groups(model, 1e-4), lr=0.1, momentum=0.9)
     """
     model = inside_wrappers(model)
-    excitations = list(excitation_parameters(model))
     view = vanilla_view(model)
     if base is None:
         decay = PAPER_WEIGHT_DECAY if weight_decay is None else weight_decay
@@ -109,9 +108,11 @@ def param_groups(
             "Leave them to what makes the base groups.",
         )
     else:
-        groups = _without(_read_groups(base(view) if callable(base) else base), excitations)
+        groups = _read_groups(base(view) if callable(base) else base)
+        groups = _without(groups, excitation_parameters(model))
         refuse_groups_of_another_model(groups, model)
-    for excitation in excitations:
+    trained = {id(tensor) for group in groups for tensor in group.tensors}
+    for excitation in excitation_parameters(model, trained):
         _join(groups, excitation, decay_excitations, excitation_lr, own_rule=base is None)
     return [group.to_dict() for group in groups if group.params]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from we_surgery.errors import InputError
-from we_surgery.excitations import Composition
+from we_surgery.excitations import Composition, Rescale
 from we_surgery.graphs import excited_weights
 from we_surgery.options import ConvertOptions
 from we_surgery.proof import check_preserved, refuse_non_finite
@@ -34,9 +36,11 @@ def resume(model: nn.Module, *averages: nn.Module) -> int:
         How many weights are excited from now on, those of averages too; 0 if none was paused.
 
     Raises:
-        InputError: the model is sharded.
+        InputError: the model is sharded, or an ``AveragedModel`` does not average the buffers that
+            the excitations have. The model is as it was.
         SurgeryError: a weight is not finite. The model is as it was.
     """
+    _refuse_copied_buffers(averages)
     paused: dict[int, tuple[str, nn.Parameter, Composition]] = {}
     for root in (model, *averages):
         for weight in excited_weights(inside_wrappers(root)):
@@ -70,7 +74,8 @@ class WESchedule:
         *averages: averages of its weights (EMA), as for :func:`resume`.
 
     Raises:
-        InputError: ``start_epoch`` is negative or no integer.
+        InputError: ``start_epoch`` is negative or no integer, or an average cannot set in; see
+            :func:`resume`.
 
     Example:
         >>> model = ws.convert(model, start="paused")
@@ -82,6 +87,7 @@ class WESchedule:
 
     def __init__(self, model: nn.Module, start_epoch: int, *averages: nn.Module) -> None:
         _check_epoch(start_epoch)
+        _refuse_copied_buffers(averages)  # here and not in the middle of training
         self.model = model
         self.start_epoch = start_epoch
         self.averages = averages
@@ -111,6 +117,25 @@ def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOpt
             "Give start_epoch alone: excitation is paused until then.",
         )
     return {**options, "start": "paused"}
+
+
+def _refuse_copied_buffers(averages: Iterable[nn.Module]) -> None:
+    """Raises where an average would take gain and shift of the model's weights for its own.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    for average in averages:
+        if not isinstance(average, AveragedModel) or average.use_buffers:
+            continue
+        for weight in excited_weights(average.module):
+            stages = weight.excitation.stages
+            if weight.excitation.is_paused and any(isinstance(s, Rescale) for s in stages):
+                raise InputError(
+                    "an AveragedModel without use_buffers copies the model's buffers, and layer "
+                    f"{weight.name!r} has buffers that fit its own average alone",
+                    "Make it as `AveragedModel(model, ..., use_buffers=True)`.",
+                )
 
 
 def _check_epoch(start_epoch: object) -> None:

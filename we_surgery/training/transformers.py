@@ -58,6 +58,7 @@ class WeightExcitation(TrainerCallback):
         self.start_epoch = start_epoch
         self.options = resolve_options(mode, paused_until(start_epoch, options))
         self.strip_checkpoints = strip_checkpoints
+        self._next_epoch = 0
 
     def on_init_end(
         self,
@@ -77,6 +78,8 @@ class WeightExcitation(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        # A run that is resumed within an epoch begins at a fraction.
+        self._next_epoch = int(state.epoch or 0)
         optimizer = kwargs.get("optimizer")
         # One that was given to the Trainer was made before the conversion. DeepSpeed's holds
         # pieces of tensors, and was made by the Trainer.
@@ -90,9 +93,10 @@ class WeightExcitation(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        # Counted: of data without a length, the state has each epoch as a fraction of the whole.
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         if self.start_epoch is not None:
-            # A run that is resumed within an epoch begins at a fraction.
-            WESchedule(kwargs["model"], self.start_epoch).step(int(state.epoch or 0))
+            WESchedule(kwargs["model"], self.start_epoch).step(epoch)
 
     def on_save(
         self,

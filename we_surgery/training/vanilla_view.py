@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from we_surgery.graphs import excited_weights
+from we_surgery.graphs import ExcitedWeight, excited_weights
 from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
 from we_surgery.layers import ExcitedLayer
 
@@ -41,21 +41,30 @@ def inside_wrappers(model: nn.Module) -> nn.Module:
     return model
 
 
-def excitation_parameters(model: nn.Module) -> Iterator[ExcitationParameters]:
+def excitation_parameters(
+    model: nn.Module, trained: Container[int] = ()
+) -> Iterator[ExcitationParameters]:
     """For each excited weight, in the model's order, what its excitation trains.
 
-    Parameters of an excitation that tied layers share are yielded with the first of them.
+    Parameters that several excitations have in common, or tied layers, are yielded with the first
+    layer whose raw weight is trained; with the first of all if none is.
+
+    Args:
+        model: the model, without wrappers.
+        trained: the ``id`` of each raw weight that is trained.
     """
-    seen: set[int] = set()
-    for weight in excited_weights(model):
-        prefix = f"{weight.module}." if weight.module else ""
-        prefix += excitation_name(weight.parameter)
+    weights = list(excited_weights(model))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first: dict[int, ExcitedWeight] = {}
+    for weight in sorted(weights, key=lambda weight: id(weight.raw) not in trained):
+        for parameter in weight.excitation.parameters():
+            first.setdefault(id(parameter), weight)
+    for weight in weights:
         named = tuple(
-            (f"{prefix}.{name}", parameter)
-            for name, parameter in weight.excitation.named_parameters()
-            if parameter.requires_grad and id(parameter) not in seen
+            (names[id(parameter)], parameter)
+            for parameter in weight.excitation.parameters()
+            if parameter.requires_grad and first[id(parameter)] is weight
         )
-        seen.update(id(parameter) for _, parameter in named)
         yield ExcitationParameters(weight.name, weight.raw, named)
 
 
