@@ -185,3 +185,26 @@ def test_recurrent_layers_are_left_alone() -> None:
     assert all("recurrent layer" in decision.reason for decision in left)
     converted = ws.convert(Recurrent(), plan=plan, example_inputs=x)
     ws.strip(converted, example_inputs=x)
+
+
+class FrozenNorm(nn.Module):
+    """Keeps its norm in eval mode by a ``train`` that returns nothing, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.norm.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def test_a_train_method_that_returns_nothing_is_recorded() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    plan = ws.plan(FrozenNorm(), example_inputs=x)
+    assert (plan.rung, plan.rung_reason) == ("recorded", "")
+    ws.strip(ws.convert(FrozenNorm(), example_inputs=x), example_inputs=x)

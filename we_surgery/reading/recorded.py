@@ -80,7 +80,8 @@ def record(
         contextlib.nullcontext() if fakes is None else fakes.active(),
         torch.set_grad_enabled(training),
     ):
-        replica = _replica(model, fakes).train(training)
+        replica = _replica(model, fakes)
+        replica.train(training)  # which a model may override and return nothing from
         inputs = example_inputs if fakes is None else tree_map_only(Tensor, fakes, example_inputs)
         if after_a_step:
             _record(replica, inputs, fakes)
