@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -185,3 +186,62 @@ def test_recurrent_layers_are_left_alone() -> None:
     assert all("recurrent layer" in decision.reason for decision in left)
     converted = ws.convert(Recurrent(), plan=plan, example_inputs=x)
     ws.strip(converted, example_inputs=x)
+
+
+class FrozenNorm(nn.Module):
+    """Keeps its norm in eval mode by a ``train`` that returns nothing, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.norm.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def test_a_train_method_that_returns_nothing_is_recorded() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    plan = ws.plan(FrozenNorm(), example_inputs=x)
+    assert (plan.rung, plan.rung_reason) == ("recorded", "")
+    ws.strip(ws.convert(FrozenNorm(), example_inputs=x), example_inputs=x)
+
+
+class WritesItsWeight(nn.Linear):
+    """Keeps its weight in bounds, after a look at the data."""
+
+    def __init__(self, write: Callable[[nn.Parameter], None]) -> None:
+        super().__init__(4, 4)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum().item() < 0:
+            x = -x
+        with torch.no_grad():
+            self.write(self.weight)
+        x.sub_(1)
+        return super().forward(x)
+
+
+def clamp(weight: nn.Parameter) -> None:
+    weight.clamp_(-0.1, 0.1)
+
+
+def normalize(weight: nn.Parameter) -> None:
+    weight.data = F.normalize(weight.data)
+
+
+@pytest.mark.parametrize("write", [clamp, normalize])
+def test_a_recording_on_real_tensors_leaves_weights_and_inputs_as_they_are(
+    write: Callable[[nn.Parameter], None],
+) -> None:
+    model, x = nn.Sequential(WritesItsWeight(write)), torch.randn(2, 4)
+    weight, values, inputs = model[0].weight, model[0].weight.detach().clone(), x.clone()
+    assert ws.plan(model, "mwe", example_inputs=x).rung == "recorded"
+    assert model[0].weight is weight
+    assert torch.equal(weight, values)
+    assert torch.equal(x, inputs)

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from we_surgery.compute_once import outdate
 from we_surgery.excitations import Excitation
-from we_surgery.reading.hooks import drop_hooks
+from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
 from we_surgery.reading.recorder import Computation, Recorder
-from we_surgery.reading.running import call, fixed_seed
+from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
 from we_surgery.reading.stand_ins import StandIns
 
 
@@ -58,6 +58,7 @@ def record(
     training: bool = False,
     fakes: StandIns | None = None,
     after_a_step: bool = False,
+    shared_hooks: bool = False,
 ) -> Recording:
     """Records one forward of a copy of ``model``, which is not changed.
 
@@ -66,10 +67,12 @@ def record(
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
         training: record in train mode, with gradients; otherwise in eval mode without.
         fakes: where stand-ins come from. Without it real tensors are used, for models whose
-            control flow or shapes depend on data; their parameters are shared with ``model``,
-            their buffers copied.
+            control flow or shapes depend on data. That takes the memory of a copy of ``model``,
+            whose forward may write to its weights.
         after_a_step: record the forward after a first one and a step of the optimizer. An
             excitation knows then whether its weight is read more than once.
+        shared_hooks: run those forward hooks, too, that the copy shares with ``model``: functions,
+            which may keep or change what is the user's.
 
     Raises:
         Exception: whatever the model raises on these inputs.
@@ -80,17 +83,18 @@ def record(
         contextlib.nullcontext() if fakes is None else fakes.active(),
         torch.set_grad_enabled(training),
     ):
-        replica = _replica(model, fakes).train(training)
-        inputs = example_inputs if fakes is None else tree_map_only(Tensor, fakes, example_inputs)
+        replica = _replica(model, fakes, shared_hooks)
+        replica.train(training)  # which a model may override and return nothing from
         if after_a_step:
-            _record(replica, inputs, fakes)
+            _record(replica, example_inputs, fakes)
             for module in replica.modules():
                 if isinstance(module, Excitation):
                     outdate(module)
-        return _record(replica, inputs, fakes)
+        return _record(replica, example_inputs, fakes)
 
 
-def _record(replica: nn.Module, inputs: Any, fakes: StandIns | None) -> Recording:
+def _record(replica: nn.Module, example_inputs: Any, fakes: StandIns | None) -> Recording:
+    inputs = with_tensors(example_inputs, copied if fakes is None else fakes)
     recorder = Recorder(replica, _run if fakes is None else fakes.run)
     for tensor in tree_iter(inputs):
         if isinstance(tensor, Tensor):
@@ -134,15 +138,12 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
+def _replica(model: nn.Module, fakes: StandIns | None, shared_hooks: bool) -> nn.Module:
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = (
-            parameter
-            if fakes is None
-            else nn.Parameter(fakes(parameter), requires_grad=parameter.requires_grad)
-        )
     if fakes is not None:
+        for parameter in model.parameters():
+            fake = nn.Parameter(fakes(parameter), requires_grad=parameter.requires_grad)
+            memo[id(parameter)] = fake
         for buffer in model.buffers():
             memo[id(buffer)] = fakes(buffer)
     for module in model.modules():
@@ -151,5 +152,5 @@ def _replica(model: nn.Module, fakes: StandIns | None) -> nn.Module:
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()
     replica = copy.deepcopy(model, memo)
-    drop_hooks(replica, keep_torchs_own=True)
+    drop_hooks(replica, can_run_in_copy if shared_hooks else is_copied)
     return replica

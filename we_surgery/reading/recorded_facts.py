@@ -14,6 +14,7 @@ from we_surgery.excitations import WeightLayout
 from we_surgery.reading.aten_norms import norm_after
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.gates import gate_operations
+from we_surgery.reading.hooks import has_shared_hooks
 from we_surgery.reading.kinds import kind_of
 from we_surgery.reading.recorded import Recording, record
 from we_surgery.reading.shifts import shift_before
@@ -41,8 +42,10 @@ def record_both_modes(
     """Recordings in eval and in train mode, and what went wrong.
 
     On tensors of the meta device, where those fail on fake ones, and where those fail on real
-    ones. Some layers run in one mode alone, such as auxiliary heads. The list is empty when
-    the model runs in neither.
+    ones. Where all of that fails, the same once more with the hooks that a copy shares with the
+    model: some models compute by them, others only log, which a recording is not to add to. Some
+    layers run in one mode alone, such as auxiliary heads. The list is empty when the model runs
+    in neither.
 
     Args:
         model: any model in eager mode.
@@ -56,19 +59,27 @@ def record_both_modes(
     if faithful or any(isinstance(module, nn.RNNBase) for module in model.modules()):
         # The meta device takes a recurrent layer apart, step by step.
         del stand_ins[0]
+    attempts = [(kind, False) for kind in stand_ins]
+    if has_shared_hooks(model):
+        attempts += [(kind, True) for kind in stand_ins]
     for training in (False, True):
         mode = "train" if training else "eval"
-        for index, kind in enumerate(stand_ins):
+        for index, (kind, shared_hooks) in enumerate(attempts):
             try:
                 recording = record(
-                    model, example_inputs, training=training, fakes=kind, after_a_step=after_a_step
+                    model,
+                    example_inputs,
+                    training=training,
+                    fakes=kind,
+                    after_a_step=after_a_step,
+                    shared_hooks=shared_hooks,
                 )
             except Exception as error:
                 failure = _first_line(error)
             else:
                 recordings.append(recording)
-                # What one mode cannot run on, the other one seldom can.
-                del stand_ins[:index]
+                # What one mode cannot run on, the other one seldom can; nor needs it other hooks.
+                attempts = [attempt for attempt in attempts[index:] if attempt[1] == shared_hooks]
                 break
             name = "real tensors" if kind is None else type(kind).__name__.lower()
             logger.info("not recorded on %s in %s mode: %s", name, mode, failure)

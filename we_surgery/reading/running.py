@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -20,6 +21,18 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, tuple | list):
         return run(*example_inputs)
     return run(example_inputs)
+
+
+def with_tensors(example_inputs: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """The example inputs with each tensor in them replaced."""
+    if isinstance(example_inputs, Mapping):  # some that torch does not know for one, too
+        example_inputs = dict(example_inputs)
+    return tree_map_only(Tensor, replace, example_inputs)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy for a forward to write to."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager

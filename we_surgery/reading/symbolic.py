@@ -182,7 +182,7 @@ def weightless_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     weightless = copy.deepcopy(model, memo)
-    drop_hooks(weightless, keep_torchs_own=False)
+    drop_hooks(weightless)
     return weightless
 
 

@@ -247,7 +247,8 @@ def _finish(
     last: dict[str, float],
     progress: Progress,
 ) -> RunResult | None:
-    excited = run.evaluated.eval()
+    excited = run.evaluated
+    excited.eval()
     stripped, difference = excited, None
     if is_converted(excited):
         inputs = next(iter(loaders.validation))[0].to(run.place.device)

@@ -65,7 +65,8 @@ class BranchAttention(Transplant):
                 "Use a plan that was made for this model.",
             )
         device, dtype = like(end, model)
-        attention = self.build(channels, device, dtype).train(end.training)
+        attention = self.build(channels, device, dtype)
+        attention.train(end.training)
         block = model.get_submodule(place.rpartition(".")[0])
         if block.__dict__.get("se", block) is None:
             block.se = attention
