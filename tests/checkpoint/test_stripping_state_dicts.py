@@ -255,3 +255,15 @@ def test_the_trained_weights_or_their_average_are_stripped():
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     with pytest.raises(InputError, match="both the key"):
         strip_state_dict(checkpoint, key="state_dict", weights="ema")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [torch.ones(4, 4).long(), torch.tensor(1.0), torch.ones(4, 4).to_sparse()],
+    ids=["integers", "a single number", "sparse"],
+)
+def test_a_raw_weight_that_is_no_weight_is_refused(raw):
+    state = ws.convert(nn.Sequential(nn.Linear(4, 4)), "mwe").state_dict()
+    state["0.raw_weight"] = raw
+    with pytest.raises(InputError, match="the raw weight of layer '0' is of shape"):
+        strip_state_dict(state)
