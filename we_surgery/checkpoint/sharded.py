@@ -117,7 +117,8 @@ class ShardedStateDict:
                         f"has {_form(tensor)}",
                         SAVE_AGAIN,
                     )
-                return tensor.reshape(expected.shape)
+                # Sparse tensors know no reshape.
+                return tensor if tensor.shape == expected.shape else tensor.reshape(expected.shape)
 
             yield load
 
