@@ -235,3 +235,19 @@ def test_a_lazily_conjugated_tensor_is_written_conjugated(converted, tmp_path):
     source = write_shards(state, tmp_path / "in", 1, "bin")
     ws.strip_sharded(source, tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")["turn"], lazy)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_tensors_that_the_index_does_not_list_are_named(ending, converted, tmp_path):
+    state = converted.state_dict()
+    index = write_shards(state, tmp_path / "in", 2, ending)
+    content = json.loads(index.read_text())
+    for name in state:
+        if name.startswith("head.excitation."):
+            del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    report = ws.strip_sharded(index, tmp_path / "out.safetensors")
+    assert any(
+        "left out 'head.excitation." in note and "does not list" in note for note in report.notes
+    )
+    assert any("kept 'head.raw_weight' as they are" in note for note in report.notes)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.excitations import Composition, rebuild_excitation
+from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.layer_names import RAW_PREFIX, excitation_name, raw_name
+from we_surgery.layer_names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.proof import is_finite, refuse_non_finite
 
 _ALIGNMENT = 64
@@ -172,6 +173,16 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
                 "Give the state dict of one model, converted or vanilla.",
             )
         yield entry
+
+
+def is_half_of_excited(key: str) -> bool:
+    """Whether a key is named as a raw weight, or as a tensor of one of the known excitations."""
+    *owners, last = key.split(".")
+    is_raw = last.startswith(RAW_PREFIX) and last.endswith("weight")
+    return is_raw or any(
+        owner.endswith(EXCITATION) and inner in (*EXCITATIONS, Rescale.name)
+        for owner, inner in pairwise(owners)
+    )
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -38,6 +38,7 @@ class IndexedShards(ShardedFiles):
         self.shards = [[key for key in names if names[key] == file] for file in files]
         self.kinds = [_shard_kind(path, file) for file in self.files]
         self.tensors = {}
+        self.notes = []
         found: dict[str, Tensor] = {}
         for file, kind, keys in zip(self.files, self.kinds, self.shards, strict=True):
             with _open_file(file, kind) as (known, _, describe):
@@ -48,6 +49,12 @@ class IndexedShards(ShardedFiles):
                         SAVE_AGAIN,
                     )
                 found |= {key: describe(key) for key in keys}
+                unlisted = sorted(known - names.keys())
+                if unlisted:
+                    self.notes.append(
+                        f"left out {quoted(unlisted)} of {file.name}, which {path.name} does not "
+                        "list"
+                    )
         self.tensors = {key: found[key] for key in names}
 
     @contextmanager
