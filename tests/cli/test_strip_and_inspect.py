@@ -197,3 +197,19 @@ def test_halves_of_excited_weights_are_kept_with_a_note(
 def write(model: nn.Module, path: Path) -> Path:
     torch.save(model.state_dict(), path)
     return path
+
+
+class Counting(nn.BatchNorm2d):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_what_a_module_adds_to_its_state_dict_is_no_weight(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), Counting(8))
+    torch.save(ws.convert(model, "lwe"), tmp_path / "model.pt")
+    result = inspect(tmp_path / "model.pt", "--trust", "--start", tmp_path / "model.pt")
+    assert result.exit_code == 0, result.output
+    assert "0.weight" in result.stdout
