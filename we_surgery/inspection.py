@@ -195,6 +195,7 @@ def _read(
         _refuse_other_start(entries, starts, source.name)
     layers = []
     for name, entry in entries.items():
+        entry.refuse_no_weight()
         excitation = entry.rebuild()
         try:
             raw = _in_memory(contents, entry).raw

@@ -50,6 +50,15 @@ def test_the_average_is_never_taken_for_the_trained_weights(average):
         unwrap({**checkpoint, "critic": trained}, weights="raw")
 
 
+@pytest.mark.parametrize("place", ["model", "train"])
+def test_nor_is_one_that_lies_alone_in_another_mapping(place):
+    checkpoint = {place: {"ema": net().state_dict(), "decay": 0.9}}
+    with pytest.raises(InputError, match="no trained weights"):
+        unwrap(checkpoint, weights="raw")
+    trained = net().state_dict()
+    assert_is(unwrap({**checkpoint, "net": trained}, weights="raw")[0], trained)
+
+
 def test_an_empty_place_is_passed_over_for_the_next_usual_one():
     trained, averaged = net().state_dict(), net().state_dict()
     checkpoint = {"state_dict": None, "model": trained, "model_ema": None, "ema": averaged}

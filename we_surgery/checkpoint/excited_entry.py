@@ -89,7 +89,7 @@ class ExcitedEntry:
                 f"the {self.parameter} of layer {self.display_name!r} has a shape and no values",
                 "Save the model after its weights were loaded.",
             )
-        self._refuse_what_is_no_weight()
+        self.refuse_no_weight()
         excitation = self.rebuild()
         raw = _aligned(self.raw)
         if dtype is not None:
@@ -113,7 +113,12 @@ class ExcitedEntry:
         refuse_non_finite(self.display_name, folded, "the folded weight")
         return cast(self.vanilla_key, folded, dtype)
 
-    def _refuse_what_is_no_weight(self) -> None:
+    def refuse_no_weight(self) -> None:
+        """Raises unless the raw weight is a tensor that can be excited; it needs no values.
+
+        Raises:
+            InputError: it is of integers, sparse, or a single number.
+        """
         raw = self.raw
         if raw.layout == torch.strided and raw.is_floating_point() and raw.dim() > 0:
             return

@@ -61,7 +61,7 @@ def unwrap(
     state, notes = (
         _chosen(checkpoint, key)
         if key is not None
-        else _found(checkpoint, without_averages=weights == "raw")
+        else _found(checkpoint, averages=weights != "raw")
     )
     cleaned = _clean(state, notes)
     for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
@@ -86,7 +86,9 @@ def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) ->
     places = {"raw": usual, "ema": list(_AVERAGES)}
     if _holds_state(checkpoint, _TRAINED_BESIDE_AVERAGE):
         places = {"raw": [_TRAINED_BESIDE_AVERAGE], "ema": usual}
-    found = next((name for name in places[weights] if _holds_state(checkpoint, name)), None)
+    averages = weights == "ema"
+    holding = (n for n in places[weights] if _holds_state(checkpoint, n, averages=averages))
+    found = next(holding, None)
     if found is None and weights == "ema":
         raise InputError(
             f"the checkpoint holds no EMA weights under a usual name ({quoted(places['ema'])})",
@@ -124,15 +126,17 @@ def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any],
     return state, [f"used {key!r}"]
 
 
-def _found(
-    checkpoint: Mapping[str, Any], *, without_averages: bool
-) -> tuple[Mapping[str, Any], list[str]]:
+def _found(checkpoint: Mapping[str, Any], *, averages: bool) -> tuple[Mapping[str, Any], list[str]]:
     states = {
         str(name): state
         for name, value in checkpoint.items()
         if name != METADATA_KEY and (state := _as_state_dict(value)) is not None
     }
-    allowed = [name for name in states if not (without_averages and _is_average(name))]
+    allowed = [
+        name
+        for name in states
+        if averages or (not _is_average(name) and _holds_state(checkpoint, name, averages=False))
+    ]
     chosen = next((name for name in WRAPPER_KEYS if name in allowed), None)
     if chosen is None and _is_state_dict(checkpoint):
         return checkpoint, []
@@ -162,15 +166,23 @@ def _found(
     return states[chosen], notes
 
 
-def _as_state_dict(value: Any, depth: int = 0) -> Mapping[str, Any] | None:
-    """The state dict that ``value`` is or holds, at most a few mappings deep."""
+def _as_state_dict(
+    value: Any, depth: int = 0, *, averages: bool = True
+) -> Mapping[str, Any] | None:
+    """The state dict that ``value`` is or holds, at most a few mappings deep.
+
+    Args:
+        value: anything.
+        depth: the number of mappings around it.
+        averages: whether that under the usual name of an average counts.
+    """
     if isinstance(value, nn.Module):
         return value.state_dict()
     if not isinstance(value, Mapping) or depth > _DEEPEST:
         return None
     for name in (*WRAPPER_KEYS, _PARALLEL):
-        if name in value:
-            state = _as_state_dict(value[name], depth + 1)
+        if name in value and (averages or name not in _AVERAGES):
+            state = _as_state_dict(value[name], depth + 1, averages=averages)
             if state is not None:
                 return state
     return value if _is_state_dict(value) else None
@@ -239,8 +251,8 @@ def _without_compiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
-def _holds_state(checkpoint: Mapping[str, Any], name: str) -> bool:
-    return name in checkpoint and _as_state_dict(checkpoint[name]) is not None
+def _holds_state(checkpoint: Mapping[str, Any], name: str, *, averages: bool = True) -> bool:
+    return name in checkpoint and _as_state_dict(checkpoint[name], averages=averages) is not None
 
 
 def _is_average(name: str) -> bool:
