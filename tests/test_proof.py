@@ -1,5 +1,6 @@
 """The proof of a strip: bit-equality, finiteness, outputs, and the state it leaves behind."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from we_surgery.proof import (
     largest_differences,
     refuse_non_finite,
     run_in_eval,
+    same_bits,
 )
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -168,3 +170,45 @@ class Silent(nn.Module):
 def test_a_model_that_returns_no_tensor_is_an_input_error() -> None:
     with pytest.raises(InputError, match="returns no tensor but str"):
         run_in_eval(Silent(), X)
+
+
+EYE = torch.eye(4)
+VALUES = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+
+def per_channel(scales: list[float], axis: int = 0) -> Tensor:
+    zeros = torch.zeros(2, dtype=torch.long)
+    scale = torch.tensor(scales, dtype=torch.float64)
+    return torch.quantize_per_channel(VALUES, scale, zeros, axis, torch.qint8)
+
+
+def per_tensor(scale: float, zero: int = 0) -> Tensor:
+    return torch.quantize_per_tensor(VALUES, scale, zero, torch.qint8)
+
+
+UNLIKE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "coordinates": lambda: (EYE.to_sparse(), (2 * EYE).to_sparse()),
+    "other coordinates": lambda: (EYE.to_sparse(), EYE.flip(0).to_sparse()),
+    "rows": lambda: (EYE.to_sparse_csr(), EYE.flip(0).to_sparse_csr()),
+    "columns": lambda: (EYE.to_sparse_csc(), (-EYE).to_sparse_csc()),
+    "blocks": lambda: (EYE.to_sparse_bsr((2, 2)), (2 * EYE).to_sparse_bsr((2, 2))),
+    "two layouts": lambda: (EYE.to_sparse_csr(), EYE.to_sparse()),
+    "scale": lambda: (per_tensor(0.5), per_tensor(0.25)),
+    "zero": lambda: (per_tensor(0.5), per_tensor(0.5, 1)),
+    "scales": lambda: (per_channel([0.5, 0.5]), per_channel([0.5, 0.25])),
+    "axis": lambda: (per_channel([0.5, 0.5]), per_channel([0.5, 0.5], axis=1)),
+    "schemes": lambda: (per_tensor(0.5), per_channel([0.5, 0.5])),
+    "conjugated": lambda: (torch.tensor([1j]), torch.tensor([1j]).conj()),
+    "negated": lambda: (torch.ones(2), torch._neg_view(torch.ones(2))),
+    "without values": lambda: (torch.ones(2), torch.ones(2, device="meta")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", UNLIKE)
+def test_tensors_of_every_kind_are_compared_by_all_they_hold(name: str) -> None:
+    one, other = UNLIKE[name]()
+    assert same_bits(one, one.clone())
+    assert same_bits(other, other.clone())
+    assert not same_bits(one, other)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from we_surgery import checkpoint
 from we_surgery.analysis.learned import (
@@ -187,7 +187,7 @@ def _read(
         state = contents.sharded.load(lambda name: f"{EXCITATION}." in name)
     plan = contents.metadata.plan if contents.metadata is not None else None
     if contents.model is not None:
-        state = contents.model.state_dict()
+        state = _tensors(contents.model)
         plan = contents.model.__dict__.get(PLAN_ATTRIBUTE, plan)
     state = state or {}
     entries = {entry.vanilla_key: entry for entry in checkpoint.find_excited(state)}
@@ -195,6 +195,7 @@ def _read(
         _refuse_other_start(entries, starts, source.name)
     layers = []
     for name, entry in entries.items():
+        entry.refuse_no_weight()
         excitation = entry.rebuild()
         try:
             raw = _in_memory(contents, entry).raw
@@ -248,13 +249,18 @@ def _in_memory(
     return replace(entry, raw=contents.sharded.load(lambda name: name == key)[key])
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what ``get_extra_state`` of a module adds, which may be anything."""
+    return {k: value for k, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
     return list({checkpoint.tensor_identity(value): value for value in state.values()}.values())
 
 
 def _starts(source: Source) -> dict[str, Start]:
     contents = source.read()
-    state = contents.model.state_dict() if contents.model is not None else contents.state_dict
+    state = _tensors(contents.model) if contents.model is not None else contents.state_dict
     state = state or {}
     starts = {key: Start(value, None) for key, value in state.items()}
     for entry in checkpoint.find_excited(state):

@@ -16,6 +16,7 @@ from we_surgery.reading.running import call, fixed_seed
 
 RELATIVE_TOLERANCE = 1e-5
 
+_PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 _HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -73,9 +74,51 @@ def not_deterministic(name: str) -> SurgeryError:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are of one dtype and shape and equal in every bit, NaNs too."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    if _form(a) != _form(b):
         return False
-    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+    return all(map(torch.equal, bits_of(a), bits_of(b)))
+
+
+def bits_of(tensor: Tensor) -> list[Tensor]:
+    """All that a tensor holds as vectors of bytes: one, or several of a sparse or quantized one.
+
+    A tensor of the meta device has none.
+    """
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        return []
+    parts = _parts(tensor)
+    if parts:
+        return [bits for part in parts for bits in bits_of(part)]
+    # A view that is conjugated or negated lazily says so beside its memory.
+    plain = tensor.resolve_conj().resolve_neg().contiguous().flatten()
+    return [plain.view(torch.uint8)]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse or quantized one is made of; none of a plain one."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    # Its memory read as bytes by a view ends the process.
+    if tensor.is_quantized and _scheme(tensor) in _PER_TENSOR:
+        scale = torch.tensor(tensor.q_scale(), dtype=torch.float64)
+        return [tensor.int_repr(), scale, torch.tensor(tensor.q_zero_point())]
+    if tensor.is_quantized:
+        scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        return [tensor.int_repr(), scales, zeros, torch.tensor(tensor.q_per_channel_axis())]
+    return []
+
+
+def _scheme(tensor: Tensor) -> torch.qscheme | None:
+    return tensor.qscheme() if tensor.is_quantized else None
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.layout, tensor.is_meta, _scheme(tensor)
 
 
 def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:

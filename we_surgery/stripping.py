@@ -161,6 +161,7 @@ def _strip_all(
     with ExitStack() as staging:
         for source, mark in sources:
             contents = source.read(values=False)
+            _refuse_lost(contents, source.name)
             target = choose_target(
                 source.name, contents.kind, output, to, ".stripped", keep_shards=True
             )
@@ -197,6 +198,7 @@ def _strip_state(
             dtype=how.dtype,
             progress=how.progress,
         )
+        notes = list(found.notes)
     else:
         contents = _in_memory(contents)
         state = contents.state_dict
@@ -299,6 +301,23 @@ def _refuse_vanilla(excited: bool, name: str) -> None:
         raise SurgeryError(
             f"{name} holds no excited weights, so there is nothing to strip",
             "Give the checkpoint of a converted model; `we-inspect FILE` tells what a file is.",
+        )
+
+
+def _refuse_lost(contents: Contents, name: str) -> None:
+    """Raises where the file's own plan excites a weight that its tensors do not."""
+    if contents.metadata is None or contents.state_dict is None:
+        return
+    plan = contents.metadata.stored_plan
+    if plan is None:
+        return
+    found = {(e.layer, e.parameter) for e in checkpoint.find_excited(contents.state_dict)}
+    lost = [row.layer for row in plan.excited if (row.module, row.parameter) not in found]
+    if lost:
+        raise InputError(
+            f"{name} was converted by a plan that excites {quoted(lost)}, and holds no excited "
+            "weight of these",
+            "The file is damaged or was edited; give the checkpoint that it was made from.",
         )
 
 

@@ -400,7 +400,7 @@ def test_a_mapping_whose_methods_are_hidden_is_an_input_error(attribute, tmp_pat
     state = nn.Linear(2, 2).state_dict()
     state.__dict__[attribute] = nn.Identity()
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"cannot be read|hides the method"):
         read(tmp_path / "state.pt")
 
 

@@ -198,3 +198,56 @@ def test_a_folder_of_other_things_says_what_it_holds(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"'config\.json'"):
         read(tmp_path)
+
+
+UNUSUAL = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "without values": lambda: torch.empty(3, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_tensors_are_kept_in_a_file_of_torch_and_refused_by_safetensors(
+    name, converted, tmp_path
+):
+    from we_surgery.inspection import inspect_file
+    from we_surgery.jobs import Source
+    from we_surgery.stripping import strip_file
+
+    state = converted.state_dict() | {"extra": UNUSUAL[name]()}
+    torch.save(state, tmp_path / "one.bin")
+    sources = [tmp_path / "one.bin", write_shards(state, tmp_path / "in", 2, "bin")]
+    for number, source in enumerate(map(str, sources)):
+        assert len(inspect_file(Source(source)).layers) == 4
+        done = strip_file(Source(source), output=tmp_path / f"{number}.pt")
+        assert done.tensors == len(ConvNet().state_dict()) + 1
+        with pytest.raises(InputError, match=r"safetensors cannot hold .*'extra'"):
+            strip_file(Source(source), output=tmp_path / "out.safetensors")
+
+
+def test_a_lazily_conjugated_tensor_is_written_conjugated(converted, tmp_path):
+    lazy = torch.polar(torch.ones(4), torch.arange(4.0)).conj()
+    state = converted.state_dict() | {"turn": lazy}
+    source = write_shards(state, tmp_path / "in", 1, "bin")
+    ws.strip_sharded(source, tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["turn"], lazy)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_tensors_that_the_index_does_not_list_are_named(ending, converted, tmp_path):
+    state = converted.state_dict()
+    index = write_shards(state, tmp_path / "in", 2, ending)
+    content = json.loads(index.read_text())
+    for name in state:
+        if name.startswith("head.excitation."):
+            del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    report = ws.strip_sharded(index, tmp_path / "out.safetensors")
+    assert any(
+        "left out 'head.excitation." in note and "does not list" in note for note in report.notes
+    )
+    assert any("kept 'head.raw_weight' as they are" in note for note in report.notes)

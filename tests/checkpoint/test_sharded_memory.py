@@ -69,6 +69,25 @@ def test_tied_weights_in_one_memory_are_folded_each(ending, tmp_path, monkeypatc
     assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(tied).state_dict())
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        lambda: torch.randn(7 * 32 + 32).as_strided((32, 32), (7, 1)),
+        lambda: torch.randn(32, 1).expand(32, 32),
+        lambda: torch.randn(32, 32).t(),
+        lambda: torch.randn(32, 40)[:, :32],
+    ],
+    ids=["overlapping", "expanded", "transposed", "a part"],
+)
+def test_a_weight_whose_values_share_memory_folds_as_from_one_file(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(formulas, "_BLOCK", 50)
+    state = ws.convert(torch.nn.Sequential(torch.nn.Linear(32, 32)), "mwe").state_dict()
+    state["0.raw_weight"] = raw()
+    source = write_shards(state, tmp_path / "in", 1, "bin")
+    ws.strip_sharded(source, tmp_path / "out.safetensors")
+    assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip_state_dict(state))
+
+
 MEASURED = """
 import sys
 from pathlib import Path

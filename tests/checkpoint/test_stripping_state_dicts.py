@@ -16,6 +16,8 @@ from we_surgery.checkpoint import (
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import formulas
+from we_surgery.inspection import inspect_file
+from we_surgery.jobs import Source
 
 EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}
 
@@ -255,3 +257,20 @@ def test_the_trained_weights_or_their_average_are_stripped():
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     with pytest.raises(InputError, match="both the key"):
         strip_state_dict(checkpoint, key="state_dict", weights="ema")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [torch.ones(4, 4).long(), torch.tensor(1.0), torch.ones(4, 4).to_sparse()],
+    ids=["integers", "a single number", "sparse"],
+)
+def test_a_raw_weight_that_is_no_weight_is_refused(raw, tmp_path):
+    state = ws.convert(nn.Sequential(nn.Linear(4, 4)), "mwe").state_dict()
+    state["0.raw_weight"] = raw
+    torch.save(state, tmp_path / "model.pt")
+    for use in (
+        lambda: strip_state_dict(state),
+        lambda: inspect_file(Source(str(tmp_path / "model.pt"))),
+    ):
+        with pytest.raises(InputError, match="the raw weight of layer '0' is of shape"):
+            use()

@@ -39,6 +39,44 @@ def test_the_trained_weights_come_before_the_averaged_ones_and_a_note_says_so():
     assert_is(unwrap(checkpoint, key="state_dict_ema")[0], averaged)
 
 
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema", "ema", "net_ema", "EMAModel"])
+def test_the_average_is_never_taken_for_the_trained_weights(average):
+    trained, averaged = net().state_dict(), net().state_dict()
+    checkpoint = {"net": trained, average: averaged, "epoch": 1}
+    assert_is(unwrap(checkpoint, weights="raw")[0], trained)
+    with pytest.raises(InputError, match=f"no trained weights, but their average: '{average}'"):
+        unwrap({average: averaged, "epoch": 1}, weights="raw")
+    with pytest.raises(InputError, match="several state dicts: 'net', 'critic'"):
+        unwrap({**checkpoint, "critic": trained}, weights="raw")
+
+
+@pytest.mark.parametrize("place", ["model", "train"])
+def test_nor_is_one_that_lies_alone_in_another_mapping(place):
+    checkpoint = {place: {"ema": net().state_dict(), "decay": 0.9}}
+    with pytest.raises(InputError, match="no trained weights"):
+        unwrap(checkpoint, weights="raw")
+    trained = net().state_dict()
+    assert_is(unwrap({**checkpoint, "net": trained}, weights="raw")[0], trained)
+
+
+def test_an_empty_place_is_passed_over_for_the_next_usual_one():
+    trained, averaged = net().state_dict(), net().state_dict()
+    checkpoint = {"state_dict": None, "model": trained, "model_ema": None, "ema": averaged}
+    assert_is(unwrap(checkpoint)[0], trained)
+    assert_is(unwrap(checkpoint, weights="raw")[0], trained)
+    assert_is(unwrap(checkpoint, weights="ema")[0], averaged)
+
+
+@pytest.mark.parametrize("options", [{"weights": "ema"}, {"key": "ema"}])
+def test_the_key_that_an_error_names_is_one_that_works(options):
+    averaged = net().state_dict()
+    checkpoint = {"model": net().state_dict(), "ema": {"decay": 0.9, "shadow": averaged}}
+    with pytest.raises(InputError) as caught:
+        unwrap(checkpoint, **options)
+    assert "'ema.shadow'" in caught.value.cure
+    assert_is(unwrap(checkpoint, key="ema.shadow")[0], averaged)
+
+
 def test_a_key_may_be_dotted_and_may_hold_dots():
     expected = net().state_dict()
     assert_is(unwrap({"a": {"b": {"c": expected}}}, key="a.b.c")[0], expected)

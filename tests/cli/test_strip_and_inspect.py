@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import we_surgery as ws
@@ -154,3 +156,60 @@ def test_a_file_that_would_run_code_is_refused_by_name(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "--trust" in result.stderr
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("lost", ["0.excitation.", "0.raw_weight", "3.", "excitation."])
+def test_a_file_whose_plan_excites_what_it_lacks_is_refused(
+    lost: str, converted: nn.Module, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    ws.checkpoint.save(converted, file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    state = {key: value for key, value in load_file(file).items() if lost not in key}
+    save_file(state, file, metadata=metadata)
+    result = strip(file)
+    assert result.exit_code == 2, result.output
+    layer = "3" if lost == "3." else "0"
+    assert f"by a plan that excites '{layer}'" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_halves_of_excited_weights_are_kept_with_a_note(
+    converted: nn.Module, tmp_path: Path
+) -> None:
+    state = converted.state_dict()
+    halves = {
+        "1.raw_weight": torch.ones(2),
+        "2.excitation.lwe.fc1.weight": torch.ones(2),
+        "own.raw_scale": torch.ones(2),
+        "own.excitation.weight": torch.ones(2),
+    }
+    state |= halves
+    torch.save(state, tmp_path / "model.pt")
+    result = strip(tmp_path / "model.pt")
+    assert result.exit_code == 0, result.output
+    assert "kept '1.raw_weight', '2.excitation.lwe.fc1.weight' as they are" in result.stderr
+    assert halves.keys() <= torch.load(tmp_path / "model.stripped.pt").keys()
+    assert "kept '" not in strip(write(converted, tmp_path / "whole.pt")).stderr
+
+
+def write(model: nn.Module, path: Path) -> Path:
+    torch.save(model.state_dict(), path)
+    return path
+
+
+class Counting(nn.BatchNorm2d):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_what_a_module_adds_to_its_state_dict_is_no_weight(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), Counting(8))
+    torch.save(ws.convert(model, "lwe"), tmp_path / "model.pt")
+    result = inspect(tmp_path / "model.pt", "--trust", "--start", tmp_path / "model.pt")
+    assert result.exit_code == 0, result.output
+    assert "0.weight" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copyreg
 import functools
 from collections import OrderedDict
@@ -49,6 +50,20 @@ def with_table(table: str, name: Any, value: Any) -> nn.Module:
     model = nn.Linear(2, 2)
     model.__dict__[table][name] = value
     return model
+
+
+def with_plain(name: str, record: Any) -> Any:
+    """An object that is no module, with an attribute that copying it would call."""
+    record.__dict__[name] = nn.Identity
+    return record
+
+
+RECORDS: dict[str, Callable[[], Any]] = {
+    "namespace": argparse.Namespace,
+    "record": lambda: torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0)),
+    "partial": lambda: functools.partial(nn.BatchNorm2d, 3),
+    "dictionary": OrderedDict,
+}
 
 
 class TensorWithHook:
@@ -149,6 +164,15 @@ ATTACKS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: with_tensor("__torch_function__x__", nn.Identity()),
         "attribute called",
     ),
+    **{
+        f"__deepcopy__ of a {kind}": (
+            lambda make=make: with_plain("__deepcopy__", make()),
+            "attribute called '__deepcopy__'",
+        )
+        for kind, make in RECORDS.items()
+    },
+    "decode of a record": (lambda: with_plain("decode", RECORDS["record"]()), "hides the method"),
+    "copy of a dictionary": (lambda: with_plain("copy", OrderedDict(a=1)), "hides the method"),
     "billions of values in one": (
         lambda: with_attribute("table", torch.zeros(1).expand(1 << 40)),
         "repeats the 1 values",
@@ -268,3 +292,16 @@ def test_layer_classes_and_partials_of_them_stay_plain_data(tmp_path: Path) -> N
     model.norm_layer = nn.BatchNorm2d
     torch.save(model, tmp_path / "model.pt")
     assert read(tmp_path / "model.pt").model.norm_layer is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_plain_attributes_of_plain_objects_stay(kind: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.held = RECORDS[kind]()
+    model.held.__dict__ |= {"note": "mine", "_metadata": {}}
+    model.function = torchvision.ops.boxes.box_iou
+    model.format = timm.layers.format.Format.NHWC
+    torch.save(model, tmp_path / "model.pt")
+    found = read(tmp_path / "model.pt").model
+    assert found.held.note == "mine"
+    assert found.format is timm.layers.format.Format.NHWC

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from we_surgery.errors import InputError
+from we_surgery.proof import bits_of
 
 _SCHEMA = 1
 
@@ -120,8 +121,10 @@ def fingerprint(*values: Any) -> str:
     for leaf in torch.utils._pytree.tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            flat = leaf.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            if leaf.layout != torch.strided:
+                digest.update(str(leaf.layout).encode())
+            for bits in bits_of(leaf):
+                digest.update(bits.cpu().numpy().tobytes())
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.excitations import Composition, rebuild_excitation
+from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.layer_names import RAW_PREFIX, excitation_name, raw_name
+from we_surgery.layer_names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.proof import is_finite, refuse_non_finite
 
 _ALIGNMENT = 64
@@ -79,7 +80,7 @@ class ExcitedEntry:
             in_place: the raw weight's memory may be used for the result.
 
         Raises:
-            InputError: an unknown or incomplete excitation.
+            InputError: an unknown or incomplete excitation, or a raw weight that is none.
             SurgeryError: the weight cannot be computed, is not finite, or too large for
                 ``dtype``.
         """
@@ -88,10 +89,13 @@ class ExcitedEntry:
                 f"the {self.parameter} of layer {self.display_name!r} has a shape and no values",
                 "Save the model after its weights were loaded.",
             )
+        self.refuse_no_weight()
         excitation = self.rebuild()
         raw = _aligned(self.raw)
         if dtype is not None:
             raw = in_full_precision(raw)
+        if in_place and not _is_dense(raw):
+            raw = raw.clone()
         is_own = in_place or raw.data_ptr() != self.raw.data_ptr()
         try:
             with torch.no_grad():
@@ -108,6 +112,23 @@ class ExcitedEntry:
             ) from error
         refuse_non_finite(self.display_name, folded, "the folded weight")
         return cast(self.vanilla_key, folded, dtype)
+
+    def refuse_no_weight(self) -> None:
+        """Raises unless the raw weight is a tensor that can be excited; it needs no values.
+
+        Raises:
+            InputError: it is of integers, sparse, or a single number.
+        """
+        raw = self.raw
+        if raw.layout == torch.strided and raw.is_floating_point() and raw.dim() > 0:
+            return
+        layout = "" if raw.layout == torch.strided else f", {raw.layout}"
+        raise InputError(
+            f"the raw {self.parameter} of layer {self.display_name!r} is of shape "
+            f"{tuple(raw.shape)} and {raw.dtype}{layout}, and a weight is a dense tensor of "
+            "floating point with at least one axis",
+            "The file is damaged or was edited; give the checkpoint that training saved.",
+        )
 
     def replaced(self, replace: Callable[[str, Tensor], Tensor]) -> ExcitedEntry:
         """The entry with other tensors: what ``replace`` gives for each by its key."""
@@ -159,6 +180,16 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
         yield entry
 
 
+def is_half_of_excited(key: str) -> bool:
+    """Whether a key is named as a raw weight, or as a tensor of one of the known excitations."""
+    *owners, last = key.split(".")
+    is_raw = last.startswith(RAW_PREFIX) and last.endswith("weight")
+    return is_raw or any(
+        owner.endswith(EXCITATION) and inner in (*EXCITATIONS, Rescale.name)
+        for owner, inner in pairwise(owners)
+    )
+
+
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same memory read in the same way."""
     if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
@@ -174,6 +205,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     # A file's reader lays tensors at any address, and matrix products round differently there:
     # the fold would not be bit-equal to what the trained model computes.
     return tensor if tensor.is_meta or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether each value has a place of its own, without gaps between them."""
+    # Of any other tensor torch does not keep the strides.
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -14,9 +14,11 @@ from we_surgery.checkpoint.excited_entry import (
     ExcitedEntry,
     cast,
     find_excited,
+    is_half_of_excited,
     tensor_identity,
 )
 from we_surgery.checkpoint.unwrap import VERSIONS, Weights, unwrap, with_versions
+from we_surgery.checkpoint.wording import quoted
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 
 Progress = Callable[[int, int], None]
@@ -125,7 +127,7 @@ def strip_state_dict_with_report(
 
 
 def report(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) -> StateDictReport:
-    """What folding all of :func:`vanilla_entries` does."""
+    """What folding all of :func:`vanilla_entries` does; the notes get one of what looks lost."""
     excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]
     plain = [entry for entry in entries.values() if isinstance(entry, Tensor)]
     return StateDictReport(
@@ -133,8 +135,23 @@ def report(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) -> St
         tensors=len(entries),
         values=sum(tensor.numel() for tensor in [*plain, *(entry.raw for entry in excited)]),
         removed_values=sum(v.numel() for entry in excited for v in entry.excitation.values()),
-        notes=notes,
+        notes=[*notes, *_note_of_halves(entries)],
     )
+
+
+def _note_of_halves(entries: Mapping[str, Tensor | ExcitedEntry]) -> list[str]:
+    """A sentence on entries that have the name of one half of an excited weight.
+
+    They may be somebody's own, so they are kept.
+    """
+    plain = [name for name, entry in entries.items() if isinstance(entry, Tensor)]
+    halves = [name for name in plain if is_half_of_excited(name)]
+    if not halves:
+        return []
+    return [
+        f"kept {quoted(halves)} as they are; if they are of a converted layer, the other half, "
+        "its raw weight or its excitation, is missing in the file, and the weight is lost"
+    ]
 
 
 def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEntry]:

@@ -135,7 +135,7 @@ def save_stripped(
 def _form(entry: Tensor | ExcitedEntry, dtype: torch.dtype | None) -> Tensor:
     """A tensor of the meta device in the shape and dtype that is written."""
     tensor = entry.raw if isinstance(entry, ExcitedEntry) else entry
-    return torch.empty_like(cast("", tensor, dtype), device="meta")
+    return cast("", tensor, dtype).to("meta")
 
 
 def _by_shard(

@@ -38,6 +38,7 @@ class IndexedShards(ShardedFiles):
         self.shards = [[key for key in names if names[key] == file] for file in files]
         self.kinds = [_shard_kind(path, file) for file in self.files]
         self.tensors = {}
+        self.notes = []
         found: dict[str, Tensor] = {}
         for file, kind, keys in zip(self.files, self.kinds, self.shards, strict=True):
             with _open_file(file, kind) as (known, _, describe):
@@ -48,6 +49,12 @@ class IndexedShards(ShardedFiles):
                         SAVE_AGAIN,
                     )
                 found |= {key: describe(key) for key in keys}
+                unlisted = sorted(known - names.keys())
+                if unlisted:
+                    self.notes.append(
+                        f"left out {quoted(unlisted)} of {file.name}, which {path.name} does not "
+                        "list"
+                    )
         self.tensors = {key: found[key] for key in names}
 
     @contextmanager
@@ -89,7 +96,14 @@ def _open_file(file: Path, kind: FileKind) -> Iterator[tuple[set[str], Load, Loa
             # Tied tensors are one memory, which may be overwritten for the first of them.
             return mapped[key].clone() if places[_storage(mapped[key])] > 1 else mapped[key]
 
-        yield set(mapped), load_mapped, lambda key: mapped[key].to("meta")
+        def describe_mapped(key: str) -> Tensor:
+            tensor = mapped[key]
+            if tensor.is_quantized:  # torch has no such tensor without memory
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            # A copy, also of one that is without values in the file: each goes by its id later.
+            return torch.empty_like(tensor, device="meta")
+
+        yield set(mapped), load_mapped, describe_mapped
         return
     from safetensors import safe_open
 
@@ -113,7 +127,9 @@ def _open_file(file: Path, kind: FileKind) -> Iterator[tuple[set[str], Load, Loa
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Equal for tensors in one memory; a sparse tensor's is its own."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if is_plain else id(tensor)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ torch.distributed.checkpoint (:mod:`we_surgery.checkpoint.dcp`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,14 @@ class ShardedFiles(ABC):
         tensors: each tensor by its name in the files, on the meta device.
         shards: the names in groups that are read together, each at most as large as the
             largest file.
+        notes: what in the files is left out, as sentences.
     """
 
     kind: ClassVar[str]
     path: Path
     tensors: dict[str, Tensor]
     shards: list[list[str]]
+    notes: Sequence[str] = ()
 
     def checkpoint(self) -> Mapping[str, Any]:
         """What was saved, with tensors of the meta device; wrappers and all."""
@@ -78,7 +80,7 @@ class ShardedFiles(ABC):
             base = tensor if tensor._base is None else tensor._base
             if base.is_meta:
                 stored[name] = stored_as[id(base)]
-        return ShardedStateDict(self, state, stored, notes)
+        return ShardedStateDict(self, state, stored, [*self.notes, *notes])
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class ShardedStateDict:
                         f"has {_form(tensor)}",
                         SAVE_AGAIN,
                     )
-                return tensor.reshape(expected.shape)
+                # Sparse tensors know no reshape.
+                return tensor if tensor.shape == expected.shape else tensor.reshape(expected.shape)
 
             yield load
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 # An expanded tensor is small in a file and as large as it says once something computes with it.
 _MOST_REPEATED = 1 << 24
 
+# A file can name these and not make or change them: what hangs on them is their own.
+_NOT_MADE = (type, Enum, FunctionType)
+
 
 def refuse_unsound(found: Any, path: Path) -> None:
     """Raises if a file's object could make torch's or our code do what its classes do not.
@@ -33,7 +38,8 @@ def refuse_unsound(found: Any, path: Path) -> None:
     Raises:
         InputError: a module hides a method, has a hook, contains itself, was never initialized
             or has a name that no program gives; a tensor hides a method, has a hook, or says
-            to be vastly larger than its memory.
+            to be vastly larger than its memory; any other object hides a method, or has a name
+            that Python itself looks up.
     """
     fault = _fault(found)
     if fault is not None:
@@ -59,6 +65,8 @@ def _fault(found: Any) -> str | None:
             fault = _fault_in_module(value)
         elif isinstance(value, Tensor):
             fault = _fault_in_tensor(value)
+        elif not isinstance(value, _NOT_MADE):
+            fault = _fault_in_attributes(value)
         if fault is not None:
             return fault
         pending.extend(_inside(value))
@@ -100,6 +108,18 @@ def _fault_in_module(module: nn.Module) -> str | None:
     hooks = [name for name in _HOOKS if attributes.get(name)]
     if hooks:
         return f"a {kind.__name__} has {hooks[0]}, which would run when it is used"
+    return None
+
+
+def _fault_in_attributes(value: Any) -> str | None:
+    """Of a record, a partial, an OrderedDict: what copies and writes them looks names up there."""
+    kind = type(value)
+    attributes = getattr(value, "__dict__", None)
+    for name in attributes if isinstance(attributes, dict) else ():
+        if not isinstance(name, str) or (name.startswith("__") and name.endswith("__")):
+            return f"a {kind.__name__} has an attribute called {_shortened(name)}"
+        if callable(getattr(kind, name, None)):
+            return f"{name!r} of a {kind.__name__} hides the method of that name"
     return None
 
 

@@ -22,6 +22,7 @@ from we_surgery.errors import InputError
 # The values begin at a multiple of this, so that every dtype is aligned.
 _ALIGNMENT = 64
 _PIECE = 2**22
+_CURE = "Write a state dict by torch.save instead (--to state_dict)."
 
 _DTYPES = {
     torch.float64: "F64",
@@ -61,11 +62,9 @@ class SafetensorsWriter:
         end = 0
         for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
             tensor = tensors[name]
-            if tensor.dtype not in _DTYPES:
-                raise InputError(
-                    f"safetensors cannot hold {name!r} of {tensor.dtype}",
-                    "Write a state dict by torch.save instead (--to state_dict).",
-                )
+            if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+                what = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+                raise InputError(f"safetensors cannot hold {name!r} of {what}", _CURE)
             start, end = end, end + tensor.nbytes
             header[name] = {
                 "dtype": _DTYPES[tensor.dtype],
@@ -81,7 +80,13 @@ class SafetensorsWriter:
         self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one of the tensors."""
+        """Writes one of the tensors.
+
+        Raises:
+            InputError: it has no values.
+        """
+        if tensor.is_meta:
+            raise InputError(f"safetensors cannot hold {name!r}, which has no values", _CURE)
         start, end = self._spans[name]
         values = _bytes_of(tensor.detach().contiguous())
         assert values.numel() == end - start
@@ -166,4 +171,5 @@ def _mapped(like: Tensor) -> Tensor:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor as numbers of one byte."""
-    return tensor.view(-1).view(torch.uint8)
+    # Where a view is conjugated or negated lazily, its memory does not say so.
+    return tensor.resolve_conj().resolve_neg().view(-1).view(torch.uint8)

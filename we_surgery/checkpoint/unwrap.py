@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -57,7 +58,11 @@ def unwrap(
         )
     if weights is not None:
         key = _key_of(checkpoint, weights, key)
-    state, notes = _chosen(checkpoint, key) if key is not None else _found(checkpoint)
+    state, notes = (
+        _chosen(checkpoint, key)
+        if key is not None
+        else _found(checkpoint, averages=weights != "raw")
+    )
     cleaned = _clean(state, notes)
     for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
         renamed, ours, note = read_as_ours(cleaned)
@@ -71,7 +76,7 @@ def unwrap(
 
 
 def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) -> str | None:
-    """Where a trainer put these weights; None where the whole mapping is they."""
+    """Where a trainer put these weights; None for trained ones under no usual name."""
     if key is not None:
         raise InputError(
             f"both the key {key!r} and the {weights} weights were asked for",
@@ -79,9 +84,11 @@ def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) ->
         )
     usual = [name for name in WRAPPER_KEYS if name not in _AVERAGES]
     places = {"raw": usual, "ema": list(_AVERAGES)}
-    if _TRAINED_BESIDE_AVERAGE in checkpoint:
+    if _holds_state(checkpoint, _TRAINED_BESIDE_AVERAGE):
         places = {"raw": [_TRAINED_BESIDE_AVERAGE], "ema": usual}
-    found = next((name for name in places[weights] if name in checkpoint), None)
+    averages = weights == "ema"
+    holding = (n for n in places[weights] if _holds_state(checkpoint, n, averages=averages))
+    found = next(holding, None)
     if found is None and weights == "ema":
         raise InputError(
             f"the checkpoint holds no EMA weights under a usual name ({quoted(places['ema'])})",
@@ -114,33 +121,37 @@ def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any],
     if state is None:
         raise InputError(
             f"what the checkpoint holds under {key!r} is no state dict but {_described(value)}",
-            _key_cure(value if isinstance(value, Mapping) else checkpoint),
+            _key_cure(value, f"{key}.") if isinstance(value, Mapping) else _key_cure(checkpoint),
         )
     return state, [f"used {key!r}"]
 
 
-def _found(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+def _found(checkpoint: Mapping[str, Any], *, averages: bool) -> tuple[Mapping[str, Any], list[str]]:
     states = {
         str(name): state
         for name, value in checkpoint.items()
         if name != METADATA_KEY and (state := _as_state_dict(value)) is not None
     }
-    chosen = next((name for name in WRAPPER_KEYS if name in states), None)
+    allowed = [
+        name
+        for name in states
+        if averages or (not _is_average(name) and _holds_state(checkpoint, name, averages=False))
+    ]
+    chosen = next((name for name in WRAPPER_KEYS if name in allowed), None)
     if chosen is None and _is_state_dict(checkpoint):
         return checkpoint, []
-    if chosen is None and len(states) == 1:
-        chosen = next(iter(states))
+    if chosen is None and len(allowed) == 1:
+        chosen = allowed[0]
     if chosen is None:
-        found = f"several state dicts: {quoted(states)}" if states else "no state dict"
-        raise InputError(
-            f"the checkpoint holds {found}"
-            + ("" if states else f", but {_described(checkpoint)}: {quoted(checkpoint)}"),
-            _key_cure(checkpoint),
-        )
+        found = f"several state dicts: {quoted(allowed)}" if allowed else "no state dict"
+        but = "" if allowed else f", but {_described(checkpoint)}: {quoted(checkpoint)}"
+        if states and not allowed:
+            found, but = "no trained weights", f", but their average: {quoted(states)}"
+        raise InputError(f"the checkpoint holds {found}{but}", _key_cure(checkpoint))
     notes = [f"used {chosen!r}"]
     for name in states:
         if name != chosen:
-            what = "EMA weights" if "ema" in name else "weights"
+            what = "EMA weights" if _is_average(name) else "weights"
             notes.append(
                 f"{what} under {name!r} were not used; choose them with --key {name} "
                 f"(`key={name!r}`)"
@@ -155,15 +166,23 @@ def _found(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]
     return states[chosen], notes
 
 
-def _as_state_dict(value: Any, depth: int = 0) -> Mapping[str, Any] | None:
-    """The state dict that ``value`` is or holds, at most a few mappings deep."""
+def _as_state_dict(
+    value: Any, depth: int = 0, *, averages: bool = True
+) -> Mapping[str, Any] | None:
+    """The state dict that ``value`` is or holds, at most a few mappings deep.
+
+    Args:
+        value: anything.
+        depth: the number of mappings around it.
+        averages: whether that under the usual name of an average counts.
+    """
     if isinstance(value, nn.Module):
         return value.state_dict()
     if not isinstance(value, Mapping) or depth > _DEEPEST:
         return None
     for name in (*WRAPPER_KEYS, _PARALLEL):
-        if name in value:
-            state = _as_state_dict(value[name], depth + 1)
+        if name in value and (averages or name not in _AVERAGES):
+            state = _as_state_dict(value[name], depth + 1, averages=averages)
             if state is not None:
                 return state
     return value if _is_state_dict(value) else None
@@ -232,11 +251,29 @@ def _without_compiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
-def _key_cure(checkpoint: Mapping[Any, Any]) -> str:
-    states = [str(name) for name, value in checkpoint.items() if _as_state_dict(value) is not None]
-    if states:
+def _holds_state(checkpoint: Mapping[str, Any], name: str, *, averages: bool = True) -> bool:
+    return name in checkpoint and _as_state_dict(checkpoint[name], averages=averages) is not None
+
+
+def _is_average(name: str) -> bool:
+    """Whether a name speaks of a running average: ``ema``, ``net_ema``, ``EMAModel``."""
+    words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return any(word.lower() == "ema" for word in words)
+
+
+def _key_cure(checkpoint: Mapping[Any, Any], path: str = "") -> str:
+    if states := list(_keys_of_states(checkpoint, path)):
         return f"Choose one with --key (`key=`): {quoted(states)}."
     return "Give a file that holds a model or its state dict."
+
+
+def _keys_of_states(value: Mapping[Any, Any], path: str, depth: int = 0) -> Iterator[str]:
+    """What may be given as the key; below the usual names also one in another mapping."""
+    for name, inner in value.items():
+        if _as_state_dict(inner) is not None:
+            yield f"{path}{name}"
+        elif name in WRAPPER_KEYS and isinstance(inner, Mapping) and depth < _DEEPEST:
+            yield from _keys_of_states(inner, f"{path}{name}.", depth + 1)
 
 
 def _described(value: Any) -> str:
