@@ -27,6 +27,7 @@ from we_surgery.analysis.sensitivity import (
 )
 from we_surgery.analysis.user_functions import imported, imported_metric
 from we_surgery.cli.common import (
+    SEED,
     SurgeryCommand,
     console,
     make_source,
@@ -103,7 +104,9 @@ layers_option = click.option(
     metavar="PATTERN",
     help="Only matching layers: a name glob, re:REGEX or type:CLASS. Repeatable.",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random choices.")
+seed_option = click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Random choices."
+)
 
 
 @analyse_group.command("importance", cls=SurgeryCommand, epilog=_EXIT_CODES)

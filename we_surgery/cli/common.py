@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -23,6 +22,9 @@ from we_surgery.printing import SafeConsole, printable
 from we_surgery.targets import KINDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+SEED = click.IntRange(0, 2**32 - 1)
+"""Seeds that torch takes, also where a command multiplies them."""
 
 # Wide enough for a table's reasons where the output is a file or a pipe.
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -148,7 +150,7 @@ def output_options(what: str) -> Callable[[Command], Command]:
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
+            # Not a Path, which forgets a slash at the end.
             metavar="FILE",
             help=f"{what} to write; by default beside the input.",
         ),
@@ -178,6 +180,8 @@ def make_source(
     trust: bool,
 ) -> Source:
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.Source`."""
+    if not source:
+        raise InputError("SOURCE is empty", "Give a file, a folder or an architecture.")
     arguments = dict(_key_value(text) for text in arch_args)
     for package in allow:
         import_package(package)

@@ -12,6 +12,7 @@ import click
 import yaml
 
 from we_surgery.cli.common import (
+    SEED,
     SurgeryCommand,
     console,
     make_source,
@@ -77,7 +78,8 @@ class _ConvertCommand(SurgeryCommand):
     "--skip",
     multiple=True,
     metavar="PATTERN",
-    help="Leave matching layers alone: a name glob, re:REGEX or type:CLASS. Repeatable.",
+    help="Leave matching layers alone, whatever --rule says: a name glob, re:REGEX or type:CLASS. "
+    "Repeatable.",
 )
 @click.option(
     "--rule",
@@ -119,7 +121,7 @@ class _ConvertCommand(SurgeryCommand):
     help="paused: the model trains as the vanilla one until ws.resume or a WESchedule switches "
     "excitation on.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the new parameters.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the new parameters.")
 @click.option(
     "--input-shape",
     metavar="SHAPE",
@@ -141,7 +143,7 @@ def convert_command(
     seed: int,
     input_shape: str | None,
     dry_run: bool,
-    output: Path | None,
+    output: str | None,
     to: str | None,
     force: bool,
     as_json: bool,
@@ -169,7 +171,8 @@ def convert_command(
     Exit codes: 0 done, 1 the surgery failed, 2 bad usage or unreadable input.
     """
     source = make_source(**source_arguments)
-    rules = [Rule(pattern, SKIP) for pattern in skip] + [_rule(text) for text in rule_texts]
+    # The last match wins: what is named to be left alone is left alone.
+    rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
     options = _options(option_texts)
     if plan_path is not None and (mode or config or rules or options or transplants):
         raise InputError(

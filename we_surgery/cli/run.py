@@ -11,6 +11,9 @@ from rich.table import Table
 
 from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
 
+# Each epoch and process adds to it, and numpy's seeds have 32 bits.
+_SEED = click.IntRange(0, 2**31 - 1)
+
 
 @click.command("run", cls=SurgeryCommand, short_help="Train and strip an experiment of the papers.")
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -40,7 +43,13 @@ from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
     help="Train one epoch of two synthetic batches in place of the images.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, ...")
-@click.option("--workers", type=int, default=4, show_default=True, help="Processes reading images.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Processes reading images.",
+)
 @click.option(
     "--step-batch",
     type=click.IntRange(min=1),
@@ -52,7 +61,7 @@ from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the forward pass, in place of the recipe's; half precision is mixed (AMP).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the whole run.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seeds the whole run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def run_command(
     recipe: Path,
