@@ -29,10 +29,12 @@ from we_surgery.analysis.user_functions import imported, imported_metric
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
-    console,
     make_source,
+    print_table,
+    print_text,
     say,
     say_notes,
+    say_written,
     source_options,
 )
 from we_surgery.errors import InputError
@@ -309,11 +311,11 @@ def _analyse(
             **options,
         )
     paths = save_result(result, output, picture=picture, force=force)
-    say(f"wrote {', '.join(str(path) for path in paths)}")
+    say_written(*paths)
     if as_json:
-        click.echo(to_json(result.to_dict()))
+        print_text(to_json(result.to_dict()))
     else:
-        console().print(_table(result))
+        print_table(_table(result))
 
 
 def _table(result: Result) -> Table:

@@ -14,13 +14,16 @@ import yaml
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
-    console,
     make_source,
     output_options,
     parse_shape,
+    print_table,
+    print_text,
     say,
     say_notes,
+    say_written,
     source_options,
+    telling_errors,
 )
 from we_surgery.config import make_policy
 from we_surgery.errors import InputError
@@ -38,10 +41,11 @@ class _ConvertCommand(SurgeryCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # It needs no SOURCE, and says the same before and after --json.
         if "--list-modes" in args:
-            if "--json" in args:
-                click.echo(json.dumps([method.to_dict() for method in family()], indent=2))
-            else:
-                console().print(family_table())
+            with telling_errors(ctx):
+                if "--json" in args:
+                    print_text(json.dumps([method.to_dict() for method in family()], indent=2))
+                else:
+                    print_table(family_table())
             ctx.exit()
         return super().parse_args(ctx, args)
 
@@ -247,16 +251,17 @@ def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _show_plan(result: Converted, as_json: bool) -> None:
     say_notes(result.notes)
     if as_json:
-        click.echo(result.plan.to_json())
+        print_text(result.plan.to_json())
     else:
-        console().print(plan_table(result.plan))
+        print_table(plan_table(result.plan))
 
 
 def _show_result(result: Converted, as_json: bool) -> None:
     say_notes(result.notes)
     say(plan_summary(result.plan))
-    say(f"wrote {result.target} ({result.kind})")
+    assert result.target is not None
+    say_written(result.target, kind=result.kind)
     say(f"next: train it as always, then `we-strip {result.target}`")
     if as_json:
         row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
-        click.echo(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))
+        print_text(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))

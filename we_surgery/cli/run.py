@@ -9,7 +9,14 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
+from we_surgery.cli.common import (
+    SurgeryCommand,
+    print_table,
+    print_text,
+    progress_bar,
+    say,
+    say_written,
+)
 
 # Each epoch and process adds to it, and numpy's seeds have 32 bits.
 _SEED = click.IntRange(0, 2**31 - 1)
@@ -114,14 +121,15 @@ def run_command(
         )
     if result is None:
         return
+    say_written(Path(result.file))
     if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
+        print_text(json.dumps(asdict(result), indent=2))
         return
     table = Table("metric", "published", "best epoch", "last epoch", "stripped")
     for name in result.stripped:
         figures = (result.published, result.best, result.last, result.stripped)
         table.add_row(name, *(f"{row[name]:.2f}" if name in row else "" for row in figures))
-    console().print(table)
+    print_table(table)
     say(f"published in {result.source}")
     say(
         f"parameters: {result.training_parameters:,} in training, "
@@ -129,4 +137,3 @@ def run_command(
     )
     if result.zeros > 1:
         say(f"{result.zeros:.1f} % of the stripped weights are 0")
-    say(f"wrote {result.file}")

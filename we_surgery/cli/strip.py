@@ -14,9 +14,11 @@ from we_surgery.cli.common import (
     make_source,
     output_options,
     parse_shape,
+    print_text,
     progress_bar,
     say,
     say_notes,
+    say_written,
     source_options,
 )
 from we_surgery.errors import InputError
@@ -129,7 +131,7 @@ def strip_command(
         _say(result)
     if as_json:
         rows = [_row(result) for result in results]
-        click.echo(json.dumps(rows if both else rows[0], indent=2))
+        print_text(json.dumps(rows if both else rows[0], indent=2))
 
 
 def _say(result: Stripped) -> None:
@@ -150,7 +152,7 @@ def _say(result: Stripped) -> None:
             f"({report.relative_difference:g} relative)"
         )
     say(parity)
-    say(f"wrote {result.target} ({result.kind})")
+    say_written(result.target, kind=result.kind)
     for path, digest in result.sha256.items():
         say(f"sha256 {digest}  {path}")
 
