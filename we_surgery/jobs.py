@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
+from we_surgery.checkpoint.wording import quoted
 from we_surgery.copies import drawing_nothing
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.grafting import Init, Start
@@ -116,7 +117,7 @@ def convert_file(
     rules: Sequence[Rule] = (),
     transplants: Sequence[Any] = (),
     plan: Plan | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     to: str | None = None,
     force: bool = False,
     seed: int = 0,
@@ -199,4 +200,30 @@ def _read_vanilla(source: Source) -> tuple[Contents, nn.Module]:
             f"the model in {source.name} is converted already; nothing was written",
             "Train it as it is, or strip it first with we-strip.",
         )
+    if source.architecture is not None and contents.model is not None:
+        architecture = Architecture.parse(source.architecture, source.arguments)
+        _check_architecture(architecture, model, source.name)
     return contents, model
+
+
+def _check_architecture(architecture: Architecture, model: nn.Module, source: str) -> None:
+    """Raises unless a module's weights fit the architecture that the result is going to name."""
+    with torch.random.fork_rng(devices=[]):
+        built = _shapes(architecture.build())
+    found = _shapes(model)
+    if built != found:
+        differing = [key for key in (*found, *built) if built.get(key) != found.get(key)]
+        raise InputError(
+            f"the module in {source} is no {architecture.name}: they differ in "
+            f"{quoted(list(dict.fromkeys(differing)))}",
+            "Leave out --arch, which a whole module does not need, or name the module's own, with "
+            "its arguments (--arch-arg).",
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    state: dict[str, Any] = model.state_dict()
+    return {
+        key: tuple(value.shape) if isinstance(value, Tensor) else None
+        for key, value in state.items()
+    }

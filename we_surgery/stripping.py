@@ -64,7 +64,7 @@ class Stripped:
 def strip_file(
     source: Source,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     to: str | None = None,
     force: bool = False,
     dtype: torch.dtype | None = None,
@@ -106,7 +106,7 @@ def strip_file(
 def strip_both(
     source: Source,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     to: str | None = None,
     force: bool = False,
     dtype: torch.dtype | None = None,
@@ -150,7 +150,7 @@ class _How:
 
 def _strip_all(
     sources: Sequence[tuple[Source, str]],
-    output: Path | None,
+    output: str | Path | None,
     to: str | None,
     force: bool,
     how: _How,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from we_surgery.errors import InputError
 KINDS = ("module", "state_dict", "safetensors")
 """What can be asked for; a folder of shards comes of an input that is one."""
 
+_SLASHES = tuple(filter(None, (os.sep, os.altsep)))
 _TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -38,7 +40,7 @@ class Target:
 
     def marked(self, mark: str) -> Target:
         """The same with a word before its endings: ``model.pt`` -> ``model.ema.pt``."""
-        folder, stem, ending = _split(self.path)
+        folder, stem, ending = _split(self.path, is_folder=self.is_folder)
         return replace(self, path=folder / f"{stem}{mark}{ending}")
 
     def check(self, *, force: bool) -> None:
@@ -66,15 +68,17 @@ class Target:
             checkpoint.save_state_dict(state, temporary, metadata)
 
 
-def check_extension(output: Path | None, to: str | None) -> None:
+def check_extension(output: str | Path | None, to: str | None) -> None:
     """Raises if the two contradict each other, before anything is read.
 
     Raises:
-        InputError: one of them says safetensors and the other does not.
+        InputError: one of them says safetensors and the other does not, or the name is empty.
     """
-    if output is None or to is None:
+    if output is None:
         return
-    if (output.suffix == ".safetensors") != (to == "safetensors"):
+    if not os.fspath(output):
+        raise InputError("the output has no name", "Give one (-o FILE).")
+    if to is not None and (_ending(Path(output)) == ".safetensors") != (to == "safetensors"):
         raise InputError(
             f"the output {output} does not fit --to {to}",
             "Drop --to, or give a file that ends in .safetensors for safetensors alone.",
@@ -84,7 +88,7 @@ def check_extension(output: Path | None, to: str | None) -> None:
 def choose_target(
     source: str,
     kind: str,
-    output: Path | None,
+    output: str | Path | None,
     to: str | None,
     mark: str,
     *,
@@ -95,18 +99,24 @@ def choose_target(
     Args:
         source: the input, beside which it lies by default.
         kind: the input's, as :attr:`~we_surgery.checkpoint.Contents.kind`.
-        output: the name to use.
+        output: the name to use; text that ends in a slash names a folder.
         to: the kind to use.
         mark: what is put before the ending, such as ``.we``.
         keep_shards: whether an input of several files gives a folder of several, or one file
             of safetensors.
+
+    Raises:
+        InputError: the name is a folder's, and one file is to be written.
     """
+    names_folder = isinstance(output, str) and output.endswith(_SLASHES)
+    output = None if output is None else Path(output)
+    ending = "" if output is None else _ending(output)
     is_sharded = kind in ("sharded", "dcp")
     if to is not None:
         kind = to
-    elif output is not None and output.suffix == ".safetensors":
+    elif ending == ".safetensors":
         kind = "safetensors"
-    elif is_sharded and output is not None and output.suffix in _TORCH_ENDINGS:
+    elif is_sharded and ending in _TORCH_ENDINGS:
         kind = "state_dict"
     elif is_sharded:
         kind = "sharded" if keep_shards else "safetensors"
@@ -114,6 +124,11 @@ def choose_target(
         kind = "state_dict"
     elif kind == "architecture":
         kind = "module"
+    if names_folder and kind != "sharded":
+        raise InputError(
+            f"the output {output} is to be a folder, by its slash, and {source} gives one file",
+            "Give the file's name (-o FILE).",
+        )
     if output is None:
         output = (_beside_folder if is_sharded else _beside)(source, kind, mark)
     return Target(output, kind)
@@ -124,28 +139,37 @@ def _beside(source: str, kind: str, mark: str) -> Path:
     if checkpoint.looks_like_architecture(source):
         folder, stem, ending = Path(), source.rpartition(":")[2].replace("/", "_"), ".pt"
     else:
-        folder, stem, ending = _split(Path(source))
+        path = Path(source)
+        is_folder = path.is_dir()
+        folder, stem, ending = _split(_named(path) if is_folder else path, is_folder=is_folder)
     if kind == "safetensors":
         ending = ".safetensors"
-    elif ending in ("", ".safetensors"):
+    elif ending.lower() in ("", ".safetensors"):
         ending = ".pt"
     return folder / f"{stem.removesuffix('.we')}{mark}{ending}"
 
 
 def _beside_folder(source: str, kind: str, mark: str) -> Path:
     """``dir`` and ``dir/model.safetensors.index.json`` -> ``dir.stripped``."""
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    # The current folder has a name only once it is resolved.
-    folder = folder if folder.name else folder.resolve()
+    folder = _named(Path(source) if Path(source).is_dir() else Path(source).parent)
     ending = {"sharded": "", "safetensors": ".safetensors"}.get(kind, ".pt")
     return folder.with_name(f"{folder.name.removesuffix('.we')}{mark}{ending}")
 
 
-def _split(path: Path) -> tuple[Path, str, str]:
+def _named(folder: Path) -> Path:
+    """``.`` and ``..`` have a name only once they are resolved."""
+    return folder.resolve() if folder.name in ("", "..") else folder
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def _split(path: Path, *, is_folder: bool) -> tuple[Path, str, str]:
     """Folder, stem and ending; ``last.pth.tar`` has a double one, and a folder none."""
     stem, ending = path.stem, path.suffix
-    if path.is_dir():
+    if is_folder:
         return path.parent, path.name, ""
-    if ending == ".tar" and Path(stem).suffix in (".pth", ".pt"):
+    if ending.lower() == ".tar" and _ending(Path(stem)) in (".pth", ".pt"):
         stem, ending = Path(stem).stem, Path(stem).suffix + ending
     return path.parent, stem, ending

@@ -14,6 +14,7 @@ from we_surgery.checkpoint import (
     Metadata,
     check_target,
     read,
+    staged,
     write_module,
     write_safetensors,
     write_state_dict,
@@ -132,6 +133,133 @@ def test_targets_that_cannot_be_written_are_refused_beforehand(tmp_path):
     check_target(tmp_path / "out.pt")
 
 
+def test_a_pipe_or_device_is_refused_and_so_is_a_link_to_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match="no regular file"):
+            check_target(tmp_path / name, force=True)
+
+
+def test_a_link_among_the_systems_files_is_never_replaced(write, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("before")
+    system = tmp_path / "dev"
+    system.mkdir()
+    (system / "stdout").symlink_to(tmp_path / "file")
+    monkeypatch.setattr(writing_module, "_SYSTEM_FOLDERS", (system,))
+    with pytest.raises(InputError, match="no regular file"):
+        write(system / "stdout", force=True)
+    assert (system / "stdout").is_symlink()
+    assert (tmp_path / "file").read_text() == "before"
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path):
+    staging = staged(tmp_path / "out")
+    staging.__enter__().write_text("ours")
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(InputError, match="exists already"):
+        staging.__exit__(None, None, None)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_file_that_appears_at_the_last_moment_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing_module, "check_target", lambda *args, **options: None)
+    (tmp_path / "out").write_text("precious")
+    with (
+        pytest.raises(InputError, match="exists already"),
+        staged(tmp_path / "out") as temporary,
+    ):
+        temporary.write_text("ours")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_file_is_written_where_there_are_no_links(write, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(writing_module.Path, "hardlink_to", refuse)
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    read(tmp_path / "out")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("before")
+    return tmp_path / "out"
+
+
+def test_a_folder_keeps_what_appears_in_it_meanwhile(shards, tmp_path):
+    staging = staged(shards, force=True, folder=True)
+    (staging.__enter__() / "model.safetensors").write_text("after")
+    (shards / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match="other things than shards"):
+        staging.__exit__(None, None, None)
+    assert names(tmp_path) == ["out"]
+    assert names(shards) == ["model.safetensors", "notes.txt"]
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path):
+    with (
+        pytest.raises(InputError, match="exists already"),
+        staged(tmp_path / "out", folder=True),
+    ):
+        (tmp_path / "out").mkdir()
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_link_to_a_folder_is_refused(shards, tmp_path):
+    (tmp_path / "link").symlink_to(shards)
+    with pytest.raises(InputError, match="symbolic link") as caught:
+        check_target(tmp_path / "link", force=True, folder=True)
+    assert "the folder itself" in caught.value.cure
+
+
+@pytest.mark.parametrize("after", range(1, 3))
+@pytest.mark.parametrize("done", [False, True])
+def test_a_signal_during_a_swap_leaves_one_whole_folder(after, done, shards, tmp_path, monkeypatch):
+    calls = []
+    rename = writing_module.Path.rename
+
+    def interrupted(path, target):
+        calls.append(target)
+        if len(calls) != after:
+            return rename(path, target)
+        if done:
+            rename(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing_module.Path, "rename", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        staged(shards, force=True, folder=True) as temporary,
+    ):
+        (temporary / "model.safetensors").write_text("after")
+    assert names(tmp_path) == ["out"]
+    expected = "after" if (after, done) == (2, True) else "before"
+    assert (shards / "model.safetensors").read_text() == expected
+
+
+def test_what_is_replaced_keeps_its_mode(write, shards, tmp_path):
+    (tmp_path / "private").touch(mode=0o600)
+    write(tmp_path / "private", force=True)
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
+    shards.chmod(0o700)
+    with staged(shards, force=True, folder=True) as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+    assert stat.S_IMODE(shards.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of a fold"), MemoryError()])
+def test_only_errors_of_the_disk_are_called_so(error, tmp_path):
+    with pytest.raises(type(error)), staged(tmp_path / "out"):
+        raise error
+    assert names(tmp_path) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_not_writable_is_refused(tmp_path):
     tmp_path.chmod(0o500)
@@ -222,6 +350,26 @@ def test_what_safetensors_cannot_hold_is_named(tmp_path):
             {"sparse": torch.ones(2, 2).to_sparse()}, tmp_path / "out.safetensors", metadata=None
         )
     assert names(tmp_path) == []
+
+
+def test_an_object_among_the_tensors_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"'0\._extra_state' is of type dict") as caught:
+        write_safetensors(
+            {"0._extra_state": {"scale": 2}}, tmp_path / "out.safetensors", metadata=None
+        )
+    assert caught.value.cause.startswith("safetensors holds tensors alone")
+    assert "--to state_dict, or --to module" in caught.value.cure
+    assert names(tmp_path) == []
+
+
+def test_conjugate_and_negative_views_are_written_as_they_are(tmp_path):
+    turning = torch.polar(torch.ones(4), torch.arange(4.0))
+    state = {"conjugate": turning.conj(), "negative": turning.conj().imag}
+    assert state["conjugate"].is_conj()
+    assert state["negative"].is_neg()
+    write_safetensors(state, tmp_path / "out.safetensors", metadata=None)
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[key], state[key]) for key in state)
 
 
 def test_a_newer_schema_says_which_version_wrote_it():

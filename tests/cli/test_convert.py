@@ -91,6 +91,34 @@ def test_skip_and_rule_report_how_many_layers_they_matched(model_file: Path) -> 
     assert "LWE+MWE" in result.stdout
 
 
+def test_what_is_skipped_is_skipped_whatever_a_rule_says(model_file: Path) -> None:
+    for words in (("--rule", "*=mwe", "--skip", "4"), ("--skip", "4", "--rule", "*=mwe")):
+        plan = json.loads(run(model_file, *words, "--dry-run", "--json").stdout)
+        assert [bool(row["excitation"]) for row in plan["layers"]] == [True, False]
+
+
+def test_an_architecture_that_is_not_the_modules_is_refused(model_file: Path) -> None:
+    words = ("--to", "state_dict", "-o", model_file.with_name("out.pt"))
+    for name, said in (("nosuch", "no model 'nosuch'"), ("resnet18", "differ in '0.weight'")):
+        result = run(model_file, *words, "--arch", f"torchvision:{name}")
+        assert (result.exit_code, said in result.stderr) == (2, True)
+    assert [path.name for path in model_file.parent.iterdir()] == ["model.pt"]
+
+
+def test_the_modules_own_architecture_is_kept_in_the_result(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=3), tmp_path / "model.pt")
+    target = tmp_path / "out.safetensors"
+    own = ("--arch", "torchvision:resnet18", "--arch-arg", "num_classes=3")
+    assert run(tmp_path / "model.pt", *own, "-o", target).exit_code == 0
+    assert ws.load(target).get_submodule("fc").out_features == 3
+
+
+def test_endings_in_upper_case_say_the_same(model_file: Path) -> None:
+    target = model_file.with_name("out.SAFETENSORS")
+    assert run(model_file, "-o", target).exit_code == 0
+    assert "0.raw_weight" in safetensors.torch.load_file(target)
+
+
 def test_a_config_file_is_used(model_file: Path) -> None:
     config = Path(__file__).parents[2] / "configs" / "paper-conv-only.yaml"
     plan = json.loads(run(model_file, "--config", config, "--dry-run", "--json").stdout)
@@ -165,6 +193,9 @@ def test_converting_twice_says_so_and_writes_nothing(model_file: Path) -> None:
         (["--skip", "*"], 1, "excites none"),
         (["--arch-arg", "x"], 2, "KEY=VALUE"),
         (["--mode", "lew"], 2, "lew"),
+        (["--seed", str(2**64)], 2, "not in the range"),
+        (["-o", ""], 2, "has no name"),
+        (["-o", "new/"], 2, "by its slash"),
     ],
 )
 def test_a_slip_is_one_line_of_cause_and_one_of_cure(
@@ -180,6 +211,11 @@ def test_a_slip_is_one_line_of_cause_and_one_of_cure(
 def test_a_missing_file_is_bad_input() -> None:
     result = run("nowhere.pt")
     assert (result.exit_code, "nowhere.pt" in result.stderr) == (2, True)
+
+
+def test_an_empty_source_is_not_the_current_folder() -> None:
+    result = run("")
+    assert (result.exit_code, "SOURCE is empty" in result.stderr) == (2, True)
 
 
 def test_json_output_is_json_alone(model_file: Path) -> None:

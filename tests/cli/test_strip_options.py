@@ -87,6 +87,36 @@ def test_both_write_two_files(
     assert targets == ["last.stripped.pth.tar", "last.stripped.ema.pth.tar"]
 
 
+@pytest.mark.parametrize("name", ["run.stripped", "deploy.v2"])
+def test_the_second_folder_has_one_name_whatever_is_there(
+    name: str, converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    source = write_dcp({"model": converted.state_dict(), "ema": averaged}, tmp_path / "run")
+    words = () if name == "run.stripped" else ("-o", tmp_path / name)
+    for force in ((), ("--force",)):
+        done = strip(source, "--both", *words, *force)
+        assert done.exit_code == 0, done.output
+        assert names(tmp_path) == sorted(["run", name, f"{name}.ema"])
+
+
+def test_two_choices_of_weights_are_refused(trainers_file: Path) -> None:
+    for second in ("--ema", "--both"):
+        done = strip(trainers_file, "--raw", second)
+        assert (done.exit_code, "more than one of" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("where", [".", ".."])
+def test_a_folder_of_one_file_lends_its_own_name(
+    where: str, converted: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "inner").mkdir(parents=True)
+    ws.save(converted, tmp_path / "run" / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "run" / ("inner" if where == ".." else ""))
+    done = strip(where)
+    assert done.exit_code == 0, done.output
+    assert names(tmp_path) == ["run", "run.stripped.safetensors"]
+
+
 def test_both_write_no_file_where_one_fails(
     converted: nn.Module, averaged: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

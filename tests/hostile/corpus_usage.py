@@ -173,7 +173,8 @@ OPTIONS: dict[str, Usage] = {
     "strip with a shape beyond memory": arguments(
         "strip", CONVERTED, "--input-shape", "1,3,10000000,10000000"
     ),
-    "a seed beyond 64 bits": arguments("convert", MODEL, "--seed", "9" * 30),
+    "a folder as output of one file": arguments("convert", MODEL, "-o", "new/"),
+    "an output without a name": arguments("convert", MODEL, "-o", ""),
     "a rule without stages": arguments("convert", MODEL, "--rule", "stem"),
     "a rule with unknown stages": arguments("convert", MODEL, "--rule", "stem=evil"),
     "a rule that matches nothing": arguments("convert", MODEL, "--rule", "nowhere=lwe"),

@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_files_as_they_were(to: str, size: int, tmp_path:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_in_the_middle_of_a_write_leaves_the_target_as_it_was(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -162,6 +162,7 @@ def test_a_signal_in_the_middle_of_a_write_leaves_the_target_as_it_was(
     if not child:
         # The child: stops after it has written and before the file gets its name.
         writing_module._sync = lambda path: time.sleep(60)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
         arguments = [str(tmp_path / "model.pt"), "-o", str(tmp_path / "out.pt"), "--force"]
         try:
             strip_command.main(arguments, standalone_mode=False)

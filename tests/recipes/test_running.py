@@ -155,6 +155,20 @@ def test_nothing_is_overwritten(recipe, image_folder, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+def test_a_file_cannot_be_the_folder_of_a_run(recipe, image_folder, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="is a file and no folder"):
+            run(recipe, image_folder, output)
+
+
+@pytest.mark.parametrize("device", ["nope", "meta", "cuda:4096", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused(device, recipe, image_folder, tmp_path):
+    with pytest.raises(InputError, match="there is no device"):
+        run(recipe, image_folder, tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_timm_that_cannot_resume_is_named(recipe, image_folder, tmp_path, monkeypatch):
     run(recipe, image_folder, tmp_path / "run")
     monkeypatch.delattr(CheckpointSaver, "load_state_dict_from_checkpoint")

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 _ELSEWHERE = "Give another file to write (-o FILE)."
 
+# What has a name here is made by the system, and a link among them is no file of the user's.
+_SYSTEM_FOLDERS = (Path("/dev"), Path("/proc"), Path("/sys"))
+_MEMORY_FOLDER = Path("/dev/shm")
+
 
 def write_module(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     """Writes a whole model with ``torch.save``.
@@ -112,8 +116,9 @@ def save_safetensors(
     header = {"format": "pt"}
     if metadata is not None:
         header[METADATA_KEY] = metadata.to_json()
+    tensors = _independent(state)
     try:
-        save_file(_independent(state), temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"safetensors cannot hold these tensors: {error}",
@@ -146,6 +151,7 @@ def check_target(path: str | Path, *, force: bool = False, folder: bool = False)
     """
     path = Path(path)
     try:
+        _refuse_system_folders(path)
         if folder:
             _check_folder(path)
         elif path.is_dir():
@@ -153,10 +159,7 @@ def check_target(path: str | Path, *, force: bool = False, folder: bool = False)
         elif path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file", _ELSEWHERE)
         if (path.exists() or path.is_symlink()) and not force:
-            raise InputError(
-                f"{path} exists already",
-                "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
-            )
+            raise _exists_already(path)
         folder_exists = path.parent.is_dir()
     except InputError:
         raise
@@ -168,7 +171,28 @@ def check_target(path: str | Path, *, force: bool = False, folder: bool = False)
         raise InputError(f"the folder {path.parent} is not writable", _ELSEWHERE)
 
 
+def _exists_already(path: Path) -> InputError:
+    return InputError(
+        f"{path} exists already",
+        "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
+    )
+
+
+def _refuse_system_folders(path: Path) -> None:
+    # Not resolved itself: /dev/stdout is a link, often to a file, and the link would be replaced.
+    place = path.parent.resolve()
+    if place.is_relative_to(_MEMORY_FOLDER):
+        return
+    if any(place.is_relative_to(folder) for folder in _SYSTEM_FOLDERS):
+        raise InputError(f"{path} is no regular file", _ELSEWHERE)
+
+
 def _check_folder(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError(
+            f"{path} is a symbolic link, and a folder takes the place of a folder alone",
+            "Give the folder itself (-o FOLDER).",
+        )
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file and no folder", "Give another folder (-o FOLDER).")
     # Replacing a folder deletes it: never one with something in it that we would not write.
@@ -209,17 +233,20 @@ def staged(path: str | Path, *, force: bool = False, folder: bool = False) -> It
         else:
             temporary.touch(exist_ok=False)
         # Remembered for it follows the umask; safetensors gives 0600 to all it writes.
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        # What is private already is so while it is written, too.
+        temporary.chmod(mode | (stat.S_IRWXU if folder else stat.S_IRUSR | stat.S_IWUSR))
         yield temporary
-        temporary.chmod(mode)
         for file in temporary.iterdir() if folder else ():
             _sync(file)
         _sync(temporary)
-        _take_place(temporary, path)
+        temporary.chmod(mode)
+        _take_place(temporary, path, force=force, folder=folder)
         _sync(path.parent)
     except WESurgeryError:
         raise
-    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+    # Nothing wider: what folds and proves in the block has errors of its own.
+    except (OSError, SafetensorError) as error:
         raise SurgeryError(
             f"{path} could not be written: {type(error).__name__}: {error}",
             "Look at the disk's space and permissions; the target is as it was.",
@@ -232,19 +259,41 @@ def staged(path: str | Path, *, force: bool = False, folder: bool = False) -> It
     logger.info("wrote %s", path)
 
 
-def _take_place(temporary: Path, path: Path) -> None:
-    if not path.is_dir():
+def _take_place(temporary: Path, path: Path, *, force: bool, folder: bool) -> None:
+    # Anything may have come there since the first look: folding takes its time.
+    check_target(path, force=force, folder=folder)
+    if folder and path.is_dir():
+        _swap_folders(temporary, path)
+    elif folder or force:
         temporary.replace(path)
-        return
+    else:
+        _take_free_place(temporary, path)
+
+
+def _take_free_place(temporary: Path, path: Path) -> None:
+    """Gives a file a name that nothing has: a rename would replace what came at the last moment."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError as error:
+        raise _exists_already(path) from error
+    except OSError:
+        # Some file systems have no links.
+        temporary.rename(path)
+
+
+def _swap_folders(temporary: Path, path: Path) -> None:
     # No file system swaps two folders by their plain names: the old one steps aside first.
     aside = temporary.with_suffix(".old")
-    path.rename(aside)
     try:
+        path.rename(aside)
         temporary.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside)
+    finally:
+        # By what is there: a signal may come between any two lines.
+        if temporary.exists():
+            if aside.exists():
+                aside.rename(path)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -263,7 +312,7 @@ def _torch_save(content: Any, temporary: Path) -> None:
     with temporary.open("wb") as file:
         try:
             torch.save(content, file)
-        except OSError:
+        except (OSError, MemoryError):
             raise
         # Pickling runs the __reduce__ of whatever the model holds, which can raise anything.
         except Exception as error:
@@ -287,15 +336,24 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 def _independent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor contiguous and, where several share a storage, in memory of its own."""
     for name, tensor in state.items():
+        # A module's extra state is any object.
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"safetensors holds tensors alone, and {name!r} is of type {type(tensor).__name__}",
+                "Write a state dict or a module by torch.save instead (--to state_dict, or --to "
+                "module).",
+            )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise InputError(
                 f"safetensors cannot hold {name!r}, which is sparse, quantized or without values",
                 "Write a state dict by torch.save instead (--to state_dict).",
             )
-    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    # A conjugate or negative view says so in a bit beside its memory, which alone is written.
+    plain = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in state.items()}
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
     return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        name: tensor.clone(memory_format=torch.contiguous_format)
         if storages[tensor.untyped_storage().data_ptr()] > 1
-        else tensor.detach().contiguous()
-        for name, tensor in state.items()
+        else tensor.contiguous()
+        for name, tensor in plain.items()
     }

@@ -27,11 +27,14 @@ from we_surgery.analysis.sensitivity import (
 )
 from we_surgery.analysis.user_functions import imported, imported_metric
 from we_surgery.cli.common import (
+    SEED,
     SurgeryCommand,
-    console,
     make_source,
+    print_table,
+    print_text,
     say,
     say_notes,
+    say_written,
     source_options,
 )
 from we_surgery.errors import InputError
@@ -103,7 +106,9 @@ layers_option = click.option(
     metavar="PATTERN",
     help="Only matching layers: a name glob, re:REGEX or type:CLASS. Repeatable.",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Random choices.")
+seed_option = click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Random choices."
+)
 
 
 @analyse_group.command("importance", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -306,11 +311,11 @@ def _analyse(
             **options,
         )
     paths = save_result(result, output, picture=picture, force=force)
-    say(f"wrote {', '.join(str(path) for path in paths)}")
+    say_written(*paths)
     if as_json:
-        click.echo(to_json(result.to_dict()))
+        print_text(to_json(result.to_dict()))
     else:
-        console().print(_table(result))
+        print_table(_table(result))
 
 
 def _table(result: Result) -> Table:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 import torch
 import yaml
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from we_surgery.checkpoint.imports import import_package
-from we_surgery.errors import InputError, WESurgeryError
+from we_surgery.errors import InputError, SurgeryError, WESurgeryError
 from we_surgery.jobs import Source
 from we_surgery.printing import SafeConsole, printable
 from we_surgery.targets import KINDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+SEED = click.IntRange(0, 2**32 - 1)
+"""Seeds that torch takes, also where a command multiplies them."""
 
 # Wide enough for a table's reasons where the output is a file or a pipe.
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -32,21 +37,8 @@ class SurgeryCommand(click.Command):
     """A command whose errors are two lines, cause and cure, and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with _cleaning_up_when_terminated():
-                return super().invoke(ctx)
-        except WESurgeryError as error:
-            _say_error(error.cause, error.cure)
-            ctx.exit(error.exit_code)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise
-        # A model runs the code of its classes on whatever its file holds: anything can come.
-        except Exception as error:
-            if os.environ.get(TRACEBACK_VARIABLE):
-                raise
-            cause = f"unexpected {type(error).__name__}: {error}"
-            _say_error(cause, _OUT_OF_MEMORY if _is_out_of_memory(error) else _UNEXPECTED)
-            ctx.exit(1)
+        with telling_errors(ctx), _cleaning_up_when_terminated():
+            return super().invoke(ctx)
 
 
 TRACEBACK_VARIABLE = "WE_SURGERY_TRACEBACK"
@@ -54,14 +46,71 @@ TRACEBACK_VARIABLE = "WE_SURGERY_TRACEBACK"
 
 _UNEXPECTED = (
     "Is the input sound? If it is, please report this, with the traceback that "
-    f"{TRACEBACK_VARIABLE}=1 before the command shows. Nothing was written."
+    f"{TRACEBACK_VARIABLE}=1 before the command shows."
 )
-_OUT_OF_MEMORY = "Give the process more memory, or a smaller input. Nothing was written."
+_OUT_OF_MEMORY = "Give the process more memory, or a smaller input."
+_WRITTEN = "we_surgery.written"
+
+
+@contextmanager
+def telling_errors(ctx: click.Context) -> Iterator[None]:
+    """Ends the command with two lines and an exit code where something is raised."""
+    _print_what_cannot_be_encoded()
+    try:
+        yield
+    except WESurgeryError as error:
+        _say_error(error.cause, error.cure)
+        ctx.exit(error.exit_code)
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    # A model runs the code of its classes on whatever its file holds: anything can come.
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        cause = f"unexpected {type(error).__name__}: {error}"
+        cure = _OUT_OF_MEMORY if _is_out_of_memory(error) else _UNEXPECTED
+        _say_error(cause, f"{cure} {_what_was_written(ctx)}")
+        ctx.exit(1)
+
+
+def _print_what_cannot_be_encoded() -> None:
+    # A name or a bar must not end a command only because the terminal has no such character.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _what_was_written(ctx: click.Context) -> str:
+    written = ctx.meta.get(_WRITTEN, ())
+    return f"Written, and whole: {', '.join(written)}." if written else "Nothing was written."
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Tells a full disk behind standard output from a failure of what the command did."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_stdout()
+        raise SurgeryError(
+            f"standard output cannot be written: {error}",
+            f"Look at where it goes. {_what_was_written(click.get_current_context())}",
+        ) from error
+
+
+def _drop_stdout() -> None:
+    # Python flushes it once more at the end, and would complain of the same thing again.
+    with suppress(OSError, ValueError):
+        sys.stdout.close()
 
 
 @contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
-    """Lets SIGTERM, which a scheduler sends, leave as an exception, so that no file is left."""
+    """Lets the signals of schedulers and closed terminals leave as exceptions.
+
+    So no temporary file is left.
+    """
 
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -69,11 +118,19 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python sets handlers in the main thread alone.
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    # Windows has no SIGHUP, and under nohup it is to be ignored.
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    before = {
+        number: signal.signal(number, leave)
+        for number in numbers
+        if number is not None
+        and (number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -148,7 +205,7 @@ def output_options(what: str) -> Callable[[Command], Command]:
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
+            # Not a Path, which forgets a slash at the end.
             metavar="FILE",
             help=f"{what} to write; by default beside the input.",
         ),
@@ -178,6 +235,8 @@ def make_source(
     trust: bool,
 ) -> Source:
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.Source`."""
+    if not source:
+        raise InputError("SOURCE is empty", "Give a file, a folder or an architecture.")
     arguments = dict(_key_value(text) for text in arch_args)
     for package in allow:
         import_package(package)
@@ -218,6 +277,25 @@ def console() -> Console:
     """Standard output, for tables."""
     plain = SafeConsole()
     return plain if plain.is_terminal else SafeConsole(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def print_text(text: str) -> None:
+    """A command's result on stdout, such as JSON."""
+    with _printing():
+        click.echo(text)
+
+
+def print_table(content: RenderableType, **options: Any) -> None:
+    """A command's result on stdout, for people; ``options`` are those of rich."""
+    with _printing():
+        console().print(content, **options)
+
+
+def say_written(*paths: Path, kind: str = "") -> None:
+    """Says which files were written, and keeps it in mind for what may fail after that."""
+    names = [str(path) for path in paths]
+    click.get_current_context().meta.setdefault(_WRITTEN, []).extend(names)
+    say(f"wrote {', '.join(names)}{f' ({kind})' if kind else ''}")
 
 
 def say(message: str) -> None:

@@ -12,14 +12,18 @@ import click
 import yaml
 
 from we_surgery.cli.common import (
+    SEED,
     SurgeryCommand,
-    console,
     make_source,
     output_options,
     parse_shape,
+    print_table,
+    print_text,
     say,
     say_notes,
+    say_written,
     source_options,
+    telling_errors,
 )
 from we_surgery.config import make_policy
 from we_surgery.errors import InputError
@@ -37,10 +41,11 @@ class _ConvertCommand(SurgeryCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # It needs no SOURCE, and says the same before and after --json.
         if "--list-modes" in args:
-            if "--json" in args:
-                click.echo(json.dumps([method.to_dict() for method in family()], indent=2))
-            else:
-                console().print(family_table())
+            with telling_errors(ctx):
+                if "--json" in args:
+                    print_text(json.dumps([method.to_dict() for method in family()], indent=2))
+                else:
+                    print_table(family_table())
             ctx.exit()
         return super().parse_args(ctx, args)
 
@@ -77,7 +82,8 @@ class _ConvertCommand(SurgeryCommand):
     "--skip",
     multiple=True,
     metavar="PATTERN",
-    help="Leave matching layers alone: a name glob, re:REGEX or type:CLASS. Repeatable.",
+    help="Leave matching layers alone, whatever --rule says: a name glob, re:REGEX or type:CLASS. "
+    "Repeatable.",
 )
 @click.option(
     "--rule",
@@ -119,7 +125,7 @@ class _ConvertCommand(SurgeryCommand):
     help="paused: the model trains as the vanilla one until ws.resume or a WESchedule switches "
     "excitation on.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the new parameters.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the new parameters.")
 @click.option(
     "--input-shape",
     metavar="SHAPE",
@@ -141,7 +147,7 @@ def convert_command(
     seed: int,
     input_shape: str | None,
     dry_run: bool,
-    output: Path | None,
+    output: str | None,
     to: str | None,
     force: bool,
     as_json: bool,
@@ -169,7 +175,8 @@ def convert_command(
     Exit codes: 0 done, 1 the surgery failed, 2 bad usage or unreadable input.
     """
     source = make_source(**source_arguments)
-    rules = [Rule(pattern, SKIP) for pattern in skip] + [_rule(text) for text in rule_texts]
+    # The last match wins: what is named to be left alone is left alone.
+    rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
     options = _options(option_texts)
     if plan_path is not None and (mode or config or rules or options or transplants):
         raise InputError(
@@ -244,16 +251,17 @@ def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _show_plan(result: Converted, as_json: bool) -> None:
     say_notes(result.notes)
     if as_json:
-        click.echo(result.plan.to_json())
+        print_text(result.plan.to_json())
     else:
-        console().print(plan_table(result.plan))
+        print_table(plan_table(result.plan))
 
 
 def _show_result(result: Converted, as_json: bool) -> None:
     say_notes(result.notes)
     say(plan_summary(result.plan))
-    say(f"wrote {result.target} ({result.kind})")
+    assert result.target is not None
+    say_written(result.target, kind=result.kind)
     say(f"next: train it as always, then `we-strip {result.target}`")
     if as_json:
         row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
-        click.echo(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))
+        print_text(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))

@@ -20,8 +20,10 @@ from we_surgery.cli.common import (
     console,
     make_source,
     opening_options,
-    say,
+    print_table,
+    print_text,
     say_notes,
+    say_written,
 )
 from we_surgery.errors import InputError
 from we_surgery.html_report import html_report
@@ -29,6 +31,7 @@ from we_surgery.inspection import Comparison, Inspection, compare_files, inspect
 from we_surgery.jobs import Source
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_PLAIN_BLOCKS = " .:-=+*#@"
 
 
 @click.command(
@@ -98,16 +101,16 @@ def inspect_command(
         say_notes(file.notes)
     if html is not None:
         write_bytes(html_report(found, maps).encode(), html, force=force)
-        say(f"wrote {html}")
+        say_written(html)
     if as_json:
-        click.echo(to_json(found.to_dict()))
+        print_text(to_json(found.to_dict()))
         return
     if isinstance(found, Comparison):
-        console().print(_side_by_side(found))
+        print_table(_side_by_side(found))
     elif found.layers:
-        console().print(_table(found))
+        print_table(_table(found))
     for file in files:
-        console().print(_summary(file), highlight=False, markup=False, soft_wrap=True)
+        print_table(_summary(file), highlight=False, markup=False, soft_wrap=True)
 
 
 def _read_maps(path: Path) -> LocationMaps:
@@ -160,7 +163,8 @@ def _histogram(row: WeightStatistics) -> str:
     counts = row.multiplier.histogram
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
     highest = max(*pairs, 1)
-    return "".join(_BLOCKS[-(-8 * count // highest)] for count in pairs)
+    blocks = _BLOCKS if console().encoding.startswith("utf") else _PLAIN_BLOCKS
+    return "".join(blocks[-(-8 * count // highest)] for count in pairs)
 
 
 def _moved(row: WeightStatistics) -> str:

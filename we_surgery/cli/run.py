@@ -9,7 +9,17 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
+from we_surgery.cli.common import (
+    SurgeryCommand,
+    print_table,
+    print_text,
+    progress_bar,
+    say,
+    say_written,
+)
+
+# Each epoch and process adds to it, and numpy's seeds have 32 bits.
+_SEED = click.IntRange(0, 2**31 - 1)
 
 
 @click.command("run", cls=SurgeryCommand, short_help="Train and strip an experiment of the papers.")
@@ -40,7 +50,13 @@ from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
     help="Train one epoch of two synthetic batches in place of the images.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, ...")
-@click.option("--workers", type=int, default=4, show_default=True, help="Processes reading images.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Processes reading images.",
+)
 @click.option(
     "--step-batch",
     type=click.IntRange(min=1),
@@ -52,7 +68,7 @@ from we_surgery.cli.common import SurgeryCommand, console, progress_bar, say
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the forward pass, in place of the recipe's; half precision is mixed (AMP).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the whole run.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seeds the whole run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def run_command(
     recipe: Path,
@@ -105,14 +121,15 @@ def run_command(
         )
     if result is None:
         return
+    say_written(Path(result.file))
     if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
+        print_text(json.dumps(asdict(result), indent=2))
         return
     table = Table("metric", "published", "best epoch", "last epoch", "stripped")
     for name in result.stripped:
         figures = (result.published, result.best, result.last, result.stripped)
         table.add_row(name, *(f"{row[name]:.2f}" if name in row else "" for row in figures))
-    console().print(table)
+    print_table(table)
     say(f"published in {result.source}")
     say(
         f"parameters: {result.training_parameters:,} in training, "
@@ -120,4 +137,3 @@ def run_command(
     )
     if result.zeros > 1:
         say(f"{result.zeros:.1f} % of the stripped weights are 0")
-    say(f"wrote {result.file}")

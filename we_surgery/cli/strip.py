@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
+from we_surgery.checkpoint import Weights
 from we_surgery.cli.common import (
     SurgeryCommand,
     make_source,
     output_options,
     parse_shape,
+    print_text,
     progress_bar,
     say,
     say_notes,
+    say_written,
     source_options,
 )
+from we_surgery.errors import InputError
 from we_surgery.stripping import Stripped, strip_both, strip_file
 from we_surgery.surgery import DEPLOY_FORMS
 from we_surgery.verification import DTYPES
@@ -30,18 +33,14 @@ from we_surgery.verification import DTYPES
 @source_options
 @click.option(
     "--raw",
-    "weights",
-    flag_value="raw",
+    is_flag=True,
     help="Strip the trained weights of a checkpoint, wherever the trainer put them. Without this "
     "and --ema: the first of state_dict, model, state_dict_ema, model_ema and ema.",
 )
-@click.option(
-    "--ema", "weights", flag_value="ema", help="Strip their running average (EMA) instead."
-)
+@click.option("--ema", is_flag=True, help="Strip their running average (EMA) instead.")
 @click.option(
     "--both",
-    "weights",
-    flag_value="both",
+    is_flag=True,
     help="Strip both, the average to a second file: model.stripped.ema.pt.",
 )
 @click.option(
@@ -71,12 +70,14 @@ from we_surgery.verification import DTYPES
 )
 @output_options("File, or folder of shards,")
 def strip_command(
-    weights: Literal["raw", "ema", "both"] | None,
+    raw: bool,
+    ema: bool,
+    both: bool,
     dtype: str | None,
     verify: bool,
     input_shape: str | None,
     deploy: str,
-    output: Path | None,
+    output: str | None,
     to: str | None,
     force: bool,
     as_json: bool,
@@ -104,6 +105,11 @@ def strip_command(
     Exit codes: 0 done, 1 a proof failed or there is nothing to strip, 2 bad usage or
     unreadable input. No file is written but with exit code 0.
     """
+    if raw + ema + both > 1:
+        raise InputError(
+            "more than one of --raw, --ema and --both was given",
+            "Give one of them; --both strips the trained weights and their average.",
+        )
     source = make_source(**source_arguments)
     with progress_bar("folding") as progress:
         options: dict[str, Any] = {
@@ -116,15 +122,16 @@ def strip_command(
             "deploy": deploy,
             "progress": progress,
         }
-        if weights == "both":
+        if both:
             results = strip_both(source, **options)
         else:
+            weights: Weights | None = "raw" if raw else "ema" if ema else None
             results = [strip_file(replace(source, weights=weights), **options)]
     for result in results:
         _say(result)
     if as_json:
         rows = [_row(result) for result in results]
-        click.echo(json.dumps(rows if weights == "both" else rows[0], indent=2))
+        print_text(json.dumps(rows if both else rows[0], indent=2))
 
 
 def _say(result: Stripped) -> None:
@@ -145,7 +152,7 @@ def _say(result: Stripped) -> None:
             f"({report.relative_difference:g} relative)"
         )
     say(parity)
-    say(f"wrote {result.target} ({result.kind})")
+    say_written(result.target, kind=result.kind)
     for path, digest in result.sha256.items():
         say(f"sha256 {digest}  {path}")
 

@@ -95,10 +95,12 @@ def run_recipe(
         The result; None in every process but the first.
 
     Raises:
-        InputError: images are missing, the batch cannot be divided so, ``output`` holds a run.
+        InputError: images are missing, the batch cannot be divided so, ``output`` holds a run or
+            lies in a file, there is no such device.
         SurgeryError: training diverged, or the proof of strip failed.
     """
     _check_output(output, resume)
+    _check_device(device)
     if backbone is None and recipe.backbone and not dry_run:
         raise InputError(
             f"{recipe.title} starts from a trained backbone",
@@ -131,7 +133,21 @@ def run_recipe(
             torch.distributed.destroy_process_group()
 
 
+def _check_device(device: str) -> None:
+    try:
+        found = torch.device(device)
+        devices = torch.get_device_module(found)
+        exists = devices.is_available() and (found.index or 0) < devices.device_count()
+    except (RuntimeError, AttributeError):
+        exists = False
+    if not exists:
+        raise InputError(f"there is no device {device!r} here", "Give --device cpu, cuda or mps.")
+
+
 def _check_output(output: Path, resume: bool) -> None:
+    for folder in (output, *output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file and no folder", "Give another --output.")
     exists = (output / LAST).exists()
     if resume and not exists:
         raise InputError(f"there is no run to resume in {output}", "Leave out --resume.")
