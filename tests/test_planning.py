@@ -206,6 +206,11 @@ def with_attribute(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def sparse(layer: nn.Module) -> nn.Module:
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    return layer
+
+
 def with_parametrized_bias(layer: nn.Module) -> nn.Module:
     parametrize.register_parametrization(layer, "bias", nn.Tanh())
     return layer
@@ -221,6 +226,7 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "pruned": (pruned, "or a pruning mask"),
     "complex": (lambda layer: layer.to(torch.complex64), "has a weight of dtype torch.complex64"),
     "float8": (lambda layer: layer.to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+    "sparse": (sparse, "has a sparse weight"),
     "frozen": (lambda layer: layer.requires_grad_(False), "frozen"),
     "attribute": (with_attribute, "has an attribute 'excitation' of its own"),
 }

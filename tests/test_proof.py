@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import we_surgery as ws
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.proof import (
     check_fold,
@@ -212,3 +213,59 @@ def test_tensors_of_every_kind_are_compared_by_all_they_hold(name: str) -> None:
     assert same_bits(one, one.clone())
     assert same_bits(other, other.clone())
     assert not same_bits(one, other)
+
+
+class Remembers(nn.Module):
+    """Changes its input and all kinds of its own state in each forward, and computes by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("state", torch.zeros(4))
+        self.plain = torch.zeros(4)
+        self.calls = 0
+        self.cache: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).div_(0.25)
+        y = self.linear(x + self.state + self.plain + self.calls)
+        for kept in self.cache:
+            y = y + kept
+        self.state = self.state + 1
+        self.plain.add_(1)
+        self.calls += 1
+        self.cache.append(y)
+        self.last = y
+        return y
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_both_models_start_from_one_state_which_a_strip_leaves_as_it_is(inplace: bool) -> None:
+    model, x = ws.convert(Remembers(), "mwe"), torch.randn(2, 4)
+    inputs, modes = x.clone(), [module.training for module in model.modules()]
+    for found in (ws.strip(model, example_inputs=x, inplace=inplace), model):
+        assert torch.equal(x, inputs)
+        assert (found.calls, found.cache) == (0, [])
+        assert not hasattr(found, "last")
+        assert not found.state.any()
+        assert not found.plain.any()
+    assert inplace or [module.training for module in model.modules()] == modes
+
+
+def test_state_comes_back_after_a_failure() -> None:
+    model = Remembers()
+    buffer = model.state
+    with pytest.raises(InputError):
+        run_in_eval(nn.Sequential(model, nn.Linear(3, 3)), torch.randn(2, 4))
+    assert model.state is buffer
+    assert (model.calls, model.cache) == (0, [])
+
+
+def test_inputs_that_need_gradients_still_do() -> None:
+    class Forces(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return torch.autograd.grad(super().forward(x).sum(), x)[0]
+
+    x = torch.randn(2, 4, requires_grad=True)
+    assert run_in_eval(Forces(4, 1), x)[0].shape == x.shape

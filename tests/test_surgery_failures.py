@@ -209,3 +209,34 @@ def test_an_interrupted_strip_can_be_repeated() -> None:
     with pytest.raises(KeyboardInterrupt):
         ws.strip_with_report(model, inplace=True, progress=interrupt)
     assert torch.equal(ws.strip(model, example_inputs=x, inplace=True).eval()(x), expected)
+
+
+class NeedsKeyword(nn.Linear):
+    """Takes no subclass that does not say more than we can know."""
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        super().__init_subclass__()
+
+
+class Demanding(type):
+    """A metaclass that wants to be told something."""
+
+    def __new__(mcs, name: str, bases: Any, attributes: Any, *, key: str) -> Any:
+        return super().__new__(mcs, name, bases, attributes)
+
+    def __init__(cls, name: str, bases: Any, attributes: Any, *, key: str) -> None:
+        super().__init__(name, bases, attributes)
+
+
+class OfDemanding(nn.Linear, metaclass=Demanding, key="mine"):
+    """A layer of that metaclass."""
+
+
+@pytest.mark.parametrize("layer_class", [NeedsKeyword, OfDemanding])
+def test_a_class_that_takes_no_subclass_is_named_with_its_layer(
+    layer_class: type[nn.Linear],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer_class(4, 4))
+    with pytest.raises(ws.SurgeryError, match=rf"'1' is of class {layer_class.__name__}.*'key'"):
+        ws.convert(model, "mwe", inplace=True)
+    assert [type(layer) for layer in model] == [nn.Linear, layer_class]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from we_surgery.errors import SurgeryError
 from we_surgery.excitations import Composition
 from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
 from we_surgery.layer_views import drop_own_attributes
@@ -28,11 +29,21 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
         parameter: the parameter's name, such as ``weight`` or ``in_proj_weight``.
         excitation: what computes it; shared between layers that share the Parameter.
         layer_name: the module's name in its model, for error messages.
+
+    Raises:
+        SurgeryError: the module's class takes no subclass.
     """
     names = (*excited_names(module), parameter)
     vanilla_parameters = dict(module._parameters)
     base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
-    swapped = excited_class(base, names)
+    try:
+        swapped = excited_class(base, names)
+    except TypeError as error:
+        raise SurgeryError(
+            f"layer {layer_name!r} is of class {base.__qualname__}, of which no subclass can be "
+            f"made: {error}",
+            "Leave it alone by a rule (`--skip` on the command line); nothing was changed.",
+        ) from error
     try:
         rename_parameter(module, parameter, raw_name(parameter))
         module._modules[excitation_name(parameter)] = trace_whole(excitation)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from we_surgery.errors import InputError, SurgeryError
-from we_surgery.reading.running import call, fixed_seed
+from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
+from we_surgery.scripted import is_scripted
 
 RELATIVE_TOLERANCE = 1e-5
 
 _PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
 _HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -167,17 +172,19 @@ def is_finite(weight: Tensor) -> bool:
 def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors a model returns in eval mode, without gradients and with a fixed seed.
 
+    The forward gets copies of the inputs, and what it leaves in the model is put back.
+
     Args:
-        model: the model; its training flags are put back afterwards.
+        model: the model; a model that is run after it starts from the same state.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments.
 
     Raises:
         InputError: the model returns no tensor, or fails on these inputs.
     """
-    with eval_mode(model), torch.no_grad(), fixed_seed(model):
+    with _state_put_back(model), eval_mode(model), torch.no_grad(), fixed_seed(model):
         try:
-            outputs = call(model, example_inputs)
+            outputs = call(model, with_tensors(example_inputs, copied))
         except Exception as error:
             raise InputError(
                 f"the model fails on the example inputs: {type(error).__name__}: {error}",
@@ -256,22 +263,51 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     statistics; they get their values back too.
     """
     flags = {module: module.training for module in model.modules()}
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    with _values_put_back(buffer for module in graphs for buffer in module.buffers()):
+        # An exported program has its mode baked in and refuses to be asked for another one.
+        with contextlib.suppress(NotImplementedError):
+            model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags.items():
+                module.training = training
+
+
+@contextlib.contextmanager
+def _state_put_back(model: nn.Module) -> Iterator[None]:
+    """Gives modules their attributes back, and all tensors but the parameters their values.
+
+    A forward may count its calls, keep a state, or fill a cache.
+    """
+    modules = [module for module in model.modules() if not is_scripted(module)]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    values = [value for _, own in attributes for value in own.values()]
+    containers = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    with _values_put_back([*model.buffers(), *tensors]):
+        try:
+            yield
+        finally:
+            for found, kept in [*attributes, *containers]:
+                found.clear()
+                (found.extend if isinstance(found, list | deque) else found.update)(kept)
+
+
+@contextlib.contextmanager
+def _values_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Gives tensors, where they were written to, their values back."""
     kept = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if isinstance(module, fx.GraphModule)
-        for buffer in module.buffers()
-        if not buffer.is_meta
+        (tensor, tensor.detach().clone())
+        for tensor in tensors
+        # Others cannot be compared, and hardly be written to.
+        if tensor.layout == torch.strided and not tensor.is_meta
     ]
-    # An exported program has its mode baked in and refuses to be asked for another one.
-    with contextlib.suppress(NotImplementedError):
-        model.eval()
     try:
         yield
     finally:
-        for module, training in flags.items():
-            module.training = training
         with torch.no_grad():
-            for buffer, value in kept:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in kept:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)

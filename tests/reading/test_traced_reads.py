@@ -1,8 +1,11 @@
 """Bare weights that a module's own forward feeds to a conv or linear, without example inputs."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import we_surgery as ws
 
@@ -104,3 +107,26 @@ def test_a_buffer_is_no_weight() -> None:
             self.register_buffer("weight", torch.randn(8, 3, 3, 3))
 
     assert list(rows(Fixed())) == [".projection"]
+
+
+class TiedByHand(nn.Module):
+    """Reads its embedding's weight as that of a projection, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, **options)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return F.linear(self.linear(self.embedding(words)), self.embedding.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}, {"sparse": True}], ids=str)
+def test_an_embedding_that_is_read_as_a_projection_too_is_left_alone(
+    options: dict[str, Any],
+) -> None:
+    words = torch.randint(0, 10, (2, 3))
+    for model in (TiedByHand(**options), fx.symbolic_trace(TiedByHand(**options))):
+        for inputs in (None, words):
+            plan = ws.plan(model, "mwe", example_inputs=inputs)
+            assert [row.layer for row in plan.excited] == ["linear"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +142,9 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
         by_parameter.setdefault((fetch.owner, fetch.parameter), []).append(fetch)
     modules = dict(module.named_modules())
     fed = fed_by_input(graph)
+    whole = {
+        modules.get(str(node.target)): node for node in graph.nodes if _runs_unseen(node, modules)
+    }
     for (owner, name), group in by_parameter.items():
         tensor = getattr(owner, raw_name(name) if group[0].is_excited else name)
         if tensor is None or isinstance(tensor, UninitializedParameter) or tensor.ndim < 2:
@@ -154,6 +157,8 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
             if fetch.is_excited and user.target == fetch.excitation_target
         ]
         uses = [use for node in (excited or nodes) for use in _uses(node, tensor)]
+        if owner in whole:
+            uses.append(whole[owner])
         calls = [use for use in uses if isinstance(use, _Call)]
         if not calls:
             continue
@@ -171,6 +176,13 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
             norm_evidence=evidence,
             constant_input=all(call.data not in fed for call in calls),
         )
+
+
+def _runs_unseen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the node calls a module whose forward, which may read its weights, is in no graph."""
+    return node.op == "call_module" and not isinstance(
+        modules.get(str(node.target)), fx.GraphModule
+    )
 
 
 def _obstacle(calls: list[_Call], uses: list[_Call | fx.Node]) -> str | None:

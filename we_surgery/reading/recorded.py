@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_iter
 
 from we_surgery.compute_once import outdate
@@ -140,10 +141,13 @@ def _unlogged() -> Iterator[None]:
 
 def _replica(model: nn.Module, fakes: StandIns | None, shared_hooks: bool) -> nn.Module:
     memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if fakes is None and isinstance(parameter, UninitializedParameter):
+            continue
+        # A deep copy of a sparse Parameter fails.
+        own = parameter.detach().clone() if fakes is None else fakes(parameter)
+        memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
     if fakes is not None:
-        for parameter in model.parameters():
-            fake = nn.Parameter(fakes(parameter), requires_grad=parameter.requires_grad)
-            memo[id(parameter)] = fake
         for buffer in model.buffers():
             memo[id(buffer)] = fakes(buffer)
     for module in model.modules():

@@ -205,6 +205,9 @@ def _bare_parameter(
     obstacle = obstacle_of(owner, parameter_name)
     if obstacle is None and others:
         obstacle = f"is shared with {others[0]!r}"
+    elif obstacle is None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        # One may write to its weight, or give it sparse gradients.
+        obstacle = "is also the table of an embedding"
     elif obstacle is None and any(use.read.computed for use in uses):
         obstacle = "is one part of a weight that its module computes"
     elif obstacle is None and not all(use.read.filters_first for use in uses):

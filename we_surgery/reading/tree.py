@@ -143,6 +143,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "belongs to a recurrent layer, which hands its weights over in a way of its own"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return "belongs to a container, which would run an excitation as one of its layers"
+    if weight.layout != torch.strided:
+        return "has a sparse weight"
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]
