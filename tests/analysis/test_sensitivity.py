@@ -18,6 +18,7 @@ from we_surgery.analysis import (
     reduction_variants,
     sweep,
 )
+from we_surgery.analysis.progress_file import fingerprint
 from we_surgery.analysis.sensitivity import (
     initialize_excitations,
     scale_standardized,
@@ -191,3 +192,14 @@ def test_scaled_filters_have_the_deviation_of_one_over_the_root_of_the_fan_in() 
         assert torch.allclose(layer.weight, weight / fan_in**0.5, atol=1e-6)
     ws.strip(model)  # the factor is folded like anything else
     assert isinstance(without_normalization(nn.Sequential(nn.BatchNorm2d(2)))[0], nn.Identity)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_without_plain_memory_have_a_fingerprint_too() -> None:
+    def quantized(scale: float) -> torch.Tensor:
+        return torch.quantize_per_tensor(torch.ones(3), scale, 0, torch.qint8)
+
+    eye = torch.eye(3)
+    values = [quantized(0.5), quantized(0.25), eye.to_sparse(), (2 * eye).to_sparse(), eye]
+    assert len({fingerprint(value) for value in values}) == len(values)
+    assert fingerprint(quantized(0.5)) == fingerprint(values[0])
