@@ -1,6 +1,6 @@
 """Each message that docs/when_it_fails.md quotes is provoked here, and begins as it says."""
 
-from __future__ import annotations
+from __future__ import random
 
 import builtins
 import re
@@ -37,14 +37,15 @@ class Bypassing(nn.Module):
         return nn.functional.conv2d(x, own.get("weight", own.get("raw_weight")))
 
 
-class Counting(nn.Module):
+class Random(nn.Module):
+    """Of Python's generator, which a strip does not seed."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.calls = net(), 0
+        self.net = net()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.net(x) + self.calls
+        return self.net(x) + random.random()
 
 
 class Noise(ws.Excitation):
@@ -147,7 +148,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "Error(s) in loading state_dict for Sequential: Missing key(s)": lambda: ws.convert(
         net()
     ).load_state_dict(ws.convert(net(), "mwe").state_dict()),
-    "... names what a file may not name: ... (is of another package)": lambda: saved(Counting()),
+    "... names what a file may not name: ... (is of another package)": lambda: saved(Random()),
     "... names what a file may not name: ... (is no nn.Module class)": lambda: saved(eval),
     "... holds weights and does not say of which architecture": lambda: saved(net().state_dict()),
     "the state dict does not fit ...": lambda: saved(
@@ -156,7 +157,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "there is no file ...": lambda: ws.load("none.pt"),
     "... exists already": lambda: [ws.save(net(), "a.pt") for _ in range(2)],
     "the stripped model's outputs differ by ...": lambda: ws.strip(
-        ws.convert(Counting()), example_inputs=X
+        ws.convert(Random()), example_inputs=X
     ),
     "the folded weight of layer '...' is not bit-equal": lambda: ws.strip(
         ws.convert(net(), config={"conv": Noise.name})
