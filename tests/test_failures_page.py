@@ -1,8 +1,9 @@
 """Each message that docs/when_it_fails.md quotes is provoked here, and begins as it says."""
 
-from __future__ import random
+from __future__ import annotations
 
 import builtins
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
