@@ -209,6 +209,14 @@ def test_converting_twice_warns_and_changes_nothing(inplace: bool) -> None:
     assert list(again.state_dict()) == list(model.state_dict())
 
 
+def test_converting_nothing_warns_with_the_reason() -> None:
+    frozen = ConvNet().requires_grad_(False)
+    with pytest.warns(ws.NothingToConvertWarning, match="none of .* for this reason: frozen"):
+        ws.convert(frozen)
+    ws.convert(frozen, "none")
+    ws.convert(frozen, plan=ws.plan(frozen))
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_stripping_a_vanilla_model_warns_and_changes_nothing(inplace: bool) -> None:
     model = ConvNet()

@@ -16,6 +16,9 @@ from toys import EVERYTHING, EXCITING_MODES, is_vanilla
 import we_surgery as ws
 from we_surgery.layers import excited_layers
 
+# Some of these models have nothing to excite in the mode that was drawn.
+pytestmark = pytest.mark.filterwarnings("ignore::we_surgery.NothingToConvertWarning")
+
 CONVS = {
     1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d),
     2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),

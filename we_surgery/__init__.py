@@ -12,6 +12,7 @@ from we_surgery.config import make_policy as make_policy
 from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
 from we_surgery.errors import ExcitationError as ExcitationError
 from we_surgery.errors import InputError as InputError
+from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import WESurgeryError as WESurgeryError

@@ -48,6 +48,10 @@ class AlreadyConvertedWarning(UserWarning):
     """``convert`` was called on a model that carries excitations already."""
 
 
+class NothingToConvertWarning(UserWarning):
+    """``convert`` excited none of a model's weights: it trains as the vanilla one."""
+
+
 class NothingToStripWarning(UserWarning):
     """``strip`` was called on a model or state dict without excitations."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from we_surgery.copies import copy_model
 from we_surgery.errors import (
     AlreadyConvertedWarning,
     InputError,
+    NothingToConvertWarning,
     NothingToStripWarning,
     near_matches,
 )
@@ -90,7 +92,8 @@ def convert(
 
     Returns:
         The converted model. Its classes stay subclasses of the vanilla ones. Converting a
-        model that is converted already warns and changes nothing.
+        model that is converted already warns and changes nothing. Where no weight is excited, a
+        :class:`NothingToConvertWarning` says so.
 
     Raises:
         InputError: the request does not fit together or does not fit the model.
@@ -122,6 +125,7 @@ def convert(
     )
     if plan is None:
         plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
+        _warn_of_nothing(plan)
     target = model if inplace else copy_model(model)
     with ExitStack() as undos:
         for operation in OPERATIONS:
@@ -135,6 +139,19 @@ def convert(
     target.__dict__[PLAN_ATTRIBUTE] = plan.after(_kept_plan(target)).to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
     return target
+
+
+def _warn_of_nothing(plan: Plan) -> None:
+    if plan.changes or plan.mode == "none":
+        return
+    reasons = Counter(decision.reason for decision in plan.decisions).most_common(1)
+    most = f", most of them for this reason: {reasons[0][0]}" if reasons else ""
+    warnings.warn(
+        f"none of the model's {len(plan.decisions)} weights is excited{most}. It trains as the "
+        "vanilla model; `we_surgery.plan` gives the reason for each.",
+        NothingToConvertWarning,
+        stacklevel=3,
+    )
 
 
 def strip(
