@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,31 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """The kernels, on the CPU: Triton's interpreter is asked for above."""
+    pytest.importorskip("triton")
+    from we_surgery.excitations import backends, triton_backend
+
+    if not backends.is_interpreted():
+        pytest.skip("Triton is not interpreted here")
+    return triton_backend
+
+
+@pytest.fixture
+def launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that ran, in order."""
+    names: list[str] = []
+    original = kernels.launch
+
+    def counted(kernel: Any, *rest: Any, **constants: Any) -> None:
+        names.append(kernel.fn.__name__)
+        original(kernel, *rest, **constants)
+
+    monkeypatch.setattr(kernels, "launch", counted)
+    return names
 
 
 OF_TORCH_2_8 = (

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
 from we_surgery import grouping
-from we_surgery.excitations import backends
 from we_surgery.excitations.terms import Terms
 from we_surgery.layers import excited_layers
 
@@ -364,25 +363,6 @@ def test_a_changed_weight_is_refused_in_the_backward_pass_where_it_matters() -> 
 
 
 # On kernels
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that ran, on the CPU: `tests/conftest.py` asks for Triton's interpreter."""
-    pytest.importorskip("triton")
-    from we_surgery.excitations import triton_backend
-
-    if not backends.is_interpreted():
-        pytest.skip("Triton is not interpreted here")
-    names: list[str] = []
-    original = triton_backend.launch
-
-    def counted(kernel: Any, *rest: Any, **others: Any) -> None:
-        names.append(kernel.fn.__name__)
-        original(kernel, *rest, **others)
-
-    monkeypatch.setattr(triton_backend, "launch", counted)
-    return names
 
 
 def test_kernels_are_launched_by_model_and_not_by_layer(launches: list[str]) -> None:
