@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types format fuzz fuzz-guided test-oldest wheel
+.PHONY: demo test lint types format fuzz fuzz-guided test-torch test-oldest wheel
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py
@@ -44,6 +44,13 @@ test-oldest:
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n auto --ignore=tests/recipes
 	.venv-oldest/bin/python -m pip install --quiet $(RECIPES)
 	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n auto tests/recipes
+
+# One minor version of torch, with what else pip finds for it: make test-torch TORCH=2.13
+TORCH ?= 2.13
+test-torch:
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pip install --quiet --editable '.[demo,test]' 'torch==$(TORCH).*'
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto
 
 wheel: $(READY)
 	rm -rf dist .venv-wheel

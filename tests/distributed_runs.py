@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import shutil
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -196,28 +200,45 @@ TOGETHER = {
 }
 
 
+def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The name of each case and what runs it, in an order in which each finds its inputs."""
+    for wrapping, wrap in WRAPPINGS.items():
+        yield wrapping, partial(wrapped_run, wrap)
+    for case in SPECIAL:
+        yield "-".join(map(str, case)), partial(special_run, *case)
+    for name, words in TOGETHER.items():
+        yield f"example {name}", partial(example_run, folder / name, *words)
+    for name in ("ddp", "fsdp"):
+        again = partial(example_run, folder / f"{name} from one", *TOGETHER[name])
+        yield f"example {name} from one", partial(again, of=folder / "one")
+    for name in ("fsdp all", "fsdp fp16"):
+        again = partial(example_run, folder / f"{name} again", *TOGETHER[name])
+        yield f"example {name} again", partial(again, of=folder / name)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    try:
-        result: dict[str, Any] = {name: wrapped_run(wrap) for name, wrap in WRAPPINGS.items()}
-        for case in SPECIAL:
-            result["-".join(map(str, case))] = special_run(*case)
-        for name, words in TOGETHER.items():
-            result[f"example {name}"] = example_run(folder / name, *words)
-        for name in ("ddp", "fsdp"):
-            again = folder / f"{name} from one"
-            result[f"example {name} from one"] = example_run(
-                again, *TOGETHER[name], of=folder / "one"
-            )
-        for name in ("fsdp all", "fsdp fp16"):
-            again = folder / f"{name} again"
-            result[f"example {name} again"] = example_run(again, *TOGETHER[name], of=folder / name)
-        if dist.get_rank() == 0:
-            torch.save(result, folder / "result.pt")
-    finally:
-        gc.collect()  # as in the example
-        dist.destroy_process_group()
+    result: dict[str, Any] = {}
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for number, (name, run) in enumerate(cases(folder)):
+        # Each case has a group of its own, so that one that failed on a single process does not
+        # leave half of its messages to the next.
+        dist.init_process_group(
+            "gloo",
+            init_method=(folder / f"rendezvous-{number}").as_uri(),
+            rank=rank,
+            world_size=processes,
+            timeout=timedelta(seconds=60),
+        )
+        try:
+            result[name] = run()
+        except Exception:
+            result[name] = traceback.format_exc()
+        finally:
+            gc.collect()  # as in the example
+            dist.destroy_process_group()
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
 
 
 if __name__ == "__main__":

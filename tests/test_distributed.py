@@ -53,8 +53,18 @@ def alone(one_process: None, folder: Path) -> list[float]:
     return example_run(folder / "one")
 
 
+class Found(dict[str, Any]):
+    """What came out, by the name of the case; a case that failed fails whoever asks for it."""
+
+    def __getitem__(self, name: str) -> Any:
+        result = super().__getitem__(name)
+        if isinstance(result, str):
+            pytest.fail(f"{name!r} failed in its process:\n{result}")
+        return result
+
+
 @pytest.fixture(scope="module")
-def found(alone: list[float], folder: Path) -> dict[str, Any]:
+def found(alone: list[float], folder: Path) -> Found:
     """What two processes under torchrun have found; they also go on from the one's checkpoint."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     done = subprocess.run(
@@ -70,8 +80,7 @@ def found(alone: list[float], folder: Path) -> dict[str, Any]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = torch.load(folder / "result.pt")
-    return result
+    return Found(torch.load(folder / "result.pt"))
 
 
 def skip_where_gradients_add_up(name: str) -> None:

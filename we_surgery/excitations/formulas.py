@@ -313,7 +313,11 @@ def _sum_over_kernel(filters: Tensor) -> Tensor:
     kernel = _kernel_numel(filters)
     if kernel == 1:
         return filters.flatten(1)
-    if filters.device.type == "cpu" and filters.is_contiguous():
+    if (
+        filters.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # strides are not final while a graph is traced
+        and filters.is_contiguous()
+    ):
         # A CPU sums nine neighbours slowly, two to three times slower than it multiplies them
         # by a column of ones.
         ones = filters.new_ones(kernel, 1)
