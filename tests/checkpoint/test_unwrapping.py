@@ -50,6 +50,46 @@ def test_the_average_is_never_taken_for_the_trained_weights(average):
         unwrap({**checkpoint, "critic": trained}, weights="raw")
 
 
+def mmengine_checkpoint(trained, averaged):
+    """As mmengine's EMAHook saves it: the values of the two state dicts exchanged."""
+    beside = {"steps": torch.tensor(3), **{f"module.{key}": v for key, v in trained.items()}}
+    return {"meta": {"epoch": 3}, "state_dict": dict(averaged), "ema_state_dict": beside}
+
+
+def test_what_mmengine_exchanged_is_told_apart():
+    trained, averaged = net().state_dict(), net().state_dict()
+    checkpoint = mmengine_checkpoint(trained, averaged)
+    assert_is(unwrap(checkpoint, weights="raw")[0], trained)
+    assert_is(unwrap(checkpoint, weights="ema")[0], averaged)
+    assert_is(unwrap(checkpoint, key="ema_state_dict")[0], trained)
+    state, notes = unwrap(checkpoint)
+    assert_is(state, averaged)
+    assert any("under 'state_dict' are the average" in note for note in notes)
+    assert any(note.startswith("weights under 'ema_state_dict' were not used") for note in notes)
+
+
+@pytest.mark.parametrize("name", ["ema_state_dict", "ema_model", "net_ema"])
+def test_an_average_under_a_name_that_says_so_is_the_average(name):
+    trained, averaged = net().state_dict(), net().state_dict()
+    checkpoint = {"state_dict": trained, name: averaged, "epoch": 3}
+    assert_is(unwrap(checkpoint, weights="raw")[0], trained)
+    assert_is(unwrap(checkpoint, weights="ema")[0], averaged)
+
+
+def test_the_average_of_ema_pytorch_is_read_without_the_model_beside_it():
+    trained, averaged = net().state_dict(), net().state_dict()
+    ema = {f"online_model.{key}": value for key, value in trained.items()}
+    ema |= {f"ema_model.{key}": value for key, value in averaged.items()}
+    ema |= {"initted": torch.tensor(True), "step": torch.tensor(3)}
+    checkpoint = {"model": trained, "ema": ema}
+    assert_is(unwrap(checkpoint, weights="raw")[0], trained)
+    assert_is(unwrap(checkpoint, weights="ema")[0], averaged)
+    assert_is(
+        unwrap({"steps": torch.ones(1), "a.weight": torch.ones(1)})[0],
+        {"steps": torch.ones(1), "a.weight": torch.ones(1)},
+    )
+
+
 @pytest.mark.parametrize("place", ["model", "train"])
 def test_nor_is_one_that_lies_alone_in_another_mapping(place):
     checkpoint = {place: {"ema": net().state_dict(), "decay": 0.9}}

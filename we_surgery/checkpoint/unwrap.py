@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ WRAPPER_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
 """Where trainers put the state dict; the first that is there is taken."""
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
+_TRAINED = tuple(name for name in WRAPPER_KEYS if name not in _AVERAGES)
 # Lightning's weight averaging puts the average in the place of the trained weights, and these here.
-_TRAINED_BESIDE_AVERAGE = "current_model_state"
+_LIGHTNING_TRAINED = "current_model_state"
+# mmengine's EMAHook does so too, and puts the trained weights where the name says EMA.
+_MMENGINE_TRAINED = "ema_state_dict"
 
 Weights = Literal["raw", "ema"]
 """Which weights of a training run: those the optimizer moves, or their running average."""
@@ -30,6 +34,52 @@ VERSIONS = "_metadata"
 _COMPILED = "_orig_mod"
 _PARALLEL = "module"
 _DEEPEST = 3
+
+
+@dataclass(frozen=True)
+class _Averaged:
+    """How a class keeps an averaged model in its state dict.
+
+    Attributes:
+        of: the class, for notes.
+        counters: what it counts beside the model.
+        model: the name of the average in it.
+        others: of further copies of the model.
+    """
+
+    of: str
+    counters: frozenset[str]
+    model: str
+    others: tuple[str, ...] = ()
+
+
+_MMENGINE = _Averaged("mmengine's averaged model", frozenset({"steps"}), _PARALLEL)
+_AVERAGED_MODELS = (
+    _Averaged("torch's AveragedModel", frozenset({"n_averaged"}), _PARALLEL),
+    _MMENGINE,
+    _Averaged(
+        "ema_pytorch's EMA", frozenset({"initted", "step"}), "ema_model", others=("online_model",)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The keys under which a trainer keeps which weights, the first that fits before the others.
+
+    Attributes:
+        raw: the trained weights.
+        ema: their average.
+        note: what a user would not expect of them.
+    """
+
+    raw: tuple[str, ...]
+    ema: tuple[str, ...]
+    note: str = ""
+
+    def is_average(self, name: str) -> bool:
+        """Whether what lies under this key is a running average."""
+        return name in self.ema or (name not in self.raw and _speaks_of_average(name))
 
 
 def unwrap(
@@ -56,12 +106,13 @@ def unwrap(
             f"the checkpoint is no mapping but {type(checkpoint).__name__}",
             "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
         )
+    places = _places(checkpoint)
     if weights is not None:
-        key = _key_of(checkpoint, weights, key)
+        key = _key_of(checkpoint, places, weights, key)
     state, notes = (
         _chosen(checkpoint, key)
         if key is not None
-        else _found(checkpoint, averages=weights != "raw")
+        else _found(checkpoint, places, averages=weights != "raw")
     )
     cleaned = _clean(state, notes)
     for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
@@ -75,23 +126,38 @@ def unwrap(
     return cleaned, notes
 
 
-def _key_of(checkpoint: Mapping[str, Any], weights: Weights, key: str | None) -> str | None:
+def _places(checkpoint: Mapping[str, Any]) -> _Places:
+    """Where the trainer that wrote a checkpoint puts which weights."""
+    if _holds_state(checkpoint, _LIGHTNING_TRAINED):
+        return _Places((_LIGHTNING_TRAINED,), _TRAINED)
+    beside = checkpoint.get(_MMENGINE_TRAINED)
+    if isinstance(beside, Mapping) and _averaged_in(beside) is _MMENGINE:
+        return _Places(
+            (_MMENGINE_TRAINED,),
+            ("state_dict",),
+            "the weights under 'state_dict' are the average, and those under 'ema_state_dict' the "
+            "trained ones: mmengine's EMAHook exchanges the two when it saves",
+        )
+    others = (str(name) for name in checkpoint if _speaks_of_average(str(name)))
+    return _Places(_TRAINED, tuple(dict.fromkeys((*_AVERAGES, *others))))
+
+
+def _key_of(
+    checkpoint: Mapping[str, Any], places: _Places, weights: Weights, key: str | None
+) -> str | None:
     """Where a trainer put these weights; None for trained ones under no usual name."""
     if key is not None:
         raise InputError(
             f"both the key {key!r} and the {weights} weights were asked for",
             "Give --key (`key=`), or one of --raw and --ema (`weights=`).",
         )
-    usual = [name for name in WRAPPER_KEYS if name not in _AVERAGES]
-    places = {"raw": usual, "ema": list(_AVERAGES)}
-    if _holds_state(checkpoint, _TRAINED_BESIDE_AVERAGE):
-        places = {"raw": [_TRAINED_BESIDE_AVERAGE], "ema": usual}
     averages = weights == "ema"
-    holding = (n for n in places[weights] if _holds_state(checkpoint, n, averages=averages))
+    names = places.ema if averages else places.raw
+    holding = (name for name in names if _holds_state(checkpoint, name, averages=averages))
     found = next(holding, None)
-    if found is None and weights == "ema":
+    if found is None and averages:
         raise InputError(
-            f"the checkpoint holds no EMA weights under a usual name ({quoted(places['ema'])})",
+            f"the checkpoint holds no EMA weights under a usual name ({quoted(names)})",
             _key_cure(checkpoint),
         )
     return found
@@ -126,7 +192,9 @@ def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any],
     return state, [f"used {key!r}"]
 
 
-def _found(checkpoint: Mapping[str, Any], *, averages: bool) -> tuple[Mapping[str, Any], list[str]]:
+def _found(
+    checkpoint: Mapping[str, Any], places: _Places, *, averages: bool
+) -> tuple[Mapping[str, Any], list[str]]:
     states = {
         str(name): state
         for name, value in checkpoint.items()
@@ -135,7 +203,8 @@ def _found(checkpoint: Mapping[str, Any], *, averages: bool) -> tuple[Mapping[st
     allowed = [
         name
         for name in states
-        if averages or (not _is_average(name) and _holds_state(checkpoint, name, averages=False))
+        if averages
+        or (not places.is_average(name) and _holds_state(checkpoint, name, averages=False))
     ]
     chosen = next((name for name in WRAPPER_KEYS if name in allowed), None)
     if chosen is None and _is_state_dict(checkpoint):
@@ -148,10 +217,10 @@ def _found(checkpoint: Mapping[str, Any], *, averages: bool) -> tuple[Mapping[st
         if states and not allowed:
             found, but = "no trained weights", f", but their average: {quoted(states)}"
         raise InputError(f"the checkpoint holds {found}{but}", _key_cure(checkpoint))
-    notes = [f"used {chosen!r}"]
+    notes = [f"used {chosen!r}", *([places.note] if places.note else [])]
     for name in states:
         if name != chosen:
-            what = "EMA weights" if _is_average(name) else "weights"
+            what = "EMA weights" if places.is_average(name) else "weights"
             notes.append(
                 f"{what} under {name!r} were not used; choose them with --key {name} "
                 f"(`key={name!r}`)"
@@ -203,18 +272,22 @@ def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
             if key not in tensors
         ]
         notes.append(f"dropped what is no tensor: {listed(others)}")
-    # torch.optim.swa_utils.AveragedModel counts beside the model it holds as `module`.
-    if "n_averaged" in tensors and _all_parallel(key for key in tensors if key != "n_averaged"):
-        del tensors["n_averaged"]
-        notes.append("dropped 'n_averaged' of an averaged model")
     versions = getattr(state, VERSIONS, None)
+    averaged = _averaged_in(tensors)
+    if averaged is not None:
+        prefix = f"{averaged.model}."
+        kept = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+        dropped = quoted(key for key in tensors if key not in kept)
+        notes.append(f"dropped {dropped} of {averaged.of}")
+        tensors = kept
     names = {key: _without_compiled(key) for key in tensors}
     owners = {key: _without_compiled(key) for key in versions or {}}
     removed = [f"{_COMPILED}."] if names.keys() != set(names.values()) else []
-    while _all_parallel(names.values()):
-        prefix = f"{_PARALLEL}."
+    wrappers = {_PARALLEL} if averaged is None else {_PARALLEL, averaged.model}
+    while (wrapper := _shared_beginning(names.values())) in wrappers:
+        prefix = f"{wrapper}."
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
-        # The wrapper itself is called "", and the model in it "module".
+        # The wrapper itself is called "", and the model in it as the prefix says.
         owners = {key: f"{name}.".removeprefix(prefix)[:-1] for key, name in owners.items()}
         removed.append(prefix)
     if len(set(names.values())) < len(names):
@@ -232,6 +305,16 @@ def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
     return with_versions(cleaned, {owners[key]: value for key, value in versions.items()})
 
 
+def _averaged_in(state: Mapping[str, Any]) -> _Averaged | None:
+    """The class of averaged models whose state dict this is."""
+    for averaged in _AVERAGED_MODELS:
+        if averaged.counters <= state.keys():
+            rest = {str(key).partition(".")[0] for key in state if key not in averaged.counters}
+            if averaged.model in rest and rest <= {averaged.model, *averaged.others}:
+                return averaged
+    return None
+
+
 def with_versions(state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> dict[str, Tensor]:
     """A copy of a state dict that carries its modules' versions as torch's do.
 
@@ -242,9 +325,10 @@ def with_versions(state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> d
     return ordered
 
 
-def _all_parallel(names: Iterable[str]) -> bool:
-    names = list(names)
-    return bool(names) and all(name.startswith(f"{_PARALLEL}.") for name in names)
+def _shared_beginning(names: Iterable[str]) -> str:
+    """What all names have before their first dot; empty if they differ in it or have none."""
+    beginnings = {before if dot else "" for before, dot, _ in (n.partition(".") for n in names)}
+    return beginnings.pop() if len(beginnings) == 1 else ""
 
 
 def _without_compiled(name: str) -> str:
@@ -255,7 +339,7 @@ def _holds_state(checkpoint: Mapping[str, Any], name: str, *, averages: bool = T
     return name in checkpoint and _as_state_dict(checkpoint[name], averages=averages) is not None
 
 
-def _is_average(name: str) -> bool:
+def _speaks_of_average(name: str) -> bool:
     """Whether a name speaks of a running average: ``ema``, ``net_ema``, ``EMAModel``."""
     words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return any(word.lower() == "ema" for word in words)
