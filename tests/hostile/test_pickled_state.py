@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copyreg
 import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,19 @@ class TensorWithHook:
         storage = torch.ones(2)._typed_storage()
         hooks = OrderedDict({0: nn.Identity()})
         return torch._utils._rebuild_tensor_v2, (storage, 0, (2,), (1,), True, hooks)
+
+
+class TensorWithState:
+    """A parameter whose state sets attributes that torch keeps beside its `__dict__`."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def __reduce__(self) -> Any:
+        storage = torch.ones(2)._typed_storage()
+        plain = (storage, 0, (2,), (1,), True, OrderedDict())
+        made = (torch._utils._rebuild_tensor_v2, Tensor, plain, self.state)
+        return torch._tensor._rebuild_from_type_v2, made
 
 
 def cycle(length: int) -> nn.Module:
@@ -159,6 +173,33 @@ ATTACKS: dict[str, tuple[Callable[[], Any], str]] = {
         "attribute called '__module__'",
     ),
     "a hook of a tensor": (lambda: with_attribute("table", TensorWithHook()), "hooks"),
+    **{
+        f"{name} of a tensor": (
+            lambda name=name: with_attribute("t", TensorWithState(**{name: {0: nn.Identity()}})),
+            "a tensor has hooks",
+        )
+        for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+    },
+    "hooks that say they are empty": (
+        lambda: with_attribute("_forward_hooks", nn.ModuleDict()),
+        "has _forward_hooks",
+    ),
+    "hooks of a tensor that say they are empty": (
+        lambda: with_attribute("t", TensorWithState(_backward_hooks=nn.ModuleDict())),
+        "a tensor has hooks",
+    ),
+    "hooks of a gradient": (
+        lambda: with_attribute("t", TensorWithState(grad=TensorWithHook())),
+        "a tensor has hooks",
+    ),
+    "billions of values as data": (
+        lambda: with_attribute("t", TensorWithState(data=torch.zeros(1).expand(1 << 40))),
+        "repeats the 1 values",
+    ),
+    "what torch calls in place of a module": (
+        lambda: Built(nn.Identity, vars(nn.Identity()) | {"_compiled_call_impl": nn.Identity()}),
+        "'_compiled_call_impl'.* hides the method",
+    ),
     "numel of a tensor": (lambda: with_tensor("numel", nn.Identity()), "'numel' of a tensor"),
     "__deepcopy__ of a tensor": (
         lambda: with_tensor("__torch_function__x__", nn.Identity()),
@@ -285,6 +326,41 @@ def test_any_state_for_a_class_is_an_input_error(kind: type, state: Any, tmp_pat
     torch.save(Built(kind, state), tmp_path / "model.pt")
     with pytest.raises(InputError):
         read(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("value", ["detect", 3, 0.5, True, None])
+def test_plain_values_hide_no_method_of_a_module(value: Any, tmp_path: Path) -> None:
+    """As Ultralytics keeps a layer's type under `type`, which casts a module."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].type = value
+    model[0].bias.half = value
+    torch.save(model, tmp_path / "model.pt")
+    found = read(tmp_path / "model.pt").model
+    assert found[0].type == value
+    assert torch.equal(found[0].weight, model[0].weight)
+
+
+# "volatile" does nothing any more, and "__dict__" is what ordinary attributes are set in.
+DESCRIPTORS = [
+    name
+    for owner in Tensor.__mro__
+    for name, value in vars(owner).items()
+    if isinstance(value, types.GetSetDescriptorType | property)
+    and name not in ("volatile", "__dict__")
+]
+
+
+@pytest.mark.parametrize("value", [nn.Identity(), {0: nn.Identity()}, OrderedDict(a=nn.Identity())])
+def test_no_state_of_a_tensor_holds_what_torch_would_call(value: Any, tmp_path: Path) -> None:
+    passed = []
+    for name in DESCRIPTORS:
+        torch.save({"w": torch.ones(2), "t": TensorWithState(**{name: value})}, tmp_path / "t.pt")
+        try:
+            read(tmp_path / "t.pt")
+        except InputError:
+            continue
+        passed.append(name)
+    assert passed == []
 
 
 def test_layer_classes_and_partials_of_them_stay_plain_data(tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ from we_surgery.errors import InputError
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+# Torch keeps these beside a tensor's attributes, and pickles set them as they set attributes.
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+# Under a method's name they are an error where the method is called, and nothing else.
+_PLAIN = (str, int, float, bool, type(None))
 
 # An expanded tensor is small in a file and as large as it says once something computes with it.
 _MOST_REPEATED = 1 << 24
@@ -82,14 +87,31 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(value, functools.partial):
         yield from (value.args, value.keywords)
+    elif isinstance(value, Tensor) and value.is_leaf:
+        yield value.grad
     if not isinstance(value, type):
         yield getattr(value, "__dict__", None)
+
+
+def _hides_method(kind: type, name: str, value: Any) -> bool:
+    """Whether an object's own attribute would be called in place of what its class defines."""
+    if type(value) in _PLAIN:
+        return False
+    # Some of nn.Module's own are None until torch puts a callable there.
+    is_torchs = issubclass(kind, nn.Module) and name in vars(nn.Module)
+    return is_torchs or callable(getattr(kind, name, None))
+
+
+def _holds_hooks(value: Any) -> bool:
+    """Of an attribute for hooks; a file may have put any object there."""
+    is_empty = isinstance(value, dict) and not dict.__len__(value)
+    return not (is_empty or value is None or type(value) is bool)
 
 
 def _fault_in_module(module: nn.Module) -> str | None:
     kind = type(module)
     attributes = vars(module)
-    names = [*attributes]
+    named = [*attributes.items()]
     for table, allowed in zip(_TABLES, (Tensor, Tensor, nn.Module), strict=True):
         entries = attributes.get(table)
         if not isinstance(entries, dict):
@@ -97,15 +119,15 @@ def _fault_in_module(module: nn.Module) -> str | None:
         for name, value in dict.items(entries):
             if value is not None and not isinstance(value, allowed):
                 return f"{_shortened(name)} of a {kind.__name__} is of type {type(value).__name__}"
-            names.append(name)
-    for name in names:
+            named.append((name, value))
+    for name, value in named:
         if name == "__module__" and is_traced_whole(attributes):
             continue
         if not _is_plain_name(name):
             return f"a {kind.__name__} has an attribute called {_shortened(name)}"
-        if callable(getattr(kind, name, None)):
+        if _hides_method(kind, name, value):
             return f"{name!r} of a {kind.__name__} hides the method of that name"
-    hooks = [name for name in _HOOKS if attributes.get(name)]
+    hooks = [name for name in _HOOKS if _holds_hooks(attributes.get(name))]
     if hooks:
         return f"a {kind.__name__} has {hooks[0]}, which would run when it is used"
     return None
@@ -118,7 +140,7 @@ def _fault_in_attributes(value: Any) -> str | None:
     for name in attributes if isinstance(attributes, dict) else ():
         if not isinstance(name, str) or (name.startswith("__") and name.endswith("__")):
             return f"a {kind.__name__} has an attribute called {_shortened(name)}"
-        if callable(getattr(kind, name, None)):
+        if _hides_method(kind, name, attributes[name]):
             return f"{name!r} of a {kind.__name__} hides the method of that name"
     return None
 
@@ -153,12 +175,12 @@ def _cycle(modules: list[nn.Module]) -> str | None:
 
 
 def _fault_in_tensor(tensor: Tensor) -> str | None:
-    for name in vars(tensor):
+    for name, value in vars(tensor).items():
         if not _is_plain_name(name):
             return f"a tensor has an attribute called {_shortened(name)}"
-        if hasattr(Tensor, name):
+        if hasattr(Tensor, name) and type(value) not in _PLAIN:
             return f"{name!r} of a tensor hides the attribute of that name"
-    if tensor._backward_hooks:
+    if any(_holds_hooks(getattr(tensor, name)) for name in _TENSOR_HOOKS):
         return "a tensor has hooks, which would run in a backward pass"
     if tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized:
         values = tensor.numel()
