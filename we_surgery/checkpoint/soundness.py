@@ -137,10 +137,10 @@ def _fault_in_attributes(value: Any) -> str | None:
     """Of a record, a partial, an OrderedDict: what copies and writes them looks names up there."""
     kind = type(value)
     attributes = getattr(value, "__dict__", None)
-    for name in attributes if isinstance(attributes, dict) else ():
+    for name, held in attributes.items() if isinstance(attributes, dict) else ():
         if not isinstance(name, str) or (name.startswith("__") and name.endswith("__")):
             return f"a {kind.__name__} has an attribute called {_shortened(name)}"
-        if _hides_method(kind, name, attributes[name]):
+        if _hides_method(kind, name, held):
             return f"{name!r} of a {kind.__name__} hides the method of that name"
     return None
 
