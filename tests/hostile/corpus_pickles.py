@@ -90,7 +90,7 @@ PAYLOADS: dict[str, Any] = {
     "methodcaller": Calls(operator.methodcaller, "system", "true"),
     "attrgetter": Calls(operator.attrgetter("__class__.__mro__"), 1),
     "partial of system": functools.partial(os.system, f"touch {CANARY}"),
-    "FunctionType": Calls(types.SimpleNamespace),
+    "new_class": Calls(types.new_class, "X"),
     "a chain": Calls(Calls, Calls(Calls, Calls(os.mkdir, CANARY))),
     "a long chain": functools.reduce(
         lambda c, _: Calls(str, c), range(200), Calls(os.mkdir, CANARY)

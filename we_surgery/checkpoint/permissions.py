@@ -13,9 +13,9 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from we_surgery import layers
+from we_surgery.checkpoint import inert
 from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
 
@@ -105,10 +106,18 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Permitted:
-    """What a pickle's names stand for, by their paths, and what was refused."""
+    """What a pickle's names stand for, by their paths, and what was refused.
+
+    Attributes:
+        objects: by path.
+        refusals: for which the file is not opened.
+        stood_in: names that are refused too, and have stand-ins among ``objects``: the file may be
+            opened as a checkpoint that holds such objects beside its weights.
+    """
 
     objects: dict[str, Any]
     refusals: list[Refusal]
+    stood_in: list[Refusal] = field(default_factory=list)
 
 
 def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Permitted:
@@ -133,19 +142,47 @@ def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Per
             else:
                 objects[path] = found
     refusals |= {path: Refusal(path, Why.OTHER_PACKAGE) for path in sorted(unexplained)}
-    if not refusals:
-        for call in actions.calls:
-            if not _may_call(call, objects):
-                path = _path(call.function)
-                refusals[path] = Refusal(path, Why.MISUSED)
-        for path in actions.held:
-            if not _may_be_held(objects.get(path), allow):
-                refusals[path] = Refusal(path, Why.HELD)
-        for target, state in actions.states:
-            if not _may_set_state(target, state, objects):
-                path = _path(target.by if isinstance(target, Made) else target)
-                refusals[path] = Refusal(path, Why.MISUSED)
-    return Permitted(objects, list(refusals.values()))
+    stood_in = {
+        path: refusal
+        for path, refusal in refusals.items()
+        if inert.may_stand_in(actions.names.get(path)) and path not in WRAPPERS
+    }
+    if stood_in.keys() < refusals.keys():
+        return Permitted(objects, list(refusals.values()))
+    misused = _misused(actions, objects, stood_in, allow)
+    if misused.keys() & {_NUMPY_DTYPE, *_NUMPY_SCALARS}:
+        # Of text, dates or records: no numbers, and nothing that weights would be made of.
+        data = {path for path in objects if path == _NUMPY_DTYPE or path in _NUMPY_SCALARS}
+        stood_in |= {path: Refusal(path, Why.MISUSED) for path in sorted(data)}
+        misused = _misused(actions, objects, stood_in, allow)
+    if misused:
+        return Permitted(objects, list((refusals or misused).values()))
+    objects |= inert.stand_ins(stood_in, actions)
+    return Permitted(objects, [], list(stood_in.values()))
+
+
+def _misused(
+    actions: Actions, objects: dict[str, Any], stood_in: Mapping[str, Refusal], allow: Sequence[str]
+) -> dict[str, Refusal]:
+    """What a pickle may name and not use as it does."""
+    found: dict[str, Refusal] = {}
+    for call in actions.calls:
+        if not _may_call(call, objects, stood_in):
+            path = _path(call.function)
+            found[path] = Refusal(path, Why.MISUSED)
+    for path in actions.held:
+        if path not in stood_in and not _may_be_held(objects.get(path), allow):
+            found[path] = Refusal(path, Why.HELD)
+    for target, state in actions.states:
+        if not _may_set_state(target, state, objects, stood_in):
+            path = _path(target.by if isinstance(target, Made) else target)
+            found[path] = Refusal(path, Why.MISUSED)
+    for made in actions.filled:
+        is_mapping = isinstance(made.by, Name) and made.by.module == "collections"
+        if not is_mapping and not inert.is_inert(made, stood_in):
+            path = _path(made.by)
+            found[path] = Refusal(path, Why.MISUSED)
+    return found
 
 
 def covers(packages: Sequence[str], module: str) -> bool:
@@ -236,10 +273,16 @@ def _imported(name: Name, allow: tuple[str, ...]) -> Any:
         return Refusal(name.path, Why.NOT_INSTALLED)
 
 
-def _may_call(call: Call, objects: dict[str, Any]) -> bool:
+def _may_call(call: Call, objects: dict[str, Any], stood_in: Mapping[str, Refusal]) -> bool:
     if not isinstance(call.function, Name):
         return False
     path = call.function.path
+    if path == inert.GETATTR:
+        return _is_tuple(call.arguments) and inert.is_inert(call.arguments[0], stood_in)
+    if path in stood_in:
+        return True
+    if _holds_inert(call.arguments, stood_in):
+        return False
     if path == _CALLS_ITS_ARGUMENT:
         called = call.arguments[0] if _is_tuple(call.arguments) else None
         return isinstance(called, Name) and called.path not in (*objects, path)
@@ -275,9 +318,19 @@ def _reduce_rule(path: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]
     return None
 
 
-def _may_set_state(target: Any, state: Any, objects: dict[str, Any]) -> bool:
+def _holds_inert(arguments: Any, stood_in: Mapping[str, Refusal]) -> bool:
+    if isinstance(arguments, tuple):
+        return any(_holds_inert(argument, stood_in) for argument in arguments)
+    return inert.is_inert(arguments, stood_in)
+
+
+def _may_set_state(
+    target: Any, state: Any, objects: dict[str, Any], stood_in: Mapping[str, Refusal]
+) -> bool:
     if isinstance(target, Name):
         return False
+    if inert.is_inert(target, stood_in):
+        return True
     path = _path(target.by) if isinstance(target, Made) else ""
     if path == _PARTIAL:
         # The state names the callable anew.

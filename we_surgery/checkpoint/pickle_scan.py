@@ -72,12 +72,16 @@ class Actions:
         held: those of them that end up as a value in some object, and are not only called.
         calls: in their order.
         states: pairs of an object and the state it would be given (``__setstate__``).
+        filled: objects that calls make and items are set of.
+        extended: objects that calls make and items are appended to.
     """
 
     names: dict[str, Name] = field(default_factory=dict)
     held: dict[str, Name] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     states: list[tuple[Any, Any]] = field(default_factory=list)
+    filled: list[Made] = field(default_factory=list)
+    extended: list[Made] = field(default_factory=list)
 
 
 def scan(stream: IO[bytes], actions: Actions) -> None:
@@ -116,10 +120,9 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
         actions.held.update({value.path: value for value in values if isinstance(value, Name)})
         return values
 
-    def refuse_items_of_made_objects() -> None:
-        target = stack[-1]
-        if isinstance(target, Made) and not _is_torch_mapping(target):
-            raise ValueError("it sets items of an object, which torch.save never writes")
+    def note_target(made: list[Made]) -> None:
+        if isinstance(stack[-1], Made):
+            made.append(stack[-1])
 
     for instruction, argument, _ in pickletools.genops(stream):
         match instruction.name:
@@ -150,14 +153,16 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
                 stack.append(tuple(hold(take(_TUPLES[size]))))
             case "APPEND":
                 hold(take(1))
+                note_target(actions.extended)
             case "APPENDS":
                 take_to_mark()
+                note_target(actions.extended)
             case "SETITEM":
                 hold(take(2))
-                refuse_items_of_made_objects()
+                note_target(actions.filled)
             case "SETITEMS":
                 take_to_mark()
-                refuse_items_of_made_objects()
+                note_target(actions.filled)
             case "BINPERSID":
                 (key,) = take(1)
                 if isinstance(key, tuple) and key[:1] == ("module",):
@@ -175,10 +180,6 @@ def _follow(stream: IO[bytes], actions: Actions) -> None:
                 stack.append(_constant(kind, argument))
             case kind:
                 raise ValueError(f"it has an instruction {kind}, which torch.save never writes")
-
-
-def _is_torch_mapping(made: Made) -> bool:
-    return isinstance(made.by, Name) and made.by.module == "collections"
 
 
 def _constant(kind: str, argument: Any) -> Any:

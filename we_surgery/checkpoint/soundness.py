@@ -74,11 +74,11 @@ def _fault(found: Any) -> str | None:
             fault = _fault_in_attributes(value)
         if fault is not None:
             return fault
-        pending.extend(_inside(value))
+        pending.extend(held_by(value))
     return _cycle(modules)
 
 
-def _inside(value: Any) -> Iterator[Any]:
+def held_by(value: Any) -> Iterator[Any]:
     """What an object holds, found without calling a method that a file may have put there."""
     if isinstance(value, dict):
         yield from dict.keys(value)

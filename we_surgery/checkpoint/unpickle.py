@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery.checkpoint.inert import holds_only_weights_aside
 from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
 from we_surgery.checkpoint.pickle_scan import Actions, scan
 from we_surgery.checkpoint.recognize import FileKind
@@ -65,6 +66,7 @@ def unpickle(
     Raises:
         InputError: the file is damaged, or names what it may not name.
     """
+    stood_in: list[Refusal] = []
     try:
         opened = path.open("rb") if content is None else nullcontext(content)
         with opened as file, warnings.catch_warnings():
@@ -73,7 +75,7 @@ def unpickle(
             if trust:
                 with working_folder_importable():
                     return torch.load(file, map_location="cpu", weights_only=False)
-            safe = _safe_globals(path, file, kind, allow)
+            safe, stood_in = _safe_globals(path, file, kind, allow)
             file.seek(0)
             with torch.serialization.safe_globals(safe):
                 # Torch maps files by their path alone.
@@ -83,11 +85,15 @@ def unpickle(
                 with _private_maps(), sound:
                     found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
         refuse_unsound(found, path)
+        if stood_in and not holds_only_weights_aside(found):
+            raise _refused(path, stood_in, allow)
         return found
     except InputError:
         raise
     # A damaged file can raise anything from inside the unpickler and the classes it names.
     except Exception as error:
+        if stood_in:
+            raise _refused(path, stood_in, allow) from error
         raise InputError(
             f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}",
             "Save or fetch it again, or save it with the installed versions of its packages.",
@@ -101,8 +107,13 @@ def _private_maps() -> AbstractContextManager[Any]:
     return torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
 
 
-def _safe_globals(path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]) -> list[Any]:
-    """What the file names and may name, as ``torch.serialization.safe_globals`` takes it."""
+def _safe_globals(
+    path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]
+) -> tuple[list[Any], list[Refusal]]:
+    """What the file names and may name, as ``torch.serialization.safe_globals`` takes it.
+
+    And what of it are stand-ins, as :attr:`Permitted.stood_in`.
+    """
     actions = Actions()
     unsafe: set[str] = set()
     for content in _pickles(path, file, kind):
@@ -116,7 +127,7 @@ def _safe_globals(path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[s
         safe += _number_dtypes()
     # What the caller allowed torch.load to name stays allowed afterwards.
     already = torch.serialization.get_safe_globals()
-    return [pair for pair in safe if pair not in already]
+    return [pair for pair in safe if pair not in already], permitted.stood_in
 
 
 def _pickles(path: Path, file: IO[bytes], kind: FileKind) -> list[bytes]:
