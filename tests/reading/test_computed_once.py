@@ -110,9 +110,9 @@ def test_the_attention_of_a_transformer_computes_its_weights_once() -> None:
     model.encoder.layers = model.encoder.layers[:2]
     model = ws.convert(model, "we", example_inputs=x)
     # It asks its projection for a dtype first: the first training step computes that one twice.
-    first, _ = record_both_modes(model, x, faithful=True)
+    first, _ = record_both_modes(model, x)
     assert [max(r.computations.values()) for r in first] == [1, 2]
-    later, _ = record_both_modes(model, x, faithful=True, after_a_step=True)
+    later, _ = record_both_modes(model, x, after_a_step=True)
     assert [max(r.computations.values()) for r in later] == [1, 1]
 
 

@@ -35,7 +35,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
             runs on activations, or not at all though its layer does, or more than once a
             forward on the same weight; or the converted model does not run on the inputs.
     """
-    recordings, notes = record_both_modes(model, example_inputs, faithful=True)
+    recordings, notes = record_both_modes(model, example_inputs)
     if not recordings or (ran_in_both and notes):
         raise SurgeryError(
             f"the converted model {'; it '.join(notes)}",
@@ -49,7 +49,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     refuse_excited_activations(recordings)
     if any(repeated(recording) for recording in recordings):
         # The first forward is where an excitation learns that its weight is read often.
-        recordings, _ = record_both_modes(model, example_inputs, faithful=True, after_a_step=True)
+        recordings, _ = record_both_modes(model, example_inputs, after_a_step=True)
         refuse_repetitions(recordings)
     called = {name for recording in recordings for name in recording.calls}
     # One excitation may serve several tied layers, and be called by the name in the first.

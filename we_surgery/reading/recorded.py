@@ -12,7 +12,7 @@ import copy
 import gc
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,9 @@ from we_surgery.compute_once import outdate
 from we_surgery.excitations import Excitation
 from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
 from we_surgery.reading.recorder import Computation, Recorder
+from we_surgery.reading.replay import Origin
 from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
-from we_surgery.reading.stand_ins import StandIns
+from we_surgery.reading.stand_ins import Fakes
 
 
 @dataclass
@@ -57,7 +58,7 @@ def record(
     example_inputs: Any,
     *,
     training: bool = False,
-    fakes: StandIns | None = None,
+    fakes: Fakes | None = None,
     after_a_step: bool = False,
     shared_hooks: bool = False,
 ) -> Recording:
@@ -78,29 +79,28 @@ def record(
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    with (
-        _unlogged(),
-        _uncollected(),
-        contextlib.nullcontext() if fakes is None else fakes.active(),
-        torch.set_grad_enabled(training),
-    ):
+    origin = Origin(model, example_inputs)
+    with _unlogged(), uncollected(), torch.set_grad_enabled(training):
         replica = _replica(model, fakes, shared_hooks)
         replica.train(training)  # which a model may override and return nothing from
         if after_a_step:
-            _record(replica, example_inputs, fakes)
+            _record(replica, origin, fakes)
             for module in replica.modules():
                 if isinstance(module, Excitation):
                     outdate(module)
-        return _record(replica, example_inputs, fakes)
+        return _record(replica, origin, fakes)
 
 
-def _record(replica: nn.Module, example_inputs: Any, fakes: StandIns | None) -> Recording:
-    inputs = with_tensors(example_inputs, copied if fakes is None else fakes)
-    recorder = Recorder(replica, _run if fakes is None else fakes.run)
+def _record(replica: nn.Module, origin: Origin, fakes: Fakes | None) -> Recording:
+    inputs = with_tensors(origin.example_inputs, copied if fakes is None else fakes)
+    recorder = Recorder(replica)
     for tensor in tree_iter(inputs):
         if isinstance(tensor, Tensor):
             recorder.add_input(tensor)
-    with fixed_seed(replica), recorder.watching(replica), recorder:
+    if fakes is not None:
+        fakes.watch(recorder, origin)
+    active = contextlib.nullcontext() if fakes is None else fakes.mode
+    with fixed_seed(origin.model), recorder.watching(replica), active, recorder:
         outputs = call(replica, inputs)
     recorder.finish(outputs)
     return Recording(
@@ -112,12 +112,8 @@ def _record(replica: nn.Module, example_inputs: Any, fakes: StandIns | None) -> 
     )
 
 
-def _run(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return operation(*args, **kwargs)
-
-
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Keeps the garbage collector from walking a graph again and again while it grows."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -139,13 +135,16 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _replica(model: nn.Module, fakes: StandIns | None, shared_hooks: bool) -> nn.Module:
+def _replica(model: nn.Module, fakes: Fakes | None, shared_hooks: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if fakes is None and isinstance(parameter, UninitializedParameter):
             continue
+        if fakes is not None:
+            memo[id(parameter)] = fakes.parameter(parameter)
+            continue
         # A deep copy of a sparse Parameter fails.
-        own = parameter.detach().clone() if fakes is None else fakes(parameter)
+        own = parameter.detach().clone()
         memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
     if fakes is not None:
         for buffer in model.buffers():

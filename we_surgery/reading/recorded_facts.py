@@ -16,9 +16,9 @@ from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.gates import gate_operations
 from we_surgery.reading.hooks import has_shared_hooks
 from we_surgery.reading.kinds import kind_of
-from we_surgery.reading.recorded import Recording, record
+from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
-from we_surgery.reading.stand_ins import Fakes, Metas, StandIns
+from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.tree import obstacle_of
 from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
 from we_surgery.scripted import own_parameters
@@ -37,31 +37,31 @@ class _Use:
 
 
 def record_both_modes(
-    model: nn.Module, example_inputs: Any, *, faithful: bool = False, after_a_step: bool = False
+    model: nn.Module, example_inputs: Any, *, after_a_step: bool = False
 ) -> tuple[list[Recording], list[str]]:
     """Recordings in eval and in train mode, and what went wrong.
 
-    On tensors of the meta device, where those fail on fake ones, and where those fail on real
-    ones. Where all of that fails, the same once more with the hooks that a copy shares with the
-    model: some models compute by them, others only log, which a recording is not to add to. Some
-    layers run in one mode alone, such as auxiliary heads. The list is empty when the model runs
-    in neither.
+    On fake tensors, and where those fail on real ones. Where both fail, the same once more with
+    the hooks that a copy shares with the model: some models compute by them, others only log,
+    which a recording is not to add to. Some layers run in one mode alone, such as auxiliary heads.
+    The list is empty when the model runs in neither.
 
     Args:
         model: any model in eager mode.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
-        faithful: begin with fake tensors, on which a forward takes the very path, fused kernels
-            included, that it takes on real ones.
         after_a_step: as for :func:`~we_surgery.reading.recorded.record`.
     """
+    with uncollected(), Fakes() as fakes:
+        return _record_both_modes(model, example_inputs, fakes, after_a_step)
+
+
+def _record_both_modes(
+    model: nn.Module, example_inputs: Any, fakes: Fakes, after_a_step: bool
+) -> tuple[list[Recording], list[str]]:
     recordings, notes = [], []
-    stand_ins: list[StandIns | None] = [Metas(), Fakes(), None]
-    if faithful or any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        # The meta device takes a recurrent layer apart, step by step.
-        del stand_ins[0]
-    attempts = [(kind, False) for kind in stand_ins]
+    attempts: list[tuple[Fakes | None, bool]] = [(fakes, False), (None, False)]
     if has_shared_hooks(model):
-        attempts += [(kind, True) for kind in stand_ins]
+        attempts += [(fakes, True), (None, True)]
     for training in (False, True):
         mode = "train" if training else "eval"
         for index, (kind, shared_hooks) in enumerate(attempts):
@@ -81,7 +81,7 @@ def record_both_modes(
                 # What one mode cannot run on, the other one seldom can; nor needs it other hooks.
                 attempts = [attempt for attempt in attempts[index:] if attempt[1] == shared_hooks]
                 break
-            name = "real tensors" if kind is None else type(kind).__name__.lower()
+            name = "real tensors" if kind is None else "fake tensors"
             logger.info("not recorded on %s in %s mode: %s", name, mode, failure)
         else:
             notes.append(f"does not run in {mode} mode: {failure}")

@@ -41,9 +41,6 @@ _FX_CONSTANTS = (
 )
 
 
-_META = torch.device("meta")
-
-
 def after_write(value: Any, write: Any) -> Any:
     """The value of a tensor once another tensor over its memory has been written to."""
     return value
@@ -79,13 +76,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     shares_excited_weights = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any],
-    ) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._run = run
         self.graph = fx.Graph()
         self.calls: Counter[str] = Counter()
         self.computations: Counter[Computation] = Counter()
@@ -104,25 +96,31 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_iter(outputs) if isinstance(t, Tensor)]
         self.graph.output(tuple(self._node_of(tensor) for tensor in tensors))
 
+    def held(self) -> list[tuple[Tensor, fx.Node]]:
+        """The tensors of the recording that somebody still holds, with their nodes."""
+        return list(self._nodes.items())
+
+    def last_writes(self, tensor: Tensor) -> list[fx.Node]:
+        """The operation that wrote last to the tensor's memory, if one did."""
+        write = self._writes.get(_memory(tensor))
+        return [] if write is None else [write]
+
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Keeps track of which module is running, by hooks on the (copied) model."""
-        handles = []
-        for name, module in model.named_modules():
-            if is_scripted(module):
-                continue
-            if isinstance(module, Composition):
-                # No hooks: an excitation that carries some computes at each read.
-                module.__dict__["forward"] = partial(self._excite, name, module)
-                continue
-            enter, leave = self._hooks(name)
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
+        with contextlib.ExitStack() as stack:
+            for name, module in model.named_modules():
+                if is_scripted(module):
+                    continue
+                if isinstance(module, Composition):
+                    # No hooks: an excitation that carries some computes at each read.
+                    module.__dict__["forward"] = partial(self._excite, name, module)
+                    stack.callback(module.__dict__.pop, "forward")
+                    continue
+                enter, leave = self._hooks(name)
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(*_: Any) -> None:
@@ -154,9 +152,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # fake tensors are asked all the time
-            return self._run(func, args, kwargs)
+            return func(*args, **kwargs)
         node_args, node_kwargs = self._storable(args), self._storable(kwargs)
-        result = self._run(func, args, kwargs)
+        result = func(*args, **kwargs)
         node = self._add(func, node_args, node_kwargs)
         if isinstance(result, Tensor):
             self._label(result, node)
@@ -175,8 +173,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, Tensor):
             return self._node_of(value)
         if value is None or isinstance(value, _FX_CONSTANTS):
-            # What a graph says is run again on codes, which have memory.
-            return torch.device("cpu") if value == _META else value
+            return value
         if isinstance(value, tuple | list):
             items = [self._storable(item) for item in value]
             return items if isinstance(value, list) else tuple(items)

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import gc
+import logging
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from we_surgery.errors import SurgeryError
+from we_surgery.reading.recorder import Recorder
+from we_surgery.reading.replay import Origin, Replay, empty_like
+
+logger = logging.getLogger(__name__)
 
 
-class StandIns(ABC):
-    """Tensors without memory that stand for a model's own, made once for all recordings of it."""
+class Fakes:
+    """Torch's fake tensors, made once for all recordings of a model.
+
+    They say they are where the model's own tensors are, so a forward pass takes the path that it
+    takes on the real device. Code of the model may keep some of them in places that outlive the
+    recording: a ``functools.lru_cache``, a global, a class attribute. When this context is left,
+    each fake tensor that is still held somewhere becomes, in place, the tensor it stands for.
+    """
 
     def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._origins: Any = WeakTensorKeyDictionary()
+        self._recorders: list[tuple[Recorder, Origin]] = []
+
+    def __enter__(self) -> Fakes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._made.clear()
+        try:
+            self._replace_held()
+        finally:
+            self._recorders.clear()
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A stand-in of the same shape, strides and dtype, always the same one."""
@@ -26,60 +53,62 @@ class StandIns(ABC):
             self._made[id(tensor)] = (tensor, self._make(tensor.detach()))
         return self._made[id(tensor)][1]
 
-    @abstractmethod
-    def _make(self, tensor: Tensor) -> Tensor: ...
+    def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A stand-in that is a Parameter; a new one each time."""
+        made = nn.Parameter(self(parameter), requires_grad=parameter.requires_grad)
+        self._origins[made] = parameter
+        return made
 
-    @abstractmethod
-    def active(self) -> AbstractContextManager[Any]:
-        """The context a forward on them runs in."""
-
-    def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The result of one aten operation on stand-ins."""
-        return operation(*args, **kwargs)
-
-
-class Fakes(StandIns):
-    """Torch's fake tensors: they say they are where the model's own are.
-
-    Whatever a forward asks of a device, it takes the path that it takes on the real one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def active(self) -> AbstractContextManager[Any]:
-        return self.mode
+    def watch(self, recorder: Recorder, origin: Origin) -> None:
+        """Looks after what a recording makes, also if it fails half-way."""
+        self._recorders.append((recorder, origin))
 
     def _make(self, tensor: Tensor) -> Tensor:
+        made: Tensor
         if not tensor.is_meta:
-            return self.mode.from_tensor(tensor)
-        # As if it were on the CPU: inputs and what the forward makes will be.
-        with self.mode:
-            return _empty_like(tensor, "cpu")
+            made = self.mode.from_tensor(tensor)
+        else:
+            # As if it were on the CPU: inputs and what the forward makes will be.
+            with self.mode:
+                made = empty_like(tensor, "cpu")
+        self._origins[made] = tensor
+        return made
+
+    def _replace_held(self) -> None:
+        if not self._is_held():
+            return
+        gc.collect(0)  # of the recordings, during which nothing was collected
+        for fake, real in list(self._origins.items()):
+            _become(fake, real.detach())
+        for recorder, origin in self._recorders:
+            replay = Replay(recorder, origin)
+            for fake, node in recorder.held():
+                if not isinstance(fake, FakeTensor):
+                    continue
+                try:
+                    value = replay.value_of(fake, node)
+                except Exception as error:
+                    raise SurgeryError(
+                        f"the model's forward keeps the result of {node.target} outside of the "
+                        f"model, and it cannot be computed again ({type(error).__name__}: {error})",
+                        "Restart Python: what was kept is a tensor without values. Then convert "
+                        "without `example_inputs`.",
+                    ) from error
+                logger.info("%s outlived its recording and was computed", node.name)
+                _become(fake, value)
+
+    def _is_held(self) -> bool:
+        return bool(self._origins) or any(recorder.held() for recorder, _ in self._recorders)
 
 
-class Metas(StandIns):
-    """Tensors on the meta device, several times as fast as fake ones.
+def _become(fake: Tensor, value: Tensor) -> None:
+    """Makes one tensor another one wherever it is held, as ``torch.utils.swap_tensors`` does.
 
-    A forward that mixes them with tensors of its own making fails, and a fused kernel of the
-    real device may be another one here; for reading which weights go where, that is enough.
+    That function refuses tensors with weak references; what refers to a fake tensor weakly is
+    the mode that made it, which is over.
     """
-
-    def active(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def run(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if operation is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
-            # Torch takes it apart in Python there: half of the time of recording a ResNet.
-            features = args[0]
-            statistics = features.new_empty(features.shape[1])
-            return torch.empty_like(features), statistics, torch.empty_like(statistics)
-        return super().run(operation, args, kwargs)
-
-    def _make(self, tensor: Tensor) -> Tensor:
-        return _empty_like(tensor, "meta")
-
-
-def _empty_like(tensor: Tensor, device: str) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(fake, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=fake.requires_grad)
+    fake.__class__, value.__class__ = value.__class__, fake.__class__
+    fake.__dict__, value.__dict__ = value.__dict__, fake.__dict__
+    torch._C._swap_tensor_impl(fake, value)

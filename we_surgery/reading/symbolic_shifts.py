@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from we_surgery.errors import SurgeryError
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.kinds import WEIGHTED, is_gate
-from we_surgery.reading.recorded import record
+from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.symbolic import TracedBlock, join
@@ -50,6 +51,8 @@ def mark_shifts(model: nn.Module, block: TracedBlock, layers: list[LayerFacts]) 
         try:
             cut = _cut_out(root, block, inside, sources, node.args[0])
             found = _find(cut, sources, layer, modules)
+        except SurgeryError:
+            raise
         except Exception:
             if layer.shift is None:
                 layer.shift_unknown = "following its input needs example inputs"
@@ -173,19 +176,23 @@ def _find(
 ) -> str | None:
     """The shift in what ``cut`` returns, on the first made-up shapes that run."""
     channel_dim = 1 if layer.kind.startswith("conv") else -1
-    failure: Exception | None = None
     for inputs in _made_up_inputs(sources, layer, modules):
-        try:
-            recording = record(cut, inputs, fakes=Fakes())
-        except Exception as error:
-            failure = error
+        with uncollected(), Fakes() as fakes:
+            recording = _recorded(cut, inputs, fakes)
+        if recording is None:
             continue
         (output,) = (node for node in recording.graph.nodes if node.op == "output")
         (result,) = output.all_input_nodes
         shift = shift_before(result, channel_dim, recording, cut)
         return None if shift is None else str(shift)
-    assert failure is not None
-    raise failure
+    raise RuntimeError("it runs on none of the shapes")
+
+
+def _recorded(cut: _Cut, inputs: list[Tensor], fakes: Fakes) -> Recording | None:
+    try:
+        return record(cut, inputs, fakes=fakes)
+    except Exception:
+        return None
 
 
 def _made_up_inputs(
