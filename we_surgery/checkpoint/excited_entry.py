@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -161,13 +161,10 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
         if parameter and parameter != last and isinstance(value, Tensor):
             entry = ExcitedEntry(layer, parameter, value)
             entries[entry.excitation_prefix] = entry
-    for key, value in state.items():
-        parts = key.split(".")
-        for length in range(1, len(parts)):
-            found = entries.get(".".join(parts[:length]) + ".")
-            if found is not None and isinstance(value, Tensor):
-                found.excitation[".".join(parts[length:])] = value
-                break
+    for key, value in state.items() if entries else ():
+        prefix = excitation_of(key, entries)
+        if prefix is not None and isinstance(value, Tensor):
+            entries[prefix].excitation[key.removeprefix(prefix)] = value
     for entry in entries.values():
         if not entry.excitation:
             continue
@@ -178,6 +175,18 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
                 "Give the state dict of one model, converted or vanilla.",
             )
         yield entry
+
+
+def excitation_of(key: str, prefixes: Container[str]) -> str | None:
+    """The first of the excitations' prefixes that a key begins with."""
+    ending = f"{EXCITATION}."
+    at = key.find(ending)
+    while at >= 0:
+        prefix = key[: at + len(ending)]
+        if prefix in prefixes:
+            return prefix
+        at = key.find(ending, at + 1)
+    return None
 
 
 def is_half_of_excited(key: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from we_surgery.checkpoint.excited_entry import (
     ExcitedEntry,
     cast,
+    excitation_of,
     find_excited,
     is_half_of_excited,
     tensor_identity,
@@ -120,9 +121,9 @@ def strip_state_dict_with_report(
             progress(done, len(excited))
     versions = getattr(state, VERSIONS, None)
     if versions is not None:
-        prefixes = tuple(entry.excitation_prefix for entry in excited)
-        left = {k: v for k, v in versions.items() if not f"{k}.".startswith(prefixes)}
-        stripped = with_versions(stripped, left if prefixes else versions)
+        prefixes = {entry.excitation_prefix for entry in excited}
+        left = {k: v for k, v in versions.items() if excitation_of(f"{k}.", prefixes) is None}
+        stripped = with_versions(stripped, left)
     return stripped, report(entries, notes)
 
 

@@ -10,15 +10,18 @@ a :class:`~we_surgery.excitations.Composition`, whose keys name its stages, or a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from we_surgery.checkpoint.key_index import KeyIndex
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations import EXCITATIONS
 from we_surgery.layer_names import excitation_name, raw_name
 
+_TREE = "parametrizations"
+_IN_TREE = re.compile(rf"(?:^|(?<=\.)){_TREE}(?:\.[^.]+|$)")
 _ORIGINAL = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original")
 _LWE = {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
 _EPSILON = {"epsilon"}
@@ -27,12 +30,15 @@ _MWE = {"epsilon", "undetached_max"}
 Entries = dict[str, Tensor]
 
 
-def read_as_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor], str]:
+def read_as_ours(
+    state: Mapping[str, Tensor], modules: Iterable[str] = ()
+) -> tuple[dict[str, str], dict[str, Tensor], str]:
     """The excited weights of torch's parametrizations under our names.
 
     Args:
         state: tensors without wrappers' prefixes; it is not changed. Weights that carry other
             parametrizations are left as they are.
+        modules: names of the model's modules.
 
     Returns:
         As :func:`we_surgery.checkpoint.public_code.read_as_ours`.
@@ -42,34 +48,38 @@ def read_as_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str,
             ours.
     """
     renamed: dict[str, str] = {}
-    modules: dict[str, str] = {}
+    excitations: dict[str, str] = {}
     weights: list[str] = []
+    index = KeyIndex(state)
     for key in state:
         found = _ORIGINAL.fullmatch(key)
-        stages = None if found is None else _stages(state, key.removesuffix("original"))
+        stages = None if found is None else _stages(index, key.removesuffix("original"))
         if found is None or stages is None:
             continue
         owner = f"{found[1]}." if found[1] else ""
         excitation = owner + excitation_name(found[2])
         renamed[key] = owner + raw_name(found[2])
         renamed |= {old: f"{excitation}.{new}" for old, new in stages.items()}
-        # All modules in torch's tree of parametrizations are parts of the excitation.
-        for old in (key, *stages):
-            parts = old.removeprefix(owner).split(".")
-            inner = (".".join(parts[:length]) for length in range(1, len(parts)))
-            modules |= dict.fromkeys((owner + name for name in inner), excitation)
+        excitations |= dict.fromkeys((f"{owner}{_TREE}", f"{owner}{_TREE}.{found[2]}"), excitation)
         weights.append(owner + found[2])
     if not weights:
         return {}, dict(state), ""
     note = f"read as excitations registered by torch.nn.utils.parametrize: {listed(weights)}"
-    return modules, _in_vanilla_order(state, renamed), note
+    moved = {name: new for name in modules if (new := _moved(name, excitations)) is not None}
+    return moved, _in_vanilla_order(state, renamed), note
 
 
-def _stages(state: Mapping[str, Tensor], prefix: str) -> dict[str, str] | None:
+def _moved(module: str, excitations: Mapping[str, str]) -> str | None:
+    """The excitation that a module in torch's tree of parametrizations is a part of."""
+    heads = (module[: found.end()] for found in _IN_TREE.finditer(module))
+    return next((excitations[head] for head in heads if head in excitations), None)
+
+
+def _stages(index: KeyIndex, prefix: str) -> dict[str, str] | None:
     """Our names below the excitation by the state dict's keys; None for other parametrizations."""
     chain: dict[str, set[str]] = {}
-    for key in state:
-        if key.startswith(prefix) and key != f"{prefix}original":
+    for key in index.beginning_with(prefix):
+        if key != f"{prefix}original":
             number, _, rest = key.removeprefix(prefix).partition(".")
             chain.setdefault(number, set()).add(rest)
     names: dict[str, str] = {}

@@ -8,10 +8,11 @@ it, as 1x1 convs: ``X.weight`` ``[O, I, *K]``, ``X.fc1.weight`` ``[h, I, 1, 1]``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from we_surgery.checkpoint.key_index import KeyIndex
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations.standardize import Standardize
@@ -20,20 +21,24 @@ from we_surgery.layer_names import EXCITATION, raw_name
 _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
-def read_as_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor], str]:
+def read_as_ours(
+    state: Mapping[str, Tensor], modules: Iterable[str] = ()
+) -> tuple[dict[str, str], dict[str, Tensor], str]:
     """The entries of the public code's LWE layers under the names and in the shapes of ours.
 
     Args:
         state: tensors without wrappers' prefixes; it is not changed.
+        modules: names of the model's modules.
 
     Returns:
-        The new names of the layers' modules by their old ones, the state dict, and a sentence
+        The new names of those of them that have one, the state dict, and a sentence
         on what was found, empty where nothing was; the state dict is then as it was.
 
     Raises:
         InputError: a kernel is not square; the public code gates such a weight otherwise.
     """
-    layers = [layer for layer in _owners(state) if _is_public_lwe(state, layer)]
+    index = KeyIndex(state)
+    layers = [layer for layer in _owners(state) if _is_public_lwe(state, layer, index)]
     if not layers:
         return {}, dict(state), ""
     renamed: dict[str, str] = {}
@@ -58,9 +63,9 @@ def read_as_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str,
         if not entry:
             epsilon = Standardize(dtype=value.dtype).epsilon
             ours[key.removesuffix("weight") + f"{EXCITATION}.standardize.epsilon"] = epsilon
-    modules = {f"{x}.{fc}": f"{x}.{EXCITATION}.lwe.{fc}" for x in layers for fc in ("fc1", "fc2")}
+    moved = {f"{x}.{fc}": f"{x}.{EXCITATION}.lwe.{fc}" for x in layers for fc in ("fc1", "fc2")}
     note = f"read as LWE layers of the WE paper's public code, standardized: {listed(layers)}"
-    return modules, ours, note
+    return {name: moved[name] for name in modules if name in moved}, ours, note
 
 
 def _owners(state: Mapping[str, Tensor]) -> list[str]:
@@ -68,10 +73,12 @@ def _owners(state: Mapping[str, Tensor]) -> list[str]:
     return [key.removesuffix(ending) for key in state if key.endswith(ending)]
 
 
-def _is_public_lwe(state: Mapping[str, Tensor], layer: str) -> bool:
-    beside = {key for key in state if key.startswith((f"{layer}.fc1.", f"{layer}.fc2."))}
+def _is_public_lwe(state: Mapping[str, Tensor], layer: str, index: KeyIndex) -> bool:
+    if f"{layer}.weight" not in state:
+        return False
+    beside = {key for fc in ("fc1", "fc2") for key in index.beginning_with(f"{layer}.{fc}.")}
     # A gate of further layers of its own, as of the code's later experiments, is another method.
-    if f"{layer}.weight" not in state or beside != {f"{layer}.{entry}" for entry in _GATE}:
+    if beside != {f"{layer}.{entry}" for entry in _GATE}:
         return False
     weight = state[f"{layer}.weight"]
     fc1, bias1, fc2, bias2 = (state[f"{layer}.{entry}"] for entry in _GATE)

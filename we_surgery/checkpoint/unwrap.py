@@ -116,8 +116,8 @@ def unwrap(
     )
     cleaned = _clean(state, notes)
     for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
-        renamed, ours, note = read_as_ours(cleaned)
         versions = getattr(cleaned, VERSIONS, None)
+        renamed, ours, note = read_as_ours(cleaned, versions or ())
         if note and versions is not None:
             ours = with_versions(ours, {renamed.get(k, k): v for k, v in versions.items()})
         if note:
@@ -138,7 +138,11 @@ def _places(checkpoint: Mapping[str, Any]) -> _Places:
             "the weights under 'state_dict' are the average, and those under 'ema_state_dict' the "
             "trained ones: mmengine's EMAHook exchanges the two when it saves",
         )
-    others = (str(name) for name in checkpoint if _speaks_of_average(str(name)))
+    others = (
+        str(name)
+        for name, value in checkpoint.items()
+        if isinstance(value, Mapping | nn.Module) and _speaks_of_average(str(name))
+    )
     return _Places(_TRAINED, tuple(dict.fromkeys((*_AVERAGES, *others))))
 
 
