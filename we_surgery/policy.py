@@ -132,6 +132,8 @@ class Policy:
             excite, reason = rule.excite, f"rule {rule.pattern!r}"
         elif facts.frozen:
             return [], "frozen: its weight does not require a gradient"
+        elif facts.no_gradient:
+            return [], "gets no gradient: it is only used under `torch.no_grad()`"
         elif facts.reads == 0:
             return [], "not used in the recorded forward"
         elif facts.constant_input:

@@ -16,7 +16,7 @@ from we_surgery.layer_names import excitation_name, raw_name
 from we_surgery.reading.recorded import Recording
 from we_surgery.reading.recorded_facts import record_both_modes
 from we_surgery.reading.recorder import EXCITATION, MODULE
-from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
+from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name, written_weights
 
 
 def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
@@ -47,6 +47,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     }
     refuse_bypasses(recordings, list(raw))
     refuse_excited_activations(recordings)
+    refuse_writes(recordings)
     if any(repeated(recording) for recording in recordings):
         # The first forward is where an excitation learns that its weight is read often.
         recordings, _ = record_both_modes(model, example_inputs, after_a_step=True)
@@ -114,6 +115,23 @@ def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
                     f"module {node.meta[MODULE]!r} runs on activations: the module that owns the "
                     "weight runs all of its children",
                     "Leave that weight alone by a rule; nothing was changed.",
+                )
+
+
+def refuse_writes(recordings: Sequence[Recording]) -> None:
+    """Raises if the forward writes into an excited weight: what it writes would be lost.
+
+    Raises:
+        SurgeryError: naming the excitation and the module that writes.
+    """
+    for recording in recordings:
+        excitations = {n.meta[MODULE] for n in recording.graph.nodes if n.meta.get(EXCITATION)}
+        for name, writer in written_weights(recording).items():
+            if name in excitations:
+                raise SurgeryError(
+                    f"module {writer!r} writes into the weight that {name!r} computes, in its "
+                    "forward pass",
+                    "Leave that layer alone by a rule; nothing was changed.",
                 )
 
 

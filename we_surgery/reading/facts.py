@@ -29,6 +29,7 @@ class LayerFacts:
         obstacle: why the weight cannot be excited at all, or None.
         readers: modules other than its own that feed it to an operation.
         reads: how often a forward reads it as a weight; None when not recorded.
+        no_gradient: in train mode a forward reads it only with gradients turned off.
         constant_input: it is only ever applied to what no input feeds, such as a table of
             positions.
         shift_unknown: why it could not be told whether the layer is shift-fed, or None.
@@ -50,6 +51,7 @@ class LayerFacts:
     obstacle: str | None = None
     readers: tuple[str, ...] = ()
     reads: int | None = None
+    no_gradient: bool = False
     constant_input: bool = False
     shift_unknown: str | None = None
 

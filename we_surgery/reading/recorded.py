@@ -102,7 +102,7 @@ def _record(replica: nn.Module, origin: Origin, fakes: Fakes | None) -> Recordin
     active = contextlib.nullcontext() if fakes is None else fakes.mode
     with fixed_seed(origin.model), recorder.watching(replica), active, recorder:
         outputs = call(replica, inputs)
-    recorder.finish(outputs)
+    recorder.finish(replica, outputs)
     return Recording(
         recorder.graph,
         replica.training,

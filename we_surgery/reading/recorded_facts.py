@@ -20,7 +20,7 @@ from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.tree import obstacle_of
-from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads
+from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads, written_weights
 from we_surgery.scripted import own_parameters
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ def apply_recordings(
         recordings: at least one.
     """
     uses = _uses(recordings)
+    written = {n: by for recording in recordings for n, by in written_weights(recording).items()}
     modules = dict(model.named_modules())
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     known = set()
@@ -106,6 +107,7 @@ def apply_recordings(
         parameter = own_parameters(modules[layer.module]).get(layer.parameter)
         name = first_names.get(id(parameter), layer.path)
         known.add(name)
+        _mark_written(layer, written.get(name))
         if parameter is not None:
             _apply(layer, uses.get(name, []), model, modules)
     all_parameters = list(model.named_parameters(remove_duplicate=False))
@@ -116,6 +118,7 @@ def apply_recordings(
         if (facts := _bare_parameter(name, found, modules, all_parameters)) is not None
     ]
     for facts in bare:
+        _mark_written(facts, written.get(facts.path))
         _apply(facts, uses[facts.path], model, modules)
     order = {name: index for index, name in enumerate(modules)}
     return sorted([*layers, *bare], key=lambda facts: order[facts.module])
@@ -144,6 +147,8 @@ def _apply(
     layer.readers = tuple(
         dict.fromkeys(use.read.reader for use in uses if use.read.reader != layer.module)
     )
+    trained = [use.read.no_gradient for use in uses if use.recording.training]
+    layer.no_gradient = bool(trained) and all(trained)
     layer.constant_input = all(use.read.constant_input for use in uses)
     if layer.gate is None:
         gates = [use.gates[use.read.node] for use in uses if use.read.node in use.gates]
@@ -153,6 +158,13 @@ def _apply(
     evidence = norms[0][1] if layer.followed_by_norm else next(e for met, e in norms if not met)
     layer.norm_evidence = f"{evidence} follows" if layer.followed_by_norm else evidence
     _apply_shift(layer, uses, model)
+
+
+def _mark_written(layer: LayerFacts, writer: str | None) -> None:
+    """An excited weight is a result, and what is written into it is lost."""
+    if writer is not None and layer.obstacle is None:
+        by = "the model" if not writer else "its layer" if writer == layer.module else repr(writer)
+        layer.obstacle = f"is written to in the forward pass, by {by}"
 
 
 def _apply_shift(layer: LayerFacts, uses: Sequence[_Use], model: nn.Module) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,8 @@ SHAPE = "shape"
 """Key of ``node.meta``: the result's shape; absent where the result is no tensor."""
 DTYPE = "dtype"
 """Key of ``node.meta``: the result's dtype."""
+NO_GRADIENT = "no_gradient"
+"""Key of ``node.meta``: whether the model had turned gradients off, as ``torch.no_grad`` does."""
 
 _FX_CONSTANTS = (
     fx.Node,
@@ -44,6 +49,11 @@ _FX_CONSTANTS = (
 def after_write(value: Any, write: Any) -> Any:
     """The value of a tensor once another tensor over its memory has been written to."""
     return value
+
+
+def after_replacement(value: Any, data: Any) -> Any:
+    """The value of a tensor whose ``data`` was set to another tensor."""
+    return data
 
 
 class Computation(NamedTuple):
@@ -82,17 +92,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.computations: Counter[Computation] = Counter()
         self._graphs = {n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)}
+        self._training = torch.is_grad_enabled()
         self._names = {id(t): name for name, t in _named_tensors(model)}
         self._nodes: Any = WeakTensorKeyDictionary()
+        self._places: Any = WeakTensorKeyDictionary()
+        self._newest: dict[int, fx.Node] = {}
         self._order: dict[fx.Node, int] = {}
         self._writes: dict[int, fx.Node] = {}
         self._running: list[tuple[str, bool]] = [("", False)]
         self.constants: dict[str, Tensor] = {}
+        self._forwards: set[CodeType] | None = None
 
     def add_input(self, tensor: Tensor) -> None:
         self._label(tensor, self.graph.placeholder(f"input_{len(self._order)}"))
 
-    def finish(self, outputs: Any) -> None:
+    def finish(self, model: nn.Module, outputs: Any) -> None:
+        for _, tensor in _named_tensors(model):
+            if id(tensor) in self._names:
+                self._node_of(tensor)  # its data may have been replaced
         tensors = [t for t in tree_iter(outputs) if isinstance(t, Tensor)]
         self.graph.output(tuple(self._node_of(tensor) for tensor in tensors))
 
@@ -184,11 +201,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.create_node("call_function", target, args, kwargs)
         node.meta[MODULE], node.meta[EXCITATION] = self._running[-1]
+        is_off = self._training and not torch.is_grad_enabled()
+        node.meta[NO_GRADIENT] = is_off and not self._in_function()
         return node
+
+    def _in_function(self) -> bool:
+        """Whether an ``autograd.Function`` is running, such as a checkpoint: it has a gradient."""
+        if self._forwards is None:
+            self._forwards = _forwards_of_functions()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in self._forwards:
+                return True
+            frame = frame.f_back
+        return False
 
     def _label(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta[SHAPE], node.meta[DTYPE] = tuple(tensor.shape), tensor.dtype
         self._nodes[tensor] = node
+        self._places[tensor] = place = _memory(tensor)
+        self._newest[place] = node
         self._order[node] = len(self._order)
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
@@ -200,7 +232,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.constants[name] = tensor
             node = self.graph.create_node("get_attr", name)
             self._label(tensor, node)
-        write = self._writes.get(_memory(tensor))
+        place = _memory(tensor)
+        if place != self._places[tensor]:
+            node = self._add(after_replacement, (node, self._newest.get(place)), {})
+            self._label(tensor, node)
+        write = self._writes.get(place)
         if write is not None and self._order.get(write, -1) > self._order[node]:
             node = self._add(after_write, (node, write), {})
             self._label(tensor, node)
@@ -226,6 +262,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _forwards_of_functions() -> set[CodeType]:
+    found, pending = set(), [torch.autograd.Function]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is not None:
+            found.add(code)
+    return found
 
 
 def _memory(tensor: Tensor) -> int:

@@ -23,6 +23,7 @@ from we_surgery.reading.kinds import (
     kind_of,
     standardizes_itself,
 )
+from we_surgery.reading.source import writes_in_forward
 from we_surgery.scripted import is_scripted, own_parameters
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -147,6 +148,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "has a sparse weight"
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
+    if writes_in_forward(type(module), parameter):
+        return "is written to in its layer's own forward pass"
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]
     if taken and not isinstance(module, ExcitedLayer):
         return f"has an attribute {taken[0]!r} of its own"

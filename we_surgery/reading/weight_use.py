@@ -8,9 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import fx
+from torch.utils._pytree import tree_iter
 
 from we_surgery.reading.recorded import Recording
-from we_surgery.reading.recorder import EXCITATION, MODULE, SHAPE, after_write
+from we_surgery.reading.recorder import (
+    EXCITATION,
+    MODULE,
+    NO_GRADIENT,
+    SHAPE,
+    after_replacement,
+    after_write,
+)
 
 # Where a matrix or conv operation takes its data and its weight: pairs of argument positions.
 # For a plain matrix product either operand may be the weight.
@@ -26,6 +34,8 @@ _OPERANDS: dict[str, tuple[tuple[int, int], ...]] = {
     "aten._native_multi_head_attention": ((0, 5), (0, 7)),
     "aten._transformer_encoder_layer_fwd": ((0, 3), (0, 5), (0, 14), (0, 16)),
 }
+# Operations that present a tensor in another form, in memory of its own or not.
+_COPIES = frozenset(["aten.clone", "aten._to_copy", "aten.contiguous", "aten.lift_fresh"])
 # Operations that only present a tensor in another form.
 _TRANSPOSES = frozenset(["aten.t", "aten.transpose", "aten.permute", "aten.numpy_T"])
 _VIEWS = _TRANSPOSES | frozenset(
@@ -66,6 +76,7 @@ class WeightRead:
         computed: the parameter passes through arithmetic first, as in ``StdConv2d``.
         constant_input: what the weight is applied to does not depend on the model's input.
         in_excitation: the operation belongs to an excitation.
+        no_gradient: the model had turned gradients off, in train mode.
         transposed: the operation is a transposed conv.
         groups: the conv's groups; 1 for all else.
         node: the operation's node in the recorded graph.
@@ -79,6 +90,7 @@ class WeightRead:
     computed: bool
     constant_input: bool
     in_excitation: bool
+    no_gradient: bool
     transposed: bool = False
     groups: int = 1
     node: fx.Node = field(kw_only=True, repr=False, compare=False)
@@ -131,6 +143,7 @@ def weight_reads(
                         computed=origin.computed,
                         constant_input=constant,
                         in_excitation=node.meta[EXCITATION],
+                        no_gradient=node.meta[NO_GRADIENT],
                         transposed=conv and bool(node.args[6]),
                         groups=int(node.args[8]) if conv else 1,
                         node=node,
@@ -138,6 +151,42 @@ def weight_reads(
                     )
                 )
     return dict(reads)
+
+
+def written_weights(recording: Recording) -> dict[str, str]:
+    """What the forward writes to: parameters, or excitations into whose results it writes.
+
+    Args:
+        recording: a recorded forward.
+
+    Returns:
+        For each qualified name, the name of the module that writes.
+    """
+    written: dict[str, str] = {}
+    for node in recording.graph.nodes:
+        for target in _written_by(node):
+            origin = target
+            while is_view(origin) and operation_name(origin) not in _COPIES:
+                origin = origin.all_input_nodes[0]
+            if origin.op == "get_attr":
+                written.setdefault(str(origin.target), node.meta[MODULE])
+            elif origin.meta.get(EXCITATION):
+                written.setdefault(origin.meta[MODULE], node.meta[MODULE])
+    return written
+
+
+def _written_by(node: fx.Node) -> list[fx.Node]:
+    if node.target is after_replacement:
+        return node.all_input_nodes[:1]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    arguments = [
+        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [found for found in tree_iter(arguments) if isinstance(found, fx.Node)]
 
 
 def operation_name(node: fx.Node) -> str:
