@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "has a sparse weight"
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
-    if writes_in_forward(type(module), parameter):
+    kind: Any = type(module)
+    if writes_in_forward(kind, parameter):
         return "is written to in its layer's own forward pass"
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]
     if taken and not isinstance(module, ExcitedLayer):
