@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from we_surgery.errors import SurgeryError
 from we_surgery.graphs import complete_copies
+from we_surgery.scripted import is_scripted
+
+_SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
+"""Attributes that Python cannot copy and that a copy may have in common with its original."""
+_VIEWS: dict[type, str] = {
+    type(getattr(mapping, method)()): method
+    for mapping in (dict[str, Any](), OrderedDict[str, Any]())
+    for method in ("keys", "values", "items")
+}
+"""The method that makes each sort of view of a dictionary."""
 
 
 def copy_model(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
@@ -29,16 +44,66 @@ def copy_model(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
         with torch.inference_mode(False):
             shared = [*model.parameters(), *model.buffers()] if share_tensors else []
             memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-            copied = copy.deepcopy(model, memo)
+            copied = deep_copy(model, memo)
             complete_copies(model, memo)
             return copied
     except Exception as error:
         raise SurgeryError(
             f"the model cannot be copied: {type(error).__name__}: {error}",
-            "Pass `inplace=True` to change the model itself."
+            "Pass `inplace=True`, and no `example_inputs`, which are run on a copy."
             if not share_tensors
             else "Convert without transplants, which are planned on a copy of the modules.",
         ) from error
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy``, also of models that hold what it does not copy.
+
+    What a forward has left in an attribute is copied without its graph: Python's deep copy refuses
+    it. Views of dictionaries become views of the copies, and locks and Python modules are shared.
+
+    Args:
+        model: the model.
+        memo: as of ``copy.deepcopy``; it is filled.
+    """
+    with _Results():
+        modules = (module for module in model.modules() if not is_scripted(module))
+        _prepare([value for module in modules for value in vars(module).values()], memo)
+        return copy.deepcopy(model, memo)
+
+
+class _Results(TorchFunctionMode):
+    """Copies of tensors that have a graph, without it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _prepare(values: list[Any], memo: dict[int, Any]) -> None:
+    """Fills the memo with copies of what Python cannot copy, in attributes and containers."""
+    seen: set[int] = set()
+    while values:
+        value = values.pop()
+        if id(value) in seen or id(value) in memo:
+            continue
+        seen.add(id(value))
+        kind = type(value)
+        if kind in (list, tuple, set):
+            values += value
+        elif kind is dict:
+            values += value.values()
+        elif isinstance(value, _SHARED):
+            memo[id(value)] = value
+        elif kind in _VIEWS:
+            (viewed,) = gc.get_referents(value)
+            memo[id(value)] = getattr(copy.deepcopy(viewed, memo), _VIEWS[kind])()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     if not recordings or (ran_in_both and notes):
         raise SurgeryError(
             f"the converted model {'; it '.join(notes)}",
-            "Give inputs the vanilla model runs on; nothing was changed.",
+            "Leave out `example_inputs` to convert without this proof, or give others that the "
+            "vanilla model runs on; nothing was changed.",
         )
     raw = {
         f"{weight.module}.{raw_name(weight.parameter)}".lstrip("."): weight

@@ -8,7 +8,6 @@ called it: inlined subclasses, functional calls and fused attention included.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import logging
 from collections import Counter, OrderedDict
@@ -22,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_iter
 
 from we_surgery.compute_once import outdate
+from we_surgery.copies import deep_copy
 from we_surgery.excitations import Excitation
 from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
 from we_surgery.reading.recorder import Computation, Recorder
@@ -154,6 +154,6 @@ def _replica(model: nn.Module, fakes: Fakes | None, shared_hooks: bool) -> nn.Mo
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()
-    replica = copy.deepcopy(model, memo)
+    replica = deep_copy(model, memo)
     drop_hooks(replica, can_run_in_copy if shared_hooks else is_copied)
     return replica

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import random
 import traceback
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from we_surgery.copies import deep_copy
 from we_surgery.reading.aten_norms import is_norm_operation, passes_scale
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.hooks import drop_hooks
@@ -181,7 +181,7 @@ def weightless_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = meta
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
-    weightless = copy.deepcopy(model, memo)
+    weightless = deep_copy(model, memo)
     drop_hooks(weightless)
     return weightless
 
