@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -362,3 +363,48 @@ def test_a_plan_prints_as_a_table_with_names_as_they_are() -> None:
 def test_a_model_that_is_one_layer_has_a_plan_of_one_row() -> None:
     plan = ws.plan(nn.Conv2d(3, 4, 3), rules=[Rule("*", "mwe")])
     assert [(row.module, row.layer, row.verdict) for row in plan.decisions] == [("", "", "MWE")]
+
+
+class Draws(nn.Module):
+    """Draws from every generator in its forward; data may decide on the path."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.conv, self.decides = nn.Conv2d(3, 4, 3), decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(()) * random.random() * np.random.rand()
+        if self.decides and x.sum() > 1e9:
+            return x
+        out = nn.functional.dropout(self.conv(x), 0.5, training=True)
+        return out + torch.rand_like(out) * noise
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(1, 3, 8, 8)])
+@pytest.mark.parametrize("decides", [False, True])
+def test_reading_a_model_that_draws_moves_no_generator(
+    inputs: Tensor | None, decides: bool
+) -> None:
+    def states() -> list[Any]:
+        _, keys, position, *rest = np.random.get_state()
+        return [torch.get_rng_state().tolist(), random.getstate(), list(keys), position, rest]
+
+    model = Draws(decides)
+    before = states()
+    plan = ws.plan(model, example_inputs=inputs)
+    assert states() == before
+    converted = ws.convert(model, plan=plan)
+    before = states()
+    ws.plan(converted, example_inputs=inputs)
+    assert states() == before
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(1, 3, 8, 8)])
+def test_a_parametrized_layer_has_one_row(inputs: Tensor | None) -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        parametrizations.orthogonal(nn.Linear(6, 6)),
+    )
+    rows = ws.plan(model, "lwe", example_inputs=inputs).decisions
+    assert [row.layer for row in rows] == ["0", "1"]
+    assert all("parametrization" in row.reason for row in rows)

@@ -16,6 +16,7 @@ import we_surgery as ws
 from we_surgery import plans
 from we_surgery.layers import excited_layers
 from we_surgery.plans import Decision, Plan
+from we_surgery.surgery import stored_plan
 
 
 @pytest.mark.parametrize("mode", EXCITING_MODES)
@@ -306,3 +307,13 @@ def test_a_strip_in_place_takes_one_more_set_of_weights_at_its_peak() -> None:
             held += event.nbytes()
             most = max(most, held)
     assert 8 * layer <= most <= 11 * layer
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_of_which_nothing_was_excited_keeps_no_plan_once_stripped(inplace: bool) -> None:
+    with pytest.warns(ws.errors.NothingToConvertWarning):
+        converted = ws.convert(nn.Sequential(nn.ReLU()), "lwe")
+    with pytest.warns(ws.NothingToStripWarning):
+        stripped = ws.strip(converted, inplace=inplace)
+    assert stored_plan(stripped) is None
+    assert not vars(stripped).keys() - vars(nn.Sequential()).keys()

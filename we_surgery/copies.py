@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import random
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -108,7 +110,22 @@ def _prepare(values: list[Any], memo: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def drawing_nothing(model: nn.Module) -> Iterator[None]:
-    """Gives torch's random generators, the CPU's and the model's GPUs', their state back."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield
+    """Gives the random generators that a model's code may draw from their state back.
+
+    Torch's of the CPU and of the model's GPUs, Python's, and NumPy's.
+    """
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=gpus_of(model)):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """The numbers of the GPUs that hold the model's parameters."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

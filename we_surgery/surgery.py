@@ -240,7 +240,9 @@ def strip_with_report(
             stacklevel=3,
         )
         left = sum(parameter.numel() for parameter in model.parameters())
-        return (model if inplace else copy_model(model)), StripReport(0, 0, left)
+        target = model if inplace else copy_model(model)
+        _set_kept_plan(target, ())
+        return target, StripReport(0, 0, left)
     for operation in OPERATIONS:
         operation.refuse_changed(model)
     before = None if example_inputs is None else run_in_eval(model, example_inputs)

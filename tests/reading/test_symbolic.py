@@ -118,10 +118,10 @@ def test_a_model_that_cannot_be_traced_is_listed_with_the_reason_and_the_line() 
 
 def test_a_model_that_cannot_be_copied_is_listed() -> None:
     model = Toy(lambda m, x: m.conv(x))
-    model.kept = model.conv.weight * 2
+    model.kept = (n for n in range(3))
     found = read(model)
     assert found.rung == "listed"
-    assert "deepcopy" in found.rung_reason
+    assert "cannot pickle 'generator'" in found.rung_reason
 
 
 def test_the_copy_that_is_traced_has_no_weights_and_no_hooks() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from we_surgery.excitations import WeightLayout
 from we_surgery.reading.aten_norms import norm_after
@@ -205,6 +206,8 @@ def _bare_parameter(
     if owner is None or parameter is None or isinstance(parameter, UninitializedParameter):
         return None
     read = uses[0].read
+    if isinstance(owner, parametrize.ParametrizationList):
+        return None  # the layer that has the parametrized weight has a row
     if kind_of(owner) is not None or parameter.ndim < 2:
         return None
     others = [n for n, p in all_parameters if p is parameter and n != name]

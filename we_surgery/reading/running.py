@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from we_surgery.copies import drawing_nothing, gpus_of
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Calls ``model`` on a tensor, on positional arguments, or on a mapping of keyword ones."""
@@ -37,12 +39,11 @@ def copied(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fixed_seed(model: nn.Module) -> Iterator[None]:
-    """Seeds the CPU and the model's own GPUs, no other, and gives them their state back."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    """Seeds torch on the CPU and the model's own GPUs; all generators get their state back."""
+    with drawing_nothing(model):
         for generator in (
             torch.default_generator,
-            *(torch.cuda.default_generators[index] for index in devices),
+            *(torch.cuda.default_generators[index] for index in gpus_of(model)),
         ):
             generator.manual_seed(0)
         yield

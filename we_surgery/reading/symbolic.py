@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from we_surgery.copies import deep_copy
+from we_surgery.copies import deep_copy, drawing_nothing
 from we_surgery.reading.aten_norms import is_norm_operation, passes_scale
 from we_surgery.reading.facts import LayerFacts
 from we_surgery.reading.hooks import drop_hooks
@@ -121,18 +120,15 @@ def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
     """
     blocks: list[TracedBlock] = []
     untraceable: list[str] = []
-    python_state = random.getstate()
     try:
         # Some models draw random numbers while they are traced.
-        with torch.random.fork_rng(devices=[]):
+        with drawing_nothing(model):
             pending = [("", weightless_copy(model))]
             while pending:
                 name, module = pending.pop(0)
                 pending += _trace_block(name, module, blocks, untraceable)
     except Exception as error:
         return [], [_why(error)]
-    finally:
-        random.setstate(python_state)
     return blocks, untraceable
 
 
