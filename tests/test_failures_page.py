@@ -46,7 +46,7 @@ class Random(nn.Module):
         self.net = net()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) + random.random()
+        return self.net(x) + random.SystemRandom().random()
 
 
 class Noise(ws.Excitation):
