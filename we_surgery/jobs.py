@@ -173,7 +173,8 @@ def convert_file(
         )
     architecture = source.architecture_of(contents)
     metadata = Metadata(plan=converted.__dict__[PLAN_ATTRIBUTE], architecture=architecture)
-    with target.staged(force=force) as temporary:
+    with checkpoint.staged_together() as stage:
+        temporary = target.stage(stage, force=force, like=contents.path)
         target.save(temporary, converted, converted.state_dict(), metadata)
     notes = list(contents.notes)
     has_weights = contents.kind != "architecture" or (

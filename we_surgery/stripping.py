@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def _strip_all(
     # Usage first: a slip in -o must not cost reading a large file.
     check_extension(output, to)
     done: list[Stripped] = []
-    with ExitStack() as staging:
+    with checkpoint.staged_together() as stage:
         for source, mark in sources:
             contents = source.read(values=False)
             _refuse_lost(contents, source.name)
@@ -169,7 +168,7 @@ def _strip_all(
             target.check(force=force)
             needs_model = target.kind == "module" or how.deploy != "dense"
             strip = _strip_model if needs_model or contents.model else _strip_state
-            temporary = staging.enter_context(target.staged(force=force))
+            temporary = target.stage(stage, force=force, like=contents.path)
             stripped = strip(source, contents, target, temporary, how)
             done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
     return done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,9 +46,9 @@ class Target:
         """Raises if it cannot be written, as :func:`~we_surgery.checkpoint.check_target`."""
         checkpoint.check_target(self.path, force=force, folder=self.is_folder)
 
-    def staged(self, *, force: bool) -> AbstractContextManager[Path]:
-        """A name to write to first, as :func:`~we_surgery.checkpoint.staged`."""
-        return checkpoint.staged(self.path, force=force, folder=self.is_folder)
+    def stage(self, stage: checkpoint.Staging, *, force: bool, like: Path | None) -> Path:
+        """A name to write to first, as :meth:`~we_surgery.checkpoint.Staging.add`."""
+        return stage.add(self.path, force=force, folder=self.is_folder, like=like)
 
     def save(
         self,

@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from we_surgery.checkpoint import (
     check_target,
     read,
     staged,
+    target_checks,
     write_module,
     write_safetensors,
     write_state_dict,
 )
-from we_surgery.checkpoint import writing as writing_module
+from we_surgery.checkpoint import renaming as renaming_module
+from we_surgery.checkpoint import staging as staging_module
 from we_surgery.errors import InputError, SurgeryError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -65,7 +69,7 @@ def test_the_mode_follows_the_umask(write, tmp_path):
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("step", ["write", "_sync", "replace"])
+@pytest.mark.parametrize("step", ["write", "sync", "exchange"])
 def test_a_failure_midway_leaves_the_target_as_it_was(write, step, tmp_path, monkeypatch):
     (tmp_path / "out").write_text("before")
 
@@ -77,10 +81,10 @@ def test_a_failure_midway_leaves_the_target_as_it_was(write, step, tmp_path, mon
     if step == "write":
         monkeypatch.setattr(torch, "save", fail)
         monkeypatch.setattr("safetensors.torch.save_file", fail)
-    elif step == "_sync":
-        monkeypatch.setattr(writing_module, "_sync", fail)
+    elif step == "sync":
+        monkeypatch.setattr(staging_module, "_sync", fail)
     else:
-        monkeypatch.setattr(writing_module.Path, "replace", fail)
+        monkeypatch.setattr(staging_module, "exchange", fail)
     with pytest.raises(SurgeryError, match="No space left"):
         write(tmp_path / "out", force=True)
     assert names(tmp_path) == ["out"]
@@ -91,7 +95,7 @@ def test_an_interrupt_leaves_no_temporary_file(write, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing_module, "_sync", interrupt)
+    monkeypatch.setattr(staging_module, "_sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out")
     assert names(tmp_path) == []
@@ -99,13 +103,13 @@ def test_an_interrupt_leaves_no_temporary_file(write, tmp_path, monkeypatch):
 
 def test_the_target_is_never_there_half_written(write, tmp_path, monkeypatch):
     seen = []
-    sync = writing_module._sync
+    sync = staging_module._sync
 
-    def watch(path):
+    def watch(path, *flags):
         seen.append((path.name, (tmp_path / "out").exists()))
-        sync(path)
+        sync(path, *flags)
 
-    monkeypatch.setattr(writing_module, "_sync", watch)
+    monkeypatch.setattr(staging_module, "_sync", watch)
     write(tmp_path / "out")
     # The file is synced before it gets its name, and the folder after.
     assert [exists for _, exists in seen] == [False, True]
@@ -146,7 +150,7 @@ def test_a_link_among_the_systems_files_is_never_replaced(write, tmp_path, monke
     system = tmp_path / "dev"
     system.mkdir()
     (system / "stdout").symlink_to(tmp_path / "file")
-    monkeypatch.setattr(writing_module, "_SYSTEM_FOLDERS", (system,))
+    monkeypatch.setattr(target_checks, "_SYSTEM_FOLDERS", (system,))
     with pytest.raises(InputError, match="no regular file"):
         write(system / "stdout", force=True)
     assert (system / "stdout").is_symlink()
@@ -164,7 +168,7 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path):
 
 
 def test_a_file_that_appears_at_the_last_moment_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing_module, "check_target", lambda *args, **options: None)
+    monkeypatch.setattr(staging_module, "check_target", lambda *args, **options: None)
     (tmp_path / "out").write_text("precious")
     with (
         pytest.raises(InputError, match="exists already"),
@@ -175,14 +179,43 @@ def test_a_file_that_appears_at_the_last_moment_stays(tmp_path, monkeypatch):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_a_file_is_written_where_there_are_no_links(write, tmp_path, monkeypatch):
+@pytest.fixture(params=["exchanges", "links", "plain"])
+def system(request, monkeypatch):
+    """File systems that can exchange two names, that have links, and that have neither."""
+
     def refuse(*args):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(writing_module.Path, "hardlink_to", refuse)
-    write(tmp_path / "out")
+    if request.param != "exchanges":
+        monkeypatch.setattr(renaming_module, "_renamed", lambda *args: False)
+    if request.param == "plain":
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    return request.param
+
+
+def test_a_file_is_written_and_replaced_on_any_file_system(write, system, tmp_path):
+    for _ in range(2):
+        write(tmp_path / "out", force=True)
+        assert names(tmp_path) == ["out"]
+        read(tmp_path / "out")
+
+
+def test_a_folder_is_replaced_on_any_file_system(system, shards, tmp_path):
+    with staged(shards, force=True, folder=True) as temporary:
+        (temporary / "model.safetensors").write_text("after")
     assert names(tmp_path) == ["out"]
-    read(tmp_path / "out")
+    assert (shards / "model.safetensors").read_text() == "after"
+
+
+def test_a_folder_that_is_replaced_always_has_its_name(shards, monkeypatch):
+    """Where the system can exchange two names: nothing else is called between two states."""
+    if not renaming_module._renamed(shards, shards, renaming_module._EXCHANGE):
+        pytest.skip("the file system cannot exchange names")
+    for method in ("rename", "replace"):
+        monkeypatch.setattr(Path, method, lambda *args: pytest.fail("a name was given up"))
+    with staged(shards, force=True, folder=True) as temporary:
+        (temporary / "model.safetensors").write_text("after")
+    assert (shards / "model.safetensors").read_text() == "after"
 
 
 @pytest.fixture
@@ -218,29 +251,116 @@ def test_a_link_to_a_folder_is_refused(shards, tmp_path):
     assert "the folder itself" in caught.value.cure
 
 
-@pytest.mark.parametrize("after", range(1, 3))
+@pytest.mark.parametrize("after", range(1, 4))
 @pytest.mark.parametrize("done", [False, True])
 def test_a_signal_during_a_swap_leaves_one_whole_folder(after, done, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(renaming_module, "_renamed", lambda *args: False)
     calls = []
-    rename = writing_module.Path.rename
 
-    def interrupted(path, target):
-        calls.append(target)
-        if len(calls) != after:
-            return rename(path, target)
-        if done:
-            rename(path, target)
-        raise KeyboardInterrupt
+    def interrupted(method):
+        original = getattr(Path, method)
 
-    monkeypatch.setattr(writing_module.Path, "rename", interrupted)
+        def call(path, target):
+            calls.append(target)
+            if len(calls) != after:
+                return original(path, target)
+            if done:
+                original(path, target)
+            raise KeyboardInterrupt
+
+        return call
+
+    for method in ("rename", "replace"):
+        monkeypatch.setattr(Path, method, interrupted(method))
     with (
         pytest.raises(KeyboardInterrupt),
         staged(shards, force=True, folder=True) as temporary,
     ):
         (temporary / "model.safetensors").write_text("after")
     assert names(tmp_path) == ["out"]
-    expected = "after" if (after, done) == (2, True) else "before"
-    assert (shards / "model.safetensors").read_text() == expected
+    assert (shards / "model.safetensors").read_text() == "before"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_mounts_that_refuse_to_sync_folders_are_written_to(code, write, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, "refused")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path / "out")
+    read(tmp_path / "out")
+
+
+def test_an_error_of_the_disk_after_the_rename_says_that_the_file_is_there(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SurgeryError, match="written and in place") as caught:
+        write_state_dict(STATE, tmp_path / "out", metadata=None)
+    assert "as it was" not in str(caught.value)
+    read(tmp_path / "out")
+
+
+def killed(target, folder, with_old=None):
+    """Stages and ends without any cleaning, as a run that is killed."""
+    child = os.fork()
+    if not child:
+        stage = staging_module.Staging()
+        made = stage.add(target, force=True, folder=folder)
+        if with_old is not None:
+            target.rename(made.parent.parent / "old" / target.name)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_run_left_is_named_and_removed_by_the_next(folder, tmp_path, caplog):
+    killed(tmp_path / "out", folder)
+    (left,) = names(tmp_path)
+    with staged(tmp_path / "alive", folder=True):
+        assert left not in names(tmp_path)
+        # One that lives is left alone.
+        write_state_dict(STATE, tmp_path / "other", metadata=None)
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["alive", "other"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"removed {tmp_path / left}, which a killed run had left"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_a_killed_run_had_moved_aside_comes_back(shards, tmp_path):
+    killed(shards, folder=True, with_old=True)
+    assert not shards.exists()
+    write_state_dict(STATE, tmp_path / "other", metadata=None)
+    assert names(tmp_path) == ["other", "out"]
+    assert (shards / "model.safetensors").read_text() == "before"
+
+
+@pytest.mark.parametrize(("source", "expected"), [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644)])
+def test_who_cannot_read_the_source_cannot_read_the_target(source, expected, tmp_path):
+    (tmp_path / "source").touch()
+    (tmp_path / "source").chmod(source)
+    before = os.umask(0o022)
+    try:
+        with staged(tmp_path / "out", like=tmp_path / "source"):
+            pass
+        with staged(tmp_path / "folder", folder=True, like=tmp_path / "source"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == expected
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == expected | (expected & 0o444) >> 2
 
 
 def test_what_is_replaced_keeps_its_mode(write, shards, tmp_path):
@@ -249,7 +369,8 @@ def test_what_is_replaced_keeps_its_mode(write, shards, tmp_path):
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
     shards.chmod(0o700)
     with staged(shards, force=True, folder=True) as temporary:
-        assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
+        # What is private is so while it is written, too.
+        assert stat.S_IMODE(temporary.parent.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(shards.stat().st_mode) == 0o700
 
 

@@ -20,12 +20,14 @@ from we_surgery.checkpoint.metadata import Metadata as Metadata
 from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
+from we_surgery.checkpoint.staging import Staging as Staging
+from we_surgery.checkpoint.staging import staged as staged
+from we_surgery.checkpoint.staging import staged_together as staged_together
+from we_surgery.checkpoint.target_checks import check_target as check_target
 from we_surgery.checkpoint.unwrap import Weights as Weights
-from we_surgery.checkpoint.writing import check_target as check_target
 from we_surgery.checkpoint.writing import save_module as save_module
 from we_surgery.checkpoint.writing import save_safetensors as save_safetensors
 from we_surgery.checkpoint.writing import save_state_dict as save_state_dict
-from we_surgery.checkpoint.writing import staged as staged
 from we_surgery.checkpoint.writing import write_bytes as write_bytes
 from we_surgery.checkpoint.writing import write_module as write_module
 from we_surgery.checkpoint.writing import write_safetensors as write_safetensors

@@ -16,9 +16,9 @@ from we_surgery.checkpoint.folding import Progress, StateDictReport, report, van
 from we_surgery.checkpoint.indexed_shards import INDEX_ENDING
 from we_surgery.checkpoint.locating import open_sharded
 from we_surgery.checkpoint.sharded import Load, ShardedStateDict
+from we_surgery.checkpoint.staging import staged
 from we_surgery.checkpoint.streaming import SafetensorsWriter
 from we_surgery.checkpoint.unwrap import Weights
-from we_surgery.checkpoint.writing import staged
 from we_surgery.errors import InputError, SurgeryError
 
 _SAFETENSORS = ".safetensors"
@@ -79,7 +79,7 @@ def save_stripped(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> StateDictReport:
-    """:func:`strip_sharded` to a name of :func:`~we_surgery.checkpoint.writing.staged`.
+    """:func:`strip_sharded` to a name of :func:`~we_surgery.checkpoint.staging.staged`.
 
     Args:
         state: the state dict; its order is kept within each shard.

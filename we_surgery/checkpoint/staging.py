@@ -1,0 +1,360 @@
+"""Files that are written beside their targets, and take their places all or none.
+
+What is written lies in a hidden folder, ``.we_surgery-....tmp``, which is locked while its run
+lives. A run that was killed leaves it there; the next one that writes beside it removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from we_surgery.checkpoint.renaming import exchange, rename_to_free
+from we_surgery.checkpoint.target_checks import (
+    check_target,
+    exists_already,
+    refuse_other_files,
+)
+from we_surgery.checkpoint.wording import listed
+from we_surgery.errors import SurgeryError, WESurgeryError
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+_PREFIX, _SUFFIX = ".we_surgery-", ".tmp"
+_NEW, _OLD = "new", "old"
+
+# What file systems say that keep the names in a folder in another way.
+_NO_FOLDER_SYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+}
+
+
+@dataclass
+class _Staged:
+    """One file or folder that is to take its place.
+
+    Attributes:
+        path: the target.
+        place: a hidden folder, of its own.
+        force: whether an existing target is replaced.
+        folder: whether the target is a folder of files.
+        mode: the target's permissions.
+        identity: of what was written, by which it is known under any name.
+    """
+
+    path: Path
+    place: Path
+    force: bool
+    folder: bool
+    mode: int = 0
+    identity: tuple[int, int] = (0, 0)
+
+    @property
+    def new(self) -> Path:
+        """Where it is written to, and what it replaces lies in the end."""
+        return self.place / _NEW / self.path.name
+
+    @property
+    def old(self) -> Path:
+        """Where what it replaces lies while the two exchange their names."""
+        return self.place / _OLD / self.path.name
+
+    def finish(self) -> None:
+        """Makes sure that what was written is on the disk, with its permissions."""
+        for file in self.new.iterdir() if self.folder else ():
+            _sync(file)
+        (_sync_folder if self.folder else _sync)(self.new)
+        self.new.chmod(self.mode)
+        # Not before: a writer may have put another file under the name.
+        self.identity = _identity(self.new)
+
+    def take_place(self) -> None:
+        """Puts what was written in the target's place, and what was there in its own."""
+        try:
+            rename_to_free(self.new, self.path)
+        except FileExistsError as error:
+            if not self.force:
+                raise exists_already(self.path) from error
+            exchange(self.new, self.path, self.old)
+            if self.folder:
+                # What came at the last moment is not deleted either.
+                refuse_other_files(self.new, self.path)
+
+    def give_back(self) -> None:
+        """Undoes :meth:`take_place`, however far it came."""
+        is_there = os.path.lexists(self.path)
+        is_ours = is_there and _identity(self.path) == self.identity
+        if os.path.lexists(self.old):
+            if is_ours:
+                self.path.rename(self.new)
+            if is_ours or not is_there:
+                self.old.rename(self.path)
+        elif is_ours and os.path.lexists(self.new):
+            if _identity(self.new) == self.identity:
+                self.path.unlink()
+            else:
+                exchange(self.new, self.path, self.old)
+        elif is_ours:
+            self.path.rename(self.new)
+
+
+class Staging:
+    """Targets that are written together; see :func:`staged_together`."""
+
+    def __init__(self) -> None:
+        self._targets: list[Path] = []
+        self._staged: list[_Staged] = []
+        self._places: list[tuple[Path, int | None]] = []
+
+    def add(
+        self,
+        path: str | Path,
+        *,
+        force: bool = False,
+        folder: bool = False,
+        like: Path | None = None,
+    ) -> Path:
+        """A name to write one of the targets to.
+
+        Args:
+            path: the target.
+            force: whether an existing target is replaced, which keeps its permissions.
+            folder: stage a folder of files instead of one file. An existing folder is only
+                replaced if it holds a sharded state dict and nothing else.
+            like: what a new target is made from: who cannot read this cannot read the target.
+
+        Raises:
+            InputError: the target cannot be written to, or exists without ``force``.
+        """
+        path = Path(path)
+        self._targets.append(path)
+        check_target(path, force=force, folder=folder)
+        _remove_left_over(path.parent)
+        staged = _Staged(path, self._new_place(path.parent), force, folder)
+        for inner in (staged.new, staged.old):
+            inner.parent.mkdir()
+        if folder:
+            staged.new.mkdir()
+        else:
+            staged.new.touch(exist_ok=False)
+        # Remembered for it follows the umask; safetensors gives 0600 to all it writes.
+        staged.mode = _mode(staged.new, path, like)
+        self._staged.append(staged)
+        return staged.new
+
+    def take_places(self) -> None:
+        """Gives all that was written the names of the targets, or none.
+
+        Raises:
+            InputError: a target came into being meanwhile.
+            SurgeryError: all have their names, and the disk failed to note them.
+        """
+        for staged in self._staged:
+            staged.finish()
+        for staged in self._staged:
+            # Anything may have come there since the first look: folding takes its time.
+            check_target(staged.path, force=staged.force, folder=staged.folder)
+        try:
+            for staged in self._staged:
+                staged.take_place()
+        except BaseException as error:
+            self._give_back(error)
+            raise
+        _sync_names([staged.path for staged in self._staged])
+        for staged in self._staged:
+            logger.info("wrote %s", staged.path)
+
+    def close(self) -> None:
+        """Removes what is left beside the targets."""
+        for place, descriptor in self._places:
+            shutil.rmtree(place, ignore_errors=True)
+            _close(descriptor)
+        self._places.clear()
+
+    @property
+    def paths(self) -> list[str]:
+        """The targets, for messages."""
+        return [str(path) for path in self._targets]
+
+    def _new_place(self, parent: Path) -> Path:
+        while True:
+            place = parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
+            place.mkdir(mode=stat.S_IRWXU)
+            lock, descriptor = _locked(place)
+            self._places.append((place, descriptor))
+            # Another run may just have taken it for one that was left.
+            if lock is not _Lock.OTHERS and place.exists():
+                return place
+
+    def _give_back(self, error: BaseException) -> None:
+        stuck: list[str] = []
+        for staged in reversed(self._staged):
+            try:
+                staged.give_back()
+            except OSError:
+                stuck.append(str(staged.path))
+        if stuck:
+            raise SurgeryError(
+                f"{listed(self.paths)} could not be written: {error}; after that "
+                f"{listed(stuck)} could not be put back as it was",
+                "Look at the disk, and at these files: they may be new or missing.",
+            ) from error
+
+
+@contextmanager
+def staged_together() -> Iterator[Staging]:
+    """New names beside targets; what stands under them at the end is synced and takes its place.
+
+    When the block raises, nothing is left and the targets are as they were. So it is if one of
+    them cannot take its place.
+
+    Raises:
+        InputError: a target cannot be written to, or exists without ``force``.
+        SurgeryError: writing failed; the targets are as they were, unless the message says else.
+    """
+    stage = Staging()
+    try:
+        yield stage
+        stage.take_places()
+    except WESurgeryError:
+        raise
+    # Nothing wider: what folds and proves in the block has errors of its own.
+    except (OSError, SafetensorError) as error:
+        names = stage.paths
+        raise SurgeryError(
+            f"{listed(names)} could not be written: {type(error).__name__}: {error}",
+            "Look at the disk's space and permissions; "
+            f"{'the target is as it was' if len(names) < 2 else 'the targets are as they were'}.",
+        ) from error
+    finally:
+        stage.close()
+
+
+@contextmanager
+def staged(
+    path: str | Path, *, force: bool = False, folder: bool = False, like: Path | None = None
+) -> Iterator[Path]:
+    """:func:`staged_together` for one target; its arguments are those of :meth:`Staging.add`."""
+    with staged_together() as stage:
+        yield stage.add(path, force=force, folder=folder, like=like)
+
+
+def _mode(made: Path, target: Path, like: Path | None) -> int:
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mode = stat.S_IMODE(made.stat().st_mode)
+    if like is not None and like.exists():
+        readable = like.stat().st_mode
+        for bit, all_bits in ((stat.S_IRGRP, stat.S_IRWXG), (stat.S_IROTH, stat.S_IRWXO)):
+            mode &= ~(0 if readable & bit else all_bits)
+    return mode
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_dev, found.st_ino
+
+
+class _Lock(Enum):
+    """Who keeps a hidden folder locked."""
+
+    OURS = "this run"
+    OTHERS = "another run, or it is gone"
+    NONE = "the system has no locks"
+
+
+def _locked(folder: Path) -> tuple[_Lock, int | None]:
+    """Locks a folder as long as this process lives and the descriptor is open."""
+    if sys.platform == "win32":
+        return _Lock.NONE, None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return _Lock.OTHERS, None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _Lock.OTHERS, descriptor
+    except OSError:
+        return _Lock.NONE, descriptor
+    return _Lock.OURS, descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Removes what killed runs left in a folder; what such a run had moved aside comes back."""
+    for place in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
+        lock, descriptor = _locked(place)
+        # What cannot be removed is in nobody's way.
+        with suppress(OSError):
+            if lock is _Lock.OURS:
+                for aside in (place / _OLD).glob("*"):
+                    if not os.path.lexists(parent / aside.name):
+                        rename_to_free(aside, parent / aside.name)
+                        logger.warning("put %s back, which a killed run had moved", aside.name)
+                shutil.rmtree(place)
+                logger.warning("removed %s, which a killed run had left", place)
+        _close(descriptor)
+
+
+def _sync_names(paths: list[Path]) -> None:
+    """Makes sure that the new names are on the disk.
+
+    Raises:
+        SurgeryError: the disk failed; the files have their names all the same.
+    """
+    try:
+        for parent in dict.fromkeys(path.parent for path in paths):
+            _sync_folder(parent)
+    except OSError as error:
+        raise SurgeryError(
+            f"{listed(map(str, paths))}: written and in place, but the disk failed to note the "
+            f"names: {error}",
+            "Look at the disk; the new files may be gone after a power failure.",
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # It cannot open a folder.
+    try:
+        _sync(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        logger.debug("%s cannot be synced: %s", folder, error)
+
+
+def _sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Makes sure that a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
