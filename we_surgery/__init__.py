@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from we_surgery.attached import AttachedExcitation as AttachedExcitation
+from we_surgery.attached import attach as attach
 from we_surgery.backends import set_backend as set_backend
 from we_surgery.checkpoint import Architecture as Architecture
 from we_surgery.checkpoint import load as load
@@ -10,6 +12,7 @@ from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
 from we_surgery.config import make_policy as make_policy
 from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
+from we_surgery.errors import AttachmentError as AttachmentError
 from we_surgery.errors import ExcitationError as ExcitationError
 from we_surgery.errors import InputError as InputError
 from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning

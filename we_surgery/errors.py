@@ -44,6 +44,10 @@ class ExcitationError(WESurgeryError, RuntimeError):
     """An excited weight could not be computed or assigned."""
 
 
+class AttachmentError(WESurgeryError, RuntimeError):
+    """A step of the optimizer cannot excite the model's weights; nothing was changed."""
+
+
 class AlreadyConvertedWarning(UserWarning):
     """``convert`` was called on a model that carries excitations already."""
 

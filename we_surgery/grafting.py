@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from we_surgery.class_swap import excite, restore
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition, build_excitation
+from we_surgery.excitations.base import in_full_precision
 from we_surgery.graphs import (
     held_by_graphs,
     hold,
@@ -46,7 +47,12 @@ class Graft:
 
 
 def build_grafts(
-    model: nn.Module, plan: Plan, init: Init = "paper", start: Start = "on"
+    model: nn.Module,
+    plan: Plan,
+    init: Init = "paper",
+    start: Start = "on",
+    *,
+    full_precision: bool = False,
 ) -> list[Graft]:
     """The excitations a plan asks for, checked against the model, which is not changed.
 
@@ -55,6 +61,7 @@ def build_grafts(
         plan: made for it.
         init: as in :func:`we_surgery.convert`.
         start: as in :func:`we_surgery.convert`.
+        full_precision: whether excitations and raw weights of half-precision layers are float32.
 
     Raises:
         InputError: a row names no such layer, another shape or kind, an excitation that does
@@ -90,19 +97,21 @@ def build_grafts(
                 )
         else:
             with torch.inference_mode(False):
+                weight = parameter.detach()
+                weight = in_full_precision(weight) if full_precision else weight
                 excitation = build_excitation(
                     decision.excitation,
                     decision.layout,
-                    device=parameter.device,
-                    dtype=parameter.dtype,
+                    device=weight.device,
+                    dtype=weight.dtype,
                     parts=parts,
                 )
-                excitation.prepare(parameter.detach())
+                excitation.prepare(weight)
             by_parameter[id(parameter)] = (decision, excitation)
             if start == "paused":
-                pause(excitation, parameter, decision.layer)
+                pause(excitation, weight, decision.layer)
             elif init == "preserve":
-                raw = _preserve(excitation, parameter, decision.layer)
+                raw = _preserve(excitation, weight, decision.layer)
         grafts.append(Graft(decision.module, decision.parameter, excitation, raw))
     _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
     return grafts
@@ -144,10 +153,10 @@ def graft(model: nn.Module, grafts: Iterable[Graft]) -> Callable[[], None]:
     return undo
 
 
-def pause(excitation: Composition, parameter: nn.Parameter, layer: str) -> None:
+def pause(excitation: Composition, weight: Tensor, layer: str) -> None:
     """Makes a new excitation the identity for now."""
     with torch.inference_mode(False), _named(layer, "start='on'"):
-        excitation.pause(parameter.detach())
+        excitation.pause(weight.detach())
 
 
 @contextlib.contextmanager
@@ -161,9 +170,8 @@ def _named(layer: str, instead: str) -> Iterator[None]:
         ) from error
 
 
-def _preserve(excitation: Composition, parameter: nn.Parameter, layer: str) -> Tensor | None:
-    """The raw weight whose excitation is the parameter; None if it is the parameter itself."""
-    weight = parameter.detach()
+def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | None:
+    """The raw weight whose excitation is the weight; None if it is the weight itself."""
     with torch.inference_mode(False):
         with _named(layer, "init='paper'"):
             raw = excitation.preserve(weight)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.excitations import formulas
-from we_surgery.excitations.backends import Arithmetic, Backend, arithmetic
+from we_surgery.excitations.backends import EAGER, Arithmetic, Backend, arithmetic
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.lwe import located
@@ -90,6 +90,65 @@ def excite_in_place(weight: Tensor, terms: Terms) -> Tensor:
     if terms.transposed_groups is not None:
         weight.copy_(from_filters(filters, terms.transposed_groups))
     return weight
+
+
+@torch.no_grad()
+def excite_into(
+    weights: Sequence[tuple[Tensor, Terms, Tensor]], backend: Backend
+) -> list[tuple[Tensor, Kept]]:
+    """Writes W' of each weight into a tensor, without an autograd graph.
+
+    Eager computes one weight after the other, in the memory of its target where dtype and strides
+    allow it; kernels compute all weights of a device together.
+
+    Args:
+        weights: each W, its terms, and the target: a tensor of W's shape, of any float dtype.
+        backend: as in :func:`excite_in_closed_form`.
+
+    Returns:
+        For each weight W and what :func:`pull_back` needs.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    found: dict[int, tuple[Tensor, Kept]] = {}
+    for place, (weight, terms, target) in enumerate(weights):
+        if arithmetic(backend, weight, terms) is EAGER:
+            found[place] = weight, _excite_one_into(weight, terms, target)
+        else:
+            by_device.setdefault(weight.device, []).append(place)
+    for places in by_device.values():
+        results = _forward([weights[place][:2] for place in places], backend)
+        for place, (excited, kept) in zip(places, results, strict=True):
+            weights[place][2].copy_(excited)
+            found[place] = weights[place][0], kept
+    return [found[place] for place in range(len(weights))]
+
+
+def _excite_one_into(weight: Tensor, terms: Terms, target: Tensor) -> Kept:
+    is_alike = weight.dtype == target.dtype and weight.stride() == target.stride()
+    if terms.transposed_groups is None and is_alike and in_full_precision(weight) is weight:
+        with autocast_off(weight.device.type):
+            excited, kept = formulas.excite(weight, terms, target)
+        if excited is not target:
+            target.copy_(excited)
+        return kept
+    excited, kept = _forward([(weight, terms)], "eager")[0]
+    target.copy_(excited)
+    return kept
+
+
+@torch.no_grad()
+def pull_back(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
+    """The gradients of W, A, a, B and b from the gradient of each W', without an autograd graph.
+
+    Args:
+        backend: as in :func:`excite_in_closed_form`.
+        asked: of each weight the gradient of W', W, its terms, what :func:`excite_into` returned,
+            and which of the five gradients are needed.
+    """
+    whole = [
+        one._replace(needed=(one.needed[0], False, *one.needed[1:], *(False,) * 5)) for one in asked
+    ]
+    return [(found[0], *found[2:6]) for found in _backward(backend, whole)]
 
 
 def staged(weight: Tensor, *terms: Any) -> Tensor:

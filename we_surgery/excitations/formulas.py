@@ -29,19 +29,20 @@ _BLOCK = 2**19
 """Values that are computed at a time; about what makes one launch cheap beside its work."""
 
 
-def excite(filters: Tensor, terms: Terms) -> tuple[Tensor, Kept]:
-    """W' in memory of its own, line by line as in this module's docstring.
+def excite(filters: Tensor, terms: Terms, out: Tensor | None = None) -> tuple[Tensor, Kept]:
+    """W' in ``out`` or in new memory, line by line as in this module's docstring.
 
     A CPU computes a large weight in blocks of filters, so that nothing but W' is of its size.
     """
     if not is_computed_in_blocks(filters):
-        linear, kept = _before_curve(filters, terms)
+        linear, kept = _before_curve(filters, terms, out)
         if terms.mwe_epsilon is None:
             return linear, kept
         limit = curve_limit(linear, terms.mwe_epsilon)
-        own = None if linear is filters else linear
+        own = out if linear is filters else linear
         return _curved(linear, limit, own), _with_limit(kept, limit)
-    excited, blocks = torch.empty_like(filters), _blocks(filters)
+    excited = torch.empty_like(filters) if out is None else out
+    blocks = _blocks(filters)
     found = [_before_curve(filters[b], _of_block(terms, b), excited[b]) for b in blocks]
     linears, keeps = zip(*found, strict=True)
     kept = Kept(

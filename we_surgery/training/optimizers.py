@@ -5,16 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from we_surgery.attached.optimizers import (
+    group_for,
+    group_options,
+    start_early_state,
+)
+from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.errors import InputError
 from we_surgery.graphs import excited_weights
-from we_surgery.training.param_groups import Group, refuse_groups_of_another_model, same_options
+from we_surgery.training.param_groups import Group, refuse_groups_of_another_model
 from we_surgery.training.vanilla_view import (
     ExcitationParameters,
     excitation_parameters,
@@ -70,12 +76,12 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     model = inside_wrappers(model)
     groups = optimizer.param_groups
-    refuse_groups_of_another_model([Group(_options(g), g["params"]) for g in groups], model)
+    refuse_groups_of_another_model([Group(group_options(g), g["params"]) for g in groups], model)
     held = {id(tensor): group for group in groups for tensor in group["params"]}
     excitations = list(excitation_parameters(model, held))
     _warn_of_replaced_parameters(held.keys(), groups, model, excitations)
     joining = [
-        (name, parameter, _place(groups, held[id(excitation.raw)], parameter))
+        (name, parameter, group_for(groups, held[id(excitation.raw)], parameter))
         for excitation in excitations
         if id(excitation.raw) in held
         for name, parameter in excitation.named
@@ -84,7 +90,7 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     if joining:
         _refuse_fixed(optimizer, [name for name, parameter, _ in joining if parameter.ndim != 2])
     for name, parameter, group in joining:
-        _start_early_state(optimizer, parameter, group)
+        start_early_state(optimizer, parameter, group)
         group["params"].append(parameter)
         if "param_names" in group:
             group["param_names"].append(name)
@@ -118,14 +124,14 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     model = inside_wrappers(model)
     groups = optimizer.param_groups
-    refuse_groups_of_another_model([Group(_options(g), g["params"]) for g in groups], model)
+    refuse_groups_of_another_model([Group(group_options(g), g["params"]) for g in groups], model)
     weights = list(excited_weights(model))
     leaving = {id(p) for weight in weights for p in weight.excitation.parameters()}
     changing = leaving | {id(weight.raw) for weight in weights}
     held = {id(tensor) for group in groups for tensor in group["params"]}
     if held & leaving:
         _refuse_fixed(optimizer, [])
-    for layer in _with_wrapped(optimizer):
+    for layer in with_wrapped(optimizer):
         for parameter in [tensor for tensor in layer.state if id(tensor) in changing]:
             del layer.state[parameter]
     for group in groups:
@@ -135,27 +141,14 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
                 group[key][:] = itertools.compress(group[key], stays)
         for parameter in group["params"]:
             if id(parameter) in changing:
-                _start_early_state(optimizer, parameter, group)
+                start_early_state(optimizer, parameter, group)
     removed = [n for n, p in model.named_parameters() if id(p) in held & leaving]
     logger.info("removed %d parameters from %s", len(removed), type(optimizer).__name__)
     return removed
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _place(
-    groups: Iterable[dict[str, Any]], home: dict[str, Any], parameter: nn.Parameter
-) -> dict[str, Any]:
-    if parameter.ndim > 1 or not home.get("weight_decay"):
-        return home
-    undecayed = {**_options(home), "weight_decay": 0}
-    return next((group for group in groups if same_options(_options(group), undecayed)), home)
-
-
 def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
-    for layer in _with_wrapped(optimizer):
+    for layer in with_wrapped(optimizer):
         name = type(layer).__name__
         if name in _FIXED:
             raise InputError(
@@ -167,30 +160,6 @@ def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
                 f"Muon trains matrices alone, and {not_matrices[0]!r} is none",
                 "Give the excitations' biases an optimizer of their own, such as AdamW.",
             )
-
-
-def _with_wrapped(optimizer: Any) -> Iterator[Any]:
-    """The optimizer and those it wraps, as accelerate's and timm's Lookahead do."""
-    while optimizer is not None:
-        yield optimizer
-        inner = vars(optimizer).get("optimizer", vars(optimizer).get("_base_optimizer"))
-        optimizer = None if inner is optimizer else inner
-
-
-def _start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any) -> None:
-    """Gives the parameter the state that its optimizer would not make for it when stepping."""
-    for layer in _with_wrapped(optimizer):
-        if isinstance(layer, torch.optim.Adagrad):
-            # Older versions of torch make it when the optimizer is built, and only then.
-            start = group["initial_accumulator_value"]
-            options = [{**_options(group), "params": [parameter]}]
-            twin = torch.optim.Adagrad(options, initial_accumulator_value=start)
-            layer.state[parameter] = twin.state[parameter]
-        elif isinstance(layer, torch.optim.SGD) and group["fused"] and group["momentum"]:
-            # Its kernel takes a momentum for all of a group or for none of it.
-            others = (layer.state.get(other, {}) for other in group["params"])
-            if any("momentum_buffer" in state for state in others):
-                layer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.detach())
 
 
 def _warn_of_replaced_parameters(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from we_surgery.attached.optimizers import same_options
 from we_surgery.errors import InputError
 from we_surgery.training.vanilla_view import (
     ExcitationParameters,
@@ -131,20 +131,6 @@ def refuse_groups_of_another_model(groups: Iterable[Group], model: nn.Module) ->
             "They were made for another model, such as the one that `convert` has copied: "
             "convert with `inplace=True`, or make groups and optimizer from the converted model.",
         )
-
-
-def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two groups train alike; a learning rate may be a tensor."""
-    if first.keys() != second.keys():
-        return False
-    for key, value in first.items():
-        other = second[key]
-        if isinstance(value, Tensor) and isinstance(other, Tensor):
-            if not torch.equal(value, other):
-                return False
-        elif value is not other and value != other:
-            return False
-    return True
 
 
 def find_or_add(groups: list[Group], options: dict[str, Any], after: Group | None = None) -> Group:

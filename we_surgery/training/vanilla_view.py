@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from we_surgery.attached.wrappers import inside_wrappers as inside_wrappers
 from we_surgery.graphs import ExcitedWeight, excited_weights
 from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
 from we_surgery.layers import ExcitedLayer
-
-_WRAPPED_IN = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
 
 
 @dataclass(frozen=True)
@@ -32,13 +27,6 @@ class ExcitationParameters:
     layer: str
     raw: nn.Parameter
     named: tuple[tuple[str, nn.Parameter], ...]
-
-
-def inside_wrappers(model: nn.Module) -> nn.Module:
-    """The model inside DDP, ``DataParallel`` and ``torch.compile``; the Parameters are the same."""
-    while (attribute := _WRAPPED_IN.get(type(model).__name__)) is not None:
-        model = getattr(model, attribute)
-    return model
 
 
 def excitation_parameters(

@@ -1,0 +1,294 @@
+"""`attach`: excitation for a model that stays as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from we_surgery.attached.excitation import AttachedExcitation
+from we_surgery.attached.guard import Tripwire
+from we_surgery.attached.optimizers import group_for, start_early_state
+from we_surgery.attached.registry import STATE_KEY, is_attached
+from we_surgery.attached.step import OptimizerStep
+from we_surgery.attached.weights import (
+    AttachedWeight,
+    ExcitationParameter,
+    optimizer_of,
+    raw_like,
+    write,
+)
+from we_surgery.attached.wrappers import inside_wrappers, unwrapped, with_wrapped
+from we_surgery.errors import InputError
+from we_surgery.excitations import Backend
+from we_surgery.grafting import Init, Start, build_grafts
+from we_surgery.options import resolve_options
+from we_surgery.planning import plan as make_plan
+from we_surgery.plans import Plan
+from we_surgery.policy import Policy
+from we_surgery.rules import Rule
+from we_surgery.surgery import is_converted, refuse_wrappers
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = {
+    "ZeroRedundancyOptimizer": "divides its parameters among the processes",
+    "DeepSpeedZeroOptimizer": "keeps flat copies of the parameters",
+    "DeepSpeedZeroOptimizer_Stage3": "keeps flat copies of the parameters",
+    "DeepSpeedOptimizerWrapper": "keeps flat copies of the parameters",
+    "FP16_Optimizer": "keeps flat copies of the parameters",
+    "BF16_Optimizer": "keeps flat copies of the parameters",
+}
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    mode: str | None = None,
+    *,
+    config: str | Path | Mapping[str, Any] | Policy | None = None,
+    rules: Sequence[Rule] = (),
+    plan: Plan | None = None,
+    init: Init = "paper",
+    start: Start = "on",
+    example_inputs: Any = None,
+    backend: Backend = "auto",
+    resume: bool | Mapping[str, Any] = True,
+    state: Literal["optimizer", "separate"] = "optimizer",
+) -> AttachedExcitation:
+    """Excites a model's weights in the step of its optimizer. The model stays vanilla.
+
+    From here on each excited weight of the model holds ``W' = E(raw)``, as the ordinary Parameter
+    it always was. Forward and backward passes are the vanilla model's own. In each optimizer step
+    its gradient is pulled back through E, the optimizer moves the raw weight and the parameters
+    of E, and W' is computed anew. That is the training of :func:`we_surgery.convert`, bit for bit,
+    and there is nothing to strip: the model can be saved, exported and deployed at any step.
+
+    Call it after the model has its device, dtype and final Parameters, and before an average
+    (EMA) is made of its weights. The state of the excitation rides in ``optimizer.state_dict()``.
+    Clipping by norm acts on the gradients of W', which are of another size than those of raw
+    weights: it is another training than with the converted form.
+
+    Args:
+        model: any model; also inside DDP, ``DataParallel`` or ``torch.compile``.
+        optimizer: its optimizer, or several of them (a list, or a mapping's values).
+        mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
+        config: a YAML file or mapping as in ``configs/``, without transplants.
+        rules: exceptions; the last that matches a layer wins.
+        plan: a plan made before, instead of mode, config and rules.
+        init: as in :func:`we_surgery.convert`; with ``preserve`` the model's weights stay what
+            they are.
+        start: ``paused`` leaves each weight as it is until ``excitation.resume()``.
+        example_inputs: as in :func:`we_surgery.plan`.
+        backend: who computes E; see :func:`we_surgery.set_backend`.
+        resume: True continues with the state that the optimizer has loaded, where there is one;
+            False starts anew, also on a run that has made steps without excitation. A mapping is
+            a state that ``excitation.state_dict()`` returned.
+        state: ``separate`` leaves the state out of the optimizer's state dict; save
+            ``excitation.state_dict()`` yourself.
+
+    Returns:
+        The handle.
+
+    Raises:
+        InputError: the options do not fit together or do not fit the model, or the optimizer is
+            not supported. Nothing was changed.
+        SurgeryError: a weight holds Inf or NaN.
+        AttachmentError: the loaded state is of another excitation.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> excitation = ws.attach(model, optimizer, mode="lwe")
+    """
+    root = inside_wrappers(model)
+    optimizers = _optimizers(optimizer)
+    _refuse_model(root)
+    options = resolve_options(
+        mode,
+        {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
+        | {"backend": backend},  # type: ignore[arg-type]
+    )
+    if plan is None:
+        plan = make_plan(root, config=options["config"], example_inputs=example_inputs)
+    if any(row.attach for row in plan.transplants):
+        raise InputError(
+            "transplants change the model's layers, and attach leaves them alone",
+            "Convert with the transplants and without excitation first, then attach.",
+        )
+    saved = _saved_state(optimizers, resume)
+    weights, owners = _weights(root, plan, optimizers, init, start, backend)
+    _refuse_steps_behind(weights, owners, resume, saved)
+
+    steps: list[OptimizerStep] = []
+    handle = AttachedExcitation(root, plan, weights, steps, rides=state == "optimizer")
+    for each in optimizers:
+        own = [weight for weight in weights if owners[id(weight)] is each]
+        tripwire = Tripwire(handle.is_held, handle.report)
+        steps.append(OptimizerStep(each, own, _placed(each, own), tripwire))
+    handle._steps = [step for step in steps if step.weights]
+    before = [weight.parameter.detach().clone() for weight in weights]
+    try:
+        handle.install()
+        if saved is not None:
+            handle.load_state_dict(saved)
+        else:
+            for step in handle._steps:
+                write(step.weights, advance=True)
+                step.tripwire.remember(step.weights, 0)
+    except BaseException:
+        for undo in reversed(handle._undo):
+            undo()
+        with torch.no_grad():
+            for weight, values in zip(weights, before, strict=True):
+                weight.parameter.copy_(values)
+        raise
+    if saved is not None:
+        for each in optimizers:
+            for layer in with_wrapped(each):
+                layer.state.pop(STATE_KEY, None)
+    logger.info("attached the excitation of %d weights", len(weights))
+    return handle
+
+
+def _optimizers(given: Any) -> list[Any]:
+    several = given.values() if isinstance(given, Mapping) else given
+    found = [unwrapped(each) for each in (several if isinstance(several, Iterable) else [given])]
+    if not found:
+        raise InputError("no optimizer was given", "Give the optimizer that trains the model.")
+    for each in found:
+        for layer in with_wrapped(each):
+            name = type(layer).__name__
+            if name in _REFUSED or name.startswith("DeepSpeed"):
+                reason = _REFUSED.get(name, "keeps flat copies of the parameters")
+                raise InputError(
+                    f"{name} is not supported: it {reason}",
+                    "Convert the model instead (`we_surgery.convert`), before it is wrapped.",
+                )
+            if getattr(layer, "is_second_order", False):
+                raise InputError(
+                    f"{name} differentiates through the gradients, which attach does not support",
+                    "Convert the model instead (`we_surgery.convert`).",
+                )
+        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
+            raise InputError(
+                f"{type(each).__name__} is not a torch optimizer",
+                "Give the optimizer whose `step` trains the model.",
+            )
+    return found
+
+
+def _refuse_model(root: nn.Module) -> None:
+    if is_converted(root):
+        raise InputError(
+            "the model is converted: its layers compute their excited weights themselves",
+            "Strip it first, or train the converted model as it is.",
+        )
+    refuse_wrappers(root)
+    for name, parameter in root.named_parameters():
+        if is_attached(parameter):
+            raise InputError(
+                f"{name!r} is excited by an excitation that was attached before",
+                "Call `detach()` on that excitation first.",
+            )
+
+
+def _saved_state(optimizers: Sequence[Any], resume: bool | Mapping[str, Any]) -> Any:
+    if isinstance(resume, Mapping):
+        return resume
+    if resume:
+        for each in optimizers:
+            for layer in with_wrapped(each):
+                if STATE_KEY in layer.state:
+                    return layer.state[STATE_KEY]
+    return None
+
+
+def _weights(
+    root: nn.Module,
+    plan: Plan,
+    optimizers: Sequence[Any],
+    init: Init,
+    start: Start,
+    backend: Backend,
+) -> tuple[list[AttachedWeight], dict[int, Any]]:
+    """The planned weights that an optimizer trains, and the optimizer of each by its ``id``."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    grafts = build_grafts(root, plan, init, start, full_precision=True)
+    found: list[AttachedWeight] = []
+    owners: dict[int, Any] = {}
+    for item in grafts:
+        parameter = root.get_submodule(item.module)._parameters[item.parameter]
+        assert parameter is not None
+        known = places.setdefault(id(parameter), [])
+        known.append((item.module, item.parameter))
+        if len(known) > 1:
+            continue
+        owner = optimizer_of(parameter, optimizers)
+        if owner is None:
+            continue
+        values = parameter.detach() if item.raw is None else item.raw
+        item.excitation.backend = backend
+        weight = AttachedWeight(
+            layer=item.module or item.parameter,
+            places=(),
+            parameter=parameter,
+            raw=raw_like(parameter, values),
+            excitation=item.excitation,
+        )
+        found.append(weight)
+        owners[id(weight)] = owner
+    for weight in found:
+        weight.places = tuple(places[id(weight.parameter)])
+    if not found:
+        raise InputError(
+            f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
+            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
+        )
+    if len(found) < len(places):
+        logger.warning(
+            "%d of %d planned weights are not in the optimizer and stay as they are",
+            len(places) - len(found),
+            len(places),
+        )
+    return found, owners
+
+
+def _refuse_steps_behind(
+    weights: Sequence[AttachedWeight], owners: Mapping[int, Any], resume: Any, saved: Any
+) -> None:
+    if saved is not None or resume is False:
+        return
+    for weight in weights:
+        kept = owners[id(weight)].state.get(weight.parameter)
+        if kept and kept.get("step", 1) != 0:  # Adagrad's state is made with the optimizer
+            raise InputError(
+                "the optimizer has made steps already, and holds no state of an excitation: "
+                "weights that are excited already would be excited twice",
+                "To continue a run with excitation, load the optimizer state that it saved. To "
+                "begin excitation on a vanilla run, pass `resume=False`.",
+            )
+
+
+def _placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[ExcitationParameter]:
+    """The excitations' parameters with the groups they join, as ``add_to_optimizer`` chooses."""
+    groups = optimizer.param_groups
+    homes = {id(p): group for group in groups for p in group["params"]}
+    found: list[ExcitationParameter] = []
+    seen: set[int] = set()
+    for weight in weights:
+        for name, parameter in weight.excitation.named_parameters():
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            group = group_for(groups, homes[id(weight.parameter)], parameter)
+            place = next(i for i, each in enumerate(groups) if each is group)
+            own = ExcitationParameter(f"{weight.name}:{name}", parameter, place)
+            start_early_state(optimizer, parameter, group)
+            layers = with_wrapped(optimizer)
+            own.states = [layer.state.pop(parameter, None) for layer in layers]
+            found.append(own)
+    return found

@@ -1,0 +1,321 @@
+"""The handle that :func:`we_surgery.attach` returns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from we_surgery.attached.optimizers import start_early_state
+from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
+from we_surgery.attached.state import check_state, load_state, state_of
+from we_surgery.attached.step import OptimizerStep
+from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, write
+from we_surgery.attached.wrappers import with_wrapped
+from we_surgery.copies import copy_model
+from we_surgery.errors import AttachmentError
+from we_surgery.grafting import Graft, graft
+from we_surgery.plans import Plan
+from we_surgery.surgery import PLAN_ATTRIBUTE
+
+logger = logging.getLogger(__name__)
+
+_WAYS_OUT = (
+    "Call `excitation.adopt()` to go on from the present values, or `excitation.restore()` to put "
+    "the excited weights back."
+)
+
+
+class AttachedExcitation:
+    """Excitation of a model's weights in the step of its optimizer.
+
+    The model holds the excited weights W' = E(raw) all the time, as ordinary Parameters; it is
+    what is deployed. The raw weights and the parameters of E are here, and in the optimizer's
+    state dict.
+
+    Attributes:
+        plan: what each weight got, and why.
+        model: the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        weights: Sequence[AttachedWeight],
+        steps: Sequence[OptimizerStep],
+        *,
+        rides: bool,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self._weights = list(weights)
+        self._steps = list(steps)
+        self._rides = rides
+        self._modules = dict(model.named_modules())
+        self._undo: list[Callable[[], None]] = []
+        self._loading: list[Any] = []
+
+    @property
+    def _parameters(self) -> list[ExcitationParameter]:
+        return [own for step in self._steps for own in step.parameters]
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps have moved the weights."""
+        return max((step.steps for step in self._steps), default=0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The raw weights, then the trained parameters of the excitations."""
+        raws = [weight.raw for weight in self._weights]
+        return [*raws, *(own.parameter for own in self._parameters)]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """:meth:`parameters` by name: ``conv.weight`` and ``conv.weight:lwe.fc1.weight``."""
+        raws = {weight.name: weight.raw for weight in self._weights}
+        return raws | {own.name: own.parameter for own in self._parameters}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raw weights, excitations and their optimizer states: tensors, text and numbers alone.
+
+        The optimizer's state dict holds the same.
+        """
+        plan = self.plan.to_json()
+        return state_of(self._weights, self._parameters, plan=plan, steps=self.steps)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies a state into this excitation, and W' of it into the model.
+
+        Args:
+            state: of an excitation of the same plan.
+
+        Raises:
+            InputError: it is not the state of an excitation.
+            AttachmentError: it is of other weights or another excitation. Nothing was changed.
+        """
+        check_state(state, self._weights, self._parameters)
+        load_state(state, self._weights, self._parameters)
+        largest = 0.0
+        for weight in self._weights:
+            before = weight.parameter.detach().clone()
+            write([weight], advance=False)
+            if before.numel():
+                difference = (weight.parameter.detach().float() - before.float()).abs().max()
+                largest = max(largest, float(difference))
+        for step in self._steps:
+            step.steps = int(state.get("steps", 0))
+            step.tripwire.remember(step.weights, step.steps)
+        logger.info(
+            "loaded the excitation of %d weights; the model's weights differed by up to %.3g",
+            len(self._weights),
+            largest,
+        )
+
+    def converted(self) -> nn.Module:
+        """The converted form of the model as it is: a copy whose layers compute W' from raw.
+
+        It has what :func:`we_surgery.convert` gives, for the analyses, for inspection, and to save
+        the state of training in a file. Raw weights of half-precision layers are rounded to the
+        layer's dtype.
+        """
+        twin = copy_model(self.model)
+        memo: dict[int, Any] = {}
+        grafts = []
+        for weight in self._weights:
+            excitation = copy.deepcopy(weight.excitation, memo)
+            raw = weight.raw.detach().to(weight.parameter.dtype, copy=True)
+            for position, (module, parameter) in enumerate(weight.places):
+                grafts.append(Graft(module, parameter, excitation, None if position else raw))
+        graft(twin, grafts)
+        twin.__dict__[PLAN_ATTRIBUTE] = self.plan.to_dict()
+        return twin
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts W' back into the model's weights, whatever was written there."""
+        self._hold_again()
+        write(self._weights, advance=False)
+        self._remember(self._weights)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Goes on from the model's present weights, whatever they were before.
+
+        Where a weight is not what its raw weight gives, the raw weight becomes one that gives it,
+        and its excitation starts as with ``init="preserve"``.
+
+        Raises:
+            AttachmentError: an excitation cannot start so. Nothing was changed.
+        """
+        self._hold_again()
+        changed = [weight for weight in self._weights if not _is_current(weight)]
+        found = []
+        for weight in changed:
+            values = weight.parameter.detach().to(weight.raw)
+            try:
+                found.append(weight.excitation.preserve(values).clone())
+            except NotImplementedError as error:
+                raise AttachmentError(
+                    f"the weight of layer {weight.layer!r} cannot be taken over: {error}",
+                    "Call `excitation.restore()`, or detach and attach again.",
+                ) from error
+        for weight, raw in zip(changed, found, strict=True):
+            weight.raw.copy_(raw)
+        write(self._weights, advance=False)
+        self._remember(self._weights)
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Switches excitation on that was attached with ``start="paused"``, without a jump.
+
+        Returns:
+            How many weights are excited from now on; 0 if none was paused.
+        """
+        paused = [weight for weight in self._weights if weight.excitation.is_paused]
+        for weight in paused:
+            weight.raw.copy_(weight.excitation.resume(weight.raw))
+        write(paused, advance=True)
+        self._remember(paused)
+        return len(paused)
+
+    def detach(self) -> None:
+        """Stops exciting. The model keeps W', and trains on as any vanilla one.
+
+        The optimizer's state of the excited weights is dropped: it is of the raw weights, whose
+        gradients are of another scale.
+        """
+        for step in self._steps:
+            step.remove()
+            for layer in with_wrapped(step.optimizer):
+                for weight in step.weights:
+                    layer.state.pop(weight.parameter, None)
+            for group in step.optimizer.param_groups:
+                for weight in step.weights:
+                    if any(weight.parameter is p for p in group["params"]):
+                        start_early_state(step.optimizer, weight.parameter, group)
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def install(self) -> None:
+        """Called once, by :func:`we_surgery.attach`."""
+        layers = [layer for step in self._steps for layer in with_wrapped(step.optimizer)]
+        parameters = [weight.parameter for weight in self._weights]
+        for step in self._steps:
+            step.install()
+            self._undo.append(step.remove)
+        register(parameters, layers)
+        self._undo.append(lambda: unregister(parameters, layers))
+        for layer in layers:
+            self._mark(layer)
+            # timm's Lookahead has no such hooks and saves the optimizer that it wraps.
+            if self._rides and hasattr(layer, "_optimizer_state_dict_post_hooks"):
+                self._ride(layer)
+
+    def _mark(self, layer: Any) -> None:
+        before = layer.defaults
+        layer.defaults = AttachedDefaults(before)
+
+        def undo() -> None:
+            layer.defaults = before
+
+        self._undo.append(undo)
+
+    def _ride(self, layer: torch.optim.Optimizer) -> None:
+        """Makes the optimizer's state dict carry this excitation's state."""
+        for handle in (
+            layer.register_state_dict_post_hook(self._add_state),
+            layer.register_load_state_dict_pre_hook(self._take_state),
+            layer.register_load_state_dict_post_hook(self._load_taken),
+        ):
+            self._undo.append(handle.remove)
+
+    def _add_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "state": {**state["state"], STATE_KEY: self.state_dict()}}
+
+    def _take_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        inner = dict(state["state"])
+        taken = inner.pop(STATE_KEY, None)
+        if taken is None:
+            raise AttachmentError(
+                "this optimizer state has no state of the excitation: loading it would excite "
+                "weights that are excited already, or lose their raw values",
+                "Load the state of a run with excitation. To begin excitation on a vanilla run, "
+                "load its optimizer state first and attach then, with `resume=False`.",
+            )
+        check_state(taken, self._weights, self._parameters)
+        self._loading.append(taken)
+        return {**state, "state": inner}
+
+    def _load_taken(self, _: Any) -> None:
+        if self._loading:
+            self.load_state_dict(self._loading.pop())
+
+    def is_held(self, weight: AttachedWeight) -> bool:
+        """Whether the model holds the weight's Parameter where it was."""
+        return all(
+            self._modules[module]._parameters.get(name) is weight.parameter
+            for module, name in weight.places
+        )
+
+    @torch.no_grad()
+    def report(self, weights: Sequence[AttachedWeight]) -> None:
+        """Adopts what is W' in another place; raises for what is not.
+
+        Raises:
+            AttachmentError: naming the first layer.
+        """
+        for weight in weights:
+            if not self.is_held(weight):
+                raise AttachmentError(
+                    f"layer {weight.layer!r} holds another Parameter than when excitation was "
+                    "attached, so its weight is no longer trained",
+                    "Attach after whatever replaces Parameters (`fully_shard`, "
+                    "`load_state_dict(assign=True)`, parametrizations, pruning), and build the "
+                    "optimizer anew.",
+                )
+        changed = [weight.layer for weight in weights if not _is_current(weight)]
+        if changed:
+            more = f" and of {len(changed) - 1} others" if len(changed) > 1 else ""
+            raise AttachmentError(
+                f"the weight of layer {changed[0]!r}{more} was changed outside of the optimizer's "
+                "step",
+                _WAYS_OUT,
+            )
+        for weight in weights:
+            _follow(weight)
+        write(weights, advance=False)
+        self._remember(weights)
+
+    def _remember(self, weights: Sequence[AttachedWeight]) -> None:
+        for step in self._steps:
+            own = [weight for weight in step.weights if weight in weights]
+            step.tripwire.remember(own, step.steps)
+
+    def _hold_again(self) -> None:
+        for weight in self._weights:
+            if not self.is_held(weight):
+                self.report([weight])
+            _follow(weight)
+
+
+def _is_current(weight: AttachedWeight) -> bool:
+    """Whether the Parameter holds E(raw)."""
+    present = weight.parameter.detach()
+    with torch.no_grad():
+        excited = weight.excitation.eval()(weight.raw).to(present)
+    return bool(((excited == present) | (excited.isnan() & present.isnan())).all())
+
+
+def _follow(weight: AttachedWeight) -> None:
+    """Moves raw weight and excitation to where the Parameter is now."""
+    parameter, raw = weight.parameter, weight.raw
+    if raw.device == parameter.device and raw.stride() == parameter.stride():
+        return
+    raw.data = torch.empty_like(parameter, dtype=raw.dtype).copy_(raw)
+    weight.excitation.to(parameter.device)

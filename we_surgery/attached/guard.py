@@ -1,0 +1,100 @@
+"""What must never pass in silence: weights written, replaced or trained by somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from we_surgery.attached.weights import AttachedWeight
+
+SAMPLES = 64
+"""Values per weight that are compared before each step."""
+_A_PRIME = 7919
+
+
+@dataclass(eq=False)
+class Tripwire:
+    """Finds writes into the model's weights, also those that move no version.
+
+    Fused optimizers, NumPy and writes through ``.data`` leave the version of a tensor alone, so
+    that a few values of each weight are compared too. On a GPU that comparison is read one step
+    later, since waiting for it would stop the queue.
+
+    Attributes:
+        is_held: whether the model still holds a weight's Parameter where it was.
+        report: called with the weights of which something moved: it adopts what is equal to W',
+            or raises.
+        step: decides which values are compared.
+        samples: the values of each weight as they were remembered, by the weight's ``id``.
+        pending: comparisons on a GPU that have not been read: weights, flag and event.
+    """
+
+    is_held: Callable[[AttachedWeight], bool]
+    report: Callable[[Sequence[AttachedWeight]], None]
+    step: int = 0
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    pending: list[tuple[list[AttachedWeight], Tensor, torch.cuda.Event]] = field(
+        default_factory=list
+    )
+
+    def remember(self, weights: Sequence[AttachedWeight], step: int) -> None:
+        """Takes the weights for what they should be before the next step."""
+        self.step = step
+        for same_device in _by_device(weights):
+            taken = [_sample(weight, step) for weight in same_device]
+            parts = torch.split(torch.cat(taken), [part.numel() for part in taken])
+            self.samples |= {id(w): part for w, part in zip(same_device, parts, strict=True)}
+
+    def check(self, weights: Sequence[AttachedWeight]) -> None:
+        """Reports the weights that are not as they were remembered."""
+        moved = [
+            weight
+            for weight in weights
+            if weight.parameter._version != weight.version
+            or weight.parameter.data_ptr() != weight.address
+            or not self.is_held(weight)
+        ]
+        if not moved:
+            for same_device in _by_device(weights):
+                moved += self._differing(same_device)
+        if moved:
+            self.report(moved)
+
+    def _differing(self, weights: list[AttachedWeight]) -> list[AttachedWeight]:
+        """The weights, if any sampled value of theirs is not what was remembered."""
+        now = torch.cat([_sample(weight, self.step) for weight in weights])
+        then = torch.cat([self.samples[id(weight)] for weight in weights])
+        if now.device.type != "cuda":
+            return [] if torch.equal(now, then) else weights
+        ready = [entry for entry in self.pending if entry[2].query()]  # type: ignore[no-untyped-call]
+        self.pending = [entry for entry in self.pending if entry not in ready]
+        flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        flag.copy_((now != then).any(), non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self.pending.append((weights, flag, event))
+        return [weight for found, differs, _ in ready if differs for weight in found]
+
+
+def _by_device(weights: Sequence[AttachedWeight]) -> list[list[AttachedWeight]]:
+    found: dict[torch.device, list[AttachedWeight]] = {}
+    for weight in weights:
+        found.setdefault(weight.parameter.device, []).append(weight)
+    return list(found.values())
+
+
+def _sample(weight: AttachedWeight, step: int) -> Tensor:
+    """Up to 64 values spread over the weight; others at each step."""
+    values = weight.parameter.detach()
+    count = values.numel()
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True)
+    )
+    if reach + 1 != count:  # with gaps, or with values that share memory
+        values = values.flatten()
+    stride = max(count // SAMPLES, 1)
+    offset = values.storage_offset() + step * _A_PRIME % stride
+    return values.as_strided((min(count, SAMPLES),), (stride,), offset)

@@ -1,0 +1,110 @@
+"""The state of an attached excitation, as it rides in the optimizer's state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
+from we_surgery.errors import AttachmentError, InputError
+
+VERSION = 1
+
+
+def state_of(
+    weights: Sequence[AttachedWeight],
+    parameters: Sequence[ExcitationParameter],
+    *,
+    plan: str,
+    steps: int,
+) -> dict[str, Any]:
+    """Raw weights, excitations, and what the optimizer keeps for these, by name.
+
+    It holds tensors, text and numbers alone, so that ``torch.load(weights_only=True)`` opens it.
+    Tensors are references, as in any state dict.
+    """
+    return {
+        "version": VERSION,
+        "plan": plan,
+        "steps": steps,
+        "weights": {
+            weight.name: {
+                "raw": weight.raw.detach(),
+                "excitation": dict(weight.excitation.state_dict()),
+            }
+            for weight in weights
+        },
+        "optimizer": {own.name: list(own.states) for own in parameters},
+    }
+
+
+def check_state(
+    state: Any, weights: Sequence[AttachedWeight], parameters: Sequence[ExcitationParameter]
+) -> None:
+    """Raises where the state is not one of these weights.
+
+    Raises:
+        InputError: it is not a state of an attached excitation, or of a newer version.
+        AttachmentError: it is of other weights, or of another excitation.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
+        raise InputError(
+            "this is not the state of an attached excitation",
+            "Give what `excitation.state_dict()` returned, or load the optimizer's state dict.",
+        )
+    if state.get("version") != VERSION:
+        raise InputError(
+            f"the excitation's state has version {state.get('version')!r}; this version of "
+            f"we_surgery reads {VERSION}",
+            "Install the version of we_surgery that wrote it.",
+        )
+    saved, own = state["weights"], {weight.name: weight for weight in weights}
+    if saved.keys() != own.keys():
+        differing = sorted(saved.keys() ^ own.keys())
+        raise AttachmentError(
+            f"the saved excitation is of {len(saved)} weights and this one of {len(own)}; "
+            f"{differing[0]!r} is in only one of them",
+            "Attach with the mode, config and rules of the run that saved it, or with its plan.",
+        )
+    for name, weight in own.items():
+        there, here = saved[name]["excitation"], weight.excitation.state_dict()
+        if saved[name]["raw"].shape != weight.raw.shape or there.keys() != here.keys():
+            raise AttachmentError(
+                f"the saved excitation of {name!r} has other stages than this one: "
+                f"{', '.join(sorted(there)) or 'none'}",
+                "Attach with the mode, config and rules of the run that saved it, or with its "
+                "plan.",
+            )
+    if state["optimizer"].keys() != {each.name for each in parameters}:
+        raise AttachmentError(
+            "the saved excitation has other trained parameters than this one",
+            "Attach with the same optimizer and frozen layers as the run that saved it.",
+        )
+
+
+@torch.no_grad()
+def load_state(
+    state: Mapping[str, Any],
+    weights: Sequence[AttachedWeight],
+    parameters: Sequence[ExcitationParameter],
+) -> None:
+    """Copies a checked state into the weights' raw values, excitations and optimizer states."""
+    for weight in weights:
+        saved = state["weights"][weight.name]
+        weight.raw.copy_(saved["raw"])
+        weight.excitation.load_state_dict(saved["excitation"])
+    for own in parameters:
+        states = state["optimizer"][own.name]
+        own.states = [_copied(kept, own.parameter) for kept in states]
+
+
+def _copied(value: Any, like: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        # As torch loads an optimizer's state: step counts stay where they are.
+        return value.to(like.device, copy=True) if value.ndim else value.clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(each, like) for key, each in value.items()}
+    return value

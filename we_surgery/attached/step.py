@@ -1,0 +1,272 @@
+"""What happens in a step: raw weights stand in the optimizer's groups while it moves them.
+
+Before the step the gradients of W' are pulled back through E, and each Parameter of the model gives
+its entry in the groups, and its state, to its raw weight. Afterwards they change places again and
+W' is computed anew. The model and, outside of a step, the optimizer are what the user made them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from we_surgery.attached.guard import Tripwire
+from we_surgery.attached.weights import (
+    AttachedWeight,
+    ExcitationParameter,
+    drop_gradient,
+    pull_back,
+    write,
+)
+from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
+from we_surgery.errors import InputError
+
+
+@dataclass(eq=False)
+class OptimizerStep:
+    """The exchange of one optimizer.
+
+    Attributes:
+        optimizer: the outermost one, which the training loop steps.
+        weights: those it trains.
+        parameters: of their excitations.
+        tripwire: finds what was written into the model's weights since the last step.
+        depth: how many calls of the optimizer are running, one within the other.
+        exchanged: the weights whose raw weight stands in the groups now.
+        steps: how many steps have moved a raw weight.
+    """
+
+    optimizer: Any
+    weights: list[AttachedWeight]
+    parameters: list[ExcitationParameter]
+    tripwire: Tripwire
+    depth: int = 0
+    exchanged: list[AttachedWeight] = field(default_factory=list)
+    steps: int = 0
+    is_open: bool = False
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Makes the optimizer call this before and after each of its steps."""
+        self.is_open = True
+        for layer in with_wrapped(self.optimizer):
+            if not isinstance(layer, torch.optim.Optimizer):
+                continue
+            before = layer.register_step_pre_hook(self._before_step)
+            after = layer.register_step_post_hook(self._after_step)
+            # What others have registered sees the model's own Parameters.
+            layer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+            self._undo += [before.remove, after.remove]
+        # A class may step without calling hooks, and no hook is called where a step raises.
+        self._wrap("step", self._stepping)
+        for name in STEPS:
+            if hasattr(self.optimizer, name):
+                self._wrap(name, self._stepping)
+        for name in SWITCHES:
+            if hasattr(self.optimizer, name):
+                self._wrap(name, self._switching)
+
+    def remove(self) -> None:
+        """Undoes :meth:`install`."""
+        self.is_open = False
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        optimizer, own = self.optimizer, vars(self.optimizer)
+        before = own.get(name)
+        method = getattr(optimizer, name)
+
+        # A method, as learning-rate schedules expect, and with their marks.
+        @functools.wraps(method)
+        def wrapped(_: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.is_open:
+                return method(*args, **kwargs)
+            return around(method, *args, **kwargs)
+
+        bound = MethodType(wrapped, optimizer)
+        setattr(optimizer, name, bound)
+
+        def undo() -> None:
+            if vars(optimizer).get(name) is not bound:
+                return  # wrapped once more since; it passes calls on
+            if before is None:
+                delattr(optimizer, name)
+            else:
+                setattr(optimizer, name, before)
+
+        self._undo.append(undo)
+
+    def _stepping(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        place = self._closure_place(args, kwargs)
+        args, kwargs = self._enter(args, kwargs, place)
+        try:
+            result = method(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
+        self._leave(moves=True)
+        return result
+
+    def _switching(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.depth == 0:
+            self.tripwire.check(self.weights)
+            # Lookahead skips what has no gradient.
+            pull_back([weight for weight in self.weights if weight.parameter.grad is not None])
+            self._exchange(self.weights)
+        self.depth += 1
+        try:
+            result = method(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
+        self._leave(moves=False)
+        return result
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        own, *rest = args
+        found, kwargs = self._enter(tuple(rest), kwargs, self._closure_place(tuple(rest), kwargs))
+        return (own, *found), kwargs
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._leave(moves=True)
+
+    @staticmethod
+    def _closure_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+        if kwargs.get("closure") is not None:
+            return "closure"
+        return 0 if args and callable(args[0]) else None
+
+    def _enter(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.depth += 1
+        if self.depth > 1:
+            return args, kwargs
+        try:
+            # Torch's own optimizers begin with the closure, which makes the gradients anew.
+            is_lazy = place is not None and type(self.optimizer).__module__.startswith("torch.")
+            if not is_lazy:
+                self._pull_in()
+        except BaseException:
+            self.depth = 0
+            raise
+        if place == "closure":
+            return args, {**kwargs, "closure": self._around(kwargs["closure"])}
+        if place == 0:
+            return (self._around(args[0]), *args[1:]), kwargs
+        return args, kwargs
+
+    def _around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The user's closure, run on the model's own weights."""
+
+        @functools.wraps(closure)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._put_back(moves=True)
+            result = closure(*args, **kwargs)
+            with torch.no_grad():
+                self._pull_in()
+            return result
+
+        return run
+
+    def _pull_in(self) -> None:
+        """Pulls the gradients back and exchanges the weights that have one."""
+        live = [weight for weight in self.weights if weight.parameter.grad is not None]
+        if not live:
+            return
+        self.tripwire.check(live)
+        pull_back(live)
+        self._exchange(live)
+
+    def _exchange(self, weights: Sequence[AttachedWeight]) -> None:
+        places = {
+            id(parameter): (group["params"], index)
+            for group in self.optimizer.param_groups
+            for index, parameter in enumerate(group["params"])
+        }
+        for weight in weights:
+            if id(weight.parameter) not in places:
+                raise InputError(
+                    f"the optimizer no longer holds the weight of layer {weight.layer!r}",
+                    "Detach before changing the optimizer's parameters, then attach again.",
+                )
+        layers = list(with_wrapped(self.optimizer))
+        self.exchanged = list(weights)
+        for weight in weights:
+            params, index = places[id(weight.parameter)]
+            params[index] = weight.raw
+            for layer in layers:
+                _move_state(layer.state, weight.parameter, weight.raw)
+        for own in self.parameters:
+            group = self.optimizer.param_groups[own.group]
+            group["params"].append(own.parameter)
+            if "param_names" in group:
+                group["param_names"].append(own.name)
+            for layer, state in zip(layers, own.states, strict=False):
+                if state is not None:
+                    layer.state[own.parameter] = state
+
+    def _exchange_back(self) -> None:
+        layers = list(with_wrapped(self.optimizer))
+        back = {id(weight.raw): weight for weight in self.exchanged}
+        own = {id(each.parameter) for each in self.parameters}
+        for group in self.optimizer.param_groups:
+            params, names = group["params"], group.get("param_names")
+            if names is not None:
+                names[:] = [n for n, p in zip(names, params, strict=True) if id(p) not in own]
+            params[:] = [
+                back[id(p)].parameter if id(p) in back else p for p in params if id(p) not in own
+            ]
+        for weight in self.exchanged:
+            for layer in layers:
+                _move_state(layer.state, weight.raw, weight.parameter)
+        for each in self.parameters:
+            each.states = [layer.state.pop(each.parameter, None) for layer in layers]
+            each.parameter.grad = None
+        self.exchanged = []
+
+    def _leave(self, *, moves: bool) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self._put_back(moves=moves)
+
+    def _put_back(self, *, moves: bool) -> None:
+        """Exchanges back and computes W' of what was exchanged."""
+        weights = self.exchanged
+        if not weights:
+            return
+        self._exchange_back()
+        for weight in weights:
+            drop_gradient(weight)
+        is_idle = all(not _is_moving(group) for group in self.optimizer.param_groups)
+        self.steps += moves and not is_idle
+        write(weights, advance=moves and not is_idle)
+        self.tripwire.remember(weights, self.steps)
+
+    def _abandon(self) -> None:
+        """After an exception within the optimizer: everything in its place, W' of what there is."""
+        self.depth = 0
+        self._put_back(moves=False)
+
+
+def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
+    if source in state:
+        state[target] = state.pop(source)
+
+
+def _is_moving(group: dict[str, Any]) -> bool:
+    """Whether a step with these options can move anything; torch saves states with a rate of 0."""
+    rate = group.get("lr")
+    return isinstance(rate, torch.Tensor) or rate != 0
