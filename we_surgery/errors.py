@@ -56,6 +56,10 @@ class NothingToConvertWarning(UserWarning):
     """``convert`` excited none of a model's weights: it trains as the vanilla one."""
 
 
+class ThawedLayerWarning(UserWarning):
+    """A layer that was frozen when excitation was attached is trained now, without excitation."""
+
+
 class NothingToStripWarning(UserWarning):
     """``strip`` was called on a model or state dict without excitations."""
 

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from we_surgery.attached.building import Building, Trained
 from we_surgery.attached.excitation import AttachedExcitation
-from we_surgery.attached.guard import Tripwire
-from we_surgery.attached.optimizers import group_for, start_early_state
 from we_surgery.attached.registry import STATE_KEY, is_attached
-from we_surgery.attached.step import OptimizerStep
-from we_surgery.attached.weights import (
-    AttachedWeight,
-    ExcitationParameter,
-    optimizer_of,
-    raw_like,
-    write,
-)
 from we_surgery.attached.wrappers import inside_wrappers, unwrapped, with_wrapped
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
-from we_surgery.grafting import Init, Start, build_grafts
+from we_surgery.grafting import Init, Start
 from we_surgery.options import resolve_options
 from we_surgery.planning import plan as make_plan
 from we_surgery.plans import Plan
 from we_surgery.policy import Policy
 from we_surgery.rules import Rule
 from we_surgery.surgery import is_converted, refuse_wrappers
-
-logger = logging.getLogger(__name__)
 
 _REFUSED = {
     "ZeroRedundancyOptimizer": "divides its parameters among the processes",
@@ -120,37 +107,27 @@ def attach(
             "Convert with the transplants and without excitation first, then attach.",
         )
     saved = _saved_state(optimizers, resume)
-    weights, owners = _weights(root, plan, optimizers, init, start, backend)
-    _refuse_steps_behind(weights, owners, resume, saved)
-
-    steps: list[OptimizerStep] = []
-    handle = AttachedExcitation(root, plan, weights, steps, rides=state == "optimizer")
-    for each in optimizers:
-        own = [weight for weight in weights if owners[id(weight)] is each]
-        tripwire = Tripwire(handle.is_held, handle.report)
-        steps.append(OptimizerStep(each, own, _placed(each, own), tripwire))
-    handle._steps = [step for step in steps if step.weights]
-    before = [weight.parameter.detach().clone() for weight in weights]
-    try:
-        handle.install()
-        if saved is not None:
-            handle.load_state_dict(saved)
-        else:
-            for step in handle._steps:
-                write(step.weights, advance=True)
-                step.tripwire.remember(step.weights, 0)
-    except BaseException:
-        for undo in reversed(handle._undo):
-            undo()
-        with torch.no_grad():
-            for weight, values in zip(weights, before, strict=True):
-                weight.parameter.copy_(values)
-        raise
+    building = Building(root, optimizers, init, start, backend)
+    found = building.weights_of(plan)
+    if not found:
+        raise InputError(
+            f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
+            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
+        )
+    _refuse_steps_behind(found, resume, saved)
+    handle = AttachedExcitation(
+        root,
+        plan,
+        building,
+        policy=options.get("config"),
+        example_inputs=example_inputs,
+        rides=state == "optimizer",
+    )
+    handle.add(found, saved)
     if saved is not None:
         for each in optimizers:
             for layer in with_wrapped(each):
                 layer.state.pop(STATE_KEY, None)
-    logger.info("attached the excitation of %d weights", len(weights))
     return handle
 
 
@@ -207,63 +184,11 @@ def _saved_state(optimizers: Sequence[Any], resume: bool | Mapping[str, Any]) ->
     return None
 
 
-def _weights(
-    root: nn.Module,
-    plan: Plan,
-    optimizers: Sequence[Any],
-    init: Init,
-    start: Start,
-    backend: Backend,
-) -> tuple[list[AttachedWeight], dict[int, Any]]:
-    """The planned weights that an optimizer trains, and the optimizer of each by its ``id``."""
-    places: dict[int, list[tuple[str, str]]] = {}
-    grafts = build_grafts(root, plan, init, start, full_precision=True)
-    found: list[AttachedWeight] = []
-    owners: dict[int, Any] = {}
-    for item in grafts:
-        parameter = root.get_submodule(item.module)._parameters[item.parameter]
-        assert parameter is not None
-        known = places.setdefault(id(parameter), [])
-        known.append((item.module, item.parameter))
-        if len(known) > 1:
-            continue
-        owner = optimizer_of(parameter, optimizers)
-        if owner is None:
-            continue
-        values = parameter.detach() if item.raw is None else item.raw
-        item.excitation.backend = backend
-        weight = AttachedWeight(
-            layer=item.module or item.parameter,
-            places=(),
-            parameter=parameter,
-            raw=raw_like(parameter, values),
-            excitation=item.excitation,
-        )
-        found.append(weight)
-        owners[id(weight)] = owner
-    for weight in found:
-        weight.places = tuple(places[id(weight.parameter)])
-    if not found:
-        raise InputError(
-            f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
-            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
-        )
-    if len(found) < len(places):
-        logger.warning(
-            "%d of %d planned weights are not in the optimizer and stay as they are",
-            len(places) - len(found),
-            len(places),
-        )
-    return found, owners
-
-
-def _refuse_steps_behind(
-    weights: Sequence[AttachedWeight], owners: Mapping[int, Any], resume: Any, saved: Any
-) -> None:
+def _refuse_steps_behind(found: Sequence[Trained], resume: Any, saved: Any) -> None:
     if saved is not None or resume is False:
         return
-    for weight in weights:
-        kept = owners[id(weight)].state.get(weight.parameter)
+    for weight, optimizer in found:
+        kept = optimizer.state.get(weight.parameter)
         if kept and kept.get("step", 1) != 0:  # Adagrad's state is made with the optimizer
             raise InputError(
                 "the optimizer has made steps already, and holds no state of an excitation: "
@@ -271,24 +196,3 @@ def _refuse_steps_behind(
                 "To continue a run with excitation, load the optimizer state that it saved. To "
                 "begin excitation on a vanilla run, pass `resume=False`.",
             )
-
-
-def _placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[ExcitationParameter]:
-    """The excitations' parameters with the groups they join, as ``add_to_optimizer`` chooses."""
-    groups = optimizer.param_groups
-    homes = {id(p): group for group in groups for p in group["params"]}
-    found: list[ExcitationParameter] = []
-    seen: set[int] = set()
-    for weight in weights:
-        for name, parameter in weight.excitation.named_parameters():
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            group = group_for(groups, homes[id(weight.parameter)], parameter)
-            place = next(i for i, each in enumerate(groups) if each is group)
-            own = ExcitationParameter(f"{weight.name}:{name}", parameter, place)
-            start_early_state(optimizer, parameter, group)
-            layers = with_wrapped(optimizer)
-            own.states = [layer.state.pop(parameter, None) for layer in layers]
-            found.append(own)
-    return found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from we_surgery.attached.building import Building, Trained, placed
+from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state
 from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
 from we_surgery.attached.state import check_state, load_state, state_of
@@ -17,8 +21,9 @@ from we_surgery.attached.step import OptimizerStep
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, write
 from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.copies import copy_model
-from we_surgery.errors import AttachmentError
+from we_surgery.errors import AttachmentError, InputError
 from we_surgery.grafting import Graft, graft
+from we_surgery.planning import plan as make_plan
 from we_surgery.plans import Plan
 from we_surgery.surgery import PLAN_ATTRIBUTE
 
@@ -46,16 +51,20 @@ class AttachedExcitation:
         self,
         model: nn.Module,
         plan: Plan,
-        weights: Sequence[AttachedWeight],
-        steps: Sequence[OptimizerStep],
+        building: Building,
         *,
+        policy: Any,
+        example_inputs: Any,
         rides: bool,
     ) -> None:
         self.model = model
         self.plan = plan
-        self._weights = list(weights)
-        self._steps = list(steps)
+        self._building = building
+        self._policy = policy
+        self._example_inputs = example_inputs
         self._rides = rides
+        self._weights: list[AttachedWeight] = []
+        self._steps: list[OptimizerStep] = []
         self._modules = dict(model.named_modules())
         self._undo: list[Callable[[], None]] = []
         self._loading: list[Any] = []
@@ -190,7 +199,6 @@ class AttachedExcitation:
         gradients are of another scale.
         """
         for step in self._steps:
-            step.remove()
             for layer in with_wrapped(step.optimizer):
                 for weight in step.weights:
                     layer.state.pop(weight.parameter, None)
@@ -202,13 +210,79 @@ class AttachedExcitation:
             undo()
         self._undo.clear()
 
-    def install(self) -> None:
-        """Called once, by :func:`we_surgery.attach`."""
-        layers = [layer for step in self._steps for layer in with_wrapped(step.optimizer)]
-        parameters = [weight.parameter for weight in self._weights]
-        for step in self._steps:
-            step.install()
-            self._undo.append(step.remove)
+    def extend(self) -> int:
+        """Excites layers that were frozen when excitation was attached and are trained now.
+
+        Call it after thawing them and adding them to the optimizer.
+
+        Returns:
+            How many weights are excited in addition.
+
+        Raises:
+            InputError: excitation was attached by a plan, which does not say what thawed layers
+                get.
+        """
+        if self._policy is None:
+            raise InputError(
+                "excitation was attached by a plan, which does not say what thawed layers get",
+                "Detach, and attach with a plan in which they are excited and `resume=False`.",
+            )
+        plan = make_plan(self.model, config=self._policy, example_inputs=self._example_inputs)
+        known = {place for weight in self._weights for place in weight.places}
+        new = [row for row in plan.excited if (row.module, row.parameter) not in known]
+        found = self._building.weights_of(replace(plan, decisions=tuple(new))) if new else []
+        if found:
+            self.plan = plan
+            self.add(found)
+        return len(found)
+
+    def add(self, found: Sequence[Trained], saved: Mapping[str, Any] | None = None) -> None:
+        """Begins to excite these weights; for :func:`we_surgery.attach`.
+
+        On a failure everything is as it was.
+
+        Args:
+            found: weights, each with its optimizer.
+            saved: the state to begin with.
+        """
+        before = [(weight, weight.parameter.detach().clone()) for weight, _ in found]
+        known = len(self._weights), len(self._undo)
+        try:
+            self._weights += [weight for weight, _ in found]
+            for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
+                self._install(optimizer, [w for w, own in found if own is optimizer])
+            if saved is not None:
+                self.load_state_dict(saved)
+            else:
+                write([weight for weight, _ in found], advance=True)
+                self._remember([weight for weight, _ in found])
+        except BaseException:
+            del self._weights[known[0] :]
+            while len(self._undo) > known[1]:
+                self._undo.pop()()
+            with torch.no_grad():
+                for weight, values in before:
+                    weight.parameter.copy_(values)
+            raise
+        self._watch_frozen()
+        logger.info("attached the excitation of %d weights", len(found))
+
+    def _install(self, optimizer: Any, weights: list[AttachedWeight]) -> None:
+        parameters = [weight.parameter for weight in weights]
+        own = placed(optimizer, weights)
+        layers = list(with_wrapped(optimizer))
+        step = next((each for each in self._steps if each.optimizer is optimizer), None)
+        if step is not None:
+            step.weights += weights
+            step.parameters += own
+            register(parameters, layers)
+            self._undo.append(lambda: unregister(parameters, []))
+            return
+        step = OptimizerStep(optimizer, weights, own, Tripwire(self.is_held, self.report))
+        self._steps.append(step)
+        self._undo.append(functools.partial(self._steps.remove, step))
+        self._undo.append(step.remove)
+        step.install()
         register(parameters, layers)
         self._undo.append(lambda: unregister(parameters, layers))
         for layer in layers:
@@ -216,6 +290,15 @@ class AttachedExcitation:
             # timm's Lookahead has no such hooks and saves the optimizer that it wraps.
             if self._rides and hasattr(layer, "_optimizer_state_dict_post_hooks"):
                 self._ride(layer)
+
+    def _watch_frozen(self) -> None:
+        frozen = {}
+        for row in self.plan.decisions:
+            parameter = self._modules[row.module]._parameters.get(row.parameter)
+            if row.reason.startswith("frozen") and parameter is not None:
+                frozen[row.layer] = parameter
+        for step in self._steps:
+            step.frozen = frozen
 
     def _mark(self, layer: Any) -> None:
         before = layer.defaults

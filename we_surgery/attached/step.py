@@ -8,6 +8,7 @@ W' is computed anew. The model and, outside of a step, the optimizer are what th
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -25,7 +26,7 @@ from we_surgery.attached.weights import (
     write,
 )
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
-from we_surgery.errors import InputError
+from we_surgery.errors import InputError, ThawedLayerWarning
 
 
 @dataclass(eq=False)
@@ -40,6 +41,8 @@ class OptimizerStep:
         depth: how many calls of the optimizer are running, one within the other.
         exchanged: the weights whose raw weight stands in the groups now.
         steps: how many steps have moved a raw weight.
+        is_hidden: whether this step only makes states, and excitations take no part in it.
+        frozen: layers that are not excited because they were frozen, with their Parameters.
     """
 
     optimizer: Any
@@ -49,6 +52,8 @@ class OptimizerStep:
     depth: int = 0
     exchanged: list[AttachedWeight] = field(default_factory=list)
     steps: int = 0
+    is_hidden: bool = False
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     is_open: bool = False
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -184,11 +189,30 @@ class OptimizerStep:
     def _pull_in(self) -> None:
         """Pulls the gradients back and exchanges the weights that have one."""
         live = [weight for weight in self.weights if weight.parameter.grad is not None]
+        thawed = [layer for layer, p in self.frozen.items() if p.grad is not None]
+        if thawed:
+            warnings.warn(
+                f"layer {thawed[0]!r} was frozen when excitation was attached and is trained now, "
+                "without excitation. Call `excitation.extend()` to excite it.",
+                ThawedLayerWarning,
+                stacklevel=2,
+            )
+            self.frozen = {}
         if not live:
             return
         self.tripwire.check(live)
         pull_back(live)
+        self.is_hidden = self._is_hidden_step(live)
         self._exchange(live)
+
+    def _is_hidden_step(self, live: Sequence[AttachedWeight]) -> bool:
+        """Whether torch steps with a learning rate and gradients of 0, to make states to load."""
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        if any(rate is None or (isinstance(rate, torch.Tensor) and rate.is_cuda) for rate in rates):
+            return False  # the value of a tensor on a GPU would have to be waited for
+        if any(rate != 0 for rate in rates):
+            return False
+        return not any(bool(weight.parameter.grad.any()) for weight in live)  # type: ignore[union-attr]
 
     def _exchange(self, weights: Sequence[AttachedWeight]) -> None:
         places = {
@@ -209,6 +233,8 @@ class OptimizerStep:
             params[index] = weight.raw
             for layer in layers:
                 _move_state(layer.state, weight.parameter, weight.raw)
+        if self.is_hidden:
+            return
         for own in self.parameters:
             group = self.optimizer.param_groups[own.group]
             group["params"].append(own.parameter)
@@ -233,7 +259,8 @@ class OptimizerStep:
             for layer in layers:
                 _move_state(layer.state, weight.raw, weight.parameter)
         for each in self.parameters:
-            each.states = [layer.state.pop(each.parameter, None) for layer in layers]
+            if not self.is_hidden:
+                each.states = [layer.state.pop(each.parameter, None) for layer in layers]
             each.parameter.grad = None
         self.exchanged = []
 
@@ -250,9 +277,10 @@ class OptimizerStep:
         self._exchange_back()
         for weight in weights:
             drop_gradient(weight)
-        is_idle = all(not _is_moving(group) for group in self.optimizer.param_groups)
-        self.steps += moves and not is_idle
-        write(weights, advance=moves and not is_idle)
+        moves = moves and not self.is_hidden
+        self.is_hidden = False
+        self.steps += moves
+        write(weights, advance=moves)
         self.tripwire.remember(weights, self.steps)
 
     def _abandon(self) -> None:
@@ -264,9 +292,3 @@ class OptimizerStep:
 def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
     if source in state:
         state[target] = state.pop(source)
-
-
-def _is_moving(group: dict[str, Any]) -> bool:
-    """Whether a step with these options can move anything; torch saves states with a rate of 0."""
-    rate = group.get("lr")
-    return isinstance(rate, torch.Tensor) or rate != 0

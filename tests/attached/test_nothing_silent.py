@@ -1,0 +1,379 @@
+"""Whatever touches an attached model from outside is adopted, refused or followed, never ignored."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from equal_forms import Net, batches, loss_of, plain_step
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import we_surgery as ws
+
+OUTSIDE = "was changed outside"
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, **options)
+
+
+@pytest.fixture
+def run():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = sgd(model)
+    excitation = ws.attach(model, optimizer, "lwe+mwe")
+    plain_step(optimizer, model, batches(1)[0], 0)
+    return model, optimizer, excitation
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def go_on(model, optimizer):
+    return plain_step(optimizer, model, batches(2)[1], 1)
+
+
+WRITES = {
+    "nn.init": lambda m: nn.init.normal_(m.stem.weight),
+    "data": lambda m: m.stem.weight.data.mul_(0.5),
+    "numpy": lambda m: m.stem.weight.detach().numpy().__imul__(0.5),
+    "new data": lambda m: setattr(m.stem.weight, "data", m.stem.weight.data * 0.5),
+    "load_state_dict": lambda m: m.load_state_dict(
+        {name: value * 0.5 for name, value in m.state_dict().items()}
+    ),
+    "apply": lambda m: m.apply(lambda k: getattr(k, "reset_parameters", lambda: None)()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_is_an_error_at_the_next_step(run, write):
+    model, optimizer, _ = run
+    write(model)
+    written = snapshot(model)
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    with pytest.raises(ws.AttachmentError, match="'stem'.*" + OUTSIDE) as caught:
+        go_on(model, optimizer)
+    assert "adopt()" in caught.value.cure
+    assert same(written, model.state_dict())
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+
+
+def test_a_single_value_is_found_within_a_few_steps(run):
+    model, optimizer, _ = run
+    model.mix.weight.detach().numpy()[7, 3] += 1e-3
+    with pytest.raises(ws.AttachmentError, match="'mix'"):
+        for _ in range(3):
+            go_on(model, optimizer)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_restore_puts_the_excited_weights_back(run, write):
+    model, optimizer, excitation = run
+    before = snapshot(model)
+    write(model)
+    excitation.restore()
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in ("stem.weight", "head.weight"))
+    go_on(model, optimizer)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_adopt_goes_on_from_what_was_written(run, write):
+    model, optimizer, excitation = run
+    write(model)
+    written = snapshot(model)
+    excitation.adopt()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, written[name], rtol=1e-5, atol=1e-5)
+    go_on(model, optimizer)
+    assert not same(written, model.state_dict())
+
+
+class Average:
+    """As torch_ema: stores, copies in and restores through ``data``."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.shadow = [p.detach().clone() for p in self.parameters]
+
+    def update(self):
+        for shadow, p in zip(self.shadow, self.parameters, strict=True):
+            shadow.sub_(0.1 * (shadow - p.detach()))
+
+    def store(self):
+        self.kept = [p.clone() for p in self.parameters]
+
+    def copy_to(self):
+        for shadow, p in zip(self.shadow, self.parameters, strict=True):
+            p.data.copy_(shadow.data)
+
+    def restore(self):
+        for kept, p in zip(self.kept, self.parameters, strict=True):
+            p.data.copy_(kept.data)
+
+
+def test_an_average_that_is_put_in_and_taken_out_again(run):
+    model, optimizer, _ = run
+    average = Average(model.parameters())
+    go_on(model, optimizer)
+    average.update()
+    before = snapshot(model)
+    average.store()
+    average.copy_to()
+    assert not same(before, model.state_dict())
+    average.restore()
+    go_on(model, optimizer)
+    average.copy_to()
+    with pytest.raises(ws.AttachmentError, match=OUTSIDE):
+        go_on(model, optimizer)
+
+
+def test_a_step_without_gradients_touches_nothing(run):
+    model, optimizer, _ = run
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.stem.weight.zero_()  # an average that was put in for the last evaluation
+    written = snapshot(model)
+    optimizer.step()
+    assert same(written, model.state_dict())
+
+
+def test_what_only_moves_in_memory_is_followed(run):
+    model, optimizer, excitation = run
+    twin = copy.deepcopy(model)
+    model.to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        parameter.share_memory_()
+    go_on(model, optimizer)
+    stem = excitation.named_parameters()["stem.weight"]
+    assert stem.stride() == model.stem.weight.stride() != twin.stem.weight.stride()
+    assert not same(twin.state_dict(), model.state_dict())
+
+
+def test_half_precision_keeps_its_raw_weights_in_float32(run):
+    model, optimizer, excitation = run
+    model.bfloat16()
+    for t in range(2):
+        optimizer.zero_grad()
+        x, y = batches(1)[0]
+        nn.functional.cross_entropy(model(x.bfloat16()), y).backward()
+        optimizer.step()
+        assert model.stem.weight.dtype == torch.bfloat16, t
+    assert excitation.named_parameters()["stem.weight"].dtype == torch.float32
+
+
+def test_a_half_precision_model_moves_by_less_than_its_last_bit():
+    model = Net().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    excitation = ws.attach(model, optimizer, "lwe+mwe")
+    before = {name: p.detach().clone() for name, p in excitation.named_parameters().items()}
+    x, y = batches(1)[0]
+    nn.functional.cross_entropy(model(x.bfloat16()), y).backward()
+    optimizer.step()
+    raw = excitation.named_parameters()["stem.weight"]
+    moved = (raw != before["stem.weight"]).float().mean()
+    assert moved > 0.9
+    as_half = (raw.bfloat16() != before["stem.weight"].bfloat16()).float().mean()
+    assert as_half < 0.5
+
+
+REPLACEMENTS = {
+    "another Parameter": lambda m: setattr(m.stem, "weight", nn.Parameter(m.stem.weight.clone())),
+    "assign": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+    "prune": lambda m: prune.random_unstructured(m.stem, "weight", 0.5),
+    "parametrize": lambda m: parametrize.register_parametrization(m.stem, "weight", nn.Identity()),
+    "weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m.stem),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_another_parameter_in_the_place_of_the_weight_is_an_error(run, replace):
+    model, optimizer, _ = run
+    replace(model)
+    with pytest.raises(ws.AttachmentError):
+        # The old Parameter has the last step's gradient, or none at all.
+        loss_of(model, batches(1)[0]).backward()
+        optimizer.step()
+
+
+def test_a_second_attach_is_refused(run):
+    model, optimizer, excitation = run
+    with pytest.raises(ws.InputError, match="attached before"):
+        ws.attach(model, optimizer)
+    with pytest.raises(ws.InputError, match="attached before"):
+        ws.attach(model, sgd(model))
+    excitation.detach()
+    ws.attach(model, optimizer, resume=False)
+    go_on(model, optimizer)
+
+
+def test_a_second_optimizer_over_the_same_weights_is_refused_to_step(run):
+    model, _, _ = run
+    other = sgd(model)
+    with pytest.raises(ws.AttachmentError, match="attached to another optimizer"):
+        go_on(model, other)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copied_optimizer_does_not_train_in_silence(run, copied):
+    model, optimizer = copied(run[:2])
+    before = snapshot(model)
+    with pytest.raises(ws.AttachmentError, match="is a copy"):
+        go_on(model, optimizer)
+    assert same(before, model.state_dict())
+
+
+def test_a_copied_model_is_vanilla_and_trains_by_itself(run):
+    model = copy.deepcopy(run[0])
+    assert same(model.state_dict(), run[0].state_dict())
+    optimizer = sgd(model)
+    go_on(model, optimizer)
+    assert type(model.stem) is nn.Conv2d
+
+
+def test_a_group_that_is_added_later_trains(run):
+    model, optimizer, _ = run
+    model.extra = nn.Linear(2, 2)
+    optimizer.add_param_group({"params": list(model.extra.parameters()), "lr": 0.5})
+    assert set(optimizer.param_groups[1]) == set(optimizer.param_groups[0])
+    go_on(model, optimizer)
+
+
+def test_an_exception_within_a_step_leaves_everything_in_its_place(run, monkeypatch):
+    model, optimizer, _ = run
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    state = set(map(id, optimizer.state))
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["torch.optim.sgd"], "sgd", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            go_on(model, optimizer)
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+    assert set(map(id, optimizer.state)) == state
+    go_on(model, optimizer)
+
+
+def test_an_exception_in_a_closure_leaves_everything_in_its_place(run):
+    model, optimizer, _ = run
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+
+    def closure():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+    go_on(model, optimizer)
+
+
+def test_outside_of_a_step_the_optimizer_is_the_vanilla_one(run):
+    model, optimizer, _ = run
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == list(map(id, model.parameters()))
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
+    assert all(type(module).__module__.startswith("torch.") for module in list(model.modules())[1:])
+    assert model.stem.weight.grad is not None
+
+
+def test_frozen_layers_are_left_alone_and_can_be_thawed():
+    model = Net()
+    model.stem.weight.requires_grad_(False)
+    optimizer = sgd(model)
+    excitation = ws.attach(model, optimizer, "lwe+mwe")
+    assert "stem.weight" not in excitation.named_parameters()
+    go_on(model, optimizer)
+    model.stem.weight.requires_grad_(True)
+    with pytest.warns(ws.ThawedLayerWarning, match="'stem'.*without excitation"):
+        go_on(model, optimizer)
+    assert excitation.extend() == 1
+    assert excitation.extend() == 0
+    before = excitation.named_parameters()["stem.weight"].detach().clone()
+    go_on(model, optimizer)
+    assert not torch.equal(excitation.named_parameters()["stem.weight"], before)
+
+
+def test_detach_leaves_a_vanilla_run(run):
+    model, optimizer, excitation = run
+    before = snapshot(model)
+    excitation.detach()
+    assert same(before, model.state_dict())
+    assert "step" not in vars(optimizer)
+    assert type(optimizer.defaults) is dict
+    assert not optimizer.state.get(model.stem.weight)
+    assert optimizer.state[model.mix.bias]
+    twin = copy.deepcopy(model)
+    other = sgd(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert go_on(model, optimizer) == go_on(twin, other)
+    assert same(model.state_dict(), twin.state_dict())
+
+
+REFUSED = {
+    "a model converted already": lambda m: (ws.convert(m), "is converted"),
+    "an optimizer of another model": lambda m: (m, "holds none"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_refused_before_anything_changes(case):
+    model, message = case(Net())
+    other = Net()
+    before = snapshot(model)
+    optimizer = sgd(other)
+    with pytest.raises(ws.InputError, match=message):
+        ws.attach(model, optimizer)
+    assert same(before, model.state_dict())
+    assert "step" not in vars(optimizer)
+
+
+def test_optimizers_that_divide_or_differentiate_are_refused_by_name():
+    model = Net()
+
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        pass
+
+    with pytest.raises(ws.InputError, match="ZeroRedundancyOptimizer is not supported"):
+        ws.attach(model, ZeroRedundancyOptimizer(model.parameters(), 0.1))
+    from timm.optim import Adahessian
+
+    with pytest.raises(ws.InputError, match="differentiates through"):
+        ws.attach(model, Adahessian(model.parameters()))
+
+
+def test_an_optimizer_that_has_stepped_is_not_excited_twice_in_silence():
+    model = Net()
+    optimizer = sgd(model)
+    go_on(model, optimizer)
+    with pytest.raises(ws.InputError, match="excited twice"):
+        ws.attach(model, optimizer)
+    ws.attach(model, optimizer, resume=False)
+    go_on(model, optimizer)
+
+
+def test_a_failure_while_attaching_leaves_model_and_optimizer_as_they_were(monkeypatch):
+    model = Net()
+    optimizer = sgd(model)
+    before = snapshot(model)
+    monkeypatch.setattr("we_surgery.attached.excitation.write", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ws.attach(model, optimizer)
+    monkeypatch.undo()
+    assert same(before, model.state_dict())
+    assert "step" not in vars(optimizer)
+    ws.attach(model, optimizer)

@@ -1,0 +1,206 @@
+"""The excitation's state rides in the optimizer's, and a run goes on to the bit."""
+
+import copy
+import io
+import logging
+
+import pytest
+import torch
+from equal_forms import Net, batches, plain_step
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import we_surgery as ws
+from we_surgery.attached.registry import STATE_KEY
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), 1e-2)
+
+
+def started(seed, mode="lwe+mwe", make=adamw, **options):
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = make(model)
+    return model, optimizer, ws.attach(model, optimizer, mode, **options)
+
+
+def trained(model, optimizer, parts):
+    return [plain_step(optimizer, model, batch, 0) for batch in parts]
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def halfway():
+    """A checkpoint after three of six steps, and the losses of the other three."""
+    model, optimizer, _ = started(0)
+    trained(model, optimizer, batches(6)[:3])
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    saved = through_a_file(saved)
+    losses = trained(model, optimizer, batches(6)[3:])
+    return saved, losses, copy.deepcopy(model.state_dict())
+
+
+def assert_goes_on(model, optimizer, halfway):
+    _, losses, final = halfway
+    assert trained(model, optimizer, batches(6)[3:]) == losses
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, final[name]), name
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_attached_before_the_state_is_loaded(halfway, order):
+    model, optimizer, _ = started(9)
+    saved = copy.deepcopy(halfway[0])
+    if order == "model first":
+        model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if order == "optimizer first":
+        model.load_state_dict(saved["model"])
+    assert_goes_on(model, optimizer, halfway)
+
+
+def test_attached_after_the_state_was_loaded(halfway):
+    torch.manual_seed(9)
+    model = Net()
+    optimizer = adamw(model)
+    saved = copy.deepcopy(halfway[0])
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert STATE_KEY in optimizer.state
+    ws.attach(model, optimizer, "lwe+mwe")
+    assert STATE_KEY not in optimizer.state
+    assert_goes_on(model, optimizer, halfway)
+
+
+def test_loaded_and_never_attached_is_an_error(halfway):
+    torch.manual_seed(9)
+    model = Net()
+    optimizer = adamw(model)
+    optimizer.load_state_dict(copy.deepcopy(halfway[0]["optimizer"]))
+    with pytest.raises(ws.AttachmentError, match="has no excitation attached"):
+        trained(model, optimizer, batches(1))
+
+
+def test_the_groups_that_are_saved_are_vanilla(halfway):
+    model = Net()
+    optimizer = adamw(model)
+    trained(model, optimizer, batches(1))
+    vanilla, saved = optimizer.state_dict(), halfway[0]["optimizer"]
+    assert saved["param_groups"] == vanilla["param_groups"]
+    assert set(saved["state"]) - set(vanilla["state"]) == {STATE_KEY}
+    optimizer.load_state_dict(saved)  # a vanilla optimizer takes it
+
+
+def test_separate_state(halfway):
+    model, optimizer, excitation = started(0, state="separate")
+    trained(model, optimizer, batches(6)[:3])
+    saved = [model.state_dict(), optimizer.state_dict(), excitation.state_dict()]
+    assert STATE_KEY not in saved[1]["state"]
+    weights, states, own = through_a_file(saved)
+    torch.manual_seed(9)
+    model = Net()
+    optimizer = adamw(model)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(states)
+    ws.attach(model, optimizer, "lwe+mwe", resume=own, state="separate")
+    assert_goes_on(model, optimizer, halfway)
+
+
+def test_what_is_loaded_is_copied(halfway):
+    model, optimizer, _ = started(9)
+    saved = copy.deepcopy(halfway[0])
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    trained(model, optimizer, batches(2))
+    kept = saved["optimizer"]["state"][STATE_KEY]["weights"]
+    for name, weight in halfway[0]["optimizer"]["state"][STATE_KEY]["weights"].items():
+        assert torch.equal(weight["raw"], kept[name]["raw"])
+        for key, value in weight["excitation"].items():
+            assert torch.equal(value, kept[name]["excitation"][key])
+
+
+def test_a_model_that_holds_an_average_is_told_of_and_goes_on_from_raw(halfway, caplog):
+    model, optimizer, _ = started(9)
+    saved = copy.deepcopy(halfway[0])
+    model.load_state_dict({name: value * 0.9 for name, value in saved["model"].items()})
+    with caplog.at_level(logging.INFO):
+        optimizer.load_state_dict(saved["optimizer"])
+    assert "differed by up to" in caplog.text
+    assert torch.equal(model.stem.weight, saved["model"]["stem.weight"])
+
+
+def test_a_vanilla_state_is_not_loaded_into_an_attached_optimizer():
+    vanilla = Net()
+    other = adamw(vanilla)
+    trained(vanilla, other, batches(1))
+    model, optimizer, _ = started(0)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ws.AttachmentError, match="has no state of the excitation"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"), [("mwe", "other stages|of \\d+ weights"), ("lwe", "other stages|weights")]
+)
+def test_the_state_of_another_mode_is_refused(halfway, mode, message):
+    model, optimizer, _ = started(9, mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ws.AttachmentError, match=message):
+        optimizer.load_state_dict(copy.deepcopy(halfway[0]["optimizer"]))
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+def test_torchs_own_functions_for_checkpoints_of_several_processes(halfway):
+    model, optimizer, excitation = started(0, state="separate")
+    trained(model, optimizer, batches(6)[:3])
+    saved = get_optimizer_state_dict(model, optimizer)
+    own = excitation.state_dict()
+    weights = copy.deepcopy(model.state_dict())
+    saved, own = copy.deepcopy(saved), copy.deepcopy(own)
+    model, optimizer, excitation = started(9, state="separate")
+    model.load_state_dict(weights)
+    excitation.load_state_dict(own)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert_goes_on(model, optimizer, halfway)
+
+
+def test_the_converted_twin_computes_the_models_weights_and_trains_on(halfway):
+    model, optimizer, excitation = started(0)
+    trained(model, optimizer, batches(6)[:3])
+    twin = excitation.converted()
+    x = batches(1)[0][0]
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+    assert type(twin.stem).__name__ == "WEConv2d"
+    assert twin.tied.excitation is twin.tied_too.excitation
+    deployed = ws.strip(twin, example_inputs=x)
+    for name, value in deployed.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    trained(twin, adamw(twin), batches(1))
+    assert torch.equal(model.eval()(x), deployed.eval()(x))
+
+
+@pytest.mark.parametrize("make", [adamw, lambda m: torch.optim.SGD(m.parameters(), 0.1)])
+def test_paused_runs_resume_paused_or_excited(make):
+    for resumed_at in (1, 4):
+        model, optimizer, excitation = started(0, start="paused", make=make)
+        for t, batch in enumerate(batches(6)[:3]):
+            if t == resumed_at:
+                excitation.resume()
+            trained(model, optimizer, [batch])
+        saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+        expected = trained(model, optimizer, batches(6)[3:])
+        model, optimizer, again = started(9, start="paused", make=make)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        assert trained(model, optimizer, batches(6)[3:]) == expected
+        assert (again.resume() == 0) is (resumed_at == 1)

@@ -1,0 +1,108 @@
+"""From a plan to attached weights and to the parameters that their optimizer trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from we_surgery.attached.optimizers import group_for, start_early_state
+from we_surgery.attached.weights import (
+    AttachedWeight,
+    ExcitationParameter,
+    optimizer_of,
+    raw_like,
+)
+from we_surgery.attached.wrappers import with_wrapped
+from we_surgery.excitations import Backend
+from we_surgery.grafting import Init, Start, build_grafts
+from we_surgery.plans import Plan
+
+logger = logging.getLogger(__name__)
+
+Trained = tuple[AttachedWeight, Any]
+"""A weight, and the optimizer that trains it."""
+
+
+@dataclass(frozen=True)
+class Building:
+    """How excitations are built, the first time and for layers that are thawed later.
+
+    Attributes:
+        model: the model, without wrappers.
+        optimizers: those that train it.
+        init: as in :func:`we_surgery.attach`.
+        start: as there.
+        backend: as there.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Any]
+    init: Init
+    start: Start
+    backend: Backend
+
+    def weights_of(self, plan: Plan) -> list[Trained]:
+        """The planned weights that an optimizer trains. The model is not changed.
+
+        Raises:
+            InputError: the plan does not fit the model.
+            SurgeryError: a weight holds Inf or NaN.
+        """
+        places: dict[int, list[tuple[str, str]]] = {}
+        found: list[Trained] = []
+        grafts = build_grafts(self.model, plan, self.init, self.start, full_precision=True)
+        for item in grafts:
+            parameter = self.model.get_submodule(item.module)._parameters[item.parameter]
+            assert parameter is not None
+            known = places.setdefault(id(parameter), [])
+            known.append((item.module, item.parameter))
+            optimizer = optimizer_of(parameter, self.optimizers)
+            if len(known) > 1 or optimizer is None:
+                continue
+            item.excitation.backend = self.backend
+            weight = AttachedWeight(
+                layer=item.module or item.parameter,
+                places=(),
+                parameter=parameter,
+                raw=raw_like(parameter, parameter.detach() if item.raw is None else item.raw),
+                excitation=item.excitation,
+            )
+            found.append((weight, optimizer))
+        for weight, _ in found:
+            weight.places = tuple(places[id(weight.parameter)])
+        if len(found) < len(places):
+            logger.warning(
+                "%d of %d planned weights are not in the optimizer and stay as they are",
+                len(places) - len(found),
+                len(places),
+            )
+        return found
+
+
+def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[ExcitationParameter]:
+    """The excitations' parameters with the groups they join, as ``add_to_optimizer`` chooses."""
+    groups = optimizer.param_groups
+    homes = {id(p): group for group in groups for p in group["params"]}
+    found: list[ExcitationParameter] = []
+    seen: set[int] = set()
+    for weight in weights:
+        for name, parameter in weight.excitation.named_parameters():
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            group = group_for(groups, homes[id(weight.parameter)], parameter)
+            place = next(i for i, each in enumerate(groups) if each is group)
+            start_early_state(optimizer, parameter, group)
+            found.append(
+                ExcitationParameter(
+                    f"{weight.name}:{name}",
+                    parameter,
+                    place,
+                    [layer.state.pop(parameter, None) for layer in with_wrapped(optimizer)],
+                )
+            )
+    return found
