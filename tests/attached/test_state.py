@@ -142,7 +142,7 @@ def test_a_vanilla_state_is_not_loaded_into_an_attached_optimizer():
     vanilla = Net()
     other = adamw(vanilla)
     trained(vanilla, other, batches(1))
-    model, optimizer, _ = started(0)
+    _, optimizer, _ = started(0)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ws.AttachmentError, match="has no state of the excitation"):
         optimizer.load_state_dict(other.state_dict())
