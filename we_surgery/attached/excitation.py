@@ -15,6 +15,7 @@ from torch import nn
 from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state
+from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
 from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
 from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
@@ -68,6 +69,8 @@ class AttachedExcitation:
         self._modules = dict(model.named_modules())
         self._undo: list[Callable[[], None]] = []
         self._loading: list[Any] = []
+        self._have_ranks_met = False
+        self._are_copies = False
 
     @property
     def _parameters(self) -> list[ExcitationParameter]:
@@ -251,6 +254,8 @@ class AttachedExcitation:
             self._weights += [weight for weight, _ in found]
             for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
                 self._install(optimizer, [w for w, own in found if own is optimizer])
+            self._have_ranks_met = False
+            self._meet_ranks()
             if saved is not None:
                 self.load_state_dict(saved)
             else:
@@ -278,7 +283,8 @@ class AttachedExcitation:
             register(parameters, layers)
             self._undo.append(lambda: unregister(parameters, []))
             return
-        step = OptimizerStep(optimizer, weights, own, Tripwire(self.is_held, self.report))
+        tripwire = Tripwire(self.is_held, self.report)
+        step = OptimizerStep(optimizer, weights, own, tripwire, self._synchronize)
         self._steps.append(step)
         self._undo.append(functools.partial(self._steps.remove, step))
         self._undo.append(step.remove)
@@ -338,6 +344,25 @@ class AttachedExcitation:
     def _load_taken(self, _: Any) -> None:
         if self._loading:
             self.load_state_dict(self._loading.pop())
+
+    def _meet_ranks(self) -> None:
+        """Begins with the raw weights of rank 0 on all ranks, as soon as there are ranks."""
+        if self._have_ranks_met or not has_ranks():
+            return
+        self._have_ranks_met = True
+        self._are_copies = are_copies(self._weights)
+        if self._are_copies:
+            broadcast(self._weights)
+
+    def _synchronize(self, step: OptimizerStep) -> None:
+        if not self._have_ranks_met and has_ranks():
+            self._meet_ranks()
+            for weight in self._weights:
+                weight.version = -1  # compared with W' of rank 0 before the step
+        elif self._are_copies and step.steps % EVERY == EVERY - 1:
+            broadcast(step.weights)
+            write(step.weights, advance=False)
+            step.tripwire.remember(step.weights, step.steps)
 
     def is_held(self, weight: AttachedWeight) -> bool:
         """Whether the model holds the weight's Parameter where it was."""

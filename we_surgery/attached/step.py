@@ -38,6 +38,7 @@ class OptimizerStep:
         weights: those it trains.
         parameters: of their excitations.
         tripwire: finds what was written into the model's weights since the last step.
+        synchronize: called with this before each step; gives all ranks the same raw weights.
         depth: how many calls of the optimizer are running, one within the other.
         exchanged: the weights whose raw weight stands in the groups now.
         steps: how many steps have moved a raw weight.
@@ -49,6 +50,7 @@ class OptimizerStep:
     weights: list[AttachedWeight]
     parameters: list[ExcitationParameter]
     tripwire: Tripwire
+    synchronize: Callable[[OptimizerStep], None]
     depth: int = 0
     exchanged: list[AttachedWeight] = field(default_factory=list)
     steps: int = 0
@@ -200,6 +202,7 @@ class OptimizerStep:
             self.frozen = {}
         if not live:
             return
+        self.synchronize(self)
         self.tripwire.check(live)
         pull_back(live)
         self.is_hidden = self._is_hidden_step(live)

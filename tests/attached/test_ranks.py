@@ -1,0 +1,52 @@
+"""Attached training over two processes: ranks stay equal and learn what one process learns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks_runs import alone, cases
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "ranks_runs.py"), str(folder), str(rank)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", cases(0))
+def test_ddp(name: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    for part in ("weights", "raws"):
+        for key, value in first[part].items():
+            assert torch.equal(value, second[part][key]), key
+    expected = alone(name.partition(",")[0])
+    mean = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert mean == pytest.approx(expected["losses"], rel=1e-5)
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(first["weights"][key], value.detach(), rtol=1e-4, atol=1e-5)
