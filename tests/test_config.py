@@ -58,6 +58,19 @@ def test_whatever_is_unknown_is_an_error_that_suggests(config: Any, message: str
         make_policy(config=config)
 
 
+def test_no_rules_and_no_transplants_may_be_given_as_none() -> None:
+    assert make_policy(rules=None, transplants=None) == make_policy()
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert ws.plan(model, rules=None, transplants=None) == ws.plan(model)
+    ws.convert(model, rules=None, transplants=None)
+
+
+@pytest.mark.parametrize("rules", [Rule("a", "skip"), "a=skip", [{"match": "a"}], 3])
+def test_what_is_no_list_of_rules_is_refused(rules: Any) -> None:
+    with pytest.raises(InputError, match="rules must be a list of rules"):
+        make_policy(rules=rules)
+
+
 def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "mode: we\nliner: skip\n")
     with pytest.raises(InputError, match=r"recipe\.yaml has an unknown key 'liner'.* 'linear'"):

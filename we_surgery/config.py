@@ -19,8 +19,8 @@ from we_surgery.transplants import parse_transplants
 def make_policy(
     mode: str | None = None,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
-    rules: Sequence[Rule] = (),
-    transplants: Sequence[Any] = (),
+    rules: Sequence[Rule] | None = (),
+    transplants: Sequence[Any] | None = (),
 ) -> Policy:
     """The policy of a mode or of a config, with further rules and transplants.
 
@@ -33,6 +33,7 @@ def make_policy(
     Raises:
         InputError: something in them is unknown or does not fit together.
     """
+    rules = _checked_rules(rules)
     if isinstance(config, Policy):
         if mode is not None:
             raise InputError(
@@ -52,6 +53,18 @@ def make_policy(
             "Give only the config, or change its `mode`.",
         )
     return policy.with_rules(rules).with_transplants(parse_transplants(transplants))
+
+
+def _checked_rules(rules: Any) -> tuple[Rule, ...]:
+    if rules is None:
+        return ()
+    is_list = isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)
+    if not is_list:
+        raise InputError(
+            f"rules must be a list of rules, got {rules!r}",
+            'Write for example `rules=[ws.Rule("layer4.*", "skip")]`.',
+        )
+    return tuple(rules)
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:

@@ -20,8 +20,8 @@ class ConvertOptions(TypedDict, total=False):
     """How to convert a model: keyword arguments of :func:`we_surgery.convert`."""
 
     config: str | Path | Mapping[str, Any] | Policy | None
-    rules: Sequence[Rule]
-    transplants: Sequence[Any]
+    rules: Sequence[Rule] | None
+    transplants: Sequence[Any] | None
     plan: Plan | None
     init: Init
     start: Start

@@ -24,8 +24,8 @@ def plan(
     mode: str | None = None,
     *,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
-    rules: Sequence[Rule] = (),
-    transplants: Sequence[Any] = (),
+    rules: Sequence[Rule] | None = (),
+    transplants: Sequence[Any] | None = (),
     example_inputs: Any = None,
 ) -> Plan:
     """Decides what each layer of ``model`` would get. Changes nothing.

@@ -80,8 +80,9 @@ def strip_file(
 
     Args:
         source: the model or checkpoint.
-        output: the file to write; by default beside the input, ``model.stripped.pt``. For an
-            input of several files a name without an ending of a file gives a folder of shards.
+        output: the file to write; by default beside the input, ``model.stripped.pt``, or
+            ``model.stripped.ema.pt`` where the average was asked for. For an input of several
+            files a name without an ending of a file gives a folder of shards.
         to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
         force: overwrite what is there.
         dtype: of all floating-point values; by default each tensor keeps its own. Weights are
@@ -97,8 +98,9 @@ def strip_file(
         InputError: bad usage, an unreadable input, or nothing to compare outputs with.
         SurgeryError: there is nothing to strip, or a proof failed; nothing is written.
     """
+    mark = ".ema" if source.weights == "ema" and output is None else ""
     return _strip_all(
-        [(source, "")], output, to, force, _How(dtype, verify, input_shape, deploy, progress)
+        [(source, mark)], output, to, force, _How(dtype, verify, input_shape, deploy, progress)
     )[0]
 
 

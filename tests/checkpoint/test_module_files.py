@@ -174,3 +174,14 @@ def test_a_stripped_file_opens_where_this_package_is_not_installed(tmp_path):
         tmp_path / "excited.pt",
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_wrapper_without_a_model_in_it_is_refused(tmp_path):
+    wrapper = nn.DataParallel(nn.Linear(2, 2))
+    for inner in (None, "absent"):
+        wrapper._modules["module"] = inner
+        if inner == "absent":
+            del wrapper._modules["module"]
+        torch.save(wrapper, tmp_path / "model.pt")
+        with pytest.raises(InputError, match="without a model in it"):
+            read(tmp_path / "model.pt")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,45 @@ def test_the_second_folder_has_one_name_whatever_is_there(
         done = strip(source, "--both", *words, *force)
         assert done.exit_code == 0, done.output
         assert names(tmp_path) == sorted(["run", name, f"{name}.ema"])
+
+
+def test_the_average_alone_has_a_name_of_its_own(
+    trainers_file: Path, averaged: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for option in ("--raw", "--ema"):
+        done = strip(trainers_file, option)
+        assert done.exit_code == 0, done.output
+    files = ["last.pth.tar", "last.stripped.ema.pth.tar", "last.stripped.pth.tar"]
+    assert names(tmp_path) == files
+    assert_vanilla(tmp_path / files[1], averaged)
+    assert strip(trainers_file, "--ema", "-o", tmp_path / "out.pt").exit_code == 0
+    assert_vanilla(tmp_path / "out.pt", averaged)
+
+
+def test_a_private_checkpoint_gives_private_files(trainers_file: Path, tmp_path: Path) -> None:
+    trainers_file.chmod(0o600)
+    assert strip(trainers_file, "--both").exit_code == 0
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_messages_that_nobody_can_read_are_no_failure(trainers_file: Path, tmp_path: Path) -> None:
+    for words, expected in (
+        ((str(trainers_file),), 0),
+        ((str(trainers_file),), 2),
+        ((str(tmp_path / "none"),), 2),
+    ):
+        code = "import sys; from we_surgery.cli import strip_command; strip_command(sys.argv[1:])"
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run([sys.executable, "-c", code, *words], stderr=full, check=False)
+        assert done.returncode == expected
+    assert names(tmp_path) == ["last.pth.tar", "last.stripped.pth.tar"]
+
+
+@pytest.mark.parametrize("command", [strip_command, convert_command, inspect_command])
+def test_each_command_tells_its_version(command: Any) -> None:
+    done = CliRunner().invoke(command, ["--version"])
+    assert (done.exit_code, ws.__version__ in done.stdout) == (0, True)
 
 
 def test_two_choices_of_weights_are_refused(trainers_file: Path) -> None:

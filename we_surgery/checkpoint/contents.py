@@ -122,7 +122,13 @@ def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
         )
     notes = []
     if type(model) is nn.DataParallel:
-        model = model.module
+        inner = model._modules.get("module")
+        if inner is None:
+            raise InputError(
+                f"{path} holds a DataParallel wrapper without a model in it",
+                "Save the model inside it: `torch.save(model.module, ...)`.",
+            )
+        model = inner
         notes.append("used the model inside its DataParallel wrapper")
     plan = model.__dict__.get(PLAN_ATTRIBUTE)
     metadata = Metadata(plan=plan) if isinstance(plan, Mapping) else None

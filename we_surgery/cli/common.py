@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from we_surgery import __version__
 from we_surgery.checkpoint.imports import import_package
 from we_surgery.errors import InputError, SurgeryError, WESurgeryError
 from we_surgery.jobs import Source
@@ -35,6 +36,10 @@ _WIDTH_WITHOUT_TERMINAL = 140
 
 class SurgeryCommand(click.Command):
     """A command whose errors are two lines, cause and cure, and an exit code."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        click.version_option(__version__)(self)
 
     def invoke(self, ctx: click.Context) -> Any:
         with telling_errors(ctx), _cleaning_up_when_terminated():
@@ -141,7 +146,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _say_error(cause: str, cure: str) -> None:
-    click.echo(f"error: {one_line(cause)}\n  fix: {one_line(cure)}", err=True)
+    _echo_to_stderr(f"error: {one_line(cause)}\n  fix: {one_line(cure)}")
+
+
+def _echo_to_stderr(text: str) -> None:
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        # What a command did is done, whoever hears of it. Python would try to write the rest when
+        # it ends, and change the exit code.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def one_line(text: str) -> str:
@@ -300,7 +315,7 @@ def say_written(*paths: Path, kind: str = "") -> None:
 
 def say(message: str) -> None:
     """A line for people, on stderr: stdout is kept for tables and JSON."""
-    click.echo(printable(message), err=True)
+    _echo_to_stderr(printable(message))
 
 
 def say_notes(notes: Iterable[str]) -> None:

@@ -77,6 +77,8 @@ def parse_transplants(asked: Any, where: str = "transplants") -> tuple[Transplan
     Raises:
         InputError: it is no such list, or as :func:`build_transplant`.
     """
+    if asked is None:
+        return ()
     if not isinstance(asked, Sequence) or isinstance(asked, str):
         raise InputError(
             f"{where} is not a list but {asked!r}",
