@@ -173,7 +173,7 @@ def _cell_of(facts: LayerFacts) -> tuple[str, str]:
     """The column of the mode's table a layer falls under, and why."""
     if facts.gate is not None:
         return "gate", f"inside an attention gate ({facts.gate})"
-    if facts.shift is not None:
+    if facts.shift is not None and facts.kind.startswith("conv"):
         return "shift", f"shift-fed: {facts.shift}"
     if facts.one_channel_a_group:
         if facts.layout.groups > 1:
@@ -181,7 +181,8 @@ def _cell_of(facts: LayerFacts) -> tuple[str, str]:
         return "depthwise", "has a single input channel, which leaves no location to weigh"
     if facts.kind.startswith("conv"):
         return "conv", "conv"
-    return "linear", "linear: no kernel locations" if facts.kind == "linear" else "attention"
+    reason = "linear: no kernel locations" if facts.kind == "linear" else "attention"
+    return "linear", f"{reason}; shift-fed: {facts.shift}" if facts.shift is not None else reason
 
 
 def _standardizes(facts: LayerFacts, cell: str, wanted: str, explicit: bool) -> tuple[bool, str]:

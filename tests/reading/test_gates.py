@@ -43,6 +43,18 @@ def two_gates(x: Tensor, rows: nn.Module, columns: nn.Module) -> Tensor:
     return x * vertical * horizontal
 
 
+def modules_and_sizes(x: Tensor, pool: nn.Module, fc: nn.Module, act: nn.Module) -> Tensor:
+    b, c, _, _ = x.size()
+    return x * act(fc(pool(x).view(b, c))).view(b, c, 1, 1).expand_as(x)
+
+
+def split_attention(x: Tensor, widen: nn.Module, fc: nn.Module) -> Tensor:
+    b, c, h, w = x.shape
+    parts = widen(x).reshape(b, 2, c, h, w)
+    scores = fc(squeeze(parts.sum(1))).view(b, 2, c, 1, 1)
+    return (parts * torch.softmax(scores, 1)).sum(1)
+
+
 GATES: dict[str, Callable[[], Unit]] = {
     "squeeze and excitation": lambda: Unit(
         lambda x, a, b: x * b(a(squeeze(x)).relu()).sigmoid(), pointwise(), pointwise()
@@ -57,6 +69,18 @@ GATES: dict[str, Callable[[], Unit]] = {
         lambda x, a: x * (1 + a(squeeze(x)).sigmoid()), pointwise()
     ),
     "coordinate": lambda: Unit(two_gates, pointwise(), pointwise()),
+    "product of two activations": lambda: Unit(
+        lambda x, a, b: x * (a(x.mean(3, keepdim=True)).sigmoid() * b(squeeze(x)).sigmoid()),
+        *(pointwise(), pointwise()),
+    ),
+    "sum of two activations": lambda: Unit(
+        lambda x, a, b: x * (a(squeeze(x)).sigmoid() + b(x.amax((2, 3), True)).sigmoid()),
+        *(pointwise(), pointwise()),
+    ),
+    "modules, views of its size": lambda: Unit(
+        modules_and_sizes, nn.AdaptiveAvgPool2d(1), nn.Linear(8, 8), nn.Hardsigmoid()
+    ),
+    "split attention": lambda: Unit(split_attention, pointwise(16), pointwise(16)),
     "over channels of a linear": lambda: Unit(
         lambda x, a: x * a(x.mean((2, 3))).sigmoid()[:, :, None, None], nn.Linear(8, 8)
     ),
@@ -92,18 +116,56 @@ OTHERS: dict[str, Callable[[], Unit]] = {
 }
 
 
-def gates_of(model: nn.Module) -> dict[str, bool]:
-    reading = read(model, torch.randn(2, 3, 6, 6))
-    return {layer.name: layer.gate is not None for layer in reading.layers}
+def gates_of(model: nn.Module, rung: str) -> set[str]:
+    reading = read(model, torch.randn(2, 3, 6, 6) if rung == "recorded" else None)
+    assert reading.rung == rung
+    return {layer.name for layer in reading.layers if layer.gate is not None}
 
 
+both_rungs = pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+
+
+@both_rungs
 @pytest.mark.parametrize("name", GATES)
-def test_layers_inside_a_gate_are_marked_and_the_gated_conv_is_not(name: str) -> None:
-    found = gates_of(GATES[name]())
-    assert not found.pop("stem")
-    assert all(found.values())
+def test_layers_inside_a_gate_are_marked_and_the_gated_conv_is_not(name: str, rung: str) -> None:
+    model = GATES[name]()
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    outside = {"stem"} | ({"inner.0"} if name == "split attention" else set())
+    assert gates_of(model, rung) == layers - outside
 
 
+@both_rungs
 @pytest.mark.parametrize("name", OTHERS)
-def test_products_and_sigmoids_alone_are_no_gate(name: str) -> None:
-    assert not any(gates_of(OTHERS[name]()).values())
+def test_products_and_sigmoids_alone_are_no_gate(name: str, rung: str) -> None:
+    assert not gates_of(OTHERS[name](), rung)
+
+
+@both_rungs
+def test_what_the_main_network_uses_as_well_is_not_in_the_gate(rung: str) -> None:
+    def block(x: Tensor, deeper: nn.Module, score: nn.Module) -> Tensor:
+        y = deeper(x).relu()
+        return torch.cat([x * score(y).sigmoid(), y], 1)
+
+    assert gates_of(Unit(block, pointwise(), pointwise()), rung) == {"inner.1"}
+
+
+def test_weights_that_a_graph_reads_itself_are_found_in_gates() -> None:
+    model = GATES["squeeze and excitation"]()
+    exported = torch.export.export(model, (torch.randn(2, 3, 6, 6),)).module()
+    rows = {layer.path: layer.gate is not None for layer in read(exported).layers}
+    assert rows == {"stem.weight": False, "inner.0.weight": True, "inner.1.weight": True}
+
+
+def test_a_part_that_cannot_be_traced_is_in_the_gate_around_it() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = pointwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.sum() > 0 else x
+
+    block = GATES["squeeze and excitation"]().block
+    assert gates_of(Unit(block, Branching(), pointwise()), "symbolic") == {
+        *("inner.0.conv", "inner.1"),
+    }

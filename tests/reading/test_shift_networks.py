@@ -79,6 +79,14 @@ class MixerBlock(nn.Module):
 def test_the_projection_after_the_movement_is_shift_fed(block, shape: tuple[int, ...]) -> None:
     plan = ws.plan(block(), "we", example_inputs=torch.randn(shape))
     rows = {row.layer: row for row in plan.decisions}
-    assert rows["project"].reason.startswith("shift-fed: channels displaced along dim")
+    assert "shift-fed: channels displaced along dim" in rows["project"].reason
     assert rows["project"].stages == ("mwe",)
     assert "shift-fed" not in rows["expand"].reason
+
+
+def test_a_shift_fed_linear_layer_gets_what_linear_layers_get() -> None:
+    for mode, stages in {"lwe": ("mwe",), "we": ("mwe",), "none": ()}.items():
+        plan = ws.plan(MixerBlock("axial"), mode, example_inputs=torch.randn(2, 6, 6, 4))
+        row = next(row for row in plan.decisions if row.layer == "project")
+        assert row.stages == stages
+        assert "linear: no kernel locations; shift-fed: channels displaced" in row.reason

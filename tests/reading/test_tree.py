@@ -188,12 +188,28 @@ def test_a_shift_is_known_by_the_attributes_of_tsm() -> None:
     assert not is_shift(nn.Identity())
 
 
-def test_the_next_leaf_registered_stands_for_the_next_one_called() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4)), nn.Linear(4, 4))
+def test_a_norm_registered_next_stands_for_the_next_one_called() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Linear(4, 4))
     facts = facts_of(model)
-    assert facts["0"].followed_by_norm is True
-    assert facts["0"].norm_evidence == "'1.0' is registered after it"
+    assert facts["0.0"].followed_by_norm is True
+    assert facts["0.0"].norm_evidence == "'1' is registered after it"
     assert facts["2"].followed_by_norm is None
+
+
+def test_a_norm_with_modules_of_its_own_is_one_norm() -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = nn.ReLU()
+
+    facts = facts_of(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(4, 4, 3)))
+    assert [facts[name].followed_by_norm for name in ("0", "2")] == [True, None]
+
+
+def test_the_norm_that_begins_the_next_block_is_not_taken_for_one_of_this_block() -> None:
+    blocks = (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)) for _ in range(2))
+    facts = facts_of(nn.Sequential(*blocks))
+    assert [facts[name].followed_by_norm for name in ("0.1", "1.1")] == [None, None]
 
 
 def test_names_of_tied_and_shared_layers_are_told() -> None:

@@ -146,11 +146,11 @@ def test_a_norm_is_seen_through_reshapes_and_functional_calls() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.layer_norm(self.a(x).permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
-            return self.c(F.relu(self.b(x)))
+            return self.c(F.gelu(self.b(x)))
 
     facts = facts_of(Norms(), (2, 3, 9, 9))
     assert [facts[name].followed_by_norm for name in "abc"] == [True, False, False]
-    assert facts["b"].norm_evidence == "aten.relu"
+    assert facts["b"].norm_evidence == "aten.gelu"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
 from we_surgery.reading.graph_calls import traced_reads
 from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
-from we_surgery.reading.symbolic import mark_norms, trace
+from we_surgery.reading.symbolic import trace
 from we_surgery.reading.symbolic_shifts import mark_shifts
+from we_surgery.reading.traced_facts import mark_gates_and_norms
 from we_surgery.reading.tree import obstacle_of as obstacle_of
 from we_surgery.reading.tree import read_tree as read_tree
 
@@ -47,7 +48,7 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
     if traced:
         layers = read_tree(model, traced)
     for block in blocks:
-        mark_norms(model, block, layers)
+        mark_gates_and_norms(model, block, layers)
         mark_shifts(model, block, layers)
     has_graph = bool(blocks) or isinstance(model, fx.GraphModule)
     return Reading("symbolic" if has_graph else "listed", "; ".join(notes), layers)

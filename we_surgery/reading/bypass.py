@@ -13,10 +13,11 @@ from torch import nn
 from we_surgery.errors import SurgeryError
 from we_surgery.graphs import excited_weights
 from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.reading.dataflow import fed_by_input, is_view, operation_name
 from we_surgery.reading.recorded import Recording
 from we_surgery.reading.recorded_facts import record_both_modes
 from we_surgery.reading.recorder import EXCITATION, MODULE
-from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name, written_weights
+from we_surgery.reading.weight_use import written_weights
 
 
 def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:

@@ -1,104 +1,150 @@
 """Which conv and linear operations make an attention gate, by what the data does.
 
-A gate squeezes a feature map, passes the result through a bounded activation, and multiplies the
-very map it was made from, and from nothing else: SE, CBAM, ECA, BAM, coordinate attention and
-their kin, whatever their classes are called. ``x * sigmoid(x)`` is none, because what feeds the
-sigmoid is the map itself; nor is a gated linear unit, whose gate multiplies another map than the
-one it is made from; nor the update gate of a recurrent cell, which also sees the cell's input.
+A gate passes what it makes of a feature map through a bounded activation, and multiplies the very
+map it was made from, and from nothing else: SE, CBAM, ECA, BAM, coordinate attention and their
+kin, whatever their classes are called. Inside it is what is used for nothing but the factor: not
+the main network, where a factor is made of its deeper maps. Where several bounded activations are
+added or multiplied into one factor, one of them has to be made from the map.
+
+``x * sigmoid(x)`` is not a gate, because what feeds the sigmoid is the map itself; nor is a gated
+linear unit, whose gate multiplies another map than the one it is made from; nor the update gate
+of a recurrent cell, which also sees the cell's input; nor a network that estimates a mask.
 """
 
 from __future__ import annotations
 
+import heapq
+
 from torch import fx
 
-from we_surgery.reading.recorded import Recording
-from we_surgery.reading.recorder import MODULE
-from we_surgery.reading.weight_use import fed_by_input, is_view, operation_name
+from we_surgery.reading.dataflow import Dataflow
 
 _BOUNDED = frozenset(
-    "aten.sigmoid aten.sigmoid_ aten.hardsigmoid aten.hardsigmoid_ aten._softmax aten.tanh "
-    "aten.tanh_ aten.hardtanh aten.hardtanh_ aten.clamp".split()
-)
-# Between the activation and the product a gate may be resized, scaled or offset.
-_ADJUSTMENTS = frozenset(
-    "aten.upsample_nearest2d aten.upsample_bilinear2d aten.add aten.sub aten.rsub aten.div "
-    "aten.mul aten.div_ aten.mul_ aten.add_".split()
-)
-_PRODUCTS = ("aten.mul", "aten.mul_")
-
-
-def gate_operations(recording: Recording, fed: set[fx.Node] | None = None) -> dict[fx.Node, str]:
-    """The operations inside gates, each with the module in which the gate is applied.
-
-    Args:
-        recording: a recorded forward.
-        fed: the nodes that depend on the model's input, where they are known already.
     """
-    fed = fed_by_input(recording.graph) if fed is None else fed
-    order = {node: index for index, node in enumerate(recording.graph.nodes)}
+    sigmoid hardsigmoid softmax softmax2d tanh hardtanh relu6 clamp clip expit
+    """.split()
+)
+# Between the activation and the product a gate may be resized, scaled, offset or combined.
+_ADJUSTMENTS = frozenset(
+    """
+    interpolate upsample upsamplenearest2d upsamplebilinear2d add iadd sub isub rsub div idiv
+    truediv itruediv mul imul dropout nativedropout
+    """.split()
+)
+_PRODUCTS = frozenset(["mul", "imul", "multiply"])
+_DEEPEST = 4
+"""Layers in a row of the deepest gate known, BAM's. A factor that takes more is a network's."""
+
+
+def gate_operations(flow: Dataflow) -> dict[fx.Node, str]:
+    """The operations inside gates, each with the module in which the gate is applied."""
     found: dict[fx.Node, str] = {}
-    for node in recording.graph.nodes:
-        if operation_name(node) not in _PRODUCTS:
-            continue
-        operands = [source for source in node.args[:2] if isinstance(source, fx.Node)]
-        if len(operands) < 2 or not all(operand in fed for operand in operands):
-            continue
-        for gate, gated in (operands, operands[::-1]):
-            activation = _bounded_activation(gate, fed)
-            if activation is None:
-                continue
-            for source in _gated_maps(gated, fed):
-                inside = _between(source, activation, fed, order)
-                if inside:
+    for node in flow.graph.nodes:
+        operands = _factors(node, flow)
+        for factor, gated in (operands, operands[::-1]) if operands else ():
+            activations, factor_nodes = _bounded_activations(factor, flow)
+            maps = _gated_maps(gated, flow) if activations else []
+            if any(_is_made_from(a, source, flow) for a in activations for source in maps):
+                inside = _used_for_nothing_else(activations, factor_nodes, flow)
+                if _depth(inside, flow) <= _DEEPEST:
                     for operation in inside:
-                        found.setdefault(operation, node.meta[MODULE])
-                    break
+                        found.setdefault(operation, flow.full_name(flow.runner(node)))
     return found
 
 
-def _bounded_activation(node: fx.Node, fed: set[fx.Node]) -> fx.Node | None:
-    """The bounded activation that ``node`` is an adjusted view of, or None."""
-    while node.op == "call_function":
-        name = operation_name(node)
+def gate_reason(module: str) -> str:
+    """The gate that a module applies, for the reasons of a plan."""
+    return f"multiplies the map it is made from, in {module!r}"
+
+
+def _factors(node: fx.Node, flow: Dataflow) -> list[fx.Node]:
+    """The two maps that the node multiplies; empty for any other node."""
+    if flow.operation(node) not in _PRODUCTS:
+        return []
+    operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)][:2]
+    return operands if len(operands) == 2 and all(o in flow.fed for o in operands) else []
+
+
+def _bounded_activations(node: fx.Node, flow: Dataflow) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The bounded activations that ``node`` is made from alone, and the nodes from them on."""
+    activations: list[fx.Node] = []
+    passed: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in passed:
+            continue
+        passed.add(current)
+        name = flow.operation(current)
         if name in _BOUNDED:
-            return node
-        sources = [source for source in node.all_input_nodes if source in fed]
-        if not (is_view(node) or name in _ADJUSTMENTS) or len(sources) != 1:
-            return None
-        node = sources[0]
-    return None
+            activations.append(current)
+        elif flow.is_view(current) or name in _ADJUSTMENTS:
+            pending.extend(flow.fed_sources(current))
+        else:
+            return [], set()
+    return activations, passed
 
 
-def _gated_maps(node: fx.Node, fed: set[fx.Node]) -> list[fx.Node]:
+def _gated_maps(node: fx.Node, flow: Dataflow) -> list[fx.Node]:
     """``node`` behind its views, and what it was before other gates multiplied it."""
-    while is_view(node):
+    while flow.is_view(node):
         node = node.all_input_nodes[0]
     maps = [node]
-    if operation_name(node) in _PRODUCTS:
-        operands = [source for source in node.args[:2] if isinstance(source, fx.Node)]
-        for gate, gated in (operands, operands[::-1]) if len(operands) == 2 else ():
-            if _bounded_activation(gate, fed) is not None:
-                maps += _gated_maps(gated, fed)
+    operands = _factors(node, flow)
+    for factor, gated in (operands, operands[::-1]) if operands else ():
+        if _bounded_activations(factor, flow)[0]:
+            maps += _gated_maps(gated, flow)
     return maps
 
 
-def _between(
-    source: fx.Node, target: fx.Node, fed: set[fx.Node], order: dict[fx.Node, int]
-) -> set[fx.Node]:
-    """The operations that make ``target`` from ``source``; none if anything else feeds it.
+def _is_made_from(target: fx.Node, source: fx.Node, flow: Dataflow) -> bool:
+    """Whether ``source`` is all that ``target`` is made from.
 
-    What depends on the input and stands before ``source`` cannot have been made from it.
+    Inputs, and what stands before ``source``, cannot have been made from it.
     """
-    inside: set[fx.Node] = set()
-    pending = [n for n in target.all_input_nodes if n in fed]
+    seen: set[fx.Node] = set()
+    pending = flow.fed_sources(target)
     reached = False
     while pending:
         current = pending.pop()
         if current is source:
             reached = True
-        elif order[current] < order[source]:
-            return set()
-        elif current not in inside:
-            inside.add(current)
-            pending.extend(n for n in current.all_input_nodes if n in fed)
-    return inside if reached else set()
+        elif current.op == "placeholder" or flow.order[current] < flow.order[source]:
+            return False
+        elif current not in seen:
+            seen.add(current)
+            pending.extend(flow.fed_sources(current))
+    return reached
+
+
+def _used_for_nothing_else(
+    activations: list[fx.Node], factor_nodes: set[fx.Node], flow: Dataflow
+) -> list[fx.Node]:
+    """What the activations are made from and nothing but the product uses, in its order.
+
+    Against the graph's order a node comes after all its consumers.
+    """
+    inside: list[fx.Node] = []
+    allowed = set(factor_nodes)
+    pending = [-flow.order[s] for activation in activations for s in flow.fed_sources(activation)]
+    heapq.heapify(pending)
+    nodes = list(flow.order)
+    while pending:
+        node = nodes[-heapq.heappop(pending)]
+        if node in allowed or node.op == "placeholder":
+            continue
+        if all(user in allowed for user in flow.consumers(node)):
+            inside.append(node)
+            allowed.add(node)
+            for source in flow.fed_sources(node):
+                heapq.heappush(pending, -flow.order[source])
+    return inside[::-1]
+
+
+def _depth(operations: list[fx.Node], flow: Dataflow) -> float:
+    """The most layers that stand in a row among the operations, which are in their order."""
+    depths: dict[fx.Node, float] = {}
+    for node in operations:
+        before = max((depths.get(source, 0) for source in flow.fed_sources(node)), default=0)
+        depths[node] = before + flow.layers_in(node)
+    return max(depths.values(), default=0)

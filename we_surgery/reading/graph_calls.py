@@ -15,8 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 from we_surgery.excitations import WeightLayout
 from we_surgery.graphs import Fetch, fetches
 from we_surgery.layer_names import raw_name
-from we_surgery.reading.symbolic import TracedBlock, norm_after_calls, reads_shape_only
-from we_surgery.reading.weight_use import fed_by_input
+from we_surgery.reading.dataflow import Dataflow, reads_shape_only
+from we_surgery.reading.gates import gate_operations, gate_reason
+from we_surgery.reading.norms import After, after
+from we_surgery.reading.symbolic import TracedBlock
 
 _aten = torch.ops.aten
 _AS_ATEN: dict[Any, Any] = {
@@ -79,6 +81,7 @@ class GraphRead:
         kind: ``conv2d``, ``linear``, ... by that operation.
         layout: its shape and how that operation reads it.
         obstacle: what else reads it, or reads it in another way, or None.
+        gate: the attention gate that one of the calls is in, or None.
         followed_by_norm: whether a norm comes after each of the calls.
         norm_evidence: what comes after them.
         constant_input: the calls apply it only to what no input feeds.
@@ -91,6 +94,7 @@ class GraphRead:
     kind: str
     layout: WeightLayout
     obstacle: str | None
+    gate: str | None
     followed_by_norm: bool
     norm_evidence: str
     constant_input: bool
@@ -141,7 +145,8 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
     for fetch in fetches(module, graph):
         by_parameter.setdefault((fetch.owner, fetch.parameter), []).append(fetch)
     modules = dict(module.named_modules())
-    fed = fed_by_input(graph)
+    flow = Dataflow(graph, modules)
+    gates = gate_operations(flow) if by_parameter else {}
     whole = {
         modules.get(str(node.target)): node for node in graph.nodes if _runs_unseen(node, modules)
     }
@@ -163,7 +168,8 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
         if not calls:
             continue
         obstacle = "is excited already" if excited else _obstacle(calls, uses)
-        norm, evidence = norm_after_calls([call.node for call in calls], modules)
+        comes = After.all_of(after(call.node, flow) for call in calls)
+        gate = next((gates[call.node] for call in calls if call.node in gates), None)
         yield GraphRead(
             owner=owner,
             parameter=name,
@@ -172,9 +178,10 @@ def _reads_of(module: nn.Module, graph: fx.Graph) -> Iterator[GraphRead]:
             kind=calls[0].kind,
             layout=calls[0].layout,
             obstacle=obstacle,
-            followed_by_norm=norm,
-            norm_evidence=evidence,
-            constant_input=all(call.data not in fed for call in calls),
+            gate=gate_reason(gate) if gate is not None else None,
+            followed_by_norm=bool(comes.is_norm),
+            norm_evidence=comes.reason,
+            constant_input=all(call.data not in flow.fed for call in calls),
         )
 
 
@@ -208,6 +215,7 @@ def _merged(first: GraphRead, second: GraphRead) -> GraphRead:
     return replace(
         first,
         obstacle=obstacle,
+        gate=first.gate or second.gate,
         followed_by_norm=first.followed_by_norm and second.followed_by_norm,
         norm_evidence=(second if first.followed_by_norm else first).norm_evidence,
         constant_input=first.constant_input and second.constant_input,

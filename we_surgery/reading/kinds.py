@@ -23,6 +23,7 @@ WEIGHTED = tuple(KINDS)
 # keeps its statistics, so it does not absorb a change of scale.
 _NORM_NAME = re.compile(r"norm|^(BN|GN|LN)(\d|$)", re.IGNORECASE)
 _NOT_A_NORM = re.compile(r"frozen|localresponse|standardized|spectral", re.IGNORECASE)
+_EACH_CHANNEL_NAME = re.compile(r"batch|instance|filterresponse|^(BN|IN)(\d|$)", re.IGNORECASE)
 _GATE_NAMES = frozenset(
     """
     se semodule selayer seblock seunit squeezeexcite squeezeexcitecl squeezeexcitation
@@ -51,6 +52,11 @@ def is_norm(module: nn.Module) -> bool:
     if any(isinstance(child, WEIGHTED) for child in module.modules()):
         return False
     return bool(_NORM_NAME.search(name)) and not _NOT_A_NORM.search(name)
+
+
+def normalizes_each_channel(norm: nn.Module) -> bool:
+    """Whether a norm takes each channel by itself, and not several together as layer norm does."""
+    return any(_EACH_CHANNEL_NAME.search(base.__name__) for base in type(norm).__mro__)
 
 
 def is_gate(module: nn.Module) -> bool:

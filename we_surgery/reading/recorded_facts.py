@@ -12,16 +12,17 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from we_surgery.excitations import WeightLayout
-from we_surgery.reading.aten_norms import norm_after
+from we_surgery.reading.dataflow import Dataflow
 from we_surgery.reading.facts import LayerFacts
-from we_surgery.reading.gates import gate_operations
+from we_surgery.reading.gates import gate_operations, gate_reason
 from we_surgery.reading.hooks import has_shared_hooks
 from we_surgery.reading.kinds import kind_of
+from we_surgery.reading.norms import After, after
 from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.tree import obstacle_of
-from we_surgery.reading.weight_use import WeightRead, fed_by_input, weight_reads, written_weights
+from we_surgery.reading.weight_use import WeightRead, weight_reads, written_weights
 from we_surgery.scripted import own_parameters
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ class _Use:
 
     read: WeightRead
     recording: Recording
+    flow: Dataflow
     gates: Mapping[fx.Node, str]
-    fed: set[fx.Node]
 
 
 def record_both_modes(
@@ -99,9 +100,9 @@ def apply_recordings(
         layers: the facts of the module tree; those with dataflow are replaced.
         recordings: at least one.
     """
-    uses = _uses(recordings)
     written = {n: by for recording in recordings for n, by in written_weights(recording).items()}
     modules = dict(model.named_modules())
+    uses = _uses(recordings, modules)
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     known = set()
     for layer in layers:
@@ -110,7 +111,7 @@ def apply_recordings(
         known.add(name)
         _mark_written(layer, written.get(name))
         if parameter is not None:
-            _apply(layer, uses.get(name, []), model, modules)
+            _apply(layer, uses.get(name, []), model)
     all_parameters = list(model.named_parameters(remove_duplicate=False))
     bare = [
         facts
@@ -120,24 +121,24 @@ def apply_recordings(
     ]
     for facts in bare:
         _mark_written(facts, written.get(facts.path))
-        _apply(facts, uses[facts.path], model, modules)
+        _apply(facts, uses[facts.path], model)
     order = {name: index for index, name in enumerate(modules)}
     return sorted([*layers, *bare], key=lambda facts: order[facts.module])
 
 
-def _uses(recordings: Sequence[Recording]) -> dict[str, list[_Use]]:
+def _uses(
+    recordings: Sequence[Recording], modules: Mapping[str, nn.Module]
+) -> dict[str, list[_Use]]:
     uses: dict[str, list[_Use]] = {}
     for recording in recordings:
-        fed = fed_by_input(recording.graph)
-        gates = gate_operations(recording, fed)
-        for name, reads in weight_reads(recording, fed).items():
-            uses.setdefault(name, []).extend(_Use(r, recording, gates, fed) for r in reads)
+        flow = Dataflow(recording.graph, modules)
+        gates = gate_operations(flow)
+        for name, reads in weight_reads(recording, flow.fed).items():
+            uses.setdefault(name, []).extend(_Use(r, recording, flow, gates) for r in reads)
     return uses
 
 
-def _apply(
-    layer: LayerFacts, uses: Sequence[_Use], model: nn.Module, modules: Mapping[str, nn.Module]
-) -> None:
+def _apply(layer: LayerFacts, uses: Sequence[_Use], model: nn.Module) -> None:
     per_recording: dict[int, int] = {}
     for use in uses:
         key = id(use.recording)
@@ -153,11 +154,9 @@ def _apply(
     layer.constant_input = all(use.read.constant_input for use in uses)
     if layer.gate is None:
         gates = [use.gates[use.read.node] for use in uses if use.read.node in use.gates]
-        layer.gate = f"multiplies the map it is made from, in {gates[0]!r}" if gates else None
-    norms = [norm_after(use.read.node, modules) for use in uses]
-    layer.followed_by_norm = all(met for met, _ in norms)
-    evidence = norms[0][1] if layer.followed_by_norm else next(e for met, e in norms if not met)
-    layer.norm_evidence = f"{evidence} follows" if layer.followed_by_norm else evidence
+        layer.gate = gate_reason(gates[0]) if gates else None
+    found = After.all_of(after(use.read.node, use.flow) for use in uses)
+    layer.followed_by_norm, layer.norm_evidence = found.is_norm, found.reason
     _apply_shift(layer, uses, model)
 
 
@@ -182,7 +181,7 @@ def _apply_shift(layer: LayerFacts, uses: Sequence[_Use], model: nn.Module) -> N
         if use.read.data is None:
             continue
         try:
-            shift = shift_before(use.read.data, channel_dim, use.recording, model, use.fed)
+            shift = shift_before(use.read.data, channel_dim, use.recording, model, use.flow.fed)
             shifts.append(shift)
         except Exception as error:
             layer.shift_unknown = f"its input's movement cannot be replayed: {_first_line(error)}"

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from we_surgery.reading.dataflow import fed_by_input, makes_new, operation_name
 from we_surgery.reading.displacement import Shift, find_shift, position_codes
 from we_surgery.reading.recorded import Recording
 from we_surgery.reading.recorder import DTYPE, SHAPE, after_write
-from we_surgery.reading.weight_use import (
-    fed_by_input,
-    makes_new,
-    operation_name,
-)
 
 _MOVES = frozenset(
     """

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from we_surgery.errors import SurgeryError
 from we_surgery.reading.facts import LayerFacts
-from we_surgery.reading.kinds import WEIGHTED, is_gate
+from we_surgery.reading.kinds import WEIGHTED
 from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
@@ -90,7 +90,7 @@ def _ends_slice(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     module = modules[str(node.target)]
     trained = any(parameter.requires_grad for parameter in module.parameters())
     holds_layers = any(isinstance(inner, WEIGHTED) for inner in module.modules())
-    return (trained and holds_layers) or is_gate(module)
+    return trained and holds_layers
 
 
 def _may_shift(inside: list[fx.Node], modules: dict[str, nn.Module]) -> bool:

@@ -112,6 +112,7 @@ def _with_graph_reads(
             type_name=read.operation,
             layout=read.layout,
             frozen=not read.tensor.requires_grad,
+            gate=read.gate,
             followed_by_norm=read.followed_by_norm,
             norm_evidence=read.norm_evidence,
             obstacle=obstacle,
@@ -160,7 +161,7 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     return None
 
 
-def _ancestors(name: str) -> Iterator[str]:
+def ancestors(name: str) -> Iterator[str]:
     """``a.b``, ``a`` and ``""`` for ``a.b.c``."""
     while name:
         name = name.rpartition(".")[0]
@@ -170,7 +171,7 @@ def _ancestors(name: str) -> Iterator[str]:
 def _mark_gates(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
     gates = {name: type(module).__name__ for name, module in modules.items() if is_gate(module)}
     for layer in layers:
-        for ancestor in _ancestors(layer.module):
+        for ancestor in ancestors(layer.module):
             if ancestor in gates:
                 layer.gate = f"{gates[ancestor]} at {ancestor!r}"
                 break
@@ -197,14 +198,23 @@ def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> Non
 
 
 def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
-    """Without dataflow, the next leaf registered after a conv stands for the next one called."""
-    leaves = [name for name, module in modules.items() if not list(module.children())]
-    following = dict(itertools.pairwise(leaves))
+    """Without dataflow, the order of registration stands for the order of the calls.
+
+    A norm counts that comes right after a layer, in the layer's own module or in one around it:
+    one that begins the next block normalizes what a residual block has added first.
+    """
+    whole: list[str] = []
+    for name, module in modules.items():
+        is_part = bool(whole) and name.startswith(f"{whole[-1]}.")
+        if not is_part and (not list(module.children()) or is_norm(module)):
+            whole.append(name)
+    following = dict(itertools.pairwise(whole))
     for layer in layers:
-        after = following.get(layer.module)
-        if after is not None and is_norm(modules[after]):
+        norm = following.get(layer.module)
+        around = norm is not None and norm.rpartition(".")[0] in ancestors(layer.module)
+        if norm is not None and around and is_norm(modules[norm]):
             layer.followed_by_norm = True
-            layer.norm_evidence = f"{after!r} is registered after it"
+            layer.norm_evidence = f"{norm!r} is registered after it"
 
 
 def _mark_tied(model: nn.Module, modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 from torch.utils._pytree import tree_iter
 
+from we_surgery.reading.dataflow import fed_by_input, is_view, operation_name
 from we_surgery.reading.recorded import Recording
 from we_surgery.reading.recorder import (
     EXCITATION,
@@ -17,7 +17,6 @@ from we_surgery.reading.recorder import (
     NO_GRADIENT,
     SHAPE,
     after_replacement,
-    after_write,
 )
 
 # Where a matrix or conv operation takes its data and its weight: pairs of argument positions.
@@ -36,22 +35,7 @@ _OPERANDS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 # Operations that present a tensor in another form, in memory of its own or not.
 _COPIES = frozenset(["aten.clone", "aten._to_copy", "aten.contiguous", "aten.lift_fresh"])
-# Operations that only present a tensor in another form.
 _TRANSPOSES = frozenset(["aten.t", "aten.transpose", "aten.permute", "aten.numpy_T"])
-_VIEWS = _TRANSPOSES | frozenset(
-    """
-    aten.view aten._unsafe_view aten.reshape aten.expand aten.unsqueeze aten.squeeze aten.slice
-    aten.split aten.split_with_sizes aten.unbind aten.select aten.alias aten.detach aten.clone
-    aten._to_copy aten.contiguous aten.lift_fresh aten.chunk aten.view_as aten.unsafe_split
-    """.split()
-)
-# Of their tensor argument these take the shape alone.
-_NEW_TENSORS = frozenset(
-    """
-    aten.zeros_like aten.ones_like aten.empty_like aten.full_like aten.rand_like aten.randn_like
-    aten.new_zeros aten.new_ones aten.new_empty aten.new_full aten.new_empty_strided
-    """.split()
-)
 # The operations that take their weight as the layer stores it, not transposed.
 _AS_STORED = frozenset(
     [
@@ -189,39 +173,9 @@ def _written_by(node: fx.Node) -> list[fx.Node]:
     return [found for found in tree_iter(arguments) if isinstance(found, fx.Node)]
 
 
-def operation_name(node: fx.Node) -> str:
-    """``aten.convolution`` for an operation, whatever its overload; "" for any other node."""
-    if node.op != "call_function" or not hasattr(node.target, "overloadpacket"):
-        return ""
-    return str(node.target.overloadpacket)
-
-
-def makes_new(node: fx.Node) -> bool:
-    """Whether the node makes a tensor in the shape of its argument, whatever that holds."""
-    return operation_name(node) in _NEW_TENSORS
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the node only presents its first argument in another form."""
-    if node.op == "call_function" and node.target in (operator.getitem, after_write):
-        return True
-    return operation_name(node) in _VIEWS
-
-
 def _argument(node: fx.Node, index: int) -> fx.Node | None:
     value = node.args[index] if index < len(node.args) else None
     return value if isinstance(value, fx.Node) else None
-
-
-def fed_by_input(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values depend on the model's input."""
-    fed: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or (
-            any(source in fed for source in node.all_input_nodes) and not makes_new(node)
-        ):
-            fed.add(node)
-    return fed
 
 
 def _is_turned(node: fx.Node, source: fx.Node) -> bool:

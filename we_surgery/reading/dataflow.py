@@ -1,0 +1,223 @@
+"""What the nodes of a graph do, in one vocabulary for recorded and for traced graphs.
+
+A recorded graph holds aten operations, a traced one calls of modules, functions and methods:
+``aten._softmax``, ``nn.Softmax``, ``F.softmax`` and ``x.softmax`` are all ``softmax`` here. So each
+fact is found by one pass, whatever graph it goes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+
+from we_surgery.reading.kinds import WEIGHTED, is_norm, normalizes_each_channel
+from we_surgery.reading.recorder import MODULE
+
+# Operations that only present a tensor in another form.
+_VIEWS = frozenset(
+    """
+    view unsafeview reshape expand unsqueeze squeeze slice split splitwithsizes unsafesplit unbind
+    select narrow alias detach clone contiguous liftfresh chunk tensorsplit viewas expandas
+    reshapeas typeas t transpose permute numpyt movedim moveaxis swapaxes swapdims flatten
+    unflatten getitem afterwrite to tocopy type float half bfloat16 double identity rearrange
+    """.split()
+)
+# Of their tensor argument these take the shape alone.
+_NEW_TENSORS = frozenset(
+    """
+    zeroslike oneslike emptylike fulllike randlike randnlike newzeros newones newempty newfull
+    newemptystrided newtensor
+    """.split()
+)
+# Of their second tensor these take the shape or dtype alone.
+_LIKE_ANOTHER = frozenset(["viewas", "expandas", "reshapeas", "typeas", "to", "type"])
+_ABOUT_A_TENSOR = frozenset(
+    "shape size dim ndim device dtype numel stride isfloatingpoint iscontiguous".split()
+)
+_EACH_CHANNEL_NORMS = ("batchnorm", "instancenorm")
+_NORMS = (*_EACH_CHANNEL_NORMS, "layernorm", "groupnorm", "rmsnorm")
+_LAYERS = frozenset("linear mm addmm bmm baddbmm matmul mv nativemultiheadattention".split())
+_RECURRENT = frozenset("lstm gru rnntanh rnnrelu lstmcell grucell mkldnnrnnlayer".split())
+
+
+def operation_name(node: fx.Node) -> str:
+    """``aten.convolution`` for an aten operation, whatever its overload; "" for any other node."""
+    if node.op != "call_function" or not hasattr(node.target, "overloadpacket"):
+        return ""
+    return str(node.target.overloadpacket)
+
+
+def called_name(node: fx.Node) -> str:
+    """What a function or method call does: ``avgpool2d`` for ``F.avg_pool2d``; "" for all else."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = operation_name(node) or getattr(node.target, "__name__", "")
+    else:
+        return ""
+    return _plain(name.removeprefix("aten."))
+
+
+def _writes(node: fx.Node) -> bool:
+    name = operation_name(node) or str(getattr(node.target, "__name__", node.target))
+    return node.op in ("call_function", "call_method") and name.endswith("_")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call only presents its first argument in another form."""
+    return called_name(node) in _VIEWS
+
+
+def makes_new(node: fx.Node) -> bool:
+    """Whether the node makes a tensor in the shape of its argument, whatever that holds."""
+    return called_name(node) in _NEW_TENSORS
+
+
+def reads_shape_only(node: fx.Node) -> bool:
+    """Whether the node asks its argument for its shape, dtype or device."""
+    is_getattr: Callable[..., Any] = getattr
+    if node.op == "call_function" and node.target is is_getattr:
+        return _plain(str(node.args[1])) in _ABOUT_A_TENSOR
+    return called_name(node) in _ABOUT_A_TENSOR
+
+
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values the node's result depends on."""
+    if makes_new(node) or reads_shape_only(node):
+        return []
+    read = node.all_input_nodes
+    return read[:1] if called_name(node) in _LIKE_ANOTHER else read
+
+
+def fed_by_input(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values depend on the model's input."""
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(source in fed for source in sources(node)):
+            fed.add(node)
+    return fed
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """A graph with the modules its nodes belong to.
+
+    Attributes:
+        graph: of a whole model or of one of its submodules.
+        modules: the modules by their names from there on.
+        prefix: that submodule's name; "" for the whole model.
+        unseen: the modules in it that were kept whole because they could not be traced.
+    """
+
+    graph: fx.Graph
+    modules: Mapping[str, nn.Module]
+    prefix: str = ""
+    unseen: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def fed(self) -> set[fx.Node]:
+        """The nodes whose values depend on the graph's input."""
+        return fed_by_input(self.graph)
+
+    @cached_property
+    def live(self) -> set[fx.Node]:
+        """The nodes whose values reach the output, or a tensor that is written to.
+
+        Of a graph without outputs, as where a model returns an object of its own, those that
+        anything uses.
+        """
+        nodes = list(self.graph.nodes)
+        outputs = [node for node in nodes if node.op == "output"]
+        if not any(node.all_input_nodes for node in outputs):
+            return {node for node in nodes if node.users}
+        live = {node for node in nodes if _writes(node)}.union(outputs)
+        for node in reversed(nodes):
+            if node in live:
+                live.update(sources(node))
+        return live
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """When each node runs."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    def operation(self, node: fx.Node) -> str:
+        """What the node does, in lower case and without underscores; "" for what does nothing."""
+        if node.op == "call_module":
+            return _plain(type(self._module_of(node)).__name__)
+        return called_name(node)
+
+    def fed_sources(self, node: fx.Node) -> list[fx.Node]:
+        """Its sources that depend on the graph's input."""
+        return [source for source in sources(node) if source in self.fed]
+
+    def consumers(self, node: fx.Node) -> list[fx.Node]:
+        """The live nodes that use the node's values."""
+        return [user for user in node.users if user in self.live and node in sources(user)]
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the node only presents its first argument in another form."""
+        return self.operation(node) in _VIEWS
+
+    def runner(self, node: fx.Node) -> str:
+        """The innermost module that runs the node, by its name from the graph's root on."""
+        return str(node.target) if node.op == "call_module" else str(node.meta.get(MODULE, ""))
+
+    def full_name(self, name: str) -> str:
+        """A module's name in the model."""
+        return ".".join(part for part in (self.prefix, name) if part)
+
+    def is_unseen(self, node: fx.Node) -> bool:
+        """Whether what the node does with its arguments is not in the graph."""
+        if node.op == "output":
+            return bool(self.prefix)
+        return node.op == "call_module" and str(node.target) in self.unseen
+
+    def is_norm(self, node: fx.Node, before: fx.Node) -> bool:
+        """Whether the node normalizes, or is part of a norm module that ``before`` is not in."""
+        if any(norm in called_name(node) for norm in _NORMS):
+            return True
+        return self._is_in_norm(node) and self.runner(node) != self.runner(before)
+
+    def normalizes_each_channel(self, node: fx.Node) -> bool:
+        """Whether a norm takes each channel by itself, as batch norm does."""
+        if self._is_in_norm(node):
+            return normalizes_each_channel(self.modules[self.runner(node)])
+        return any(norm in called_name(node) for norm in _EACH_CHANNEL_NORMS)
+
+    def layers_in(self, node: fx.Node) -> float:
+        """How many layers the node puts its data through; a recurrent one has no end."""
+        name = self.operation(node)
+        if node.op == "call_module":
+            module = self._module_of(node)
+            inside = () if module is None else tuple(module.modules())
+            if any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in inside):
+                return float("inf")
+            return sum(isinstance(m, WEIGHTED) for m in inside)
+        if name in _RECURRENT:
+            return float("inf")
+        is_layer = name in _LAYERS or name.startswith("conv")
+        return int(is_layer and any(source not in self.fed for source in sources(node)))
+
+    def describe(self, node: fx.Node) -> str:
+        """The node in words for the reasons of a plan."""
+        if node.op == "output":
+            return "the model's output"
+        if node.op == "call_module" or self._is_in_norm(node):
+            return repr(self.full_name(self.runner(node)))
+        return operation_name(node) or str(getattr(node.target, "__name__", node.target))
+
+    def _is_in_norm(self, node: fx.Node) -> bool:
+        owner = self._module_of(node)
+        return owner is not None and is_norm(owner)
+
+    def _module_of(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(self.runner(node))
