@@ -221,6 +221,50 @@ def test_a_second_attach_is_refused(run):
     go_on(model, optimizer)
 
 
+def test_a_second_stage_moves_to_its_own_optimizer(run):
+    model, first, excitation = run
+    names = list(excitation.named_parameters())
+    before = snapshot(model)
+    raws = [p.detach().clone() for p in excitation.parameters()]
+    second = torch.optim.AdamW(model.parameters(), 1e-2)
+    excitation.move_to(second)
+    assert same(before, model.state_dict())
+    assert list(excitation.named_parameters()) == names
+    now = excitation.parameters()
+    assert all(torch.equal(one, other) for one, other in zip(raws, now, strict=True))
+    assert not second.state
+    assert "step" not in vars(first)
+    steps = excitation.steps
+    go_on(model, second)
+    assert excitation.steps == steps + 1
+    assert all(not torch.equal(one, p) for one, p in zip(raws, now, strict=True) if p.numel() > 9)
+    states = second.state_dict()["state"]["we_surgery"]["optimizer"]
+    assert all("exp_avg" in kept[0] for kept in states.values())
+    with pytest.raises(ws.AttachmentError, match="attached to another optimizer"):
+        go_on(model, first)
+
+
+def test_a_changed_model_or_another_models_optimizer_is_not_moved(run):
+    model, optimizer, excitation = run
+    with pytest.raises(ws.InputError, match="does not hold the weight of layer 'stem'"):
+        excitation.move_to(sgd(Net()))
+    nn.init.normal_(model.stem.weight)
+    with pytest.raises(ws.AttachmentError, match=OUTSIDE):
+        excitation.move_to(sgd(model))
+    excitation.restore()
+    go_on(model, optimizer)
+
+
+def test_an_excitation_that_is_gone_with_its_optimizer_is_in_nobodys_way():
+    model = Net()
+    ws.attach(model, sgd(model))
+    optimizer = sgd(model)
+    with pytest.raises(ws.AttachmentError, match="attached to another optimizer"):
+        go_on(model, optimizer)
+    ws.attach(model, optimizer)
+    go_on(model, optimizer)
+
+
 def test_a_second_optimizer_over_the_same_weights_is_refused_to_step(run):
     model, _, _ = run
     other = sgd(model)

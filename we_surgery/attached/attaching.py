@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from we_surgery.attached.building import Building, Trained
 from we_surgery.attached.excitation import AttachedExcitation
-from we_surgery.attached.registry import STATE_KEY, is_attached
-from we_surgery.attached.wrappers import inside_wrappers, unwrapped, with_wrapped
+from we_surgery.attached.optimizers import supported_optimizers
+from we_surgery.attached.registry import STATE_KEY, excitation_of
+from we_surgery.attached.wrappers import inside_wrappers, with_wrapped
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
 from we_surgery.grafting import Init, Start
@@ -21,15 +22,6 @@ from we_surgery.plans import Plan
 from we_surgery.policy import Policy
 from we_surgery.rules import Rule
 from we_surgery.surgery import is_converted, refuse_wrappers
-
-_REFUSED = {
-    "ZeroRedundancyOptimizer": "divides its parameters among the processes",
-    "DeepSpeedZeroOptimizer": "keeps flat copies of the parameters",
-    "DeepSpeedZeroOptimizer_Stage3": "keeps flat copies of the parameters",
-    "DeepSpeedOptimizerWrapper": "keeps flat copies of the parameters",
-    "FP16_Optimizer": "keeps flat copies of the parameters",
-    "BF16_Optimizer": "keeps flat copies of the parameters",
-}
 
 
 def attach(
@@ -92,7 +84,7 @@ def attach(
         >>> excitation = ws.attach(model, optimizer, mode="lwe")
     """
     root = inside_wrappers(model)
-    optimizers = _optimizers(optimizer)
+    optimizers = supported_optimizers(optimizer)
     _refuse_model(root)
     options = resolve_options(
         mode,
@@ -131,33 +123,6 @@ def attach(
     return handle
 
 
-def _optimizers(given: Any) -> list[Any]:
-    several = given.values() if isinstance(given, Mapping) else given
-    found = [unwrapped(each) for each in (several if isinstance(several, Iterable) else [given])]
-    if not found:
-        raise InputError("no optimizer was given", "Give the optimizer that trains the model.")
-    for each in found:
-        for layer in with_wrapped(each):
-            name = type(layer).__name__
-            if name in _REFUSED or name.startswith("DeepSpeed"):
-                reason = _REFUSED.get(name, "keeps flat copies of the parameters")
-                raise InputError(
-                    f"{name} is not supported: it {reason}",
-                    "Convert the model instead (`we_surgery.convert`), before it is wrapped.",
-                )
-            if getattr(layer, "is_second_order", False):
-                raise InputError(
-                    f"{name} differentiates through the gradients, which attach does not support",
-                    "Convert the model instead (`we_surgery.convert`).",
-                )
-        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
-            raise InputError(
-                f"{type(each).__name__} is not a torch optimizer",
-                "Give the optimizer whose `step` trains the model.",
-            )
-    return found
-
-
 def _refuse_model(root: nn.Module) -> None:
     if is_converted(root):
         raise InputError(
@@ -166,10 +131,11 @@ def _refuse_model(root: nn.Module) -> None:
         )
     refuse_wrappers(root)
     for name, parameter in root.named_parameters():
-        if is_attached(parameter):
+        if excitation_of(parameter) is not None:
             raise InputError(
                 f"{name!r} is excited by an excitation that was attached before",
-                "Call `detach()` on that excitation first.",
+                "To go on with another optimizer, call `excitation.move_to(optimizer)`. To begin "
+                "anew, call `excitation.detach()` first.",
             )
 
 

@@ -14,12 +14,17 @@ from torch import nn
 
 from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
-from we_surgery.attached.optimizers import start_early_state
+from we_surgery.attached.optimizers import start_early_state, supported_optimizers
 from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
 from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
 from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
-from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, write
+from we_surgery.attached.weights import (
+    AttachedWeight,
+    ExcitationParameter,
+    optimizer_of,
+    write,
+)
 from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.copies import copy_model
 from we_surgery.errors import AttachmentError, InputError
@@ -213,6 +218,38 @@ class AttachedExcitation:
             undo()
         self._undo.clear()
 
+    def move_to(self, optimizer: Any) -> None:
+        """Goes on in another optimizer of the same weights, as for a second stage of training.
+
+        The former optimizer is as after :meth:`detach`. The new one begins without state, for
+        raw weights and excitations alike.
+
+        Args:
+            optimizer: as for :func:`we_surgery.attach`.
+
+        Raises:
+            InputError: the optimizer is not supported, or does not hold all excited weights.
+            AttachmentError: a weight was changed since the last step. Nothing was changed.
+        """
+        optimizers = supported_optimizers(optimizer)
+        found = []
+        for weight in self._weights:
+            own = optimizer_of(weight.parameter, optimizers)
+            if own is None:
+                raise InputError(
+                    f"the optimizer does not hold the weight of layer {weight.layer!r}",
+                    "Make it of this model's Parameters.",
+                )
+            found.append((weight, own))
+        self.report(self._weights)
+        steps = self.steps
+        self.detach()
+        self._building = replace(self._building, optimizers=optimizers)
+        self._weights = []
+        self.add(found)
+        for step in self._steps:
+            step.steps = steps
+
     def extend(self) -> int:
         """Excites layers that were frozen when excitation was attached and are trained now.
 
@@ -280,7 +317,7 @@ class AttachedExcitation:
         if step is not None:
             step.weights += weights
             step.parameters += own
-            register(parameters, layers)
+            register(self, parameters, layers)
             self._undo.append(lambda: unregister(parameters, []))
             return
         tripwire = Tripwire(self.is_held, self.report)
@@ -289,7 +326,7 @@ class AttachedExcitation:
         self._undo.append(functools.partial(self._steps.remove, step))
         self._undo.append(step.remove)
         step.install()
-        register(parameters, layers)
+        register(self, parameters, layers)
         self._undo.append(lambda: unregister(parameters, layers))
         for layer in layers:
             self._mark(layer)

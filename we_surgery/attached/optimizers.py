@@ -1,4 +1,4 @@
-"""Where an excitation's parameter goes in an optimizer, and the state it starts with."""
+"""Which optimizers are supported; where an excitation's parameter goes in one, and its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from we_surgery.attached.wrappers import with_wrapped
+from we_surgery.attached.wrappers import unwrapped, with_wrapped
+from we_surgery.errors import InputError
+
+_REFUSED = {
+    "ZeroRedundancyOptimizer": "divides its parameters among the processes",
+    "DeepSpeedZeroOptimizer": "keeps flat copies of the parameters",
+    "DeepSpeedZeroOptimizer_Stage3": "keeps flat copies of the parameters",
+    "DeepSpeedOptimizerWrapper": "keeps flat copies of the parameters",
+    "FP16_Optimizer": "keeps flat copies of the parameters",
+    "BF16_Optimizer": "keeps flat copies of the parameters",
+}
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,3 +69,38 @@ def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any)
             others = (layer.state.get(other, {}) for other in group["params"])
             if any("momentum_buffer" in state for state in others):
                 layer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.detach())
+
+
+def supported_optimizers(given: Any) -> list[Any]:
+    """The optimizers that step, inside their wrappers.
+
+    Args:
+        given: one optimizer, a list of them, or a mapping whose values they are.
+
+    Raises:
+        InputError: one is not supported, or there is none.
+    """
+    several = given.values() if isinstance(given, Mapping) else given
+    found = [unwrapped(each) for each in (several if isinstance(several, Iterable) else [given])]
+    if not found:
+        raise InputError("no optimizer was given", "Give the optimizer that trains the model.")
+    for each in found:
+        for layer in with_wrapped(each):
+            name = type(layer).__name__
+            if name in _REFUSED or name.startswith("DeepSpeed"):
+                reason = _REFUSED.get(name, "keeps flat copies of the parameters")
+                raise InputError(
+                    f"{name} is not supported: it {reason}",
+                    "Convert the model instead (`we_surgery.convert`), before it is wrapped.",
+                )
+            if getattr(layer, "is_second_order", False):
+                raise InputError(
+                    f"{name} differentiates through the gradients, which attach does not support",
+                    "Convert the model instead (`we_surgery.convert`).",
+                )
+        if not hasattr(each, "param_groups") or not hasattr(each, "state"):
+            raise InputError(
+                f"{type(each).__name__} is not a torch optimizer",
+                "Give the optimizer whose `step` trains the model.",
+            )
+    return found

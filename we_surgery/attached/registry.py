@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,11 @@ def watch_all_optimizers() -> None:
         _watching.append(register_optimizer_step_pre_hook(_look))
 
 
-def register(parameters: list[nn.Parameter], optimizers: list[Any]) -> None:
+def register(excitation: Any, parameters: list[nn.Parameter], optimizers: list[Any]) -> None:
     """Notes that these optimizers, and no others, may step these Parameters."""
     watch_all_optimizers()
     for parameter in parameters:
-        _attached[parameter] = True
+        _attached[parameter] = weakref.ref(excitation)
     for optimizer in optimizers:
         _stepping.add(optimizer)
 
@@ -61,9 +62,16 @@ def unregister(parameters: list[nn.Parameter], optimizers: list[Any]) -> None:
         _stepping.discard(optimizer)
 
 
-def is_attached(parameter: nn.Parameter) -> bool:
-    """Whether the Parameter's values are excited in a step."""
-    return parameter in _attached
+def excitation_of(parameter: nn.Parameter) -> Any:
+    """The excitation that is attached to the Parameter.
+
+    None if there is none, or if it is gone with its optimizer, whose hooks are all that holds it.
+    """
+    found = _attached.get(parameter)
+    if found is not None and found() is not None:
+        gc.collect()  # an optimizer and its hooks hold each other
+        return found()
+    return None
 
 
 def _look(optimizer: Optimizer, *_: Any) -> None:
