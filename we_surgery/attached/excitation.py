@@ -19,12 +19,8 @@ from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
 from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
 from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
-from we_surgery.attached.weights import (
-    AttachedWeight,
-    ExcitationParameter,
-    optimizer_of,
-    write,
-)
+from we_surgery.attached.transform import write
+from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
 from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.copies import copy_model
 from we_surgery.errors import AttachmentError, InputError

@@ -90,11 +90,14 @@ def _sample(weight: AttachedWeight, step: int) -> Tensor:
     """Up to 64 values spread over the weight; others at each step."""
     values = weight.parameter.detach()
     count = values.numel()
-    reach = sum(
-        (size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True)
-    )
-    if reach + 1 != count:  # with gaps, or with values that share memory
-        values = values.flatten()
     stride = max(count // SAMPLES, 1)
-    offset = values.storage_offset() + step * _A_PRIME % stride
-    return values.as_strided((min(count, SAMPLES),), (stride,), offset)
+    offset = step * _A_PRIME % stride
+    if not (values.is_contiguous() or _is_dense(values)):
+        return values.flatten()[offset : offset + SAMPLES * stride : stride]
+    return values.as_strided((min(count, SAMPLES),), (stride,), values.storage_offset() + offset)
+
+
+def _is_dense(values: Tensor) -> bool:
+    """Whether each value lies in memory once, without gaps, as in channels_last."""
+    axes = zip(values.shape, values.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in axes) + 1 == values.numel()

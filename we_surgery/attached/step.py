@@ -18,13 +18,8 @@ import torch
 from torch import nn
 
 from we_surgery.attached.guard import Tripwire
-from we_surgery.attached.weights import (
-    AttachedWeight,
-    ExcitationParameter,
-    drop_gradient,
-    pull_back,
-    write,
-)
+from we_surgery.attached.transform import drop_gradient, pull_back, write
+from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
 from we_surgery.errors import InputError, ThawedLayerWarning
 

@@ -7,114 +7,124 @@ other excitation runs under autograd, whose node keeps the raw weight and no int
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from we_surgery.excitations import Composition
-from we_surgery.excitations.closed_form import excite_into, pull_back
-from we_surgery.excitations.terms import Kept, Pullback, Terms
-
-
-@dataclass(slots=True)
-class Excited:
-    """What the forward pass of one weight leaves for its backward pass.
-
-    Attributes:
-        terms: the closed form's inputs; None for a weight computed under autograd.
-        kept: the closed form's own intermediates, a few numbers per filter.
-        edge: autograd's node of W'; None for the closed form, and where nothing is trained.
-    """
-
-    terms: Terms | None = None
-    kept: Kept | None = None
-    edge: GradientEdge | None = None
+from we_surgery.attached.weights import AttachedWeight, Excited
+from we_surgery.excitations import Backend
+from we_surgery.excitations.closed_form import excite_into
+from we_surgery.excitations.closed_form import pull_back as pull_back_in_closed_form
+from we_surgery.excitations.terms import Pullback, Terms
 
 
-def excite(
-    weights: Sequence[tuple[Composition, nn.Parameter, Tensor]], *, advance: bool
-) -> list[Excited]:
-    """Writes E(raw) of each weight into its target.
+def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
+    """Computes W' = E(raw) into each Parameter's own memory.
 
     Args:
-        weights: excitation, raw weight and target, a tensor of the raw weight's shape.
+        weights: the weights.
         advance: whether buffers that follow training, such as a power iteration's, move first.
     """
-    found: list[Excited] = [Excited() for _ in weights]
-    closed: dict[str, list[tuple[int, Terms]]] = {}
-    for place, (excitation, raw, target) in enumerate(weights):
-        with torch.enable_grad():
-            terms = excitation.closed_form(raw)
+    closed: dict[Backend, list[tuple[AttachedWeight, Terms]]] = {}
+    for weight in weights:
+        terms = weight.excitation.closed_form(weight.raw)
         if terms is not None:
-            closed.setdefault(excitation.backend, []).append((place, terms))
-            continue
-        excitation.train(advance)
-        with torch.enable_grad():
-            excited = excitation(raw)
-            if excited is raw:
-                excited = raw.view_as(raw)
-        excitation.eval()
-        if excited.requires_grad:
-            found[place].edge = get_gradient_edge(excited)
-        with torch.no_grad():
-            target.copy_(excited)
-    for backend, places in closed.items():
-        asked = [(weights[place][1], terms, weights[place][2]) for place, terms in places]
-        results = excite_into(asked, backend)  # type: ignore[arg-type]
-        for (place, terms), (_, kept) in zip(places, results, strict=True):
-            found[place] = Excited(terms, kept)
-    return found
+            closed.setdefault(weight.excitation.backend, []).append((weight, terms))
+        elif weight.excitation.is_identity(weight.raw):
+            weight.excited = Excited(is_identity=True)
+            with torch.no_grad():
+                weight.parameter.copy_(weight.raw)
+        else:
+            _write_by_autograd(weight, advance)
+    for backend, pairs in closed.items():
+        jobs = [(weight.raw, terms, weight.parameter.detach()) for weight, terms in pairs]
+        kept = (kept for _, kept in excite_into(jobs, backend))
+        for (weight, terms), own in zip(pairs, kept, strict=True):
+            weight.excited = Excited(terms, own)
+    for weight in weights:
+        weight.version = weight.parameter._version
+        weight.address = weight.parameter.data_ptr()
 
 
-def differentiate(
-    weights: Sequence[tuple[Composition, nn.Parameter, Excited, Tensor]],
-) -> None:
-    """Assigns the gradients of raw weights and excitation parameters.
+def _write_by_autograd(weight: AttachedWeight, advance: bool) -> None:
+    weight.excitation.train(advance)
+    with torch.enable_grad():
+        excited = weight.excitation(weight.raw)
+    weight.excitation.eval()
+    # The node and not W' itself, which lies in the Parameter.
+    weight.excited = Excited(edge=get_gradient_edge(excited) if excited.requires_grad else None)
+    with torch.no_grad():
+        weight.parameter.copy_(excited)
+
+
+def pull_back(weights: Sequence[AttachedWeight]) -> None:
+    """Assigns the gradients of raw weights and excitations from those of the Parameters.
 
     The last weight comes first, as in the backward pass of a model: a parameter that several
     excitations share then sums its gradients in the same order.
 
     Args:
-        weights: excitation, raw weight, what :func:`excite` left, and the gradient of W', which
-            is not changed.
+        weights: those whose Parameter has a gradient; it is not changed.
     """
-    for excitation, raw, _, _ in weights:
-        raw.grad = None
-        for parameter in excitation.parameters():
+    closed: dict[Backend, list[AttachedWeight]] = {}
+    for weight in weights:
+        weight.raw.grad = None
+        for parameter in weight.parameters:
             parameter.grad = None
-    closed: dict[str, list[int]] = {}
-    for place, (excitation, _, excited, _) in enumerate(weights):
-        if excited.terms is not None:
-            closed.setdefault(excitation.backend, []).append(place)
+        if weight.excited.terms is not None:
+            closed.setdefault(weight.excitation.backend, []).append(weight)
     found: dict[int, tuple[Tensor | None, ...]] = {}
-    for backend, places in closed.items():
-        asked = [_pullback(*weights[place]) for place in places]
-        found |= zip(places, pull_back(backend, asked), strict=True)  # type: ignore[arg-type]
-    for place in reversed(range(len(weights))):
-        excitation, raw, excited, gradient = weights[place]
-        if excited.terms is not None:
-            by_raw, *by_fcs = found.pop(place)
-            raw.grad = by_raw
-            _accumulate(excited.terms, by_fcs)
-        elif excited.edge is not None:
-            inputs = [p for p in (raw, *excitation.parameters()) if p.requires_grad]
+    for backend, own in closed.items():
+        results = pull_back_in_closed_form(backend, [_pullback(weight) for weight in own])
+        found |= zip(map(id, own), results, strict=True)
+    for weight in reversed(weights):
+        if weight.excited.terms is not None:
+            weight.raw.grad, *by_fcs = found.pop(id(weight))
+            _accumulate(weight.excited.terms, by_fcs)
+        elif weight.excited.is_identity:
+            weight.raw.grad = _gradient(weight)
+            for parameter in weight.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        elif weight.excited.edge is not None:
+            inputs = [p for p in (weight.raw, *weight.parameters) if p.requires_grad]
             # Retained: an optimizer may ask for the gradients again before it moves the weight.
             torch.autograd.backward(
-                excited.edge, gradient.to(raw.dtype), inputs=inputs, retain_graph=True
+                weight.excited.edge, _gradient(weight), inputs=inputs, retain_graph=True
             )
+        if weight.raw.grad is not None:
+            weight.gradient_version = weight.raw.grad._version
 
 
-def _pullback(
-    excitation: Composition, raw: nn.Parameter, excited: Excited, gradient: Tensor
-) -> Pullback:
-    assert excited.terms is not None
-    assert excited.kept is not None
-    terms = excited.terms
+def drop_gradient(weight: AttachedWeight) -> None:
+    """Clears the raw weight's gradient, and the Parameter's if the optimizer cleared the raw one.
+
+    SAM does between its two halves.
+    """
+    gradient, weight.raw.grad = weight.raw.grad, None
+    own = weight.parameter.grad
+    if gradient is None:
+        weight.parameter.grad = None
+        return
+    is_written = own is not gradient and gradient._version != weight.gradient_version
+    if is_written and own is not None and not gradient.any():
+        own.zero_()
+
+
+def _gradient(weight: AttachedWeight) -> Tensor:
+    gradient = weight.parameter.grad
+    assert gradient is not None
+    return gradient.to(weight.raw.dtype)
+
+
+def _pullback(weight: AttachedWeight) -> Pullback:
+    terms, kept = weight.excited.terms, weight.excited.kept
+    assert terms is not None
+    assert kept is not None
     fcs = (terms.fc1_weight, terms.fc1_bias, terms.fc2_weight, terms.fc2_bias)
-    needed = (raw.requires_grad, *(t is not None and t.requires_grad for t in fcs))
-    return Pullback(gradient.to(raw.dtype), raw, terms, excited.kept, needed)
+    needed = (True, *(tensor is not None and tensor.requires_grad for tensor in fcs))
+    return Pullback(_gradient(weight), weight.raw, terms, kept, needed)
 
 
 def _accumulate(terms: Terms, gradients: Iterable[Tensor | None]) -> None:

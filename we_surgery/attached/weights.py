@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.optim import Optimizer
 
-from we_surgery.attached.transform import Excited, differentiate, excite
 from we_surgery.excitations import Composition
+from we_surgery.excitations.terms import Kept, Terms
+
+
+@dataclass(slots=True)
+class Excited:
+    """What the forward pass of one weight leaves for its backward pass.
+
+    Attributes:
+        terms: the closed form's inputs; None for a weight computed under autograd.
+        kept: the closed form's own intermediates, a few numbers per filter.
+        edge: autograd's node of W'; None for the closed form, and where nothing is trained.
+        is_identity: whether W' is the raw weight, as of a paused excitation.
+    """
+
+    terms: Terms | None = None
+    kept: Kept | None = None
+    edge: GradientEdge | None = None
+    is_identity: bool = False
 
 
 @dataclass(eq=False)
@@ -25,6 +43,7 @@ class AttachedWeight:
         parameter: the model's own Parameter, which holds W' = E(raw).
         raw: what the optimizer trains in its place.
         excitation: E.
+        parameters: those of the excitation.
         excited: what the last computation of W' left for the backward pass.
         version: of ``parameter`` after W' was written.
         address: of its memory then.
@@ -36,10 +55,14 @@ class AttachedWeight:
     parameter: nn.Parameter
     raw: nn.Parameter
     excitation: Composition
+    parameters: tuple[nn.Parameter, ...] = field(init=False)
     excited: Excited = field(default_factory=Excited)
     version: int = -1
     address: int = 0
     gradient_version: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters = tuple(self.excitation.parameters())
 
     @property
     def name(self) -> str:
@@ -63,50 +86,6 @@ class ExcitationParameter:
     parameter: nn.Parameter
     group: int
     states: list[Any] = field(default_factory=list)
-
-
-def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
-    """Computes W' = E(raw) into each Parameter's own memory.
-
-    Args:
-        weights: the weights.
-        advance: as in :func:`~we_surgery.attached.transform.excite`.
-    """
-    jobs = [(w.excitation, w.raw, w.parameter.detach()) for w in weights]
-    for weight, excited in zip(weights, excite(jobs, advance=advance), strict=True):
-        weight.excited = excited
-        weight.version = weight.parameter._version
-        weight.address = weight.parameter.data_ptr()
-
-
-def pull_back(weights: Sequence[AttachedWeight]) -> None:
-    """Assigns the gradients of raw weights and excitations from those of the Parameters.
-
-    Args:
-        weights: those whose Parameter has a gradient.
-    """
-    jobs = []
-    for weight in weights:
-        gradient = weight.parameter.grad
-        assert gradient is not None
-        jobs.append((weight.excitation, weight.raw, weight.excited, gradient))
-    differentiate(jobs)
-    for weight in weights:
-        if weight.raw.grad is not None:
-            weight.gradient_version = weight.raw.grad._version
-
-
-def drop_gradient(weight: AttachedWeight) -> None:
-    """Clears the raw weight's gradient, and the Parameter's if the optimizer cleared the raw one.
-
-    SAM does between its two halves.
-    """
-    gradient, weight.raw.grad = weight.raw.grad, None
-    if gradient is None:
-        weight.parameter.grad = None
-    elif gradient._version != weight.gradient_version and not gradient.any():
-        assert weight.parameter.grad is not None
-        weight.parameter.grad.zero_()
 
 
 def raw_like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:

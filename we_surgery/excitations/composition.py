@@ -140,6 +140,13 @@ class Composition(Excitation):
         terms = self._terms(weight)
         return None if terms is None or changes_nothing(terms) else terms
 
+    def is_identity(self, weight: Tensor) -> bool:
+        """Whether the excited weight is the raw weight itself."""
+        if self.is_paused or weight.numel() == 0:
+            return True
+        terms = self._terms(weight)
+        return terms is not None and changes_nothing(terms)
+
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
         """:meth:`forward` to the bit, for a weight that nobody needs afterwards.
