@@ -34,7 +34,6 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
         SurgeryError: the module's class takes no subclass.
     """
     names = (*excited_names(module), parameter)
-    vanilla_parameters = dict(module._parameters)
     base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
     try:
         swapped = excited_class(base, names)
@@ -44,21 +43,12 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
             f"made: {error}",
             "Leave it alone by a rule (`--skip` on the command line); nothing was changed.",
         ) from error
-    try:
-        rename_parameter(module, parameter, raw_name(parameter))
-        module._modules[excitation_name(parameter)] = trace_whole(excitation)
-        module.__dict__["layer_name"] = layer_name
-        if base.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
-            trace_whole(module)
-        # Last: it is what makes the layer an excited one.
-        module.__class__ = swapped
-    except BaseException:
-        module._parameters.clear()
-        module._parameters.update(vanilla_parameters)
-        module._modules.pop(excitation_name(parameter), None)
-        if not isinstance(module, ExcitedLayer):
-            drop_own_attributes(module)
-        raise
+    rename_parameter(module, parameter, raw_name(parameter))
+    module._modules[excitation_name(parameter)] = trace_whole(excitation)
+    module.__dict__["layer_name"] = layer_name
+    if base.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
+        trace_whole(module)
+    module.__class__ = swapped
 
 
 def trace_whole(module: Traced) -> Traced:

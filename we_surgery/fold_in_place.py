@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from we_surgery.grafting import Graft, graft, ungraft
+from we_surgery.grafting import ungraft
 from we_surgery.graphs import ExcitedWeight, excited_weights
 from we_surgery.proof import not_deterministic, refuse_non_finite
-from we_surgery.transplants import Undo
+from we_surgery.transaction import AllOrNothing
 
 Progress = Callable[[int, int], None]
 
@@ -22,35 +22,18 @@ _HASHED_AT_A_TIME = 2**19
 
 def put_in_place(
     model: nn.Module, weights: Sequence[ExcitedWeight], folded: Mapping[int, Tensor]
-) -> Undo:
+) -> None:
     """Makes folded values the weights, and takes the excitations off.
 
     Args:
         model: a converted model.
         weights: those to take off; all of their owners' and all of their raw Parameters'.
         folded: each raw Parameter's new values, by its ``id``.
-
-    Returns:
-        What undoes it. On any failure it is undone already.
     """
-    raws = [weight.raw for weight in _one_of_each_raw(weights)]
-    kept = [(raw, raw.data, raw.grad) for raw in raws]
-    grafts = [Graft(w.module, w.parameter, w.excitation) for w in weights]
-
-    def undo() -> None:
-        for raw, data, gradient in kept:
-            raw.data, raw.grad = data, gradient
-        left = {(w.module, w.parameter) for w in excited_weights(model)}
-        graft(model, [g for g in grafts if (g.module, g.parameter) not in left])
-
-    try:
-        for raw in raws:
-            raw.data, raw.grad = folded[id(raw)], None
-        ungraft(model, [weight.owner for weight in weights])
-    except BaseException:
-        undo()
-        raise
-    return undo
+    for weight in _one_of_each_raw(weights):
+        raw = weight.raw
+        raw.data, raw.grad = folded[id(raw)], None
+    ungraft(model, [weight.owner for weight in weights])
 
 
 def fold_layer_by_layer(model: nn.Module, progress: Progress | None = None) -> None:
@@ -82,8 +65,11 @@ def fold_layer_by_layer(model: nn.Module, progress: Progress | None = None) -> N
                     raise not_deterministic(weight.name)
         if progress is not None:
             progress(index + 1, len(weights))
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
     for linked in _linked(weights):
-        put_in_place(model, linked, {id(w.raw): w.folded() for w in _one_of_each_raw(linked)})
+        folds = {id(w.raw): w.folded() for w in _one_of_each_raw(linked)}
+        with AllOrNothing([*(weight.owner for weight in linked), *graphs]):
+            put_in_place(model, linked, folds)
 
 
 def _linked(weights: Iterable[ExcitedWeight]) -> Iterator[list[ExcitedWeight]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -117,40 +117,20 @@ def build_grafts(
     return grafts
 
 
-def graft(model: nn.Module, grafts: Iterable[Graft]) -> Callable[[], None]:
-    """Attaches excitations in place; on any failure those attached so far come off again.
-
-    Returns:
-        What takes them off again and gives the weights their values back.
-    """
-    done: list[nn.Module] = []
-    changed: list[tuple[nn.Parameter, Tensor]] = []
+def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
+    """Attaches excitations in place."""
     is_held = held_by_graphs(model)
-
-    def undo() -> None:
-        for parameter, data in changed:
-            parameter.data = data
-        ungraft(model, done)
-
-    try:
-        for item in grafts:
-            module = model.get_submodule(item.module)
-            item.excitation.train(module.training)
-            parameter = module._parameters[item.parameter]
-            if item.raw is not None and parameter is not None:
-                changed.append((parameter, parameter.data))
-                parameter.data = item.raw
-            # Noted first: whatever is interrupted halfway comes off as well.
-            done.append(module)
-            if is_held(module, item.parameter):
-                hold(module, item.parameter, item.excitation)
-            else:
-                excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
-        update_graphs(model)
-    except BaseException:
-        undo()
-        raise
-    return undo
+    for item in grafts:
+        module = model.get_submodule(item.module)
+        item.excitation.train(module.training)
+        parameter = module._parameters[item.parameter]
+        if item.raw is not None and parameter is not None:
+            parameter.data = item.raw
+        if is_held(module, item.parameter):
+            hold(module, item.parameter, item.excitation)
+        else:
+            excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
+    update_graphs(model)
 
 
 def pause(excitation: Composition, weight: Tensor, layer: str) -> None:
@@ -184,7 +164,7 @@ def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | N
 
 def ungraft(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Takes the excitations of these modules of ``model`` off; raw weights become the weights."""
-    for module in list(modules):
+    for module in modules:
         restore(module)
         release(module)
     update_graphs(model)

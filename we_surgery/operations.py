@@ -23,18 +23,18 @@ from we_surgery.layer_names import raw_name
 from we_surgery.layers import excited_layers
 from we_surgery.plans import Plan
 from we_surgery.proof import check_fold
-from we_surgery.transplants import Undo, rows
+from we_surgery.transplants import rows
 
 
 class Operation(ABC):
     """One kind of surgery."""
 
     @abstractmethod
-    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
-        """Does what the plan says, in place; on a failure the model is as it was.
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> Plan:
+        """Does what the plan says, in place.
 
         Returns:
-            What takes it back, and the plan with the parameters counted that were added.
+            The plan with the parameters counted that were added.
 
         Raises:
             InputError: the plan does not fit the model.
@@ -53,7 +53,7 @@ class Operation(ABC):
         """
 
     @abstractmethod
-    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> None:
         """Takes everything off, in place, down to what is deployed.
 
         Args:
@@ -61,33 +61,30 @@ class Operation(ABC):
             reference: the model it is a copy of, or itself.
             progress: called with (places done, places in all).
 
-        Returns:
-            What puts it back on.
-
         Raises:
-            SurgeryError: the proof failed; the model is as it was.
+            SurgeryError: the proof failed.
         """
 
 
 class Transplantation(Operation):
     """Layers replaced or added; see :mod:`we_surgery.transplants`."""
 
-    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
-        undo, counted = rows.attach(model, plan.transplants)
-        return undo, replace(plan, transplants=tuple(counted))
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> Plan:
+        return replace(plan, transplants=tuple(rows.attach(model, plan.transplants)))
 
     def attached(self, model: nn.Module) -> int:
         return sum(1 for _ in rows.attached(model))
 
-    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
-        return rows.detach(model)
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> None:
+        rows.detach(model)
 
 
 class WeightExcitation(Operation):
     """Weights computed from raw ones; see :mod:`we_surgery.excitations`."""
 
-    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> tuple[Undo, Plan]:
-        return graft(model, build_grafts(model, plan, init, start)), plan
+    def attach(self, model: nn.Module, plan: Plan, init: Init, start: Start) -> Plan:
+        graft(model, build_grafts(model, plan, init, start))
+        return plan
 
     def attached(self, model: nn.Module) -> int:
         return sum(1 for _ in excited_weights(model))
@@ -113,7 +110,7 @@ class WeightExcitation(Operation):
                     "Tie layers before converting, so that the plan can decide for all of them.",
                 )
 
-    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> Undo:
+    def detach(self, model: nn.Module, reference: nn.Module, progress: Progress | None) -> None:
         # All folds are computed and compared with the excited weights of the reference before the
         # first layer is changed.
         weights = list(excited_weights(model))
@@ -128,7 +125,7 @@ class WeightExcitation(Operation):
             check_fold(weight.name, excited, folded[id(raw)])
             if progress is not None:
                 progress(index + 1, len(weights))
-        return put_in_place(model, weights, folded)
+        put_in_place(model, weights, folded)
 
 
 OPERATIONS: tuple[Operation, ...] = (Transplantation(), WeightExcitation())

@@ -53,7 +53,7 @@ def plan(
         # What they add is read as well: a gate's layers are found as such.
         model = copy_model(model, share_tensors=True)
         with drawing_nothing(model):
-            _, places = decide(model, policy.transplants)
+            places = decide(model, policy.transplants)
     reading = read(model, example_inputs)
     return Plan(
         mode=policy.mode,

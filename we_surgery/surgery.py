@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from we_surgery.proof import StripReport, check_outputs, run_in_eval
 from we_surgery.reading import prove_excited
 from we_surgery.rules import Rule
 from we_surgery.scripted import is_scripted, own_parameters
+from we_surgery.transaction import AllOrNothing
 from we_surgery.transplants import Transplant
 from we_surgery.transplants import rows as transplant_rows
 from we_surgery.transplants.rows import TransplantDecision
@@ -123,20 +123,19 @@ def convert(
             "backend": backend,
         },
     )
-    if plan is None:
-        plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
-        _warn_of_nothing(plan)
-    target = model if inplace else copy_model(model)
-    with ExitStack() as undos:
+    # The model itself is read, with or without inputs, also where a copy is changed.
+    with AllOrNothing(model.modules()):
+        if plan is None:
+            plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
+            _warn_of_nothing(plan)
+        target = model if inplace else copy_model(model)
         for operation in OPERATIONS:
-            undo, plan = operation.attach(target, plan, init, start)
-            undos.callback(undo)
+            plan = operation.attach(target, plan, init, start)
         set_backend(target, backend)
         if example_inputs is not None:
             ran_in_both = plan.rung == "recorded" and not plan.rung_reason
             prove_excited(target, example_inputs, ran_in_both=ran_in_both)
-        undos.pop_all()
-    target.__dict__[PLAN_ATTRIBUTE] = plan.after(_kept_plan(target)).to_dict()
+        target.__dict__[PLAN_ATTRIBUTE] = plan.after(_kept_plan(target)).to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))
     return target
 
@@ -245,25 +244,23 @@ def strip_with_report(
         return target, StripReport(0, 0, left)
     for operation in OPERATIONS:
         operation.refuse_changed(model)
-    before = None if example_inputs is None else run_in_eval(model, example_inputs)
     total = sum(parameter.numel() for parameter in model.parameters())
     folds = sum(1 for _ in excited_weights(model))
     transplants = sum(1 for _ in transplant_rows.attached(model))
     target = model if inplace else copy_model(model)
     if layer_by_layer:
         fold_layer_by_layer(target, progress)
-    with ExitStack() as undos:
+    with AllOrNothing(model.modules()):
+        before = None if example_inputs is None else run_in_eval(model, example_inputs)
         for operation in reversed(OPERATIONS):
-            undos.callback(operation.detach(target, model, progress))
-        undo, deployed = transplant_rows.decide(target, DEPLOY_FORMS[deploy])
-        undos.callback(undo)
+            operation.detach(target, model, progress)
+        deployed = transplant_rows.decide(target, DEPLOY_FORMS[deploy])
         absolute, relative = (
             (None, None)
             if before is None
             else check_outputs(before, run_in_eval(target, example_inputs))
         )
-        undos.pop_all()
-    _set_kept_plan(target, deployed)
+        _set_kept_plan(target, deployed)
     logger.info("folded %d excited weights", folds)
     if transplants:
         logger.info("took out %d transplants", transplants)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from we_surgery.errors import InputError
-from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name, replace_module
+from we_surgery.transplants.base import Site, Transplant, qualified_name, replace_module
 from we_surgery.transplants.residual_blocks import ResidualBlock, channels_of, residual_blocks
 
 
@@ -55,7 +55,7 @@ class BranchAttention(Transplant):
         where = f" of {block.type_name} {block.name!r}" if block.name else ""
         return Site(block.end, type_name, f"the residual branch{where} ends here")
 
-    def attach(self, model: nn.Module, place: str) -> Undo:
+    def attach(self, model: nn.Module, place: str) -> None:
         end = model.get_submodule(place)
         channels = channels_of(end)
         if not channels:
@@ -70,13 +70,8 @@ class BranchAttention(Transplant):
         block = model.get_submodule(place.rpartition(".")[0])
         if block.__dict__.get("se", block) is None:
             block.se = attention
-
-            def undo() -> None:
-                del block.se
-                block.se = None  # type: ignore[assignment]
-
-            return undo
-        return replace_module(model, place, nn.Sequential(end, attention).train(end.training))
+        else:
+            replace_module(model, place, nn.Sequential(end, attention).train(end.training))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError
 from we_surgery.transplants.attention import check_positive, like
-from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name, replace_module
+from we_surgery.transplants.base import Site, Transplant, qualified_name, replace_module
 from we_surgery.transplants.residual_blocks import residual_blocks
 
 FORMS = ("product", "sum")
@@ -135,7 +135,7 @@ class BAMTransplant(Transplant):
             found.append(Site(block.name, type_name, reason, fits=not has_gate))
         return found
 
-    def attach(self, model: nn.Module, place: str) -> Undo:
+    def attach(self, model: nn.Module, place: str) -> None:
         block = model.get_submodule(place)
         channels = {block.name: block.channels for block in residual_blocks(model)}.get(place)
         if channels is None or not place:
@@ -150,12 +150,8 @@ class BAMTransplant(Transplant):
         parent = model.get_submodule(parent_name)
         if type(parent) is nn.Sequential and child_name == str(len(parent) - 1):
             parent.append(attention)
-
-            def undo() -> None:
-                del parent[len(parent) - 1]
-
-            return undo
-        return replace_module(model, place, nn.Sequential(block, attention).train(block.training))
+        else:
+            replace_module(model, place, nn.Sequential(block, attention).train(block.training))
 
 
 def _follows(model: nn.Module, name: str) -> BAM | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import nn
-
-Undo = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class Transplant(ABC):
         """The places in ``model`` that it is meant for, in the model's order."""
 
     @abstractmethod
-    def attach(self, model: nn.Module, place: str) -> Undo:
-        """Puts it into one place of ``model``; returns what takes it out again.
+    def attach(self, model: nn.Module, place: str) -> None:
+        """Puts it into one place of ``model``.
 
         New modules get their neighbours' device and dtype.
 
@@ -77,23 +75,18 @@ class Transplant(ABC):
             InputError: it cannot go there.
         """
 
-    def reattach(self, model: nn.Module, place: str) -> Undo:
+    def reattach(self, model: nn.Module, place: str) -> None:
         """:meth:`attach` to a model whose weights are yet to be loaded."""
-        return self.attach(model, place)
+        self.attach(model, place)
 
     @classmethod
     def attached(cls, model: nn.Module) -> Iterator[str]:
         """The places where strip takes it out; none for what stays."""
         return iter(())
 
-    @classmethod
-    def detach(cls, model: nn.Module) -> Undo:
-        """Takes all of them out; returns what puts them in again."""
-        return _nothing
-
-
-def _nothing() -> None:
-    return None
+    @classmethod  # noqa: B027
+    def detach(cls, model: nn.Module) -> None:
+        """Takes all of them out."""
 
 
 def qualified_name(thing: Any) -> str:
@@ -101,12 +94,8 @@ def qualified_name(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> Undo:
-    """Puts ``replacement`` where ``name`` is, wherever that module is registered.
-
-    Returns:
-        What puts the old one back.
-    """
+def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    """Puts ``replacement`` where ``name`` is, wherever that module is registered."""
     old = model.get_submodule(name)
     slots = [
         (parent, child_name)
@@ -115,9 +104,5 @@ def replace_module(model: nn.Module, name: str, replacement: nn.Module) -> Undo:
         if child is old
     ]
 
-    def put(module: nn.Module) -> None:
-        for parent, child_name in slots:
-            parent._modules[child_name] = module
-
-    put(replacement)
-    return lambda: put(old)
+    for parent, child_name in slots:
+        parent._modules[child_name] = replacement

@@ -25,7 +25,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from we_surgery.errors import InputError
 from we_surgery.excitations.functions import check_flag
-from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name
+from we_surgery.transplants.base import Site, Transplant, qualified_name
 
 _FUNCTIONS: dict[Any, str] = {
     F.dropout: "torch.nn.functional.dropout",
@@ -223,10 +223,11 @@ class MaxDropoutTransplant(Transplant):
             return f"dropout of {p:g}", True
         return f"dropout of {p:g}, which is the rate" if p else "its probability is 0", p > 0
 
-    def attach(self, model: nn.Module, place: str) -> Undo:
+    def attach(self, model: nn.Module, place: str) -> None:
         graph_module, at, node_name = place.partition("@")
         if at:
-            return self._attach_to_node(model.get_submodule(graph_module), node_name)
+            self._attach_to_node(model.get_submodule(graph_module), node_name)
+            return
         module = model.get_submodule(place)
         if type(module) not in _SWAPPED:
             raise InputError(
@@ -237,12 +238,7 @@ class MaxDropoutTransplant(Transplant):
         module.__dict__["always_on"] = self.always_on
         module.__class__ = _SWAPPED[type(module)]
 
-        def undo() -> None:
-            _restore(module)
-
-        return undo
-
-    def _attach_to_node(self, module: nn.Module, name: str) -> Undo:
+    def _attach_to_node(self, module: nn.Module, name: str) -> None:
         graph_module = module if isinstance(module, fx.GraphModule) else None
         nodes = {} if graph_module is None else {n.name: n for n in _dropout_nodes(graph_module)}
         if graph_module is None or name not in nodes:
@@ -251,7 +247,6 @@ class MaxDropoutTransplant(Transplant):
                 "Use a plan that was made for this graph.",
             )
         node = nodes[name]
-        kept = (node.target, node.args, node.kwargs)
         arguments = _arguments(node)
         own = {
             "rate": arguments["p"] if self.rate is None else self.rate,
@@ -260,12 +255,6 @@ class MaxDropoutTransplant(Transplant):
         }
         node.target, node.kwargs = max_dropout, {**node.kwargs, **own}
         graph_module.recompile()
-
-        def undo() -> None:
-            node.target, node.args, node.kwargs = kept
-            graph_module.recompile()
-
-        return undo
 
     @classmethod
     def attached(cls, model: nn.Module) -> Iterator[str]:
@@ -276,45 +265,26 @@ class MaxDropoutTransplant(Transplant):
                 yield from (f"{name}@{node.name}" for node in _swapped_nodes(module))
 
     @classmethod
-    def detach(cls, model: nn.Module) -> Undo:
-        undos: list[Undo] = []
+    def detach(cls, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, SwappedDropout) and not module.always_on:
-                undos.append(_restore(module))
+                _restore(module)
             elif isinstance(module, fx.GraphModule):
-                undos += [_restore_node(module, node) for node in list(_swapped_nodes(module))]
-
-        def undo() -> None:
-            for one in reversed(undos):
-                one()
-
-        return undo
+                for node in list(_swapped_nodes(module)):
+                    _restore_node(module, node)
 
 
-def _restore(module: nn.Module) -> Undo:
-    swapped, rate, always_on = type(module), module.rate, module.always_on
-
-    def undo() -> None:
-        module.__dict__.update(rate=rate, always_on=always_on)
-        module.__class__ = swapped
-
-    module.__class__ = swapped.vanilla_class  # type: ignore[attr-defined]
+def _restore(module: SwappedDropout) -> None:
+    module.__class__ = module.vanilla_class  # type: ignore[assignment]
     del module.__dict__["rate"], module.__dict__["always_on"]
-    return undo
 
 
-def _restore_node(module: fx.GraphModule, node: fx.Node) -> Undo:
+def _restore_node(module: fx.GraphModule, node: fx.Node) -> None:
     kwargs = dict(node.kwargs)
     own = ("rate", "always_on", "instead_of")
-
-    def undo() -> None:
-        node.target, node.kwargs = max_dropout, kwargs
-        module.recompile()
-
     node.target = _FUNCTIONS_BY_NAME[str(kwargs["instead_of"])]
     node.kwargs = {name: value for name, value in kwargs.items() if name not in own}
     module.recompile()
-    return undo
 
 
 def _dropout_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.rules import Rule
-from we_surgery.transplants.base import Site, Transplant, Undo
+from we_surgery.transplants.base import Site, Transplant
 from we_surgery.transplants.registry import TRANSPLANTS, build_transplant
 
 
@@ -82,9 +81,7 @@ class TransplantDecision:
         return decision
 
 
-def decide(
-    model: nn.Module, transplants: Sequence[Transplant]
-) -> tuple[Undo, tuple[TransplantDecision, ...]]:
+def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[TransplantDecision, ...]:
     """Where transplants go; they are put in on the way, for each changes what the next finds.
 
     Args:
@@ -92,40 +89,35 @@ def decide(
         transplants: in the order in which they go in.
 
     Returns:
-        What takes all out again, and a row for each place.
+        A row for each place.
 
     Raises:
-        InputError: one fits nowhere, or its pattern matches nothing; the model is as it was.
+        InputError: one fits nowhere, or its pattern matches nothing.
     """
     rows: list[TransplantDecision] = []
-    with ExitStack() as undos:
-        for transplant in transplants:
-            sites = transplant.sites(model)
-            chosen = _matching(transplant, sites, model)
-            _refuse_nowhere(transplant, chosen)
-            asked = [
-                TransplantDecision(
-                    transplant=transplant.name,
-                    place=site.place,
-                    type_name=site.type_name,
-                    attach=site.fits and site in chosen,
-                    options=transplant.options,
-                    reason=site.reason
-                    if site in chosen
-                    else f"does not match {transplant.match!r}",
-                )
-                for site in sites
-            ]
-            undo, counted = attach(model, asked)
-            undos.callback(undo)
-            rows += counted
-        return undos.pop_all().close, tuple(rows)
+    for transplant in transplants:
+        sites = transplant.sites(model)
+        chosen = _matching(transplant, sites, model)
+        _refuse_nowhere(transplant, chosen)
+        asked = [
+            TransplantDecision(
+                transplant=transplant.name,
+                place=site.place,
+                type_name=site.type_name,
+                attach=site.fits and site in chosen,
+                options=transplant.options,
+                reason=site.reason if site in chosen else f"does not match {transplant.match!r}",
+            )
+            for site in sites
+        ]
+        rows += attach(model, asked)
+    return tuple(rows)
 
 
 def attach(
     model: nn.Module, rows: Sequence[TransplantDecision], *, loading: bool = False
-) -> tuple[Undo, list[TransplantDecision]]:
-    """Puts in what the rows say; on any failure what was put in so far comes out again.
+) -> list[TransplantDecision]:
+    """Puts in what the rows say.
 
     Args:
         model: the model, changed in place.
@@ -133,24 +125,22 @@ def attach(
         loading: the weights are yet to be loaded.
 
     Returns:
-        What takes all out again, and the rows with their parameters counted anew.
+        The rows with their parameters counted anew.
 
     Raises:
         InputError: a row does not fit the model.
     """
     counted: list[TransplantDecision] = []
-    with ExitStack() as undos:
-        for row in rows:
-            if not row.attach:
-                counted.append(replace(row, added_parameters=0))
-                continue
-            _refuse_missing(model, row)
-            before = _count_parameters(model)
-            method = row.method
-            put_in = method.reattach if loading else method.attach
-            undos.callback(put_in(model, row.place))
-            counted.append(replace(row, added_parameters=_count_parameters(model) - before))
-        return undos.pop_all().close, counted
+    for row in rows:
+        if not row.attach:
+            counted.append(replace(row, added_parameters=0))
+            continue
+        _refuse_missing(model, row)
+        before = _count_parameters(model)
+        method = row.method
+        (method.reattach if loading else method.attach)(model, row.place)
+        counted.append(replace(row, added_parameters=_count_parameters(model) - before))
+    return counted
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -160,12 +150,10 @@ def attached(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, place
 
 
-def detach(model: nn.Module) -> Undo:
-    """Takes out what strip takes out; returns what puts it in again."""
-    with ExitStack() as undos:
-        for transplant in TRANSPLANTS.values():
-            undos.callback(transplant.detach(model))
-        return undos.pop_all().close
+def detach(model: nn.Module) -> None:
+    """Takes out what strip takes out."""
+    for transplant in TRANSPLANTS.values():
+        transplant.detach(model)
 
 
 def _matching(transplant: Transplant, sites: Sequence[Site], model: nn.Module) -> list[Site]:

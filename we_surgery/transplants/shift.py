@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.errors import InputError
-from we_surgery.transplants.base import Site, Transplant, Undo, qualified_name, replace_module
+from we_surgery.transplants.base import Site, Transplant, qualified_name, replace_module
 
 
 class Shift(nn.Module):
@@ -181,11 +181,11 @@ class ShiftTransplant(Transplant):
         why = reason or "has one weight a kernel, at the same place in all filters"
         return Site(name, qualified_name(type(conv)), why, fits=reason is None)
 
-    def attach(self, model: nn.Module, place: str) -> Undo:
-        return replace_module(model, place, ShiftConv2d.from_conv(_conv_at(model, place)))
+    def attach(self, model: nn.Module, place: str) -> None:
+        replace_module(model, place, ShiftConv2d.from_conv(_conv_at(model, place)))
 
-    def reattach(self, model: nn.Module, place: str) -> Undo:
-        return replace_module(model, place, ShiftConv2d(_conv_at(model, place)))
+    def reattach(self, model: nn.Module, place: str) -> None:
+        replace_module(model, place, ShiftConv2d(_conv_at(model, place)))
 
 
 def _conv_at(model: nn.Module, place: str) -> nn.Conv2d:
