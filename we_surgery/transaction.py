@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -108,8 +109,11 @@ class _GraphState:
 
     @staticmethod
     def of(module: fx.GraphModule) -> _GraphState:
-        graph = module.graph
-        return _GraphState(module, graph, _nodes(graph), copy.deepcopy(graph))
+        graph = copied = module.graph
+        # Of one that is not well-formed, which surgery refuses, there is no copy.
+        with suppress(Exception):
+            copied = copy.deepcopy(graph)
+        return _GraphState(module, graph, _nodes(graph), copied)
 
     def put_back(self) -> None:
         if _nodes(self.graph) != self.nodes:
