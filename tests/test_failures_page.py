@@ -99,6 +99,11 @@ def old_optimizer(kind: Callable[..., Any], inplace: bool) -> None:
     ws.add_to_optimizer(optimizer, ws.convert(model, inplace=inplace))
 
 
+def offloaded(model: nn.Module) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.cpu_offload(model, torch.device("cpu"))
+
+
 def saved(thing: Any, **options: Any) -> Any:
     torch.save(thing, "file.pt")
     return ws.load("file.pt", **options)
@@ -149,6 +154,24 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "Error(s) in loading state_dict for Sequential: Missing key(s)": lambda: ws.convert(
         net()
     ).load_state_dict(ws.convert(net(), "mwe").state_dict()),
+    "torch.nn.utils.prune cannot replace 'weight' of layer '...'": lambda: prune.l1_unstructured(
+        ws.convert(net())[0], "weight", 0.5
+    ),
+    "torch.nn.utils.weight_norm cannot replace 'weight' of layer '...'": lambda: (
+        nn.utils.weight_norm(ws.convert(net())[0])
+    ),
+    "the excited weight of layer '...' (...) cannot be computed: its excitation is on the meta "
+    "device": lambda: offloaded(ws.convert(net()))(X),
+    "torch.jit.script does not support converted models": lambda: torch.jit.script(
+        ws.convert(net())
+    ),
+    "'weight'": lambda: nn.utils.spectral_norm(ws.convert(net())[0]),
+    "Module '...' does not have a parameter": lambda: nn.utils.parametrizations.spectral_norm(
+        ws.convert(net())[0]
+    ),
+    "you can only change requires_grad flags of leaf variables": lambda: ws.convert(net())[
+        0
+    ].weight.requires_grad_(False),
     "... names what a file may not name: ... (is of another package)": lambda: saved(Random()),
     "... names what a file may not name: ... (is no nn.Module class)": lambda: saved(eval),
     "... holds weights and does not say of which architecture": lambda: saved(net().state_dict()),
@@ -182,13 +205,14 @@ def test_each_quoted_message_is_provoked() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`?torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.usefixtures("noise")
 @pytest.mark.parametrize("quote", QUOTED)
 def test_the_message_begins_as_the_page_says(
     quote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ws.WESurgeryError, RuntimeError)) as caught:
+    with pytest.raises((ws.WESurgeryError, RuntimeError, KeyError, ValueError)) as caught:
         PLANNED[quote]()
     message = " ".join(str(caught.value).split())
     assert re.match(re.escape(quote).replace(r"\.\.\.", ".*"), message), message

@@ -17,6 +17,7 @@ from we_surgery.errors import ExcitationError as ExcitationError
 from we_surgery.errors import InputError as InputError
 from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
+from we_surgery.errors import NotStrippedWarning as NotStrippedWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import ThawedLayerWarning as ThawedLayerWarning
 from we_surgery.errors import WESurgeryError as WESurgeryError

@@ -64,6 +64,10 @@ class NothingToStripWarning(UserWarning):
     """``strip`` was called on a model or state dict without excitations."""
 
 
+class NotStrippedWarning(UserWarning):
+    """A converted model is exported or traced with its excitations in the graph."""
+
+
 def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """The ``choices`` that look like ``word``, as the end of a sentence ("" when none does)."""
     found = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.4)

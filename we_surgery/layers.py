@@ -29,6 +29,7 @@ from we_surgery.fresh_layers import item_or_slice, vanilla_initializer
 from we_surgery.layer_names import excitation_name, raw_name
 from we_surgery.layer_views import drop_own_attributes, folded_parameters, vanilla_view
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
+from we_surgery.weight_readers import REPLACING, refuse_offloaded, refused
 
 _FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
 """The module of torch that puts the tensors of a functional call into layers."""
@@ -127,10 +128,14 @@ def excited_property(parameter: str) -> property:
     raw, excitation = raw_name(parameter), excitation_name(parameter)
 
     def read(self: ExcitedLayer) -> Tensor:
-        if self.recompute and not torch.compiler.is_compiling():
-            handed: dict[str, Tensor] = self.__dict__.get(_handed_here(), {})
-            if parameter in handed:
-                return handed[parameter]
+        if not torch.compiler.is_compiling():
+            reader = sys._getframe(1).f_globals.get("__name__", "")
+            if reader in REPLACING:
+                raise refused(reader, describe(self), parameter)
+            if self.recompute:
+                handed: dict[str, Tensor] = self.__dict__.get(_handed_here(), {})
+                if parameter in handed:
+                    return handed[parameter]
         try:
             # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
             # same: torch.fx puts a proxy there while it traces.
@@ -146,6 +151,7 @@ def excited_property(parameter: str) -> property:
                 f"Its {raw!r} or {excitation!r} was removed or replaced; convert the model again.",
             ) from error
         except Exception as error:
+            refuse_offloaded(describe(self), parameter, getattr(self, raw), own, error)
             error.add_note(f"while computing the excited {parameter} of layer {describe(self)}")
             raise
 

@@ -160,6 +160,7 @@ def test_forward_mode_outside_of_torch_func_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::we_surgery.NotStrippedWarning")
 def test_a_trace_can_be_saved_and_loaded() -> None:
     model = ws.convert(conv_net(), "lwe+mwe").eval()
     x = torch.randn(2, 32, 6, 6)

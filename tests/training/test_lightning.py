@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, TensorDataset
 from toys import EVERYTHING, ConvNet, is_vanilla
 
@@ -17,7 +18,11 @@ from we_surgery.surgery import is_converted
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+)
 
 from we_surgery.training.lightning import WeightExcitation  # noqa: E402
 
@@ -238,6 +243,53 @@ def test_a_callback_that_has_copied_the_vanilla_model_is_named(tmp_path):
     with pytest.raises(ws.InputError, match="EMAWeightAveraging has copied the model") as caught:
         run.fit(network(), batches())
     assert "before it" in caught.value.cure
+
+
+class FreezesFirst(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net.stem)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.stem, optimizer)
+
+
+def test_a_callback_that_freezes_before_the_conversion_is_named_and_may_come_after_it(tmp_path):
+    run = trainer(tmp_path, FreezesFirst(), WeightExcitation(), enable_checkpointing=False)
+    with pytest.raises(ws.InputError, match="FreezesFirst has frozen layers") as caught:
+        run.fit(network(), batches())
+    assert "before it" in caught.value.cure
+
+    class Trainable(Network):
+        def configure_optimizers(self):
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.1)
+
+    module = Trainable()
+    callbacks = (WeightExcitation(), FreezesFirst())
+    run = trainer(tmp_path, *callbacks, epochs=2, enable_checkpointing=False)
+    run.fit(module, batches())
+    assert "stem" in dict(ws.layers.excited_layers(module.net))
+    held = {id(p) for g in run.optimizers[0].param_groups for p in g["params"]}
+    assert {id(p) for p in module.net.stem.parameters()} <= held
+
+
+@pytest.mark.parametrize("is_converted_before", [False, True])
+def test_child_processes_are_refused_unless_the_network_is_converted_before(
+    tmp_path, is_converted_before
+):
+    module = network()
+    if is_converted_before:
+        ws.convert(module.net, inplace=True)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    options = {"strategy": "ddp_fork", "enable_checkpointing": False}
+    run = trainer(tmp_path, WeightExcitation(submodule="net"), **options)
+    if is_converted_before:
+        run.fit(module, batches())
+        trained = module.state_dict()
+        assert not torch.equal(trained["net.stem.raw_weight"], before["net.stem.raw_weight"])
+    else:
+        with pytest.raises(ProcessRaisedException, match="the strategy trains in child processes"):
+            run.fit(module, batches())
 
 
 def test_what_cannot_be_stripped_is_warned_of_and_training_goes_on(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from we_surgery.errors import ExcitationError, NotStrippedWarning
 from we_surgery.excitations.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
 from we_surgery.excitations.closed_form import excite_in_closed_form, excite_in_place
@@ -119,7 +121,15 @@ class Composition(Excitation):
             self.paused = self.paused.new_zeros(loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __prepare_scriptable__(self) -> Self:
+        """What ``torch.jit.script`` asks each module for."""
+        raise ExcitationError(
+            "torch.jit.script does not support converted models",
+            "Strip the model first (`we_surgery.strip(model)`) and script the result.",
+        )
+
     def forward(self, weight: Tensor) -> Tensor:
+        warn_if_exported()
         if self.is_paused:
             return idle(weight, list(self.parameters()))
         # A trace that is to be saved cannot hold an autograd function.
@@ -316,3 +326,17 @@ class Composition(Excitation):
 
 def _prepares(stage: Excitation) -> bool:
     return type(stage).prepare is not Excitation.prepare
+
+
+def warn_if_exported() -> None:
+    """Warns where an excitation becomes part of an exported or traced graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return  # it cannot warn; `torch.export` with strict=True comes this way
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        warnings.warn(
+            "the model that is exported or traced is converted, so its graph computes the excited "
+            "weights from the raw ones at each run. To deploy it, strip it first: "
+            "`we_surgery.strip(model)`.",
+            NotStrippedWarning,
+            stacklevel=2,
+        )

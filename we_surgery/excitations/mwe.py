@@ -200,7 +200,9 @@ def amplified(weight: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
 def curve_limit(weight: Tensor, epsilon: Tensor) -> Tensor:
     """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
     # Not aminmax: torch 2.8 has no derivative of it, and it copies a weight in channels-last order.
-    limit = (1 + epsilon) * torch.maximum(-weight.amin(), weight.amax())
+    # With all dimensions by number: the ONNX exporter knows no amin without them.
+    dims = tuple(range(weight.ndim))
+    limit = (1 + epsilon) * torch.maximum(-weight.amin(dims), weight.amax(dims))
     # Subnormal weights count as zeros: their M_A may round to the largest weight itself.
     vanishes = limit < torch.finfo(limit.dtype).tiny
     return torch.where(vanishes, torch.ones_like(limit), limit)

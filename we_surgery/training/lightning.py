@@ -39,8 +39,8 @@ class WeightExcitation(ExcitingCallback, Callback):
 
     Raises:
         InputError: the options do not fit together; in ``setup``: nor the model, there is no
-            such submodule, or a callback before this one has copied the model already; when
-            fitting starts: nothing was converted.
+            such submodule, a callback before this one has copied the model or frozen layers, or
+            the strategy trains in child processes; when fitting starts: nothing was converted.
 
     Example:
         >>> trainer = Trainer(callbacks=[WeightExcitation("lwe", submodule="model")])

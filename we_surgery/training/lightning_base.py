@@ -6,6 +6,7 @@ Trainer of one takes callbacks and modules of its own only.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ class ExcitingCallback:
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         if stage == "fit":
+            if not is_converted(self.network(pl_module)):
+                refuse_child_process(trainer)
             self.convert(trainer, pl_module)
         strategy = trainer.strategy
         inner = strategy.checkpoint_io
@@ -80,6 +83,7 @@ class ExcitingCallback:
         network = self.network(pl_module)
         if is_converted(network) or next(network.parameters(), None) is None:
             return
+        self._refuse_earlier_freezing(trainer, network)
         for callback in trainer.callbacks:
             copies = (AveragedModel, type(pl_module))
             if any(isinstance(value, copies) for value in vars(callback).values()):
@@ -88,6 +92,16 @@ class ExcitingCallback:
                     f"List {type(self).__name__} before it in the trainer's callbacks.",
                 )
         convert(network, inplace=True, **self.options)
+
+    def _refuse_earlier_freezing(self, trainer: Any, network: nn.Module) -> None:
+        earlier = itertools.takewhile(lambda callback: callback is not self, trainer.callbacks)
+        finetuning = [callback for callback in earlier if _is_a("BaseFinetuning", callback)]
+        if finetuning and not all(parameter.requires_grad for parameter in network.parameters()):
+            raise InputError(
+                f"{type(finetuning[0]).__name__} has frozen layers before the conversion, which "
+                "leaves frozen layers alone",
+                f"List {type(self).__name__} before it in the trainer's callbacks.",
+            )
 
     def network(self, pl_module: nn.Module) -> nn.Module:
         """The module that is converted."""
@@ -128,7 +142,8 @@ class StrippingIO:
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         self.inner.save_checkpoint(checkpoint, path, storage_options)
-        if not self.callback.strip_checkpoints:
+        # What a child process hands its parent is a bare state dict in a temporary file.
+        if not self.callback.strip_checkpoints or "state_dict" not in checkpoint:
             return
         if "://" in str(path):
             _warn(path, "it is not in a local folder")
@@ -153,6 +168,28 @@ class StrippingIO:
 
     def teardown(self) -> None:
         self.inner.teardown()
+
+
+def refuse_child_process(trainer: Any) -> None:
+    """Refuses to convert in a process whose parent gets the weights back by their vanilla names.
+
+    Lightning loads them there without a word about those that do not fit.
+
+    Raises:
+        InputError: the strategy starts child processes by spawn or fork.
+    """
+    if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
+        raise InputError(
+            "the strategy trains in child processes and hands the weights back to a model that is "
+            "not converted, which would keep its untrained weights",
+            "Use strategy='ddp', or convert the network before `trainer.fit`: "
+            "`we_surgery.convert(module.network, inplace=True)`.",
+        )
+
+
+def _is_a(name: str, thing: object) -> bool:
+    """Whether one of a thing's classes has that name; Lightning has two packages with it."""
+    return any(base.__name__ == name for base in type(thing).__mro__)
 
 
 def side_file(checkpoint: str | Path) -> Path:
