@@ -1,6 +1,7 @@
-"""Every kind of model of torchvision and timm: read, converted, proven, stripped, compared.
+"""Every kind of model of torchvision, timm and others: read, converted, proven, stripped.
 
     python benchmarks/zoo.py                  # the pinned list, about an hour of one core
+    python benchmarks/zoo.py --third-party    # other libraries' models, about as long
     python benchmarks/zoo.py --only 'swin'    # the names that a regular expression is found in
     python benchmarks/zoo.py --all            # every timm model that is small enough
     python benchmarks/zoo.py --times          # only read the finished models anew, for the times
@@ -11,6 +12,9 @@ a progress file; a run that was stopped goes on where it was, and ``--fresh`` be
 model during which the process died counts as failed. Models that were not run keep the row that
 the table had of them, marked as earlier. Times are CPU seconds of one thread.
 
+The third-party models want ``pip install '.[zoo]'``; those of a library that is missing are left
+out. Their rows go, as they are finished, to ``results/zoo_third_party.jsonl``.
+
 Writes ``results/zoo.json`` and ``docs/zoo.md``.
 """
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import re
 import signal
 import sys
@@ -37,13 +42,23 @@ from zoo_check import (
     time_reading,
     warm_up,
 )
-from zoo_list import PINNED, SMALL_ENOUGH, all_models, choose_models, parameters_of, pinned_models
-from zoo_report import write_results
+from zoo_list import (
+    PINNED,
+    SMALL_ENOUGH,
+    all_models,
+    choose_models,
+    parameters_of,
+    pinned_models,
+    third_party_models,
+)
+from zoo_report import write_page, write_results
 from zoo_row import ZooRow
+from zoo_third_party import library_versions
 
 HERE = Path(__file__).parent
 PROGRESS = HERE.parent / "build" / "zoo.jsonl"
 RESULTS = HERE / "results" / "zoo.json"
+THIRD_PARTY = HERE / "results" / "zoo_third_party.jsonl"
 SUMMARY = HERE.parent / "docs" / "zoo.md"
 LARGE = "timm:vit_giant_patch14_224"
 """A model of a thousand million parameters, read on the meta device."""
@@ -57,18 +72,28 @@ def main() -> None:
     """Runs what was asked for and writes the results."""
     options = _options()
     torch.set_num_threads(1)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true"}
     if options.list:
         PINNED.write_text("\n".join(choose_models(_note)) + "\n", encoding="utf-8")
         return
+    if options.third_party:
+        options.progress = options.progress if options.progress != PROGRESS else THIRD_PARTY
     if options.fresh:
         options.progress.unlink(missing_ok=True)
+    if options.third_party:
+        names = [name for name in third_party_models() if re.search(options.only, name)]
+        _append(options.progress, {"versions": library_versions()})
+        run(names, options)
+        write_page(options.json, options.progress, options.markdown)
+        return
     listed = all_models() if options.all else pinned_models()
     names = [name for name in listed if re.search(options.only, name)]
     rows = read_again(names, options) if options.times else run(names, options)
     rows = _with_earlier(rows, listed, options.json)
     apart = {"large": read_without_memory(LARGE), "shift_network": read_shift_network()}
     _note(str(apart))
-    write_results(rows, apart, options.mode, len(listed), options.json, options.markdown)
+    write_results(rows, apart, options.mode, len(listed), options.json)
+    write_page(options.json, THIRD_PARTY, options.markdown)
 
 
 def run(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,6 +172,8 @@ def _progress(path: Path) -> dict[str, dict[str, Any]]:
         return done
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
+        if "versions" in entry:
+            continue
         if "started" in entry:
             dead = ZooRow(entry["started"], cause="the process died")
             done[entry["started"]] = dead.to_dict()
@@ -169,6 +196,7 @@ def _note(line: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="every timm model of 100M or less")
+    parser.add_argument("--third-party", action="store_true", help="other libraries' models")
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression")
     parser.add_argument("--limit", type=int, help="run at most so many models, then report")
     parser.add_argument("--mode", default="we", help="the mode of the plans (we)")

@@ -16,7 +16,12 @@ A model passes when
   rounding may differ by twice what its vanilla outputs in float32 differ from those in float64:
   either output is that far from the exact one. Detectors return what they chose by scores that are
   all but equal; there each converted layer is compared instead, given what the vanilla layer is
-  given.
+  given;
+- ``plan`` leaves torch's and Python's random generators as they were;
+- a new model of the class, run afterwards, returns ordinary tensors, and no fake tensor is alive;
+- ``strip_state_dict`` of the converted model's state dict is what ``strip`` leaves, bit for bit;
+- saved and loaded twice, as a state dict and (where the vanilla model can be pickled) as a module,
+  the converted model has the same tensors and excited weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,6 +39,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tsm import tsm_resnet50
 from zoo_models import Candidate, build, build_bare, candidates
+from zoo_promises import (
+    ZooError,
+    check_files,
+    check_folded_state,
+    generators_untouched,
+    note_plain,
+    refuse_fakes,
+)
 from zoo_row import ZooRow
 
 import we_surgery as ws
@@ -49,11 +62,11 @@ from we_surgery.reading.running import call
 PRESERVED = ("lwe", "mwe", "we", "lwe+mwe")
 """The modes in which a pretrained start is checked."""
 
+_PLAIN = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 Change = Callable[[nn.Module], object]
-
-
-class ZooError(Exception):
-    """A model broke one of the promises."""
 
 
 def check_model(
@@ -67,7 +80,7 @@ def check_model(
     """Takes one model through everything; what goes wrong is in the row, nothing is raised.
 
     Args:
-        name: ``torchvision:...`` or ``timm:...``.
+        name: ``torchvision:...``, ``timm:...`` or of another library.
         mode: as for ``ws.plan``.
         preserved: the modes in which a pretrained start is checked.
         before: changes the vanilla model first; for planted faults.
@@ -100,6 +113,9 @@ def _check(
     candidate, reading, raw_outputs = _read(row, model, mode)
     inputs, plan = candidate.inputs, _decide(model, mode, reading)
     _refuse_missing_rows(model, plan)
+    note_plain(row, model, plan, _PLAIN)
+    fresh = build(row.name)
+    refuse_fakes(fresh, inputs)
     _check_preserved(row, model, candidate, reading, preserved)
     classes = [(name, type(module)) for name, module in model.named_modules()]
     shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
@@ -118,6 +134,7 @@ def _check(
         excited_outputs = run_in_eval(model, inputs)
     with torch.no_grad():
         excited = {path(weight): weight.excited().clone() for weight in excited_weights(model)}
+    folded = ws.strip_state_dict(model.state_dict())
     with row.timed("strip"):
         stripped, _ = ws.strip_with_report(model, inplace=True)
 
@@ -129,6 +146,8 @@ def _check(
     unequal = [key for key, value in excited.items() if not torch.equal(state[key], value)]
     if unequal:
         raise ZooError(f"{unequal[0]} is not bit-equal to its excited weight")
+    check_folded_state(folded, stripped)
+    check_files(row, fresh, plan)
     stripped_outputs = run_in_eval(stripped, inputs)
     if raw:
         stripped.load_state_dict(raw, strict=False)
@@ -181,7 +200,7 @@ def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Candidate, Reading,
         except ws.InputError as error:
             refusals.append(_refusal(candidate, str(error)))
             continue
-        with row.timed("read"):
+        with row.timed("read"), generators_untouched("plan"):
             reading = read(model, candidate.inputs)
             plan = _decide(model, mode, reading)
         row.input_shape = candidate.shape

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
 import torchvision
 from torch import nn
+from zoo_libraries import LIBRARIES
 from zoo_models import build_bare
 
 PINNED = Path(__file__).with_name("zoo_models.txt")
@@ -22,6 +24,7 @@ MODERATE = 30_000_000
 """Parameters that the smallest of a family may have; a module file's smallest may have more."""
 SMALL_ENOUGH = 100_000_000
 """Parameters that a timm model may have under ``--all``."""
+THIRD_PARTY = Path(__file__).with_name("zoo_third_party.txt")
 
 _SIZES = frozenset(
     """
@@ -37,6 +40,12 @@ Note = Callable[[str], None]
 def pinned_models() -> list[str]:
     """The names in the pinned list, the smallest model first."""
     return PINNED.read_text(encoding="utf-8").split()
+
+
+def third_party_models() -> list[str]:
+    """The pinned models of other libraries, of those libraries that are installed."""
+    names = THIRD_PARTY.read_text(encoding="utf-8").split("\n")
+    return [name for name in names if name and find_spec(LIBRARIES[name.partition(":")[0]])]
 
 
 def all_models() -> list[str]:

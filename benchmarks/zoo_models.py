@@ -1,7 +1,8 @@
 """The zoo's models: built with random weights, and the inputs they run on.
 
-A name says where the model comes from: ``torchvision:resnet18`` or ``timm:resnet18``. Nothing is
-downloaded. Inputs are as small as each builder allows, because what is measured is the reading.
+A name says where the model comes from: ``torchvision:resnet18``, ``timm:resnet18``, or, for the
+libraries of ``zoo_libraries``, ``monai:UNet-2d`` and so on. Nothing is downloaded. Inputs are as
+small as each builder allows, because what is measured is the reading.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import segmentation, video
+from zoo_libraries import LIBRARIES, library
 
 SIZES = (64, 128)
 """Picture sizes that are tried before a model's own."""
@@ -72,8 +74,10 @@ def build(name: str) -> nn.Module:
 def build_bare(name: str) -> nn.Module:
     """The model as its builder makes it, on the device that is the default one."""
     source, _, builder = name.partition(":")
-    if source == "timm":
-        model: nn.Module = timm.create_model(builder)
+    if source in LIBRARIES:
+        model: nn.Module = library(source).build(builder)
+    elif source == "timm":
+        model = timm.create_model(builder)
     else:
         options = _matching(_OPTIONS, builder, {})
         model = torchvision.models.get_model(builder, weights=None, **options)
@@ -99,7 +103,9 @@ def wake(model: nn.Module) -> nn.Module:
 def candidates(name: str, model: nn.Module) -> Iterator[Candidate]:
     """Inputs to try, the smallest first."""
     source, _, builder = name.partition(":")
-    if source == "timm":
+    if source in LIBRARIES:
+        yield from library(source).candidates(builder, model)
+    elif source == "timm":
         yield from _timm_pictures(model)
     elif builder in torchvision.models.list_models(module=torchvision.models.detection):
         yield _detection(builder)
@@ -111,7 +117,7 @@ def candidates(name: str, model: nn.Module) -> Iterator[Candidate]:
         frames = _matching(_FRAMES, builder, 8)
         for size in (*SIZES, _TORCHVISION_SIZE):
             clips = 1 if size == _TORCHVISION_SIZE else _BATCH
-            clip = torch.randn(clips, 3, frames, size, size, generator=_seeded())
+            clip = torch.randn(clips, 3, frames, size, size, generator=seeded())
             yield Candidate(clip, tuple(clip.shape))
     elif builder in torchvision.models.list_models(module=segmentation):
         yield _single(_picture(3, 64))
@@ -135,13 +141,13 @@ def _single(picture: Tensor) -> Candidate:
 
 
 def _picture(channels: int, size: int) -> Tensor:
-    return torch.randn(_BATCH, channels, size, size, generator=_seeded())
+    return torch.randn(_BATCH, channels, size, size, generator=seeded())
 
 
 def _detection(builder: str) -> Candidate:
     """Pictures and targets, which the training mode asks for."""
     size = _DETECTION_SIZE
-    images = list(torch.rand(_BATCH, 3, size, size, generator=_seeded()))
+    images = list(torch.rand(_BATCH, 3, size, size, generator=seeded()))
     targets: list[dict[str, Tensor]] = []
     for _ in images:
         target = {
@@ -156,7 +162,8 @@ def _detection(builder: str) -> Candidate:
     return Candidate((images, targets), (_BATCH, 3, size, size), chooses=True)
 
 
-def _seeded() -> torch.Generator:
+def seeded() -> torch.Generator:
+    """A generator whose numbers are the same each time."""
     return torch.Generator().manual_seed(0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from zoo_third_party import read_rows, third_party_part
 
 COMMAND = "python benchmarks/zoo.py"
 _SLOW = 0.95
@@ -35,9 +36,8 @@ def write_results(
     mode: str,
     asked: int,
     json_file: Path,
-    markdown_file: Path,
 ) -> None:
-    """Writes both files.
+    """Writes the table.
 
     Args:
         rows: one a finished model.
@@ -46,7 +46,6 @@ def write_results(
         mode: the mode of the plans.
         asked: how many models were to be run.
         json_file: where the table goes, a row a line.
-        markdown_file: where the summary goes.
     """
     head = {
         "command": COMMAND,
@@ -61,12 +60,20 @@ def write_results(
         "machine": f"{platform.machine()}, one thread",
         **apart,
     }
-    for file in (json_file, markdown_file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     opening = json.dumps(head, indent=1).removesuffix("\n}")
     json_file.write_text(f'{opening},\n "models": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    markdown_file.write_text(as_markdown(rows, head), encoding="utf-8")
+
+
+def write_page(json_file: Path, third_party: Path, markdown_file: Path) -> None:
+    """Writes the summary of both tables; the second may not be there yet."""
+    table = json.loads(json_file.read_text(encoding="utf-8"))
+    parts = [as_markdown(table.pop("models"), table)]
+    if third_party.exists():
+        parts.append(third_party_part(*read_rows(third_party)))
+    markdown_file.parent.mkdir(parents=True, exist_ok=True)
+    markdown_file.write_text("\n".join(parts), encoding="utf-8")
 
 
 def as_markdown(rows: Sequence[Row], head: Row) -> str:

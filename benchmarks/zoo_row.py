@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ class ZooRow:
     """What was found of one model.
 
     Attributes:
-        name: ``torchvision:...`` or ``timm:...``.
+        name: ``torchvision:...``, ``timm:...`` or of another library.
         passed: whether every promise was kept.
         cause: which one was not, and why; "" for a pass.
         parameters: of the vanilla model.
@@ -40,6 +40,9 @@ class ZooRow:
         converted: rows that are excited.
         alone: rows left alone, by reason.
         exceptions: layers left alone that neither the mode nor the model asks to leave.
+        plain: rows of torch's own conv and linear layers.
+        plain_alone: those of them that are left alone, by reason.
+        pickles: whether the vanilla model can be pickled, and so the converted one has to.
         forward_s: CPU seconds of one vanilla forward in eval mode.
         read_s: making the plan.
         convert_s: attaching the excitations.
@@ -64,6 +67,9 @@ class ZooRow:
     converted: int = 0
     alone: dict[str, int] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
+    plain: int = 0
+    plain_alone: dict[str, int] = field(default_factory=dict)
+    pickles: bool = False
     forward_s: float = 0.0
     read_s: float = 0.0
     convert_s: float = 0.0
@@ -92,6 +98,10 @@ class ZooRow:
             for decision in left
             if not decision.reason.startswith(_BY_DESIGN)
         }
+
+    def note_plain_alone(self, left: Iterable[ws.Decision]) -> None:
+        """Takes down why layers of torch's own classes are left alone."""
+        self.plain_alone = dict(Counter(short_reason(decision.reason) for decision in left))
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
