@@ -168,8 +168,9 @@ class MemoryEfficientSwish(nn.Module):
 class MBConv(nn.Module):
     """efficientnet_pytorch's block: its squeeze-and-excitation has no module of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
+        self.drop = drop
         self._depthwise_conv = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self._bn1, self._bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self._se_reduce, self._se_expand = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
@@ -180,7 +181,10 @@ class MBConv(nn.Module):
         x = self._swish(self._bn1(self._depthwise_conv(inputs)))
         squeezed = self._se_expand(self._swish(self._se_reduce(F.adaptive_avg_pool2d(x, 1))))
         x = torch.sigmoid(squeezed) * x
-        return self._bn2(self._project_conv(x)) + inputs
+        x = self._bn2(self._project_conv(x))
+        if self.drop and len(x.shape) == 4:  # which torch.fx cannot trace, as in MONAI
+            x = F.dropout2d(x, self.drop, self.training)
+        return x + inputs
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
@@ -205,6 +209,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "mask of a recurrent layer": (RecurrentMask, set()),
     "EfficientNet": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), MBConv(), MBConv()),
+        {f"{block}.{part}" for block in "12" for part in ("_se_reduce", "_se_expand")},
+    ),
+    "MONAI's EfficientNet": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), MBConv(0.1), MBConv(0.1)),
         {f"{block}.{part}" for block in "12" for part in ("_se_reduce", "_se_expand")},
     ),
 }

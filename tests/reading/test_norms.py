@@ -15,6 +15,17 @@ from we_surgery.reading import LayerFacts, read
 Path = Callable[["Toy", Tensor], Any]
 
 
+class NormActivation(nn.Module):
+    """A norm and an activation under a name that does not say which norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x).relu()
+
+
 class Toy(nn.Module):
     """A conv whose result takes the path that a test gives."""
 
@@ -27,6 +38,7 @@ class Toy(nn.Module):
         self.drop = nn.Dropout()
         self.first, self.both = nn.BatchNorm2d(4), nn.BatchNorm2d(8)
         self.second, self.over_both = nn.GroupNorm(2, 4), nn.GroupNorm(2, 8)
+        self.wrapped = NormActivation(8)
         self.layer_norm = nn.LayerNorm(4)
         self.scale = nn.Parameter(torch.ones(4, 1, 1))
         self.path = path
@@ -67,6 +79,10 @@ PATHS: dict[str, tuple[Path, bool]] = {
     ),
     "dense: cat with the input, batch norm": (
         lambda m, x: m.both(torch.cat([x, m.conv(x)], 1)),
+        True,
+    ),
+    "cat, batch norm in a module of its own": (
+        lambda m, x: m.wrapped(torch.cat([x, m.conv(x)], 1)),
         True,
     ),
     "cat, norm across both": (lambda m, x: m.over_both(torch.cat([x, m.conv(x)], 1)), False),

@@ -1,6 +1,7 @@
 """What a symbolic trace tells of a model, and that tracing has no effects."""
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,37 @@ def test_a_model_that_cannot_be_traced_is_listed_with_the_reason_and_the_line() 
     assert "TraceError: symbolically traced variables cannot be used" in found.rung_reason
     assert "test_symbolic.py:" in found.rung_reason
     assert [facts.name for facts in found.layers] == ["conv", "other"]
+
+
+def test_a_forward_that_stops_halfway_is_read_as_far_as_it_goes() -> None:
+    def path(m: Toy, x: Tensor) -> Any:
+        x = m.first(m.conv(x))
+        return m.other(x) if len(x.shape) == 4 else x
+
+    found = read(Toy(path))
+    assert found.rung == "symbolic"
+    assert "could not trace the model as a whole: RuntimeError: 'len' is not" in found.rung_reason
+    facts = by_name(found.layers)
+    assert facts["conv"].norm_evidence == "'first' follows"
+    assert facts["other"].followed_by_norm is not False
+
+
+def test_what_a_part_is_called_says_nothing_of_movement(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    def refuse(*_: Any, **options: Any) -> None:
+        raise AssertionError("nothing is to be replayed")
+
+    monkeypatch.setattr("we_surgery.reading.symbolic_shifts.record", refuse)
+    parts = {"stem": nn.Conv2d(3, 4, 3), "conv_gather": Scaled(), "last": nn.Conv2d(4, 4, 3)}
+    model = nn.Sequential(OrderedDict(parts))
+    assert [facts.shift_unknown for facts in read(model).layers] == [None, None]
 
 
 def test_a_model_that_cannot_be_copied_is_listed() -> None:

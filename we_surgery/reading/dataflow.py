@@ -8,7 +8,7 @@ fact is found by one pass, whatever graph it goes over.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -115,12 +115,14 @@ class Dataflow:
         modules: the modules by their names from there on.
         prefix: that submodule's name; "" for the whole model.
         unseen: the modules in it that were kept whole because they could not be traced.
+        is_partial: the graph ends before the forward does.
     """
 
     graph: fx.Graph
     modules: Mapping[str, nn.Module]
     prefix: str = ""
-    unseen: frozenset[str] = field(default_factory=frozenset)
+    unseen: frozenset[str] = frozenset()
+    is_partial: bool = False
 
     @cached_property
     def fed(self) -> set[fx.Node]:
@@ -178,7 +180,7 @@ class Dataflow:
     def is_unseen(self, node: fx.Node) -> bool:
         """Whether what the node does with its arguments is not in the graph."""
         if node.op == "output":
-            return bool(self.prefix)
+            return bool(self.prefix) or self.is_partial
         return node.op == "call_module" and str(node.target) in self.unseen
 
     def is_norm(self, node: fx.Node, before: fx.Node) -> bool:

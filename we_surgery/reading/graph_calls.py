@@ -126,7 +126,8 @@ def traced_reads(model: nn.Module, blocks: Sequence[TracedBlock]) -> list[GraphR
     Where torch.fx has not seen all of the model, what it has not seen may read them too: they
     are found, and left alone.
     """
-    is_whole = [block.name for block in blocks] == [""] and not blocks[0].untraceable
+    first = next(iter(blocks), None)
+    is_whole = first is not None and not (first.name or first.untraceable or first.is_partial)
     found: dict[tuple[nn.Module, str], GraphRead] = {}
     for block in blocks:
         for read in _reads_of(model.get_submodule(block.name), block.graph):

@@ -56,7 +56,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def normalizes_each_channel(norm: nn.Module) -> bool:
     """Whether a norm takes each channel by itself, and not several together as layer norm does."""
-    return any(_EACH_CHANNEL_NAME.search(base.__name__) for base in type(norm).__mro__)
+    parts = [base.__name__ for part in norm.modules() for base in type(part).__mro__]
+    return any(_EACH_CHANNEL_NAME.search(name) for name in parts)
 
 
 def is_gate(module: nn.Module) -> bool:

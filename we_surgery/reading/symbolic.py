@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from we_surgery.copies import deep_copy, drawing_nothing
+from we_surgery.reading.dataflow import sources
 from we_surgery.reading.hooks import drop_hooks
 from we_surgery.reading.kinds import WEIGHTED, is_norm
 from we_surgery.reading.recorder import MODULE
@@ -24,12 +25,15 @@ class TracedBlock:
         graph: its graph; targets are named from the submodule on.
         untraceable: the submodules in it that were kept whole, named likewise.
         constants: tensors that were made while tracing, by their targets.
+        is_partial: the forward could not be traced to its end; the graph returns whatever nothing
+            before that had used.
     """
 
     name: str
     graph: fx.Graph
     untraceable: frozenset[str] = frozenset()
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    is_partial: bool = False
 
 
 class LayerTracer(fx.Tracer):
@@ -73,14 +77,15 @@ def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
 
     The trace runs on a copy whose parameters and buffers are on the meta device: it takes
     no memory of the model's size, and tracing leaves proxies behind in some models. What
-    cannot be traced is kept whole, and its children are traced by themselves.
+    cannot be traced is kept whole, and traced by itself as far as that goes; where its forward
+    stops, its children are, too.
 
     Returns:
         The graphs, from the whole model down, and what could not be traced, with the reason
         and the file and line that stopped it.
     """
     blocks: list[TracedBlock] = []
-    untraceable: list[str] = []
+    untraceable: dict[str, str] = {}
     try:
         # Some models draw random numbers while they are traced.
         with drawing_nothing(model):
@@ -90,11 +95,11 @@ def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
                 pending += _trace_block(name, module, blocks, untraceable)
     except Exception as error:
         return [], [_why(error)]
-    return blocks, untraceable
+    return blocks, [f"{name or 'the model as a whole'}: {why}" for name, why in untraceable.items()]
 
 
 def _trace_block(
-    name: str, module: nn.Module, blocks: list[TracedBlock], untraceable: list[str]
+    name: str, module: nn.Module, blocks: list[TracedBlock], untraceable: dict[str, str]
 ) -> list[tuple[str, nn.Module]]:
     """Traces one module; returns the submodules that are to be traced by themselves."""
     if isinstance(module, WEIGHTED) or not list(module.children()):
@@ -102,18 +107,32 @@ def _trace_block(
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return _children(name, module)
     tracer = LayerTracer()
+    left: list[tuple[str, nn.Module]] = []
+    is_partial = False
     try:
         graph = tracer.trace(module)
-        broken = tracer.untraceable
-        blocks.append(TracedBlock(name, graph, frozenset(broken), _constants(module, graph)))
     except Exception as error:
-        broken = {"": _why(error)}
-    left: list[tuple[str, nn.Module]] = []
-    for path, reason in broken.items():
+        is_partial = True
+        untraceable.setdefault(name, _why(error))
+        graph = _until_it_stopped(tracer)
+        left += _children(name, module)
+    for path, reason in tracer.untraceable.items():
         whole = join(name, path)
-        untraceable.append(f"{whole or 'the model as a whole'}: {reason}")
-        left += _children(whole, module.get_submodule(path))
+        untraceable.setdefault(whole, reason)
+        if not is_partial:
+            left.append((whole, module.get_submodule(path)))
+    if not is_partial or any(node.op == "call_module" for node in graph.nodes):
+        constants = _constants(module, graph)
+        broken = frozenset(tracer.untraceable)
+        blocks.append(TracedBlock(name, graph, broken, constants, is_partial))
     return left
+
+
+def _until_it_stopped(tracer: fx.Tracer) -> fx.Graph:
+    graph = getattr(tracer, "graph", fx.Graph())
+    used = {source for node in graph.nodes for source in sources(node)}
+    graph.output(tuple(node for node in graph.nodes if node not in used))
+    return graph
 
 
 def _constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:

@@ -99,6 +99,7 @@ def _may_shift(inside: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
         if _is_call(node)
         else str(getattr(node.target, "__name__", node.target))
         for node in inside
+        if node.op != "get_attr"  # whose target is a path, of any names
     ]
     displaces = any(word in name for name in names for word in _DISPLACING)
     joins = any(word in name for name in names for word in _JOINING)

@@ -24,7 +24,7 @@ def mark_gates_and_norms(
     kept whole inside a gate is in it with all of its layers.
     """
     modules = dict(model.get_submodule(block.name).named_modules())
-    flow = Dataflow(block.graph, modules, block.name, block.untraceable)
+    flow = Dataflow(block.graph, modules, block.name, block.untraceable, block.is_partial)
     calls: dict[str, list[fx.Node]] = {}
     for node in block.graph.nodes:
         if node.op == "call_module":
