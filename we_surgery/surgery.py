@@ -314,8 +314,12 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def refuse_wrappers(model: nn.Module) -> None:
+def refuse_wrappers(model: nn.Module, *, sharded: bool = True) -> None:
     """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models.
+
+    Args:
+        model: the model.
+        sharded: whether to refuse FSDP2 too.
 
     Raises:
         InputError: the model is wrapped or sharded.
@@ -336,7 +340,7 @@ def refuse_wrappers(model: nn.Module) -> None:
             "the model is wrapped by torch.compile",
             "Convert and strip the model inside (`model._orig_mod`), before compiling it.",
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if sharded and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise InputError(
             "the model is sharded (its parameters are DTensors)",
             "Convert before fully_shard; strip a full state dict with `strip_state_dict`.",

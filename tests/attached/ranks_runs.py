@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, loss_of
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import we_surgery as ws
@@ -21,12 +22,18 @@ import we_surgery as ws
 STEPS = 4
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, part: slice) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, part: slice, *, looks: bool = False
+) -> list[float]:
+    """With ``looks`` a forward pass before each step leaves the whole weights of FSDP behind."""
     losses = []
     for x, y in batches(STEPS):
         optimizer.zero_grad()
         loss = loss_of(model, (x[part], y[part]))
         loss.backward()
+        if looks:
+            with torch.no_grad():
+                model(x)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -57,6 +64,51 @@ def attached_around_ddp(is_first: bool, mode: str, seed: int, part: slice) -> di
     }
 
 
+def attached_after_fully_shard(config: dict[str, Any], part: slice) -> dict[str, Any]:
+    """Uneven shards: 5 filters of the head over two ranks."""
+    torch.manual_seed(0)
+    model = Net(is_tied=False)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model.stem, model.mix, model.head):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.manual_seed(1)
+    optimizer = sgd(model)
+    excitation = ws.attach(model, optimizer, config=config)
+    losses = train(model, optimizer, part, looks=True)
+    return {
+        "losses": losses,
+        "weights": {name: p.full_tensor() for name, p in model.named_parameters()},
+        "raws": {
+            name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
+            for name, p in excitation.named_parameters().items()
+        },
+    }
+
+
+SHARDED = {
+    "lwe": {"mode": "lwe", "linear": "lwe"},
+    "lwe+mwe": {"mode": "lwe+mwe", "standardize": "on"},
+    "thesis": {"mode": "thesis"},
+    "spectral norm": {"conv": "spectral_norm", "linear": "spectral_norm"},
+    "mwe with a moving maximum": {"mode": "mwe", "mwe": {"detach_max": False}},
+}
+
+
+def alone_by(config: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Net(is_tied=False)
+    torch.manual_seed(1)
+    optimizer = sgd(model)
+    excitation = ws.attach(model, optimizer, config=config)
+    losses = train(model, optimizer, slice(None))
+    return {
+        "losses": losses,
+        "weights": dict(model.named_parameters()),
+        "raws": excitation.named_parameters(),
+    }
+
+
 def alone(mode: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Net()
@@ -74,6 +126,8 @@ def cases(rank: int) -> dict[str, Callable[[], Any]]:
         for is_first in (True, False):
             name = f"{mode}, {'before' if is_first else 'after'} DDP"
             found[name] = partial(attached_around_ddp, is_first, mode, 1 + rank, part)
+    for name, config in SHARDED.items():
+        found[f"{name}, FSDP2"] = partial(attached_after_fully_shard, config, part)
     return found
 
 

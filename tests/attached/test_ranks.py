@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_runs import alone, cases
+from ranks_runs import SHARDED, alone, alone_by, cases
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", cases(0))
+@pytest.mark.parametrize("name", [name for name in cases(0) if name.endswith("DDP")])
 def test_ddp(name: str, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[name] for rank in ranks)
     assert not isinstance(first, str), first
@@ -50,3 +50,20 @@ def test_ddp(name: str, ranks: list[dict[str, Any]]) -> None:
     assert mean == pytest.approx(expected["losses"], rel=1e-5)
     for key, value in expected["weights"].items():
         torch.testing.assert_close(first["weights"][key], value.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp2(name: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[f"{name}, FSDP2"] for rank in ranks)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    expected = alone_by(SHARDED[name])
+    mean = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert mean == pytest.approx(expected["losses"], rel=1e-5)
+    for part in ("weights", "raws"):
+        assert list(first[part]) == list(expected[part])
+        for key, value in expected[part].items():
+            torch.testing.assert_close(
+                first[part][key], value.detach(), rtol=1e-4, atol=1e-5, msg=f"{part} {key}"
+            )
+            assert torch.equal(first[part][key], second[part][key]), key

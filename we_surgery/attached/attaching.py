@@ -91,15 +91,16 @@ def attach(
         {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
         | {"backend": backend},  # type: ignore[arg-type]
     )
+    building = Building(root, optimizers, init, start, backend)
     if plan is None:
-        plan = make_plan(root, config=options["config"], example_inputs=example_inputs)
+        readable = building.readable_model()
+        plan = make_plan(readable, config=options["config"], example_inputs=example_inputs)
     if any(row.attach for row in plan.transplants):
         raise InputError(
             "transplants change the model's layers, and attach leaves them alone",
             "Convert with the transplants and without excitation first, then attach.",
         )
     saved = _saved_state(optimizers, resume)
-    building = Building(root, optimizers, init, start, backend)
     found = building.weights_of(plan)
     if not found:
         raise InputError(
@@ -129,7 +130,7 @@ def _refuse_model(root: nn.Module) -> None:
             "the model is converted: its layers compute their excited weights themselves",
             "Strip it first, or train the converted model as it is.",
         )
-    refuse_wrappers(root)
+    refuse_wrappers(root, sharded=False)
     for name, parameter in root.named_parameters():
         if excitation_of(parameter) is not None:
             raise InputError(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from we_surgery.attached.optimizers import group_for, start_early_state
+from we_surgery.attached.shards import is_sharded, shard_of, share_again, whole_model
 from we_surgery.attached.weights import (
     AttachedWeight,
     ExcitationParameter,
@@ -45,6 +46,13 @@ class Building:
     start: Start
     backend: Backend
 
+    def readable_model(self) -> nn.Module:
+        """The model, or for a sharded one a view of it with whole Parameters; then collective."""
+        if not any(is_sharded(parameter) for parameter in self.model.parameters()):
+            return self.model
+        share_again(self.model)
+        return whole_model(self.model)
+
     def weights_of(self, plan: Plan) -> list[Trained]:
         """The planned weights that an optimizer trains. The model is not changed.
 
@@ -54,7 +62,8 @@ class Building:
         """
         places: dict[int, list[tuple[str, str]]] = {}
         found: list[Trained] = []
-        grafts = build_grafts(self.model, plan, self.init, self.start, full_precision=True)
+        readable = self.readable_model()
+        grafts = build_grafts(readable, plan, self.init, self.start, full_precision=True)
         for item in grafts:
             parameter = self.model.get_submodule(item.module)._parameters[item.parameter]
             assert parameter is not None
@@ -64,12 +73,19 @@ class Building:
             if len(known) > 1 or optimizer is None:
                 continue
             item.excitation.backend = self.backend
+            values = item.raw
+            if values is None:
+                own = readable.get_submodule(item.module)._parameters[item.parameter]
+                assert own is not None
+                values = own.detach()
+            shard = shard_of(parameter, item.module or item.parameter)
             weight = AttachedWeight(
                 layer=item.module or item.parameter,
                 places=(),
                 parameter=parameter,
-                raw=raw_like(parameter, parameter.detach() if item.raw is None else item.raw),
+                raw=raw_like(parameter, values, shard),
                 excitation=item.excitation,
+                shard=shard,
             )
             found.append((weight, optimizer))
         for weight, _ in found:
@@ -96,13 +112,12 @@ def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[Excitation
             seen.add(id(parameter))
             group = group_for(groups, homes[id(weight.parameter)], parameter)
             place = next(i for i, each in enumerate(groups) if each is group)
-            start_early_state(optimizer, parameter, group)
-            found.append(
-                ExcitationParameter(
-                    f"{weight.name}:{name}",
-                    parameter,
-                    place,
-                    [layer.state.pop(parameter, None) for layer in with_wrapped(optimizer)],
-                )
+            replicated = None if weight.shard is None else weight.shard.replicated
+            entry = parameter if replicated is None else replicated(parameter)
+            start_early_state(optimizer, entry, group)
+            states = [layer.state.pop(entry, None) for layer in with_wrapped(optimizer)]
+            own = ExcitationParameter(
+                f"{weight.name}:{name}", parameter, entry, place, replicated, states
             )
+            found.append(own)
     return found

@@ -17,6 +17,7 @@ from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
 from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
 from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
+from we_surgery.attached.shards import any_rank, put, share_again, whole
 from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
 from we_surgery.attached.transform import write
@@ -115,10 +116,10 @@ class AttachedExcitation:
         load_state(state, self._weights, self._parameters)
         largest = 0.0
         for weight in self._weights:
-            before = weight.parameter.detach().clone()
+            before = weight.memory.clone()
             write([weight], advance=False)
             if before.numel():
-                difference = (weight.parameter.detach().float() - before.float()).abs().max()
+                difference = (weight.memory.float() - before.float()).abs().max()
                 largest = max(largest, float(difference))
         for step in self._steps:
             step.steps = int(state.get("steps", 0))
@@ -136,6 +137,11 @@ class AttachedExcitation:
         the state of training in a file. Raw weights of half-precision layers are rounded to the
         layer's dtype.
         """
+        if any(weight.shard is not None for weight in self._weights):
+            raise InputError(
+                "the model is sharded, so that no rank has it whole",
+                "Attach to an unsharded model with `resume=excitation.state_dict()`, gathered.",
+            )
         twin = copy_model(self.model)
         memo: dict[int, Any] = {}
         grafts = []
@@ -169,7 +175,7 @@ class AttachedExcitation:
         changed = [weight for weight in self._weights if not _is_current(weight)]
         found = []
         for weight in changed:
-            values = weight.parameter.detach().to(weight.raw)
+            values = whole(weight.parameter).to(weight.raw.dtype)
             try:
                 found.append(weight.excitation.preserve(values).clone())
             except NotImplementedError as error:
@@ -178,7 +184,7 @@ class AttachedExcitation:
                     "Call `excitation.restore()`, or detach and attach again.",
                 ) from error
         for weight, raw in zip(changed, found, strict=True):
-            weight.raw.copy_(raw)
+            put(weight.raw, raw, weight.shard)
         write(self._weights, advance=False)
         self._remember(self._weights)
 
@@ -191,7 +197,7 @@ class AttachedExcitation:
         """
         paused = [weight for weight in self._weights if weight.excitation.is_paused]
         for weight in paused:
-            weight.raw.copy_(weight.excitation.resume(weight.raw))
+            put(weight.raw, weight.excitation.resume(whole(weight.raw)), weight.shard)
         write(paused, advance=True)
         self._remember(paused)
         return len(paused)
@@ -263,7 +269,8 @@ class AttachedExcitation:
                 "excitation was attached by a plan, which does not say what thawed layers get",
                 "Detach, and attach with a plan in which they are excited and `resume=False`.",
             )
-        plan = make_plan(self.model, config=self._policy, example_inputs=self._example_inputs)
+        readable = self._building.readable_model()
+        plan = make_plan(readable, config=self._policy, example_inputs=self._example_inputs)
         known = {place for weight in self._weights for place in weight.places}
         new = [row for row in plan.excited if (row.module, row.parameter) not in known]
         found = self._building.weights_of(replace(plan, decisions=tuple(new))) if new else []
@@ -281,7 +288,7 @@ class AttachedExcitation:
             found: weights, each with its optimizer.
             saved: the state to begin with.
         """
-        before = [(weight, weight.parameter.detach().clone()) for weight, _ in found]
+        before = [(weight, weight.memory.clone()) for weight, _ in found]
         known = len(self._weights), len(self._undo)
         try:
             self._weights += [weight for weight, _ in found]
@@ -300,7 +307,7 @@ class AttachedExcitation:
                 self._undo.pop()()
             with torch.no_grad():
                 for weight, values in before:
-                    weight.parameter.copy_(values)
+                    weight.memory.copy_(values)
             raise
         self._watch_frozen()
         logger.info("attached the excitation of %d weights", len(found))
@@ -399,6 +406,11 @@ class AttachedExcitation:
 
     def is_held(self, weight: AttachedWeight) -> bool:
         """Whether the model holds the weight's Parameter where it was."""
+        if weight.shard is not None and not self._holds(weight):
+            share_again(self.model)
+        return self._holds(weight)
+
+    def _holds(self, weight: AttachedWeight) -> bool:
         return all(
             self._modules[module]._parameters.get(name) is weight.parameter
             for module, name in weight.places
@@ -446,16 +458,21 @@ class AttachedExcitation:
 
 
 def _is_current(weight: AttachedWeight) -> bool:
-    """Whether the Parameter holds E(raw)."""
-    present = weight.parameter.detach()
-    with torch.no_grad():
-        excited = weight.excitation.eval()(weight.raw).to(present)
-    return bool(((excited == present) | (excited.isnan() & present.isnan())).all())
+    """Whether the Parameter holds E(raw); it is left as it is."""
+    present = weight.memory.clone()
+    write([weight], advance=False)
+    excited = weight.memory
+    is_same = bool(((excited == present) | (excited.isnan() & present.isnan())).all())
+    if not is_same:
+        excited.copy_(present)
+    return not any_rank([weight], not is_same)
 
 
 def _follow(weight: AttachedWeight) -> None:
     """Moves raw weight and excitation to where the Parameter is now."""
     parameter, raw = weight.parameter, weight.raw
+    if weight.shard is not None:
+        return
     if raw.device == parameter.device and raw.stride() == parameter.stride():
         return
     raw.data = torch.empty_like(parameter, dtype=raw.dtype).copy_(raw)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from we_surgery.attached.shards import any_rank
 from we_surgery.attached.weights import AttachedWeight
 
 SAMPLES = 64
@@ -53,13 +54,15 @@ class Tripwire:
         moved = [
             weight
             for weight in weights
-            if weight.parameter._version != weight.version
-            or weight.parameter.data_ptr() != weight.address
+            if (memory := weight.memory)._version != weight.version
+            or memory.data_ptr() != weight.address
             or not self.is_held(weight)
         ]
         if not moved:
             for same_device in _by_device(weights):
                 moved += self._differing(same_device)
+        if any_rank(weights, bool(moved)) and any(w.shard is not None for w in weights):
+            moved = list(weights)  # the look at them is collective
         if moved:
             self.report(moved)
 
@@ -88,7 +91,7 @@ def _by_device(weights: Sequence[AttachedWeight]) -> list[list[AttachedWeight]]:
 
 def _sample(weight: AttachedWeight, step: int) -> Tensor:
     """Up to 64 values spread over the weight; others at each step."""
-    values = weight.parameter.detach()
+    values = weight.memory
     count = values.numel()
     stride = max(count // SAMPLES, 1)
     offset = step * _A_PRIME % stride

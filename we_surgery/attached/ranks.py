@@ -37,7 +37,9 @@ def broadcast(weights: Sequence[AttachedWeight]) -> None:
     """Gives all ranks the raw weights and excitations of rank 0; collective."""
     tensors: dict[int, Tensor] = {}
     for weight in weights:
-        own = (weight.raw, *weight.excitation.parameters(), *weight.excitation.buffers())
+        own = [*weight.excitation.parameters(), *weight.excitation.buffers()]
+        if weight.shard is None:  # the rows of a sharded one are of one and the same weight
+            own.append(weight.raw)
         tensors |= {id(tensor): tensor.detach() for tensor in own}
     for tensor in tensors.values():
         if dist.get_backend() != "nccl" or tensor.is_cuda:

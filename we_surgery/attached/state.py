@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from we_surgery.attached.shards import local, put
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.errors import AttachmentError, InputError
 
@@ -37,7 +38,7 @@ def state_of(
             }
             for weight in weights
         },
-        "optimizer": {own.name: list(own.states) for own in parameters},
+        "optimizer": {own.name: [_plain(kept) for kept in own.states] for own in parameters},
     }
 
 
@@ -94,17 +95,28 @@ def load_state(
     """Copies a checked state into the weights' raw values, excitations and optimizer states."""
     for weight in weights:
         saved = state["weights"][weight.name]
-        weight.raw.copy_(saved["raw"])
+        put(weight.raw, saved["raw"], weight.shard)
         weight.excitation.load_state_dict(saved["excitation"])
     for own in parameters:
         states = state["optimizer"][own.name]
-        own.states = [_copied(kept, own.parameter) for kept in states]
+        own.states = [_copied(kept, own) for kept in states]
 
 
-def _copied(value: Any, like: Tensor) -> Any:
+def _plain(value: Any) -> Any:
+    """The state without DTensors; each rank holds it whole."""
     if isinstance(value, Tensor):
-        # As torch loads an optimizer's state: step counts stay where they are.
-        return value.to(like.device, copy=True) if value.ndim else value.clone()
+        return local(value)
     if isinstance(value, Mapping):
-        return {key: _copied(each, like) for key, each in value.items()}
+        return {key: _plain(each) for key, each in value.items()}
+    return value
+
+
+def _copied(value: Any, own: ExcitationParameter) -> Any:
+    if isinstance(value, Tensor):
+        if not value.ndim:
+            return value.clone()  # as torch loads an optimizer's state: step counts do not move
+        moved = value.to(own.parameter.device, copy=True)
+        return moved if own.replicated is None else own.replicated(moved).data
+    if isinstance(value, Mapping):
+        return {key: _copied(each, own) for key, each in value.items()}
     return value

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from we_surgery.attached.guard import Tripwire
+from we_surgery.attached.shards import any_rank, local
 from we_surgery.attached.transform import drop_gradient, pull_back, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
@@ -210,7 +211,8 @@ class OptimizerStep:
             return False  # the value of a tensor on a GPU would have to be waited for
         if any(rate != 0 for rate in rates):
             return False
-        return not any(bool(weight.parameter.grad.any()) for weight in live)  # type: ignore[union-attr]
+        moving = any(bool(local(weight.parameter.grad).any()) for weight in live)  # type: ignore[arg-type]
+        return not any_rank(live, moving)
 
     def _exchange(self, weights: Sequence[AttachedWeight]) -> None:
         places = {
@@ -231,21 +233,24 @@ class OptimizerStep:
             params[index] = weight.raw
             for layer in layers:
                 _move_state(layer.state, weight.parameter, weight.raw)
-        if self.is_hidden:
-            return
         for own in self.parameters:
+            if self.is_hidden and any(own.states):
+                continue  # its state has been loaded
+            if own.entry is not own.parameter and own.parameter.grad is not None:
+                assert own.replicated is not None
+                own.entry.grad = own.replicated(own.parameter.grad).data
             group = self.optimizer.param_groups[own.group]
-            group["params"].append(own.parameter)
+            group["params"].append(own.entry)
             if "param_names" in group:
                 group["param_names"].append(own.name)
             for layer, state in zip(layers, own.states, strict=False):
                 if state is not None:
-                    layer.state[own.parameter] = state
+                    layer.state[own.entry] = state
 
     def _exchange_back(self) -> None:
         layers = list(with_wrapped(self.optimizer))
         back = {id(weight.raw): weight for weight in self.exchanged}
-        own = {id(each.parameter) for each in self.parameters}
+        own = {id(each.entry) for each in self.parameters}
         for group in self.optimizer.param_groups:
             params, names = group["params"], group.get("param_names")
             if names is not None:
@@ -257,9 +262,9 @@ class OptimizerStep:
             for layer in layers:
                 _move_state(layer.state, weight.raw, weight.parameter)
         for each in self.parameters:
-            if not self.is_hidden:
-                each.states = [layer.state.pop(each.parameter, None) for layer in layers]
-            each.parameter.grad = None
+            if not (self.is_hidden and any(each.states)):
+                each.states = [layer.state.pop(each.entry, None) for layer in layers]
+            each.parameter.grad = each.entry.grad = None
         self.exchanged = []
 
     def _leave(self, *, moves: bool) -> None:

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from we_surgery.attached.shard_transform import (
+    pull_back_gathered,
+    pull_back_rows,
+    rows_terms,
+    write_gathered,
+    write_rows,
+)
+from we_surgery.attached.shards import local
 from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
 from we_surgery.excitations.closed_form import excite_into
@@ -27,14 +35,21 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
         advance: whether buffers that follow training, such as a power iteration's, move first.
     """
     closed: dict[Backend, list[tuple[AttachedWeight, Terms]]] = {}
+    rows: list[tuple[AttachedWeight, Terms]] = []
     for weight in weights:
+        if weight.shard is not None and not weight.excitation.is_identity(weight.raw):
+            terms = rows_terms(weight)
+            if terms is None:
+                write_gathered(weight, advance=advance)
+            else:
+                rows.append((weight, terms))
+            continue
         terms = weight.excitation.closed_form(weight.raw)
         if terms is not None:
             closed.setdefault(weight.excitation.backend, []).append((weight, terms))
         elif weight.excitation.is_identity(weight.raw):
             weight.excited = Excited(is_identity=True)
-            with torch.no_grad():
-                weight.parameter.copy_(weight.raw)
+            weight.memory.copy_(local(weight.raw))
         else:
             _write_by_autograd(weight, advance)
     for backend, pairs in closed.items():
@@ -42,9 +57,10 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
         kept = (kept for _, kept in excite_into(jobs, backend))
         for (weight, terms), own in zip(pairs, kept, strict=True):
             weight.excited = Excited(terms, own)
+    write_rows(rows)
     for weight in weights:
-        weight.version = weight.parameter._version
-        weight.address = weight.parameter.data_ptr()
+        memory = weight.memory
+        weight.version, weight.address = memory._version, memory.data_ptr()
 
 
 def _write_by_autograd(weight: AttachedWeight, advance: bool) -> None:
@@ -72,14 +88,18 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
         weight.raw.grad = None
         for parameter in weight.parameters:
             parameter.grad = None
-        if weight.excited.terms is not None:
+        if weight.shard is None and weight.excited.terms is not None:
             closed.setdefault(weight.excitation.backend, []).append(weight)
     found: dict[int, tuple[Tensor | None, ...]] = {}
     for backend, own in closed.items():
         results = pull_back_in_closed_form(backend, [_pullback(weight) for weight in own])
         found |= zip(map(id, own), results, strict=True)
+    pull_back_rows([w for w in weights if w.shard is not None and w.excited.terms is not None])
     for weight in reversed(weights):
-        if weight.excited.terms is not None:
+        if weight.shard is not None and not weight.excited.is_identity:
+            if weight.excited.terms is None:
+                pull_back_gathered(weight)
+        elif weight.excited.terms is not None:
             weight.raw.grad, *by_fcs = found.pop(id(weight))
             _accumulate(weight.excited.terms, by_fcs)
         elif weight.excited.is_identity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.optim import Optimizer
 
+from we_surgery.attached.shards import Shard, local
 from we_surgery.excitations import Composition
 from we_surgery.excitations.terms import Kept, Terms
 
@@ -43,6 +44,7 @@ class AttachedWeight:
         parameter: the model's own Parameter, which holds W' = E(raw).
         raw: what the optimizer trains in its place.
         excitation: E.
+        shard: how both are divided among ranks; None where they are whole.
         parameters: those of the excitation.
         excited: what the last computation of W' left for the backward pass.
         version: of ``parameter`` after W' was written.
@@ -55,6 +57,7 @@ class AttachedWeight:
     parameter: nn.Parameter
     raw: nn.Parameter
     excitation: Composition
+    shard: Shard | None = None
     parameters: tuple[nn.Parameter, ...] = field(init=False)
     excited: Excited = field(default_factory=Excited)
     version: int = -1
@@ -63,6 +66,11 @@ class AttachedWeight:
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.excitation.parameters())
+
+    @property
+    def memory(self) -> Tensor:
+        """The Parameter's memory on this rank, detached."""
+        return local(self.parameter)
 
     @property
     def name(self) -> str:
@@ -77,25 +85,34 @@ class ExcitationParameter:
     Attributes:
         name: the qualified name of its weight, a colon, and its name in that excitation.
         parameter: the parameter.
+        entry: what stands for it in the optimizer: itself, or for a sharded weight the same
+            memory as a DTensor.
         group: the index of the parameter group it joins.
+        replicated: makes a DTensor of a tensor, for a sharded weight.
         states: what the optimizer and those it wraps keep for it, one after the other; None
             where one keeps nothing yet.
     """
 
     name: str
     parameter: nn.Parameter
+    entry: nn.Parameter
     group: int
+    replicated: Callable[[Tensor], nn.Parameter] | None = None
     states: list[Any] = field(default_factory=list)
 
 
-def raw_like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """A raw weight with these values, in float32 for half precision.
+def raw_like(parameter: nn.Parameter, values: Tensor, shard: Shard | None = None) -> nn.Parameter:
+    """A raw weight with these values, whole ones, in float32 for half precision.
 
     A raw weight in bfloat16 would hardly move: at a learning rate of 1e-4 an update is below
     half of a last bit for two of three values.
     """
     dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
-    raw = nn.Parameter(torch.empty_like(values, dtype=dtype).copy_(values), requires_grad=True)
+    if shard is None:
+        raw = nn.Parameter(torch.empty_like(values, dtype=dtype).copy_(values))
+    else:
+        rows = torch.empty_like(local(parameter), dtype=dtype).copy_(shard.cut(values))
+        raw = nn.Parameter(shard.joined(rows, parameter))
     # What optimizers and frameworks mark a Parameter with.
     raw.__dict__.update(parameter.__dict__)
     return raw

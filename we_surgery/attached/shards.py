@@ -1,0 +1,218 @@
+"""Weights that FSDP2 divides among processes: each rank holds, and excites, its own rows.
+
+A weight ``[O, I, *K]`` is divided along O, so that each rank has whole filters. The closed form
+works filter by filter, but for two sums: the gradients of LWE's layers are summed over the ranks,
+and MWE's maximum is taken over them. Every other excitation, and transposed convs, whose first
+axis is not that of filters, are gathered, computed on each rank and cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from we_surgery.errors import InputError
+
+if TYPE_CHECKING:
+    from we_surgery.attached.weights import AttachedWeight
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How a weight is divided.
+
+    Attributes:
+        mesh: the device mesh of its DTensor.
+        placements: the DTensor's.
+        group: the processes that share its rows.
+        first: index of the first row here.
+        rows: how many are here; it may be none.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    group: Any
+    first: int
+    rows: int
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's rows."""
+        return whole[self.first : self.first + self.rows]
+
+    def joined(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The DTensor whose rows these are, of the shape and strides of ``like``."""
+        from torch.distributed.tensor import DTensor
+
+        joined: Tensor = DTensor.from_local(
+            rows,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return joined
+
+    def replicated(self, tensor: Tensor) -> nn.Parameter:
+        """The same memory as a DTensor Parameter that each rank holds whole.
+
+        An optimizer that computes many tensors together takes no plain ones beside DTensors.
+        """
+        from torch.distributed.tensor import DTensor, Replicate
+
+        everywhere = [Replicate()] * self.mesh.ndim
+        whole = DTensor.from_local(tensor.detach(), self.mesh, everywhere, run_check=False)
+        return nn.Parameter(whole, requires_grad=tensor.requires_grad)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def shard_of(parameter: Tensor, name: str) -> Shard | None:
+    """How a Parameter is divided; None where it is whole.
+
+    Raises:
+        InputError: it is divided along another axis, as tensor parallelism does.
+    """
+    if not is_sharded(parameter):
+        return None
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as ByDim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    tensor: Any = parameter
+    placements = tuple(tensor.placements)
+    divided = [dim for dim, place in enumerate(placements) if not isinstance(place, Replicate)]
+    if len(divided) != 1 or placements[divided[0]] != ByDim(0):
+        raise InputError(
+            f"{name!r} is divided as {placements}, by tensor parallelism or in another way than "
+            "by rows",
+            "Only `fully_shard` with its default placement is supported; leave the layer out by a "
+            "rule.",
+        )
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, placements
+    )
+    group = tensor.device_mesh.get_group(divided[0])
+    return Shard(tensor.device_mesh, placements, group, offset[0], shape[0])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The memory of this process, detached."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    sharded: Any = tensor
+    with torch.no_grad():
+        rows: Tensor = sharded.to_local()
+    return rows
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it; collective for a DTensor."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    sharded: Any = tensor
+    with torch.no_grad():
+        full: Tensor = sharded.full_tensor()
+    return full.detach()
+
+
+def put(target: nn.Parameter, values: Tensor, shard: Shard | None) -> None:
+    """Copies the whole values, or this rank's part of them, into a raw weight."""
+    if shard is None:
+        target.detach().copy_(values)
+    elif is_sharded(values):
+        local(target).copy_(local(values))
+    else:
+        local(target).copy_(shard.cut(values))
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """A view of a sharded model with whole Parameters and without FSDP's hooks, for reading it.
+
+    Collective. It holds a second copy of the weights, for as long as it is referred to.
+    """
+    parameters: dict[int, nn.Parameter] = {}
+    for parameter in model.parameters():
+        values = whole(parameter) if is_sharded(parameter) else None
+        if values is not None:
+            parameters[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+    return _view(model, parameters, {})
+
+
+def _view(
+    module: nn.Module, parameters: dict[int, nn.Parameter], views: dict[int, nn.Module]
+) -> nn.Module:
+    from torch.distributed.fsdp import FSDPModule
+
+    if id(module) in views:
+        return views[id(module)]
+    is_fsdp = isinstance(module, FSDPModule)
+    # FSDP2 derives a class from FSDPModule and the layer's own.
+    kind = type(module).__mro__[2] if is_fsdp else type(module)
+    view: nn.Module = object.__new__(kind)
+    views[id(module)] = view
+    view.__dict__.update(module.__dict__)
+    if is_fsdp:
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            view.__dict__[hooks] = type(module.__dict__[hooks])()
+    view.__dict__["_parameters"] = {
+        name: None if p is None else parameters.get(id(p), p)
+        for name, p in module._parameters.items()
+    }
+    view.__dict__["_modules"] = {
+        name: None if child is None else _view(child, parameters, views)
+        for name, child in module._modules.items()
+    }
+    return view
+
+
+def share_again(model: nn.Module) -> None:
+    """Frees the whole weights that a forward pass without a backward pass has left."""
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def any_rank(weights: Iterable[AttachedWeight], flag: bool) -> bool:
+    """Whether it is true on any rank that shares these weights; collective for sharded ones."""
+    groups = {id(w.shard.group): w.shard for w in weights if w.shard is not None}
+    for shard in groups.values():
+        votes = torch.tensor([float(flag)], device=shard.mesh.device_type)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=shard.group)
+        flag = bool(votes)
+    return flag
+
+
+def largest_over_ranks(values: Sequence[Tensor], group: Any) -> Tensor:
+    """The maximum of each 0-d tensor over the ranks, ``[len(values)]``; collective."""
+    stacked = torch.stack([value.float() for value in values])
+    dist.all_reduce(stacked, dist.ReduceOp.MAX, group=group)
+    return stacked
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
+    """Sums the gradients of the parameters over the ranks, in one message; collective."""
+    if not parameters:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, part in zip(
+        gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(part.view_as(gradient))
