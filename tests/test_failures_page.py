@@ -39,7 +39,7 @@ class Bypassing(nn.Module):
 
 
 class Random(nn.Module):
-    """Of Python's generator, which a strip does not seed."""
+    """By the system's generator, which nothing seeds."""
 
     def __init__(self) -> None:
         super().__init__()

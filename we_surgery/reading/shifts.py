@@ -132,7 +132,7 @@ def _slice(
 ) -> tuple[set[fx.Node], list[fx.Node]]:
     """The nodes that only move data on the way to ``node``, and what they start from."""
     inside: set[fx.Node] = set()
-    sources: list[fx.Node] = []
+    sources: dict[fx.Node, None] = {}
     pending = [node]
     while pending:
         current = pending.pop()
@@ -145,7 +145,7 @@ def _slice(
             inside.add(current)
             pending.extend(current.all_input_nodes)
         else:
-            sources.append(current)
+            sources[current] = None
     return inside, [_last_form(source, inside) for source in sources]
 
 

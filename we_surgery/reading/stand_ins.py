@@ -31,6 +31,7 @@ class Fakes:
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
         self._origins: Any = WeakTensorKeyDictionary()
         self._recorders: list[tuple[Recorder, Origin]] = []
 
@@ -41,6 +42,7 @@ class Fakes:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._made.clear()
+        self._parameters.clear()
         try:
             self._replace_held()
         finally:
@@ -54,9 +56,12 @@ class Fakes:
         return self._made[id(tensor)][1]
 
     def parameter(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A stand-in that is a Parameter; a new one each time."""
-        made = nn.Parameter(self(parameter), requires_grad=parameter.requires_grad)
-        self._origins[made] = parameter
+        """A stand-in that is a Parameter, always the same one."""
+        made = self._parameters.get(id(parameter))
+        if made is None:
+            made = nn.Parameter(self(parameter), requires_grad=parameter.requires_grad)
+            self._origins[made] = parameter
+            self._parameters[id(parameter)] = made
         return made
 
     def watch(self, recorder: Recorder, origin: Origin) -> None:
