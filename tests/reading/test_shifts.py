@@ -53,7 +53,6 @@ def test_a_shift_that_can_be_traced_needs_no_example_inputs(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(NOT_TRACEABLE))
 def test_a_model_that_cannot_be_traced_says_what_stopped_it(name: str) -> None:
     reading = read(SHIFTS[name][0]())
-    assert reading.rung == "listed"
     assert "shift_modules.py:" in reading.rung_reason
 
 
