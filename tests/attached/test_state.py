@@ -204,3 +204,13 @@ def test_paused_runs_resume_paused_or_excited(make):
         optimizer.load_state_dict(saved[1])
         assert trained(model, optimizer, batches(6)[3:]) == expected
         assert (again.resume() == 0) is (resumed_at == 1)
+
+
+def test_a_schedule_resumes_an_attached_excitation_at_its_epoch():
+    model, _, excitation = started(0, start="paused")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    schedule = ws.WESchedule(excitation, 2)
+    assert [schedule.step(epoch) for epoch in range(4)] == [False, False, True, False]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
+    assert ws.resume(started(0, start="paused")[2]) == 5

@@ -86,3 +86,13 @@ def test_training_on_it_gives_filters_of_length_one() -> None:
         optimizer.step()
     norms = model.stem.weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(8))
+
+
+def test_an_attached_model_has_excited_weights_alone() -> None:
+    model = ConvNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ws.attach(model, optimizer, "lwe")
+    weights = [layer.weight for layer in (model.stem, model.depthwise, model.grouped, model.head)]
+    torch.testing.assert_close(ws.norm_loss(model, of="excited"), by_hand(*weights))
+    with pytest.raises(ws.InputError, match="attached to the optimizer"):
+        ws.norm_loss(model)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from we_surgery.attached.registry import excitation_of
 from we_surgery.errors import InputError
 from we_surgery.excitations.layout import to_filters
 from we_surgery.graphs import excited_weights
@@ -27,7 +28,8 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
     the constant nor which layers the authors take could be verified here.
 
     Args:
-        model: a converted or vanilla model; also inside DDP or ``torch.compile``.
+        model: a converted or vanilla model; also inside DDP or ``torch.compile``. A model with
+            an attached excitation holds the excited weights alone: give ``of="excited"``.
         of: of excited layers the raw weight, which is trained, or the excited one, which is
             used. A standardized filter of N weights has the length ``sqrt(N - 1)`` whatever the
             raw one has: with standardization, as in the mode ``lwe``, the excited ones give a
@@ -37,7 +39,7 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
         A scalar; zero for a model without such layers.
 
     Raises:
-        InputError: ``of`` is neither.
+        InputError: ``of`` is neither, or is ``raw`` for a model with an attached excitation.
 
     Example:
         >>> loss = criterion(model(x), y) + 1e-3 * ws.norm_loss(model)
@@ -57,6 +59,12 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
     for module in model.modules():
         own = module._parameters.get("weight") if isinstance(module, _LAYERS) else None
         if own is not None and own.requires_grad and module not in excitations:
+            if of == "raw" and excitation_of(own) is not None:
+                raise InputError(
+                    "the excitation is attached to the optimizer, so a loss on the model reaches "
+                    "the excited weights and not the raw ones",
+                    'Pass `of="excited"`, or train the converted form.',
+                )
             found.setdefault(id(own), _filters(module, own))
     terms = [(1 - torch.linalg.vector_norm(w, dim=1)).square().sum() for w in found.values()]
     return torch.stack(terms).sum() if terms else torch.zeros(())

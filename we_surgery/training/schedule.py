@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from we_surgery.attached import AttachedExcitation
 from we_surgery.errors import InputError
 from we_surgery.excitations import Composition, Rescale
 from we_surgery.graphs import excited_weights
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def resume(model: nn.Module, *averages: nn.Module) -> int:
+def resume(model: nn.Module | AttachedExcitation, *averages: nn.Module) -> int:
     """Switches paused excitations on, without a jump in what the model computes.
 
     The raw weights get the values whose excitation the weights are; they stay the same
@@ -28,9 +29,10 @@ def resume(model: nn.Module, *averages: nn.Module) -> int:
 
     Args:
         model: a model converted with ``start="paused"``; also inside DDP or ``torch.compile``,
-            which recompiles once.
+            which recompiles once. Or an excitation attached with ``start="paused"``.
         *averages: averages of its weights (EMA), copies such as ``ModelEmaV3`` and
             ``AveragedModel`` keep: each has weights of its own, and sets in with the model.
+            Averages of an attached model are vanilla models and need nothing.
 
     Returns:
         How many weights are excited from now on, those of averages too; 0 if none was paused.
@@ -40,6 +42,8 @@ def resume(model: nn.Module, *averages: nn.Module) -> int:
             the excitations have. The model is as it was.
         SurgeryError: a weight is not finite. The model is as it was.
     """
+    if isinstance(model, AttachedExcitation):
+        return model.resume()
     _refuse_copied_buffers(averages)
     paused: dict[int, tuple[str, nn.Parameter, Composition]] = {}
     for root in (model, *averages):
@@ -65,11 +69,12 @@ def resume(model: nn.Module, *averages: nn.Module) -> int:
 class WESchedule:
     """Plain training first, weight excitation from an epoch on.
 
-    Whether it has set in is part of the model's state dict, so a schedule has no state of its
-    own: a run that is resumed makes it again.
+    Whether it has set in is part of the state of the model, or of the attached excitation, so a
+    schedule has no state of its own: a run that is resumed makes it again.
 
     Args:
-        model: converted with ``start="paused"``; also inside DDP or ``torch.compile``.
+        model: converted with ``start="paused"``, also inside DDP or ``torch.compile``; or an
+            excitation attached with ``start="paused"``.
         start_epoch: the first epoch with excitation, counted as :meth:`step` is told.
         *averages: averages of its weights (EMA), as for :func:`resume`.
 
@@ -85,7 +90,9 @@ class WESchedule:
         ...     train_one_epoch(model)
     """
 
-    def __init__(self, model: nn.Module, start_epoch: int, *averages: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module | AttachedExcitation, start_epoch: int, *averages: nn.Module
+    ) -> None:
         _check_epoch(start_epoch)
         _refuse_copied_buffers(averages)  # here and not in the middle of training
         self.model = model
