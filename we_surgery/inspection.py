@@ -61,6 +61,7 @@ class Inspection:
         architecture: the architecture, where the file says so.
         plan: the plan it was converted by, as JSON types, where the file says so.
         notes: what was chosen and dropped on reading.
+        is_attached: whether the excitation is in the optimizer's state, and the model vanilla.
     """
 
     source: str
@@ -75,6 +76,7 @@ class Inspection:
     architecture: str | None
     plan: Mapping[str, Any] | None
     notes: list[str]
+    is_attached: bool = False
 
     @property
     def learned(self) -> str:
@@ -180,7 +182,7 @@ def _read(
     source: Source, starts: Mapping[str, Start] | None
 ) -> tuple[Inspection, Callable[[str], checkpoint.ExcitedEntry | None]]:
     """The inspection, and what gives each excited weight with its values."""
-    contents = source.read(values=False)
+    contents = source.read(values=False, with_excitation=True)
     state = contents.state_dict
     if contents.sharded is not None:
         # Of the weights the shapes are known; their values are read one by one below.
@@ -231,6 +233,7 @@ def _read(
         architecture=None if architecture is None else architecture.name,
         plan=plan,
         notes=contents.notes,
+        is_attached=contents.is_attached,
     )
 
     def entry_of(name: str) -> checkpoint.ExcitedEntry | None:
@@ -259,7 +262,7 @@ def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _starts(source: Source) -> dict[str, Start]:
-    contents = source.read()
+    contents = source.read(with_excitation=True)
     state = _tensors(contents.model) if contents.model is not None else contents.state_dict
     state = state or {}
     starts = {key: Start(value, None) for key, value in state.items()}

@@ -46,13 +46,14 @@ class Source:
     allow: Sequence[str] = ()
     trust: bool = False
 
-    def read(self, *, values: bool = True) -> Contents:
+    def read(self, *, values: bool = True, with_excitation: bool = False) -> Contents:
         """The file's or architecture's contents; see :func:`we_surgery.checkpoint.read`."""
         return checkpoint.read(
             self.name,
             key=self.key,
             weights=self.weights,
             values=values,
+            with_excitation=with_excitation,
             allow=self.allow,
             trust=self.trust,
             arguments=None if self.architecture else self.arguments,

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
+from we_surgery.checkpoint.attached_runs import find_attached_run
 from we_surgery.checkpoint.locating import open_sharded, resolve
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.recognize import FileKind, recognize
 from we_surgery.checkpoint.sharded import ShardedStateDict
 from we_surgery.checkpoint.unpickle import unpickle
-from we_surgery.checkpoint.unwrap import Weights, unwrap
+from we_surgery.checkpoint.unwrap import Weights, speaks_of_average, unwrap
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.surgery import PLAN_ATTRIBUTE
@@ -36,6 +37,7 @@ class Contents:
         metadata: ours, where the file carries it.
         notes: what was chosen and dropped, as sentences.
         path: the file, or None for an architecture.
+        is_attached: whether raw weights and excitations are those of an attached run.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class Contents:
     metadata: Metadata | None = None
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
+    is_attached: bool = False
 
 
 def read(
@@ -56,6 +59,7 @@ def read(
     trust: bool = False,
     arguments: Mapping[str, Any] | None = None,
     values: bool = True,
+    with_excitation: bool = False,
 ) -> Contents:
     """Reads a model or weights; tensors come to the CPU.
 
@@ -73,6 +77,8 @@ def read(
         trust: unpickle whatever the file says, which runs its code.
         arguments: keyword arguments of an architecture's factory.
         values: whether to read the values of a state dict that lies in several files.
+        with_excitation: of a run with attached excitation, take the raw weights and excitations
+            from the optimizer's state: the state dict of the converted form.
 
     Raises:
         InputError: there is no such file or architecture, it is damaged or none that can be
@@ -107,7 +113,7 @@ def read(
     if isinstance(found, nn.Module):
         return _from_module(found, path, key or weights)
     if isinstance(found, Mapping):
-        return _from_mapping(found, path, key, weights)
+        return _from_mapping(found, path, key, weights, with_excitation=with_excitation)
     raise InputError(
         f"{path} holds no model and no weights but {type(found).__name__}",
         "Give a file that holds a model or its state dict.",
@@ -136,13 +142,29 @@ def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
 
 
 def _from_mapping(
-    found: Mapping[str, Any], path: Path, key: str | None, weights: Weights | None
+    found: Mapping[str, Any],
+    path: Path,
+    key: str | None,
+    weights: Weights | None,
+    *,
+    with_excitation: bool,
 ) -> Contents:
     metadata = None
+    run = None
+    is_average = weights == "ema" or (key is not None and speaks_of_average(key))
     try:
         if METADATA_KEY in found:
             metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
         state, notes = unwrap(found, key, weights)
+        if with_excitation and not is_average:
+            run = find_attached_run(found)
+        if run is not None:
+            state = run.converted(state)
+            metadata = metadata or Metadata(plan=run.plan.to_dict())
+            notes.append(
+                f"excitation attached to the optimizer, after {run.steps} steps; the model's "
+                "weights are the excited ones, ready to deploy"
+            )
     except InputError as error:
         raise InputError(f"{path}: {error.cause}", error.cure) from error
     # A doctored file can give a mapping attributes that hide its methods.
@@ -152,7 +174,14 @@ def _from_mapping(
         ) from error
     if metadata is not None and key is None:
         notes = [note for note in notes if note != "used 'state_dict'"]
-    return Contents("state_dict", state_dict=state, metadata=metadata, notes=notes, path=path)
+    return Contents(
+        "state_dict",
+        state_dict=state,
+        metadata=metadata,
+        notes=notes,
+        path=path,
+        is_attached=run is not None,
+    )
 
 
 def _read_safetensors(path: Path, key: str | None, weights: Weights | None) -> Contents:

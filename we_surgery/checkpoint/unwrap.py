@@ -79,7 +79,7 @@ class _Places:
 
     def is_average(self, name: str) -> bool:
         """Whether what lies under this key is a running average."""
-        return name in self.ema or (name not in self.raw and _speaks_of_average(name))
+        return name in self.ema or (name not in self.raw and speaks_of_average(name))
 
 
 def unwrap(
@@ -141,7 +141,7 @@ def _places(checkpoint: Mapping[str, Any]) -> _Places:
     others = (
         str(name)
         for name, value in checkpoint.items()
-        if isinstance(value, Mapping | nn.Module) and _speaks_of_average(str(name))
+        if isinstance(value, Mapping | nn.Module) and speaks_of_average(str(name))
     )
     return _Places(_TRAINED, tuple(dict.fromkeys((*_AVERAGES, *others))))
 
@@ -343,7 +343,7 @@ def _holds_state(checkpoint: Mapping[str, Any], name: str, *, averages: bool = T
     return name in checkpoint and _as_state_dict(checkpoint[name], averages=averages) is not None
 
 
-def _speaks_of_average(name: str) -> bool:
+def speaks_of_average(name: str) -> bool:
     """Whether a name speaks of a running average: ``ema``, ``net_ema``, ``EMAModel``."""
     words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return any(word.lower() == "ema" for word in words)

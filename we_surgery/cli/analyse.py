@@ -291,7 +291,7 @@ def _analyse(
     # Usage first: a slip must not cost an hour.
     check_result(output, picture=picture, force=force)
     metric = imported_metric(options.pop("metric"), options.pop("loader"))
-    contents = source.read()
+    contents = source.read(with_excitation=not vanilla)
     say_notes(contents.notes)
     model = source.load(contents)
     if vanilla and is_converted(model):

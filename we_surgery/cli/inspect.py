@@ -206,9 +206,12 @@ def _summary(found: Inspection) -> str:
         lines.append(f"architecture {found.architecture}")
     if found.layers:
         mode = f", mode {found.mode}" if found.mode else ""
+        excited = f"{len(found.layers)} excited weights{mode}"
         lines.append(
-            f"converted: {len(found.layers)} excited weights{mode}; {added:,} values are gone "
-            "after we-strip"
+            f"attached: {excited}; the model is vanilla, and {added:,} values of excitations are "
+            "in the optimizer's state"
+            if found.is_attached
+            else f"converted: {excited}; {added:,} values are gone after we-strip"
         )
         lines.append(found.learned)
     else:
