@@ -53,12 +53,12 @@ class AttachedRun:
             entries[tensor_identity(state[key])] = entry
         converted: dict[str, Tensor] = {}
         for key, value in state.items():
-            entry = entries.get(tensor_identity(value))
-            if entry is None:
+            first = entries.get(tensor_identity(value))
+            if first is None:
                 converted[key] = value
                 continue
             layer, _, parameter = key.rpartition(".")
-            own = ExcitedEntry(layer, parameter, entry.raw, entry.excitation)
+            own = ExcitedEntry(layer, parameter, first.raw, first.excitation)
             converted[own.raw_key] = own.raw
             converted |= {own.excitation_prefix + k: v for k, v in own.excitation.items()}
         return converted
@@ -75,8 +75,8 @@ def find_attached_run(checkpoint: Mapping[str, Any]) -> AttachedRun | None:
         return None
     weights: dict[str, ExcitedEntry] = {}
     for key, saved in found["weights"].items():
-        raw = saved.get("raw") if isinstance(saved, Mapping) else None
-        excitation = saved.get("excitation") if isinstance(saved, Mapping) else None
+        parts = saved if isinstance(saved, Mapping) else {}
+        raw, excitation = parts.get("raw"), parts.get("excitation", {})
         if not isinstance(raw, Tensor) or not _is_state(excitation):
             raise InputError(
                 f"the excitation of {key!r} in the optimizer's state cannot be read",
