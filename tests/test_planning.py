@@ -399,6 +399,23 @@ def test_reading_a_model_that_draws_moves_no_generator(
     assert states() == before
 
 
+class KeepsSome(nn.Module):
+    """Chooses channels at random, which may be a shift, so that its choice is computed anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)[:, torch.randn(8).topk(4).indices])
+
+
+def test_reading_a_model_that_chooses_at_random_moves_no_generator() -> None:
+    model, before = KeepsSome(), torch.get_rng_state()
+    ws.plan(model, example_inputs=torch.ones(1, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("inputs", [None, torch.randn(1, 3, 8, 8)])
 def test_a_parametrized_layer_has_one_row(inputs: Tensor | None) -> None:
     model = nn.Sequential(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from we_surgery.copies import drawing_nothing
 from we_surgery.reading.bypass import prove_excited as prove_excited
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
@@ -31,6 +32,11 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
         model: any model in eager mode.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
     """
+    with drawing_nothing(model):
+        return _read(model, example_inputs)
+
+
+def _read(model: nn.Module, example_inputs: Any) -> Reading:
     layers = read_tree(model)
     notes: list[str] = []
     if example_inputs is not None:
