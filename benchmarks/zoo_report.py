@@ -84,6 +84,8 @@ def as_markdown(rows: Sequence[Row], head: Row) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     parts = [
         "# The zoo\n",
+        "Models of torchvision and timm first; those of twelve other libraries are "
+        "[below](#other-libraries).\n",
         f"Written by `{head['command']}`; do not edit. Mode `{head['mode']}`, random weights, the "
         f"smallest inputs each model takes; {versions}; {head['machine']}. Every model's row is "
         "in [zoo.json](../benchmarks/results/zoo.json); what a model has to do to pass is told "

@@ -56,13 +56,13 @@ def third_party_part(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     times = [row["read_s"] / row["forward_s"] for row in rows if row["forward_s"]]
     return "\n".join(
         (
-            "# Other libraries\n",
+            "## Other libraries\n",
             f"Written by `{COMMAND}` (libraries: `pip install '.[zoo]'`); do not edit. "
             f"{len(rows)} models made small, with random weights; {shown}; one thread. Every "
             "model's row is in [zoo_third_party.jsonl](../benchmarks/results/"
             "zoo_third_party.jsonl). Each has to keep every promise at the top of "
-            "[zoo_check.py](../benchmarks/zoo_check.py), with the last four, which the run above "
-            "did not check yet.\n",
+            "[zoo_check.py](../benchmarks/zoo_check.py), also the last four (generators, fake "
+            "tensors, state dicts, files), which the run above did not check yet.\n",
             f"{passed} of {len(rows)} models pass ({passed / max(1, len(rows)):.1%}). "
             f"{pickled} can be pickled, and were saved and loaded as modules too.\n",
             _table(
@@ -70,7 +70,7 @@ def third_party_part(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
                 [_line(source, rows) for source in LIBRARIES],
             ),
             f"Reading took {statistics.median(times or [0.0]):.1f} forward passes (median).\n",
-            "## Plain layers left alone\n",
+            "### Plain layers left alone\n",
             f"Of {plain:,} weights of torch's own conv and linear layers "
             f"{sum(alone.values()):,} ({_share(alone, plain)}) are left alone:\n",
             _table(
@@ -80,7 +80,7 @@ def third_party_part(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
                     for reason, count in alone.most_common()
                 ],
             ),
-            "## Models that do not pass\n",
+            "### Models that do not pass\n",
             _table(
                 ("model", "cause"),
                 [(row["name"], _cell(row["cause"])) for row in rows if not row["passed"]]

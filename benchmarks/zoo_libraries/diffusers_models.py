@@ -20,6 +20,7 @@ _WIDTHS = (8, 16)
 _DOWN, _UP = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
 _CROSS_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _CROSS_UP = ("UpBlock2D", "CrossAttnUpBlock2D")
+_BY_HEAD_DIM = {"num_attention_heads": None, "attention_head_dim": 8}
 _VALUES: dict[str, Any] = {
     "num_layers": 2,
     "num_single_layers": 2,
@@ -83,14 +84,18 @@ _OWN: dict[str, dict[str, Any]] = {
                            "ResnetUpsampleBlock2D"), "attention_head_dim": 8,
                            "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
                            "resnet_time_scale_shift": "scale_shift"},
-    "UNet2DConditionModel": {"down_block_types": _CROSS_DOWN, "up_block_types": _CROSS_UP},
+    "UNet2DConditionModel": {"down_block_types": _CROSS_DOWN, "up_block_types": _CROSS_UP,
+                             **_BY_HEAD_DIM},
     "UNet2DConditionModel/linear": {"down_block_types": _CROSS_DOWN, "up_block_types": _CROSS_UP,
+                                    **_BY_HEAD_DIM,
                                     "use_linear_projection": True, "only_cross_attention": True},
     "UNet2DConditionModel/simple": {
+        **_BY_HEAD_DIM,
         "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
         "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")},
     "UNet3DConditionModel": {
+        "num_attention_heads": None,
         "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
         "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "attention_head_dim": 8},
     "UNetMotionModel": {
@@ -205,7 +210,6 @@ def candidates(name: str, model: nn.Module) -> Iterator[Candidate]:
         "controlnet_cond": noise(1, 3, 32, 32),
         "image_rotary_emb": None,
         "timestep_cond": None,
-        "guidance": torch.tensor([1.0]),
     }
     for sample, extra in (
         (noise(1, channels, 16, 16), {}),

@@ -114,7 +114,7 @@ def build(name: str) -> nn.Module:
     """The class with small numbers."""
     file, _, kind = name.partition("/")
     maker = getattr(import_module(f"vit_pytorch.{file}"), kind)
-    model: nn.Module = fill(maker, _VALUES | _STAGED.get(file, {}))
+    model: nn.Module = fill(maker, _VALUES, **_STAGED.get(file, {}))
     return model
 
 
