@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from equal_forms import Net, batches, loss_of
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,6 +92,50 @@ def attached_after_fully_shard(config: dict[str, Any], part: slice) -> dict[str,
     }
 
 
+def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any, ws.AttachedExcitation]:
+    torch.manual_seed(0)
+    model = Net(is_tied=False)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model.stem, model.mix, model.head):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    return model, optimizer, ws.attach(model, optimizer, config=config, state="separate")
+
+
+def stage_of_a_run(folder: Path, number: int) -> list[float]:
+    """Two of the run's six steps, from the checkpoint of the stage before, on any ranks."""
+    model, optimizer, excitation = sharded(SHARDED["lwe+mwe"], seed=1 if number == 0 else 7)
+    if number:
+        get_optimizer_state_dict(model, optimizer)  # makes the states that are to be loaded
+        state = whole_state(model, optimizer, excitation)
+        dcp.load(state, checkpoint_id=folder / f"stage-{number - 1}")
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        excitation.load_state_dict(state["excitation"])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for x, y in batches(6)[2 * number : 2 * number + 2]:
+        optimizer.zero_grad()
+        part = slice(6 // ranks * rank, 6 // ranks * (rank + 1))
+        loss = loss_of(model, (x[part], y[part]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    dcp.save(whole_state(model, optimizer, excitation), checkpoint_id=folder / f"stage-{number}")
+    return losses
+
+
+def whole_state(model: nn.Module, optimizer: Any, excitation: Any) -> dict[str, Any]:
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": states, "excitation": excitation.state_dict()}
+
+
 SHARDED = {
     "lwe": {"mode": "lwe", "linear": "lwe"},
     "lwe+mwe": {"mode": "lwe+mwe", "standardize": "on"},
@@ -131,16 +181,18 @@ def cases(rank: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
     torch.set_num_threads(1)
-    rank = int(sys.argv[2])
+    found = cases(rank)
+    if stage is not None:
+        found = {"losses": partial(stage_of_a_run, folder, stage)}
     result: dict[str, Any] = {}
-    for number, (name, run) in enumerate(cases(rank).items()):
+    for number, (name, run) in enumerate(found.items()):
         dist.init_process_group(
             "gloo",
-            init_method=(folder / f"rendezvous-{number}").as_uri(),
+            init_method=(folder / f"rendezvous-{stage}-{number}").as_uri(),
             rank=rank,
-            world_size=2,
+            world_size=ranks,
             timeout=timedelta(seconds=60),
         )
         try:
@@ -149,8 +201,10 @@ def main(folder: Path) -> None:
             result[name] = traceback.format_exc()
         finally:
             dist.destroy_process_group()
-    torch.save(result, folder / f"rank-{rank}.pt")
+    torch.save(result, folder / f"rank-{rank}-{stage}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place, *numbers = sys.argv[1:]
+    own, count, *stages = map(int, numbers)
+    main(Path(place), own, count, stages[0] if stages else None)

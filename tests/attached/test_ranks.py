@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from equal_forms import Net, batches, plain_step
 from ranks_runs import SHARDED, alone, alone_by, cases
+
+import we_surgery as ws
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -17,24 +20,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def run_on(ranks: int, folder: Path, *stage: int) -> list[dict[str, Any]]:
+    """What each of that many processes has found."""
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    words = [sys.executable, str(HERE / "ranks_runs.py"), str(folder)]
     running = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ranks_runs.py"), str(folder), str(rank)],
+            [*words, str(rank), str(ranks), *map(str, stage)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    name = stage[0] if stage else None
+    return [torch.load(folder / f"rank-{rank}-{name}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on(2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [name for name in cases(0) if name.endswith("DDP")])
@@ -67,3 +76,18 @@ def test_fsdp2(name: str, ranks: list[dict[str, Any]]) -> None:
                 first[part][key], value.detach(), rtol=1e-4, atol=1e-5, msg=f"{part} {key}"
             )
             assert torch.equal(first[part][key], second[part][key]), key
+
+
+def test_a_run_goes_on_over_two_three_and_one_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net(is_tied=False)
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    ws.attach(model, optimizer, config=SHARDED["lwe+mwe"])
+    expected = [plain_step(optimizer, model, batch, 0) for batch in batches(6)]
+    losses: list[float] = []
+    for stage, ranks in enumerate((2, 3, 1)):
+        found = [rank["losses"] for rank in run_on(ranks, tmp_path, stage)]
+        assert all(isinstance(own, list) for own in found), found[0]
+        losses += [sum(own) / ranks for own in zip(*found, strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-4)
