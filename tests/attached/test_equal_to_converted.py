@@ -384,6 +384,40 @@ def test_groups_with_and_without_decay_and_names():
     assert_forms_agree(make)
 
 
+def clipped_step(optimizer, model, batch, _):
+    optimizer.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    optimizer.step()
+    return loss.item()
+
+
+def test_clipping_acts_on_other_gradients_unless_raw_ones_are_clipped():
+    make = of(O.SGD, 0.1)
+    converted = train("converted", make, step=clipped_step)
+    outside = train("attached", make, step=clipped_step)
+    inside = train("attached", make, clip_raw=0.05)
+    assert inside.losses == pytest.approx(converted.losses, rel=1e-6)
+    assert outside.losses != pytest.approx(converted.losses, rel=1e-4)
+
+
+def test_kernels_work_on_all_layers_of_a_kind_at_once(launches):
+    config = {"conv": "lwe", "standardize": "on", "depthwise": "skip", "linear": "skip"}
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = O.SGD(model.parameters(), 0.1)
+    torch.manual_seed(1)
+    ws.attach(model, optimizer, config=config, backend="triton")
+    losses = []
+    for batch in batches(3):
+        launches.clear()
+        losses.append(plain_step(optimizer, model, batch, 0))
+        assert 0 < len(launches) <= 8, launches
+    eager = train("attached", of(O.SGD, 0.1), None, config=config, steps=3)
+    assert losses == pytest.approx(eager.losses, rel=1e-4)
+
+
 def test_several_optimizers():
     """One per half of the model, against one over all of it."""
     torch.manual_seed(0)

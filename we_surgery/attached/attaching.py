@@ -38,6 +38,7 @@ def attach(
     backend: Backend = "auto",
     resume: bool | Mapping[str, Any] = True,
     state: Literal["optimizer", "separate"] = "optimizer",
+    clip_raw: float | None = None,
 ) -> AttachedExcitation:
     """Excites a model's weights in the step of its optimizer. The model stays vanilla.
 
@@ -69,6 +70,9 @@ def attach(
             a state that ``excitation.state_dict()`` returned.
         state: ``separate`` leaves the state out of the optimizer's state dict; save
             ``excitation.state_dict()`` yourself.
+        clip_raw: clips the gradients in each step as ``clip_grad_norm_`` does for a converted
+            model: the total norm, in which those of raw weights stand for those of W', becomes at
+            most this.
 
     Returns:
         The handle.
@@ -83,6 +87,13 @@ def attach(
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> excitation = ws.attach(model, optimizer, mode="lwe")
     """
+    if clip_raw is not None and not clip_raw > 0:
+        raise InputError(f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to not clip.")
+    if state not in ("optimizer", "separate"):
+        raise InputError(
+            f"`state` must be 'optimizer' or 'separate', got {state!r}",
+            "Leave it out: the state then rides in the optimizer's.",
+        )
     root = inside_wrappers(model)
     optimizers = supported_optimizers(optimizer)
     _refuse_model(root)
@@ -115,6 +126,7 @@ def attach(
         policy=options.get("config"),
         example_inputs=example_inputs,
         rides=state == "optimizer",
+        clip_raw=clip_raw,
     )
     handle.add(found, saved)
     if saved is not None:

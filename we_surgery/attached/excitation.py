@@ -59,6 +59,7 @@ class AttachedExcitation:
         policy: Any,
         example_inputs: Any,
         rides: bool,
+        clip_raw: float | None,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -66,6 +67,7 @@ class AttachedExcitation:
         self._policy = policy
         self._example_inputs = example_inputs
         self._rides = rides
+        self._clip_raw = clip_raw
         self._weights: list[AttachedWeight] = []
         self._steps: list[OptimizerStep] = []
         self._modules = dict(model.named_modules())
@@ -324,7 +326,7 @@ class AttachedExcitation:
             self._undo.append(lambda: unregister(parameters, []))
             return
         tripwire = Tripwire(self.is_held, self.report)
-        step = OptimizerStep(optimizer, weights, own, tripwire, self._synchronize)
+        step = OptimizerStep(optimizer, weights, own, tripwire, self._synchronize, self._clip_raw)
         self._steps.append(step)
         self._undo.append(functools.partial(self._steps.remove, step))
         self._undo.append(step.remove)

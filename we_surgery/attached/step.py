@@ -34,6 +34,8 @@ class OptimizerStep:
         weights: those it trains.
         parameters: of their excitations.
         tripwire: finds what was written into the model's weights since the last step.
+        clip_raw: largest norm of all gradients that the optimizer sees, raw ones among them; None
+            leaves them as they are.
         synchronize: called with this before each step; gives all ranks the same raw weights.
         depth: how many calls of the optimizer are running, one within the other.
         exchanged: the weights whose raw weight stands in the groups now.
@@ -47,6 +49,7 @@ class OptimizerStep:
     parameters: list[ExcitationParameter]
     tripwire: Tripwire
     synchronize: Callable[[OptimizerStep], None]
+    clip_raw: float | None = None
     depth: int = 0
     exchanged: list[AttachedWeight] = field(default_factory=list)
     steps: int = 0
@@ -203,6 +206,9 @@ class OptimizerStep:
         pull_back(live)
         self.is_hidden = self._is_hidden_step(live)
         self._exchange(live)
+        if self.clip_raw is not None:
+            entries = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(entries, self.clip_raw)
 
     def _is_hidden_step(self, live: Sequence[AttachedWeight]) -> bool:
         """Whether torch steps with a learning rate and gradients of 0, to make states to load."""
