@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from equal_forms import Net, batches, plain_step
+from equal_forms import Net, batches, loss_of, plain_step
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -214,3 +214,40 @@ def test_a_schedule_resumes_an_attached_excitation_at_its_epoch():
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-5)
     assert ws.resume(started(0, start="paused")[2]) == 5
+
+
+@pytest.mark.parametrize("is_attached_first", [True, False])
+def test_each_of_several_optimizers_carries_its_own_weights(is_attached_first):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = Net()
+        first = list(model.stem.parameters())
+        rest = [p for p in model.parameters() if not any(p is q for q in first)]
+        return model, [torch.optim.AdamW(part, 1e-2) for part in (first, rest)]
+
+    def steps(model, optimizers, parts):
+        losses = []
+        for batch in parts:
+            loss = loss_of(model, batch)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizers = make(0)
+    ws.attach(model, optimizers, "lwe+mwe")
+    steps(model, optimizers, batches(6)[:3])
+    saved = through_a_file([model.state_dict(), *(o.state_dict() for o in optimizers)])
+    assert set(saved[1]["state"][STATE_KEY]["weights"]) == {"stem.weight"}
+    expected = steps(model, optimizers, batches(6)[3:])
+    model, optimizers = make(9)
+    if is_attached_first:
+        ws.attach(model, optimizers, "lwe+mwe")
+    model.load_state_dict(saved[0])
+    for optimizer, state in zip(optimizers, saved[1:], strict=True):
+        optimizer.load_state_dict(state)
+    if not is_attached_first:
+        ws.attach(model, optimizers, "lwe+mwe")
+    assert steps(model, optimizers, batches(6)[3:]) == expected

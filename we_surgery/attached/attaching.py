@@ -11,8 +11,9 @@ from torch import nn
 from we_surgery.attached.building import Building, Trained
 from we_surgery.attached.excitation import AttachedExcitation
 from we_surgery.attached.optimizers import supported_optimizers
-from we_surgery.attached.registry import STATE_KEY, excitation_of
-from we_surgery.attached.wrappers import inside_wrappers, with_wrapped
+from we_surgery.attached.registry import excitation_of
+from we_surgery.attached.riding import drop_loaded_states, loaded_states
+from we_surgery.attached.wrappers import inside_wrappers
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
 from we_surgery.grafting import Init, Start
@@ -111,7 +112,9 @@ def attach(
             "transplants change the model's layers, and attach leaves them alone",
             "Convert with the transplants and without excitation first, then attach.",
         )
-    saved = _saved_state(optimizers, resume)
+    saved: Any = resume if isinstance(resume, Mapping) else None
+    if resume is True:
+        saved = loaded_states(optimizers)
     found = building.weights_of(plan)
     if not found:
         raise InputError(
@@ -129,10 +132,7 @@ def attach(
         clip_raw=clip_raw,
     )
     handle.add(found, saved)
-    if saved is not None:
-        for each in optimizers:
-            for layer in with_wrapped(each):
-                layer.state.pop(STATE_KEY, None)
+    drop_loaded_states(optimizers)
     return handle
 
 
@@ -150,17 +150,6 @@ def _refuse_model(root: nn.Module) -> None:
                 "To go on with another optimizer, call `excitation.move_to(optimizer)`. To begin "
                 "anew, call `excitation.detach()` first.",
             )
-
-
-def _saved_state(optimizers: Sequence[Any], resume: bool | Mapping[str, Any]) -> Any:
-    if isinstance(resume, Mapping):
-        return resume
-    if resume:
-        for each in optimizers:
-            for layer in with_wrapped(each):
-                if STATE_KEY in layer.state:
-                    return layer.state[STATE_KEY]
-    return None
 
 
 def _refuse_steps_behind(found: Sequence[Trained], resume: Any, saved: Any) -> None:

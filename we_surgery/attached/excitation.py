@@ -16,11 +16,12 @@ from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
 from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
-from we_surgery.attached.registry import STATE_KEY, AttachedDefaults, register, unregister
-from we_surgery.attached.shards import any_rank, put, share_again, whole
+from we_surgery.attached.registry import AttachedDefaults, register, unregister
+from we_surgery.attached.riding import ride
+from we_surgery.attached.shards import put, share_again, whole
 from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
-from we_surgery.attached.transform import write
+from we_surgery.attached.transform import follow, is_current, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
 from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.copies import copy_model
@@ -72,7 +73,6 @@ class AttachedExcitation:
         self._steps: list[OptimizerStep] = []
         self._modules = dict(model.named_modules())
         self._undo: list[Callable[[], None]] = []
-        self._loading: list[Any] = []
         self._have_ranks_met = False
         self._are_copies = False
 
@@ -100,10 +100,8 @@ class AttachedExcitation:
 
         The optimizer's state dict holds the same.
         """
-        plan = self.plan.to_json()
-        return state_of(self._weights, self._parameters, plan=plan, steps=self.steps)
+        return state_of(self._weights, self._parameters, plan=self.plan.to_json(), steps=self.steps)
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copies a state into this excitation, and W' of it into the model.
 
@@ -115,20 +113,26 @@ class AttachedExcitation:
             AttachmentError: it is of other weights or another excitation. Nothing was changed.
         """
         check_state(state, self._weights, self._parameters)
-        load_state(state, self._weights, self._parameters)
+        self._load(state, self._steps)
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Any], steps: Sequence[OptimizerStep]) -> None:
+        """Loads a checked state of the weights of these optimizers."""
+        weights = [weight for step in steps for weight in step.weights]
+        load_state(state, weights, [own for step in steps for own in step.parameters])
         largest = 0.0
-        for weight in self._weights:
+        for weight in weights:
             before = weight.memory.clone()
             write([weight], advance=False)
             if before.numel():
                 difference = (weight.memory.float() - before.float()).abs().max()
                 largest = max(largest, float(difference))
-        for step in self._steps:
+        for step in steps:
             step.steps = int(state.get("steps", 0))
             step.tripwire.remember(step.weights, step.steps)
         logger.info(
             "loaded the excitation of %d weights; the model's weights differed by up to %.3g",
-            len(self._weights),
+            len(weights),
             largest,
         )
 
@@ -174,7 +178,7 @@ class AttachedExcitation:
             AttachmentError: an excitation cannot start so. Nothing was changed.
         """
         self._hold_again()
-        changed = [weight for weight in self._weights if not _is_current(weight)]
+        changed = [weight for weight in self._weights if not is_current(weight)]
         found = []
         for weight in changed:
             values = whole(weight.parameter).to(weight.raw.dtype)
@@ -320,8 +324,15 @@ class AttachedExcitation:
         layers = list(with_wrapped(optimizer))
         step = next((each for each in self._steps if each.optimizer is optimizer), None)
         if step is not None:
-            step.weights += weights
-            step.parameters += own
+            grown = step
+            undone = len(grown.weights), len(grown.parameters)
+            grown.weights += weights
+            grown.parameters += own
+
+            def shrink() -> None:
+                del grown.weights[undone[0] :], grown.parameters[undone[1] :]
+
+            self._undo.append(shrink)
             register(self, parameters, layers)
             self._undo.append(lambda: unregister(parameters, []))
             return
@@ -335,9 +346,8 @@ class AttachedExcitation:
         self._undo.append(lambda: unregister(parameters, layers))
         for layer in layers:
             self._mark(layer)
-            # timm's Lookahead has no such hooks and saves the optimizer that it wraps.
-            if self._rides and hasattr(layer, "_optimizer_state_dict_post_hooks"):
-                self._ride(layer)
+        if self._rides:
+            self._undo.append(ride(step, lambda: self.plan.to_json(), self._load))
 
     def _watch_frozen(self) -> None:
         frozen = {}
@@ -356,36 +366,6 @@ class AttachedExcitation:
             layer.defaults = before
 
         self._undo.append(undo)
-
-    def _ride(self, layer: torch.optim.Optimizer) -> None:
-        """Makes the optimizer's state dict carry this excitation's state."""
-        for handle in (
-            layer.register_state_dict_post_hook(self._add_state),
-            layer.register_load_state_dict_pre_hook(self._take_state),
-            layer.register_load_state_dict_post_hook(self._load_taken),
-        ):
-            self._undo.append(handle.remove)
-
-    def _add_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "state": {**state["state"], STATE_KEY: self.state_dict()}}
-
-    def _take_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        inner = dict(state["state"])
-        taken = inner.pop(STATE_KEY, None)
-        if taken is None:
-            raise AttachmentError(
-                "this optimizer state has no state of the excitation: loading it would excite "
-                "weights that are excited already, or lose their raw values",
-                "Load the state of a run with excitation. To begin excitation on a vanilla run, "
-                "load its optimizer state first and attach then, with `resume=False`.",
-            )
-        check_state(taken, self._weights, self._parameters)
-        self._loading.append(taken)
-        return {**state, "state": inner}
-
-    def _load_taken(self, _: Any) -> None:
-        if self._loading:
-            self.load_state_dict(self._loading.pop())
 
     def _meet_ranks(self) -> None:
         """Begins with the raw weights of rank 0 on all ranks, as soon as there are ranks."""
@@ -434,7 +414,7 @@ class AttachedExcitation:
                     "`load_state_dict(assign=True)`, parametrizations, pruning), and build the "
                     "optimizer anew.",
                 )
-        changed = [weight.layer for weight in weights if not _is_current(weight)]
+        changed = [weight.layer for weight in weights if not is_current(weight)]
         if changed:
             more = f" and of {len(changed) - 1} others" if len(changed) > 1 else ""
             raise AttachmentError(
@@ -443,7 +423,7 @@ class AttachedExcitation:
                 _WAYS_OUT,
             )
         for weight in weights:
-            _follow(weight)
+            follow(weight)
         write(weights, advance=False)
         self._remember(weights)
 
@@ -456,26 +436,4 @@ class AttachedExcitation:
         for weight in self._weights:
             if not self.is_held(weight):
                 self.report([weight])
-            _follow(weight)
-
-
-def _is_current(weight: AttachedWeight) -> bool:
-    """Whether the Parameter holds E(raw); it is left as it is."""
-    present = weight.memory.clone()
-    write([weight], advance=False)
-    excited = weight.memory
-    is_same = bool(((excited == present) | (excited.isnan() & present.isnan())).all())
-    if not is_same:
-        excited.copy_(present)
-    return not any_rank([weight], not is_same)
-
-
-def _follow(weight: AttachedWeight) -> None:
-    """Moves raw weight and excitation to where the Parameter is now."""
-    parameter, raw = weight.parameter, weight.raw
-    if weight.shard is not None:
-        return
-    if raw.device == parameter.device and raw.stride() == parameter.stride():
-        return
-    raw.data = torch.empty_like(parameter, dtype=raw.dtype).copy_(raw)
-    weight.excitation.to(parameter.device)
+            follow(weight)

@@ -19,7 +19,7 @@ from we_surgery.attached.shard_transform import (
     write_gathered,
     write_rows,
 )
-from we_surgery.attached.shards import local
+from we_surgery.attached.shards import any_rank, local
 from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
 from we_surgery.excitations.closed_form import excite_into
@@ -115,6 +115,30 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
             )
         if weight.raw.grad is not None:
             weight.gradient_version = weight.raw.grad._version
+
+
+@torch.no_grad()
+def is_current(weight: AttachedWeight) -> bool:
+    """Whether the Parameter holds E(raw); it is left as it is."""
+    present = weight.memory.clone()
+    write([weight], advance=False)
+    excited = weight.memory
+    is_same = bool(((excited == present) | (excited.isnan() & present.isnan())).all())
+    if not is_same:
+        excited.copy_(present)
+    return not any_rank([weight], not is_same)
+
+
+@torch.no_grad()
+def follow(weight: AttachedWeight) -> None:
+    """Moves raw weight and excitation to where the Parameter is now."""
+    parameter, raw = weight.parameter, weight.raw
+    if weight.shard is not None:
+        return
+    if raw.device == parameter.device and raw.stride() == parameter.stride():
+        return
+    raw.data = torch.empty_like(parameter, dtype=raw.dtype).copy_(raw)
+    weight.excitation.to(parameter.device)
 
 
 def drop_gradient(weight: AttachedWeight) -> None:
