@@ -43,7 +43,7 @@ _MODELS: dict[str, tuple[Any, ...]] = {
     "DexiNed": (lambda: dexined.DexiNed(pretrained=False), _PICTURE),
     "RRDBNet": (lambda: rrdbnet.RRDBNet(3, 3, num_feat=8, num_block=2, num_grow_ch=4), _PICTURE),
     "TinyViT": (lambda: tiny_vit.TinyViT.from_config("5m", img_size=64), noise(2, 3, 64, 64)),
-    "YuNet": (lambda: yunet.YuNet("test", pretrained=False), _PICTURE),
+    "YuNet": (lambda: yunet.YuNet("test", pretrained=False), noise(2, 3, 64, 64)),
     "SmallSRNet": (lambda: small_sr.SmallSRNet(2, pretrained=False), noise(1, 1, 32, 32)),
 }
 
