@@ -31,7 +31,7 @@ def attach(
     mode: str | None = None,
     *,
     config: str | Path | Mapping[str, Any] | Policy | None = None,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | None = (),
     plan: Plan | None = None,
     init: Init = "paper",
     start: Start = "on",
@@ -103,15 +103,12 @@ def attach(
         {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
         | {"backend": backend},  # type: ignore[arg-type]
     )
+    policy = options.get("config")
+    _refuse_transplants(plan.transplants if plan else policy.transplants)  # type: ignore[union-attr]
     building = Building(root, optimizers, init, start, backend)
     if plan is None:
         readable = building.readable_model()
-        plan = make_plan(readable, config=options["config"], example_inputs=example_inputs)
-    if any(row.attach for row in plan.transplants):
-        raise InputError(
-            "transplants change the model's layers, and attach leaves them alone",
-            "Convert with the transplants and without excitation first, then attach.",
-        )
+        plan = make_plan(readable, config=policy, example_inputs=example_inputs)
     saved: Any = resume if isinstance(resume, Mapping) else None
     if resume is True:
         saved = loaded_states(optimizers)
@@ -126,7 +123,7 @@ def attach(
         root,
         plan,
         building,
-        policy=options.get("config"),
+        policy=policy,
         example_inputs=example_inputs,
         rides=state == "optimizer",
         clip_raw=clip_raw,
@@ -150,6 +147,14 @@ def _refuse_model(root: nn.Module) -> None:
                 "To go on with another optimizer, call `excitation.move_to(optimizer)`. To begin "
                 "anew, call `excitation.detach()` first.",
             )
+
+
+def _refuse_transplants(transplants: Sequence[Any]) -> None:
+    if transplants:
+        raise InputError(
+            "transplants change the model's layers, and attach leaves them alone",
+            "Convert with the transplants and without excitation first, then attach.",
+        )
 
 
 def _refuse_steps_behind(found: Sequence[Trained], resume: Any, saved: Any) -> None:

@@ -85,6 +85,10 @@ class AttachedExcitation:
         """How many optimizer steps have moved the weights."""
         return max((step.steps for step in self._steps), default=0)
 
+    def is_in(self, optimizers: Sequence[Any]) -> bool:
+        """Whether these optimizers, without wrappers, are those it is attached to."""
+        return {id(step.optimizer) for step in self._steps} <= set(map(id, optimizers))
+
     def parameters(self) -> list[nn.Parameter]:
         """The raw weights, then the trained parameters of the excitations."""
         raws = [weight.raw for weight in self._weights]

@@ -24,18 +24,27 @@ class WeightExcitation(ExcitingCallback, Callback):
     Validating, testing or predicting does not convert, unless a checkpoint of a converted
     model is loaded for it.
 
+    With ``form="attached"`` nothing is converted: :func:`~we_surgery.attach` is called when
+    fitting starts, the module stays vanilla, and Lightning's checkpoints are those of a vanilla
+    run, with the excitation's state among the optimizer's. A second ``fit`` goes on with the new
+    optimizer.
+
     Args:
         mode: as in :func:`~we_surgery.convert`.
+        form: ``attached`` or ``converted``.
         submodule: the attribute of the LightningModule that holds the network, such as
             ``model``; the rest, losses with weights of their own for instance, is then left
             alone, and the stripped file has the network's own names. By default all is
             converted.
         start_epoch: the first epoch with excitation: until then it is paused, as by
             ``start="paused"``. Averages that Lightning's callbacks keep set in with the model.
-        strip_checkpoints: whether to write the stripped files.
+        strip_checkpoints: whether to write the stripped files; of converted models alone.
         **options: those of ``convert``: ``config``, ``rules`` (the layers' names begin at the
             submodule), ``plan``, ``transplants``, ``init``, ``start``, ``backend``,
             ``example_inputs``.
+
+    Attributes:
+        excitation: what :func:`~we_surgery.attach` returned; None before, and when converting.
 
     Raises:
         InputError: the options do not fit together; in ``setup``: nor the model, there is no

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Unpack
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from we_surgery.attached import AttachedExcitation
 from we_surgery.checkpoint import (
     is_excited_state_dict,
     strip_state_dict_with_report,
@@ -23,6 +24,7 @@ from we_surgery.checkpoint import (
 from we_surgery.errors import InputError, WESurgeryError
 from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.surgery import convert, is_converted
+from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
 from we_surgery.training.schedule import WESchedule, paused_until
 
 SIDE_FILE = ".stripped.safetensors"
@@ -37,18 +39,24 @@ class ExcitingCallback:
         self,
         mode: str | None = None,
         *,
+        form: Form = "converted",
         submodule: str = "",
         start_epoch: int | None = None,
         strip_checkpoints: bool = True,
         **options: Unpack[ConvertOptions],
     ) -> None:
         super().__init__()
+        check_form(form)
+        self.form = form
+        self.excitation: AttachedExcitation | None = None
         self.start_epoch = start_epoch
         self.options = resolve_options(mode, paused_until(start_epoch, options))
         self.submodule = submodule
         self.strip_checkpoints = strip_checkpoints
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        if self.form == "attached":
+            return
         if stage == "fit":
             if not is_converted(self.network(pl_module)):
                 refuse_child_process(trainer)
@@ -60,6 +68,15 @@ class ExcitingCallback:
         strategy.checkpoint_io = self.checkpoint_io(inner, self, trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        if self.form == "attached":
+            self.excitation = attach_or_go_on(
+                self.network(pl_module),
+                trainer.optimizers,
+                self.options,
+                # It has loaded the model by now and loads the optimizers next.
+                is_resumed=trainer.ckpt_path is not None,
+            )
+            return
         if not is_converted(pl_module):
             raise InputError(
                 f"{type(self).__name__} has converted nothing: the model had no weights in "
@@ -69,7 +86,12 @@ class ExcitingCallback:
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        if self.start_epoch is not None:
+        if self.start_epoch is None:
+            return
+        if self.excitation is not None:
+            if trainer.current_epoch >= self.start_epoch:
+                self.excitation.resume()
+        else:
             averages = (
                 value
                 for callback in trainer.callbacks
@@ -77,6 +99,12 @@ class ExcitingCallback:
                 if isinstance(value, AveragedModel)
             )
             WESchedule(pl_module, self.start_epoch, *averages).step(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
+        # The epoch for the norms' statistics after SWA: Lightning runs no backward and steps all
+        # the same, with the gradients of the last batch before, over the average.
+        if self.excitation is not None and getattr(trainer.fit_loop, "_skip_backward", False):
+            pl_module.zero_grad()
 
     def convert(self, trainer: Any, pl_module: nn.Module) -> None:
         """Converts the network in place, unless it is converted or not built yet."""
