@@ -9,9 +9,11 @@ from typing import Any, Unpack
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from we_surgery.attached import AttachedExcitation
 from we_surgery.errors import WESurgeryError
 from we_surgery.options import ConvertOptions, resolve_options
 from we_surgery.surgery import convert, is_converted, strip
+from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
 from we_surgery.training.optimizers import add_to_optimizer
 from we_surgery.training.schedule import WESchedule, paused_until
 from we_surgery.training.vanilla_view import inside_wrappers
@@ -28,13 +30,22 @@ class WeightExcitation(TrainerCallback):
     would open as well, but with its excited weights drawn anew. Where weights cannot be stripped
     (they are not finite or sharded) a warning says so and training goes on.
 
+    With ``form="attached"`` nothing is converted: :func:`~we_surgery.attach` is called when
+    training begins, the model stays vanilla, and so is all that the Trainer saves: checkpoints and
+    ``save_model`` write plain folders that ``from_pretrained`` opens with the trained weights. The
+    excitation's state is in ``optimizer.pt``. A second ``train()`` goes on from the model as it is.
+
     Args:
         mode: as in :func:`~we_surgery.convert`.
+        form: ``attached`` or ``converted``.
         start_epoch: the first epoch with excitation: until then it is paused, as by
             ``start="paused"``.
-        strip_checkpoints: whether to write the stripped models.
+        strip_checkpoints: whether to write the stripped models; of converted models alone.
         **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``transplants``,
             ``init``, ``start``, ``backend``, ``example_inputs``.
+
+    Attributes:
+        excitation: what :func:`~we_surgery.attach` returned; None before, and when converting.
 
     Raises:
         InputError: the options do not fit together; while the Trainer is built: nor the model;
@@ -51,10 +62,14 @@ class WeightExcitation(TrainerCallback):
         self,
         mode: str | None = None,
         *,
+        form: Form = "converted",
         start_epoch: int | None = None,
         strip_checkpoints: bool = True,
         **options: Unpack[ConvertOptions],
     ) -> None:
+        check_form(form)
+        self.form = form
+        self.excitation: AttachedExcitation | None = None
         self.start_epoch = start_epoch
         self.options = resolve_options(mode, paused_until(start_epoch, options))
         self.strip_checkpoints = strip_checkpoints
@@ -68,7 +83,7 @@ class WeightExcitation(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         model = inside_wrappers(kwargs["model"])
-        if not is_converted(model):
+        if self.form == "converted" and not is_converted(model):
             convert(model, inplace=True, **self.options)
 
     def on_train_begin(
@@ -81,6 +96,12 @@ class WeightExcitation(TrainerCallback):
         # A run that is resumed within an epoch begins at a fraction.
         self._next_epoch = int(state.epoch or 0)
         optimizer = kwargs.get("optimizer")
+        if self.form == "attached":
+            # A checkpoint's state is in the optimizer by now.
+            self.excitation = attach_or_go_on(
+                inside_wrappers(kwargs["model"]), [optimizer], self.options, is_resumed=False
+            )
+            return
         # One that was given to the Trainer was made before the conversion. DeepSpeed's holds
         # pieces of tensors, and was made by the Trainer.
         if optimizer is not None and not args.deepspeed:
@@ -95,7 +116,12 @@ class WeightExcitation(TrainerCallback):
     ) -> None:
         # Counted: of data without a length, the state has each epoch as a fraction of the whole.
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        if self.start_epoch is not None:
+        if self.start_epoch is None:
+            return
+        if self.excitation is not None:
+            if epoch >= self.start_epoch:
+                self.excitation.resume()
+        else:
             WESchedule(kwargs["model"], self.start_epoch).step(epoch)
 
     def on_save(
@@ -105,6 +131,8 @@ class WeightExcitation(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if self.form == "attached":
+            return
         if not (self.strip_checkpoints and state.is_world_process_zero):
             return
         checkpoint = Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
