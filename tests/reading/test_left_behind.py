@@ -110,6 +110,30 @@ class InSubmodule(Kept):
         return out
 
 
+class FromBuffer(Kept):
+    """A trace finds a buffer on the meta device."""
+
+    tables: ClassVar[dict[str, dict[int, Tensor]]] = {"by size": {}}
+
+    def kept(self, x: Tensor) -> Tensor:
+        made = self.get_buffer("frequency").repeat(3)[:5]
+        return self.tables["by size"].setdefault(5, made)
+
+
+class InFunction(Kept):
+    """Keeps it as an attribute of a function, as some write a static variable."""
+
+    def kept(self, x: Tensor) -> Tensor:
+        return by_function(x)
+
+
+def by_function(x: Tensor) -> Tensor:
+    if not hasattr(by_function, "table"):
+        by_function.table = torch.arange(5, device=x.device)  # type: ignore[attr-defined]
+    table: Tensor = by_function.table  # type: ignore[attr-defined]
+    return table
+
+
 def _forget() -> None:
     global _last
     _last = None
@@ -118,6 +142,8 @@ def _forget() -> None:
     _BY_SIZE.clear()
     InClass.table.clear()
     InClassAttribute.mean = None
+    FromBuffer.tables["by size"].clear()
+    vars(by_function).clear()
 
 
 def _fakes() -> list[FakeTensor]:
@@ -127,7 +153,7 @@ def _fakes() -> list[FakeTensor]:
 
 KINDS = [
     *[InLruCache, InLruCacheOfMethod, InGlobalDictionary, InGlobal],
-    *[InClass, InClassAttribute, InSubmodule],
+    *[InClass, InClassAttribute, InSubmodule, FromBuffer, InFunction],
 ]
 
 
@@ -151,6 +177,33 @@ def test_no_stand_in_outlives_a_recording(kind: type[Kept], act: Callable[..., A
             assert type(done(x)) is Tensor
     finally:
         _forget()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_outlives_a_trace(kind: type[Kept]) -> None:
+    model, x = kind().eval(), torch.randn(1, 3, 5, 5)
+    _forget()
+    with torch.no_grad():
+        expected = model(x)
+    _forget()
+    fresh = kind().eval()
+    fresh.load_state_dict(model.state_dict())
+    try:
+        assert ws.plan(fresh, "lwe").rung == "symbolic"
+        with torch.no_grad():
+            assert torch.equal(fresh(x), expected)
+    finally:
+        _forget()
+
+
+def test_a_trace_leaves_what_a_forward_had_kept_before_it() -> None:
+    _forget()
+    kept = torch.full((5,), 3.0)
+    InClass.table.append(kept)
+    ws.plan(InClass(), "lwe")
+    assert len(InClass.table) == 1
+    assert InClass.table[0] is kept
+    _forget()
 
 
 class KeepsHalfway(InGlobalDictionary):

@@ -12,6 +12,7 @@ from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
 from we_surgery.reading.graph_calls import traced_reads
+from we_surgery.reading.namespaces import put_back
 from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
 from we_surgery.reading.symbolic import trace
 from we_surgery.reading.symbolic_shifts import mark_shifts
@@ -45,6 +46,11 @@ def _read(model: nn.Module, example_inputs: Any) -> Reading:
             return Reading(
                 "recorded", "; ".join(notes), apply_recordings(model, layers, recordings)
             )
+    with put_back(model):
+        return _read_by_trace(model, layers, notes)
+
+
+def _read_by_trace(model: nn.Module, layers: list[LayerFacts], notes: list[str]) -> Reading:
     blocks, untraceable = trace(model)
     if untraceable:
         shown = "; ".join(untraceable[:_SHOWN_BLOCKS])
