@@ -82,7 +82,7 @@ def test_a_failure_midway_leaves_the_target_as_it_was(write, step, tmp_path, mon
         monkeypatch.setattr(torch, "save", fail)
         monkeypatch.setattr("safetensors.torch.save_file", fail)
     elif step == "sync":
-        monkeypatch.setattr(staging_module, "_sync", fail)
+        monkeypatch.setattr(staging_module, "sync", fail)
     else:
         monkeypatch.setattr(staging_module, "exchange", fail)
     with pytest.raises(SurgeryError, match="No space left"):
@@ -95,7 +95,7 @@ def test_an_interrupt_leaves_no_temporary_file(write, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(staging_module, "_sync", interrupt)
+    monkeypatch.setattr(staging_module, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out")
     assert names(tmp_path) == []
@@ -103,17 +103,17 @@ def test_an_interrupt_leaves_no_temporary_file(write, tmp_path, monkeypatch):
 
 def test_the_target_is_never_there_half_written(write, tmp_path, monkeypatch):
     seen = []
-    sync = staging_module._sync
+    fsync = os.fsync
 
-    def watch(path, *flags):
-        seen.append((path.name, (tmp_path / "out").exists()))
-        sync(path, *flags)
+    def watch(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        seen.append((is_folder, (tmp_path / "out").exists()))
+        fsync(descriptor)
 
-    monkeypatch.setattr(staging_module, "_sync", watch)
+    monkeypatch.setattr(os, "fsync", watch)
     write(tmp_path / "out")
     # The file is synced before it gets its name, and the folder after.
-    assert [exists for _, exists in seen] == [False, True]
-    assert seen[1][0] == tmp_path.name
+    assert seen == [(False, False), (True, True)]
 
 
 def test_a_module_that_cannot_be_pickled_says_so_and_leaves_nothing(tmp_path):

@@ -161,7 +161,7 @@ def test_a_signal_in_the_middle_of_a_write_leaves_the_target_as_it_was(
         child = os.fork()
     if not child:
         # The child: stops after it has written and before the file gets its name.
-        staging_module._sync = lambda *args: time.sleep(60)
+        staging_module.sync = lambda *args: time.sleep(60)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
         arguments = [str(tmp_path / "model.pt"), "-o", str(tmp_path / "out.pt"), "--force"]
         try:

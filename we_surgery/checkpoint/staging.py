@@ -1,27 +1,23 @@
 """Files that are written beside their targets, and take their places all or none.
 
-What is written lies in a hidden folder, ``.we_surgery-....tmp``, which is locked while its run
-lives. A run that was killed leaves it there; the next one that writes beside it removes it.
+What is written lies in a hidden folder until then (:mod:`we_surgery.checkpoint.hidden_folder`).
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import secrets
-import shutil
 import stat
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from we_surgery.checkpoint.hidden_folder import NEW, OLD, HiddenFolder, remove_left_over
 from we_surgery.checkpoint.renaming import exchange, rename_to_free
+from we_surgery.checkpoint.syncing import sync, sync_folder
 from we_surgery.checkpoint.target_checks import (
     check_target,
     exists_already,
@@ -30,25 +26,7 @@ from we_surgery.checkpoint.target_checks import (
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import SurgeryError, WESurgeryError
 
-if sys.platform != "win32":
-    import fcntl
-
 logger = logging.getLogger(__name__)
-
-_PREFIX, _SUFFIX = ".we_surgery-", ".tmp"
-_NEW, _OLD = "new", "old"
-
-# What file systems say that keep the names in a folder in another way.
-_NO_FOLDER_SYNC = {
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EBADF,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-}
 
 
 @dataclass
@@ -74,18 +52,18 @@ class _Staged:
     @property
     def new(self) -> Path:
         """Where it is written to, and what it replaces lies in the end."""
-        return self.place / _NEW / self.path.name
+        return self.place / NEW / self.path.name
 
     @property
     def old(self) -> Path:
         """Where what it replaces lies while the two exchange their names."""
-        return self.place / _OLD / self.path.name
+        return self.place / OLD / self.path.name
 
     def finish(self) -> None:
         """Makes sure that what was written is on the disk, with its permissions."""
         for file in self.new.iterdir() if self.folder else ():
-            _sync(file)
-        (_sync_folder if self.folder else _sync)(self.new)
+            sync(file)
+        (sync_folder if self.folder else sync)(self.new)
         self.new.chmod(self.mode)
         # Not before: a writer may have put another file under the name.
         self.identity = _identity(self.new)
@@ -126,7 +104,7 @@ class Staging:
     def __init__(self) -> None:
         self._targets: list[Path] = []
         self._staged: list[_Staged] = []
-        self._places: list[tuple[Path, int | None]] = []
+        self._places: list[HiddenFolder] = []
 
     def add(
         self,
@@ -151,10 +129,9 @@ class Staging:
         path = Path(path)
         self._targets.append(path)
         check_target(path, force=force, folder=folder)
-        _remove_left_over(path.parent)
-        staged = _Staged(path, self._new_place(path.parent), force, folder)
-        for inner in (staged.new, staged.old):
-            inner.parent.mkdir()
+        remove_left_over(path.parent)
+        self._places.append(HiddenFolder(path.parent))
+        staged = _Staged(path, self._places[-1].path, force, folder)
         if folder:
             staged.new.mkdir()
         else:
@@ -188,25 +165,14 @@ class Staging:
 
     def close(self) -> None:
         """Removes what is left beside the targets."""
-        for place, descriptor in self._places:
-            shutil.rmtree(place, ignore_errors=True)
-            _close(descriptor)
+        for place in self._places:
+            place.remove()
         self._places.clear()
 
     @property
     def paths(self) -> list[str]:
         """The targets, for messages."""
         return [str(path) for path in self._targets]
-
-    def _new_place(self, parent: Path) -> Path:
-        while True:
-            place = parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
-            place.mkdir(mode=stat.S_IRWXU)
-            lock, descriptor = _locked(place)
-            self._places.append((place, descriptor))
-            # Another run may just have taken it for one that was left.
-            if lock is not _Lock.OTHERS and place.exists():
-                return place
 
     def _give_back(self, error: BaseException) -> None:
         stuck: list[str] = []
@@ -277,52 +243,6 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-class _Lock(Enum):
-    """Who keeps a hidden folder locked."""
-
-    OURS = "this run"
-    OTHERS = "another run, or it is gone"
-    NONE = "the system has no locks"
-
-
-def _locked(folder: Path) -> tuple[_Lock, int | None]:
-    """Locks a folder as long as this process lives and the descriptor is open."""
-    if sys.platform == "win32":
-        return _Lock.NONE, None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return _Lock.OTHERS, None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _Lock.OTHERS, descriptor
-    except OSError:
-        return _Lock.NONE, descriptor
-    return _Lock.OURS, descriptor
-
-
-def _close(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _remove_left_over(parent: Path) -> None:
-    """Removes what killed runs left in a folder; what such a run had moved aside comes back."""
-    for place in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
-        lock, descriptor = _locked(place)
-        # What cannot be removed is in nobody's way.
-        with suppress(OSError):
-            if lock is _Lock.OURS:
-                for aside in (place / _OLD).glob("*"):
-                    if not os.path.lexists(parent / aside.name):
-                        rename_to_free(aside, parent / aside.name)
-                        logger.warning("put %s back, which a killed run had moved", aside.name)
-                shutil.rmtree(place)
-                logger.warning("removed %s, which a killed run had left", place)
-        _close(descriptor)
-
-
 def _sync_names(paths: list[Path]) -> None:
     """Makes sure that the new names are on the disk.
 
@@ -331,30 +251,10 @@ def _sync_names(paths: list[Path]) -> None:
     """
     try:
         for parent in dict.fromkeys(path.parent for path in paths):
-            _sync_folder(parent)
+            sync_folder(parent)
     except OSError as error:
         raise SurgeryError(
             f"{listed(map(str, paths))}: written and in place, but the disk failed to note the "
             f"names: {error}",
             "Look at the disk; the new files may be gone after a power failure.",
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # It cannot open a folder.
-    try:
-        _sync(folder, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-        logger.debug("%s cannot be synced: %s", folder, error)
-
-
-def _sync(path: Path, flags: int = os.O_RDWR) -> None:
-    """Makes sure that a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
