@@ -71,18 +71,21 @@ def build_grafts(
     """
     refuse_ill_formed_graphs(model)
     facts = {(f.module, f.parameter): f for f in read_tree(model)}
+    names = [fact.name for fact in facts.values()]
     modules = dict(model.named_modules())
     by_parameter: dict[int, tuple[Decision, Composition]] = {}
     grafts: list[Graft] = []
+    taken: set[tuple[str, str]] = set()
     parts: dict[Hashable, nn.Module] = {}
     for decision in plan.excited:
         key = (decision.module, decision.parameter)
         fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
-        _check_row(decision, fact, [f.name for f in facts.values()])
-        if any((g.module, g.parameter) == (decision.module, decision.parameter) for g in grafts):
+        _check_row(decision, fact, names)
+        if key in taken:
             raise InputError(
                 f"the plan names layer {decision.layer!r} twice", "Keep one of its rows."
             )
+        taken.add(key)
         parameter = modules[decision.module]._parameters[decision.parameter]
         assert parameter is not None
         refuse_non_finite(decision.layer, parameter, "the weight")
@@ -113,7 +116,7 @@ def build_grafts(
             elif init == "preserve":
                 raw = _preserve(excitation, weight, decision.layer)
         grafts.append(Graft(decision.module, decision.parameter, excitation, raw))
-    _refuse_half_tied(facts.values(), {(g.module, g.parameter) for g in grafts})
+    _refuse_half_tied(facts.values(), taken)
     return grafts
 
 

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.parameter import UninitializedParameter
 
 from we_surgery.scripted import is_scripted
 
@@ -32,11 +31,7 @@ class AllOrNothing:
         own = [module for module in modules if not is_scripted(module)]
         self._modules = [_ModuleState.of(module) for module in own]
         parameters = (p for module in own for p in module._parameters.values())
-        self._parameters = [
-            (p, p.data, p.grad)
-            for p in {id(p): p for p in parameters if p is not None}.values()
-            if not isinstance(p, UninitializedParameter)
-        ]
+        self._parameters = [(p, p.data, p.grad) for p in parameters if p is not None]
         graphs = [module for module in own if isinstance(module, fx.GraphModule)]
         self._graphs = [_GraphState.of(module) for module in graphs]
 
@@ -54,9 +49,7 @@ class AllOrNothing:
         for module in self._modules:
             module.put_back()
         for parameter, data, gradient in self._parameters:
-            if parameter.data.data_ptr() != data.data_ptr() or parameter.data.dtype != data.dtype:
-                parameter.data = data
-            parameter.grad = gradient
+            parameter.data, parameter.grad = data, gradient
         for graph in self._graphs:
             graph.put_back()
 
