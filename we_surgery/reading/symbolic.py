@@ -41,10 +41,14 @@ class LayerTracer(fx.Tracer):
 
     A submodule that cannot be traced is kept whole as well, and noted in ``untraceable``
     with the reason: one bad block costs one block.
+
+    Args:
+        keeps: tells what else is kept whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: Callable[[nn.Module], bool] = lambda module: False) -> None:
         super().__init__()
+        self.keeps = keeps
         self.untraceable: dict[str, str] = {}
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -62,7 +66,7 @@ class LayerTracer(fx.Tracer):
             return self.create_proxy("call_module", name, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, WEIGHTED) or is_norm(m):
+        if isinstance(m, WEIGHTED) or is_norm(m) or self.keeps(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -72,13 +76,19 @@ class LayerTracer(fx.Tracer):
         return node
 
 
-def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
+def trace(
+    model: nn.Module, keeps: Callable[[nn.Module], bool] = lambda module: False
+) -> tuple[list[TracedBlock], list[str]]:
     """The graphs of ``model``: one, or those of the parts that can be traced.
 
     The trace runs on a copy whose parameters and buffers are on the meta device: it takes
     no memory of the model's size, and tracing leaves proxies behind in some models. What
     cannot be traced is kept whole, and traced by itself as far as that goes; where its forward
     stops, its children are, too.
+
+    Args:
+        model: the model.
+        keeps: tells which modules are kept whole beside convs, linear layers, attention and norms.
 
     Returns:
         The graphs, from the whole model down, and what could not be traced, with the reason
@@ -92,21 +102,25 @@ def trace(model: nn.Module) -> tuple[list[TracedBlock], list[str]]:
             pending = [("", weightless_copy(model))]
             while pending:
                 name, module = pending.pop(0)
-                pending += _trace_block(name, module, blocks, untraceable)
+                pending += _trace_block(name, module, blocks, untraceable, keeps)
     except Exception as error:
         return [], [_why(error)]
     return blocks, [f"{name or 'the model as a whole'}: {why}" for name, why in untraceable.items()]
 
 
 def _trace_block(
-    name: str, module: nn.Module, blocks: list[TracedBlock], untraceable: dict[str, str]
+    name: str,
+    module: nn.Module,
+    blocks: list[TracedBlock],
+    untraceable: dict[str, str],
+    keeps: Callable[[nn.Module], bool],
 ) -> list[tuple[str, nn.Module]]:
     """Traces one module; returns the submodules that are to be traced by themselves."""
     if isinstance(module, WEIGHTED) or not list(module.children()):
         return []
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return _children(name, module)
-    tracer = LayerTracer()
+    tracer = LayerTracer(keeps)
     left: list[tuple[str, nn.Module]] = []
     is_partial = False
     try:

@@ -46,7 +46,7 @@ def residual_blocks(model: nn.Module) -> list[ResidualBlock]:
     third, with more convs on one side, the branch, and at most one on the other, the shortcut.
     """
     modules = dict(model.named_modules())
-    blocks, _ = trace(model)
+    blocks, _ = trace(model, keeps=is_gate)
     return [found for block in blocks for found in _blocks_of(block, modules)]
 
 
