@@ -63,7 +63,7 @@ def test_a_registered_excitation_is_one_of_the_family(
     assert ws.register_excitation(Doubled) is Doubled
     assert "doubled" in [method.name for method in family()]
     model = ws.convert(torch.nn.Linear(3, 3), config={"linear": "mwe+doubled"})
-    assert list(model.excitation.state_dict()) == ["mwe.epsilon", "doubled.epsilon"]
+    assert [*map(list, model.excitation.record["stages"])] == [["mwe"], ["doubled"]]
     stripped = ws.strip_state_dict(model.state_dict())
     assert torch.equal(stripped["weight"], 2 * MWE()(model.raw_weight.detach()))
 

@@ -253,7 +253,7 @@ def test_a_parameter_that_is_called_raw_by_its_owner_is_none_of_ours() -> None:
     ExcitePass()(graph_module)
     assert set(graph_module.state_dict()) == {
         "raw_raw_weight",
-        "raw_excitation.mwe.epsilon",
+        "raw_excitation._extra_state",
         "weight",
     }
     StripPass(example_inputs=torch.randn(2, 3))(graph_module)

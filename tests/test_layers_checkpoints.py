@@ -72,7 +72,7 @@ def test_a_converted_checkpoint_is_refused_by_a_vanilla_model() -> None:
 
 def test_a_checkpoint_of_another_excitation_is_refused() -> None:
     state = ws.convert(ConvNet(), "lwe").state_dict()
-    with pytest.raises(RuntimeError, match=r"excitation\.mwe\.epsilon"):
+    with pytest.raises(RuntimeError, match=r"has standardize\+lwe\+mwe, the checkpoint"):
         ws.convert(ConvNet(), "lwe+mwe").load_state_dict(state)
 
 

@@ -302,7 +302,7 @@ def test_an_edited_plan_is_done_exactly() -> None:
     plan = edited(ConvNet(), edit)
     converted = ws.convert(ConvNet(), plan=plan)
     assert type(converted.stem) is nn.Conv2d
-    assert converted.depthwise.excitation.mwe.epsilon.item() == 0.25
+    assert converted.depthwise.excitation.mwe.epsilon == 0.25
     assert [s.name for s in converted.grouped.excitation.stages] == ["standardize", "lwe"]
     assert converted.grouped.excitation.lwe.fc1.weight.shape == (4, 4)
     vanilla = sum(p.numel() for p in ConvNet().parameters())

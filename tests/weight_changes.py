@@ -132,7 +132,7 @@ def replace_the_excitation(conv: WEConv2d) -> None:
 
 
 def write_a_hyperparameter(conv: WEConv2d) -> None:
-    conv.excitation.mwe.epsilon.fill_(0.5)
+    conv.excitation.mwe.epsilon = 0.5
 
 
 def parametrize_the_location_net(conv: WEConv2d) -> None:

@@ -68,6 +68,10 @@ class NotStrippedWarning(UserWarning):
     """A converted model is exported or traced with its excitations in the graph."""
 
 
+class OldFormatWarning(UserWarning):
+    """A checkpoint of a converted model was saved before state dicts said what was excited."""
+
+
 def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """The ``choices`` that look like ``word``, as the end of a sentence ("" when none does)."""
     found = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.4)

@@ -19,6 +19,7 @@ from we_surgery.analysis.learned import (
 )
 from we_surgery.analysis.multipliers import multiplier_map
 from we_surgery.errors import InputError
+from we_surgery.excitations.record import is_record
 from we_surgery.jobs import Source
 from we_surgery.layer_names import EXCITATION, raw_name
 from we_surgery.surgery import PLAN_ATTRIBUTE
@@ -212,12 +213,12 @@ def _read(
                 name=name,
                 shape=tuple(entry.raw.shape),
                 stages=tuple(stage.name for stage in excitation.stages),
-                added=sum(value.numel() for value in entry.excitation.values()),
+                added=sum(value.numel() for value in entry.tensors.values()),
                 statistics=statistics,
             )
         )
     added = {e.excitation_prefix + key for e in entries.values() for key in e.excitation}
-    distinct = _distinct(state)
+    distinct = _distinct({key: value for key, value in state.items() if not is_record(key)})
     left = _distinct({key: value for key, value in state.items() if key not in added})
     architecture = source.architecture_of(contents)
     inspection = Inspection(

@@ -20,7 +20,7 @@ class UnwatchableError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Sources:
-    """The parameters, buffers and submodules of an excitation, as they were.
+    """The parameters, buffers, submodules and adjustable options of an excitation, as they were.
 
     Attributes:
         owners: each dictionary that holds some of them, and its length: something may be added.
@@ -52,6 +52,9 @@ class Sources:
                         raise UnwatchableError
                     found.tensors.append((value, value._version, address(value)))
                     found.aliases.append(value.detach())
+        for module in excitation.modules():
+            for name in getattr(module, "adjustable", ()):
+                found.members.append((module.__dict__, name, module.__dict__.get(name)))
         return found
 
     def have_moved(self) -> bool:

@@ -134,7 +134,7 @@ def test_the_variants_differ_by_what_they_name() -> None:
     ]
     assert hidden == [2, 1]
     epsilons = [
-        make(Residual()).first.excitation.mwe.epsilon.item()
+        make(Residual()).first.excitation.mwe.epsilon
         for name, make in epsilon_variants((1e-3, 0.2)).items()
         if name != "vanilla"
     ]

@@ -72,12 +72,24 @@ def test_other_parametrizations_are_left_alone():
         assert list(ws.strip_state_dict(model.state_dict())) == list(model.state_dict())
 
 
+@pytest.mark.parametrize("excitation", [Standardize(0.1), MWE(0.2), LWE(3)], ids=repr)
+def test_a_stage_by_itself_is_known_by_its_record(excitation):
+    layer = nn.Linear(3, 3)
+    register(layer, excitation)
+    state = ws.strip_state_dict({"fc." + k: v for k, v in layer.state_dict().items()})
+    assert list(state) == ["fc.weight", "fc.bias"]
+    # A composition of one stage rounds otherwise than the stage.
+    torch.testing.assert_close(state["fc.weight"], layer.weight.detach())
+
+
 def test_what_cannot_be_told_is_refused():
-    for excitation in (Standardize(), MWE()):
-        layer = nn.Linear(3, 3)
-        register(layer, excitation)
-        with pytest.raises(InputError, match="may be a Standardize or an MWE"):
-            ws.strip_state_dict({"fc." + k: v for k, v in layer.state_dict().items()})
+    state = {
+        "fc.bias": torch.ones(3),
+        "fc.parametrizations.weight.original": torch.ones(3, 3),
+        "fc.parametrizations.weight.0.epsilon": torch.tensor(0.1),
+    }
+    with pytest.raises(InputError, match="may be a Standardize or an MWE"):
+        ws.strip_state_dict(state)
 
 
 def test_an_order_that_is_none_of_ours_is_refused():

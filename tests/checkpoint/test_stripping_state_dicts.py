@@ -16,6 +16,7 @@ from we_surgery.checkpoint import (
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import formulas
+from we_surgery.excitations.record import make_record, to_tensor
 from we_surgery.inspection import inspect_file
 from we_surgery.jobs import Source
 
@@ -151,7 +152,7 @@ def test_tied_weights_fold_once_and_stay_tied():
     assert state["first.weight"].data_ptr() == state["second.weight"].data_ptr()
     assert report.layers == 2
     assert done == [(1, 2), (2, 2)]
-    excitations = [key for key in model.state_dict() if ".excitation." in key]
+    excitations = [key for key in model.state_dict() if ".excitation.lwe." in key]
     assert report.removed_values == sum(model.state_dict()[key].numel() for key in excitations)
 
 
@@ -195,7 +196,11 @@ def test_a_vanilla_state_dict_is_returned_with_a_warning():
 
 
 def test_an_unknown_excitation_names_its_layer():
-    state = {"head.raw_weight": torch.ones(2, 2), "head.excitation.tomorrow.a": torch.ones(1)}
+    state = {
+        "head.raw_weight": torch.ones(2, 2),
+        "head.excitation.tomorrow.a": torch.ones(1),
+        "head.excitation._extra_state": to_tensor(make_record([{"tomorrow": {}}])),
+    }
     with pytest.raises(InputError, match="layer 'head': there is no excitation called 'tomorrow'"):
         strip_state_dict(state)
 

@@ -223,23 +223,26 @@ def test_a_file_whose_plan_excites_what_it_lacks_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_halves_of_excited_weights_are_kept_with_a_note(
-    converted: nn.Module, tmp_path: Path
+@pytest.mark.parametrize(
+    ("half", "message"),
+    [
+        ("9.raw_weight", "nothing says how '9.raw_weight' were excited"),
+        ("9.excitation.lwe.fc1.weight", "whose raw weights are missing"),
+        ("9.excitation._extra_state", "whose raw weights are missing"),
+    ],
+)
+def test_half_of_an_excited_weight_is_refused(
+    half: str, message: str, converted: nn.Module, tmp_path: Path
 ) -> None:
-    state = converted.state_dict()
-    halves = {
-        "1.raw_weight": torch.ones(2),
-        "2.excitation.lwe.fc1.weight": torch.ones(2),
-        "own.raw_scale": torch.ones(2),
-        "own.excitation.weight": torch.ones(2),
-    }
-    state |= halves
-    torch.save(state, tmp_path / "model.pt")
-    result = strip(tmp_path / "model.pt")
-    assert result.exit_code == 0, result.output
-    assert "kept '1.raw_weight', '2.excitation.lwe.fc1.weight' as they are" in result.stderr
-    assert halves.keys() <= torch.load(tmp_path / "model.stripped.pt").keys()
-    assert "kept '" not in strip(write(converted, tmp_path / "whole.pt")).stderr
+    own = {"own.raw_scale": torch.ones(2), "own.excitation.weight": torch.ones(2)}
+    torch.save(converted.state_dict() | own, tmp_path / "model.pt")
+    assert strip(tmp_path / "model.pt").exit_code == 0
+    assert own.keys() <= torch.load(tmp_path / "model.stripped.pt").keys()
+    torch.save(converted.state_dict() | {half: torch.ones(2)}, tmp_path / "half.pt")
+    result = strip(tmp_path / "half.pt")
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "half.stripped.pt").exists()
 
 
 def write(model: nn.Module, path: Path) -> Path:

@@ -43,7 +43,7 @@ def compose(
     channels = shape[0] if transposed else shape[1] * groups
     filters = shape[1] * groups if transposed else shape[0]
     made: dict[str, Callable[[], Excitation]] = {
-        "s": lambda: Standardize(dtype=dtype),
+        "s": lambda: Standardize(),
         "l": lambda: LWE(channels, groups, reduction=max(channels // 4, 1), dtype=dtype),
         "r": lambda: Rescale(torch.rand(filters, dtype=dtype) + 0.5, torch.randn(filters)),
         "m": lambda: MWE(detach_max=detach_max, dtype=dtype),

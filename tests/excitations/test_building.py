@@ -60,8 +60,8 @@ def test_standardization_refuses_an_epsilon_out_of_range(value: Any) -> None:
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1])
 def test_the_bounds_of_epsilon_survive_their_rounding_to_float32(epsilon: float) -> None:
-    stored = MWE(epsilon).epsilon
-    assert MWE(stored.item()).epsilon.item() == stored.item()
+    stored = torch.tensor(epsilon, dtype=torch.float32).item()
+    assert MWE(stored).epsilon == stored
 
 
 @pytest.mark.parametrize("value", ["no", 1, None])

@@ -344,7 +344,7 @@ def test_stages_of_other_classes_run_one_by_one(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("the closed form was used")
 
     monkeypatch.setattr(closed_form.ClosedFormExcitation, "apply", refuse)
-    composition = Composition([Standardize(dtype=F64), DoubledMWE(dtype=F64)])
+    composition = Composition([Standardize(), DoubledMWE(dtype=F64)])
     weight = torch.randn(4, 3, dtype=F64)
     expected = 2 * compose("sm", (4, 3)).excite(weight)
     torch.testing.assert_close(composition(weight), expected)

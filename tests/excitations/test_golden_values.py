@@ -29,17 +29,17 @@ def assert_golden(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_standardization_gives_the_golden_filters() -> None:
-    assert_golden(Standardize(dtype=F64)(FILTERS), STANDARDIZED)
+    assert_golden(Standardize()(FILTERS), STANDARDIZED)
 
 
 def test_the_location_map_has_the_golden_multipliers() -> None:
-    multiplier = golden_lwe().multiplier(Standardize(dtype=F64)(FILTERS))
+    multiplier = golden_lwe().multiplier(Standardize()(FILTERS))
     expected = torch.tensor([[0.6697604434, 0.3302395566], [0.5, 0.5]], dtype=F64)
     assert_golden(multiplier, expected)
 
 
 def test_standardized_lwe_gives_the_golden_weight() -> None:
-    excited = Composition([golden_lwe(), Standardize(dtype=F64)])(FILTERS)
+    excited = Composition([golden_lwe(), Standardize()])(FILTERS)
     expected = torch.tensor(
         [[-0.4735888025, 0.2335129787], [0.3535521406, -0.3535521406]], dtype=F64
     )
@@ -96,7 +96,7 @@ def test_the_largest_weight_has_the_published_factor_and_gain(
 
 
 def test_the_stages_compose_in_the_order_of_the_paper() -> None:
-    standardize, lwe, mwe = Standardize(dtype=F64), golden_lwe(), MWE(0.1, dtype=F64)
+    standardize, lwe, mwe = Standardize(), golden_lwe(), MWE(0.1, dtype=F64)
     composed = Composition([mwe, lwe, standardize])
     assert [stage.name for stage in composed.stages] == ["standardize", "lwe", "mwe"]
     assert torch.equal(composed(FILTERS), mwe(lwe(standardize(FILTERS))))

@@ -79,7 +79,7 @@ def staged(composition: Composition, weight: Tensor) -> Tensor:
 
 def made(shape: tuple[int, ...] = (4, 3, 3, 3), dtype: torch.dtype = F64) -> Composition:
     torch.manual_seed(0)
-    return Composition([Standardize(dtype=dtype), MWE(dtype=dtype), Gate(shape[1], dtype)])
+    return Composition([Standardize(), MWE(dtype=dtype), Gate(shape[1], dtype)])
 
 
 def gradients(excited: Tensor, inputs: list[Tensor], upstream: Tensor) -> list[Tensor | None]:

@@ -44,6 +44,18 @@ def filled(key: str, value: float) -> Maker:
     return make
 
 
+def reworded(old: str, new: str) -> Maker:
+    """A converted state dict whose first record says something else."""
+
+    def make(folder: Path) -> Path:
+        text = bytes(converted_state()["stem.excitation._extra_state"].tolist()).decode()
+        assert old in text
+        record = torch.tensor(list(text.replace(old, new, 1).encode()), dtype=torch.uint8)
+        return changed(stem__excitation___extra_state=record)(folder)
+
+    return make
+
+
 def rebuilt(size: Any, stride: Any, offset: Any = 0, dtype: torch.dtype = torch.float32) -> Calls:
     """A tensor over six values, as the file says."""
     storage = torch.ones(6, dtype=dtype)._typed_storage()
@@ -111,8 +123,22 @@ EXCITED: dict[str, Maker] = {
     "a weight that is not a number": filled("stem.raw_weight", float("nan")),
     "an infinite weight": filled("stem.raw_weight", float("inf")),
     "a gate that is not a number": filled("stem.excitation.lwe.fc1.weight", float("nan")),
-    "an epsilon that is not a number": filled("stem.excitation.mwe.epsilon", float("nan")),
-    "an infinite epsilon": filled("stem.excitation.standardize.epsilon", float("inf")),
+    "an epsilon that is not a number": reworded('"epsilon": 0.1', '"epsilon": NaN'),
+    "an infinite epsilon": reworded('"epsilon": 1e-05', '"epsilon": Infinity'),
+    "an epsilon of text": reworded('"epsilon": 0.1', '"epsilon": "0.1"'),
+    "no record": changed(stem__excitation___extra_state=None),
+    "a record of noise": filled("stem.excitation._extra_state", 255),
+    "an empty record": changed(stem__excitation___extra_state=torch.ones(0)),
+    "a record without memory": changed(stem__excitation___extra_state=torch.ones(9, device="meta")),
+    "a huge record": changed(stem__excitation___extra_state=torch.ones(1).expand(2**40)),
+    "a deep record": reworded('"inner": null', f'"inner": {"[" * 20000 + "]" * 20000}'),
+    "a recursive excitation": reworded(
+        '"inner": null', '"inner": ' + '{"lwe": {"inner": ' * 900 + "null" + "}}" * 900
+    ),
+    "a record without stages": reworded('"stages"', '"steps"'),
+    "stages of another order": reworded('"standardize"', '"mwe"'),
+    "groups beyond 64 bits": reworded('"transposed_groups": null', f'"transposed_groups": {2**70}'),
+    "a record of tomorrow": reworded('"schema": 1', '"schema": 2'),
     "half of a gate": changed(stem__excitation__lwe__fc1__weight=None),
     "a gate without its biases": changed(
         stem__excitation__lwe__fc1__bias=None, stem__excitation__lwe__fc2__bias=None

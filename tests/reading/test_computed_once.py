@@ -131,7 +131,6 @@ def test_stages_whose_graph_serves_one_backward_pass_are_no_alarm() -> None:
     model = ws.convert(ReadTwice(), "mwe")
     excitation = model.linear.excitation
     slow = Slow()
-    slow.load_state_dict(excitation.mwe.state_dict())
     excitation.mwe = slow
     assert prove_excited(model, x) == 1
     paused = ws.convert(ReadTwice(), "mwe", start="paused", example_inputs=x)

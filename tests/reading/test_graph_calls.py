@@ -279,7 +279,7 @@ def test_two_graphs_that_read_one_weight_count_as_one_layer() -> None:
     converted = ws.convert(outer)
     targets = [str(node.target) for m in (converted, converted.inner) for node in m.graph.nodes]
     assert {"inner.raw_w", "inner.w_excitation", "raw_w", "w_excitation"} <= set(targets)
-    assert list(converted.state_dict()) == ["inner.raw_w", "inner.w_excitation.mwe.epsilon"]
+    assert list(converted.state_dict()) == ["inner.raw_w", "inner.w_excitation._extra_state"]
     stripped = ws.strip(converted, example_inputs=torch.randn(2, 4))
     assert list(stripped.state_dict()) == ["inner.w"]
     assert [str(node.target) for node in stripped.graph.nodes] == [

@@ -13,6 +13,7 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery.cli import strip_command
+from we_surgery.excitations.record import is_record, read_record
 from we_surgery.graphs import excited_weights
 from we_surgery.surgery import is_converted
 
@@ -204,8 +205,8 @@ def test_excitation_sets_in_at_its_epoch_in_the_average_too_and_the_run_resumes(
     for epoch, found in enumerate((everything, everything, 0, 0)):
         checkpoint = torch.load(tmp_path / "straight" / f"epoch={epoch}.ckpt", weights_only=True)
         for key in ("state_dict", "current_model_state"):
-            lengths = [len(v) for k, v in checkpoint[key].items() if k.endswith(".paused")]
-            assert sum(lengths) == found
+            records = [read_record(v) for k, v in checkpoint[key].items() if is_record(k)]
+            assert sum(record["paused"] for record in records) == found
             ConvNet().load_state_dict(
                 {
                     name.removeprefix("net."): value

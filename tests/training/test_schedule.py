@@ -171,7 +171,7 @@ def test_a_distributed_checkpoint_loads_into_a_model_that_is_as_far(tmp_path: Pa
     ws.resume(model)
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
     other = paused()
-    with pytest.raises(dcp.api.CheckpointException, match=r"Size mismatch .*paused"):
+    with pytest.raises(dcp.api.CheckpointException, match=r"Size mismatch .*_extra_state"):
         dcp.load({"model": other.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
     ws.resume(other)
     state = {"model": other.state_dict()}
@@ -279,7 +279,7 @@ def test_an_average_that_was_left_paused_does_not_go_on_silently(kind: str) -> N
     model = paused()
     average = AVERAGES[kind](model)
     ws.resume(model)
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         (getattr(average, "update", None) or average.update_parameters)(model)
 
 

@@ -226,8 +226,8 @@ def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:
     if excitation.is_paused or raw.numel() == 0:
         return None
     filters = in_full_precision(raw)
-    if excitation.is_transposed:
-        filters = to_filters(filters, excitation.transposed_groups.shape[0])
+    if excitation.transposed_groups is not None:
+        filters = to_filters(filters, excitation.transposed_groups)
     for stage in excitation.stages:
         if stage.name == "mwe":
             with torch.enable_grad():
@@ -246,8 +246,8 @@ def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:
 
 def _multiply_adds(excitation: Composition, raw: Tensor) -> int:
     outputs = raw.shape[0]
-    if excitation.is_transposed:
-        outputs = raw.shape[1] * excitation.transposed_groups.shape[0]
+    if excitation.transposed_groups is not None:
+        outputs = raw.shape[1] * excitation.transposed_groups
     layers = (module for module in excitation.modules() if isinstance(module, nn.Linear))
     return outputs * sum(layer.weight.numel() for layer in layers)
 

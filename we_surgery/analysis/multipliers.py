@@ -57,8 +57,8 @@ def multiplier_map(excitation: Composition, raw: Tensor) -> Tensor | None:
     found: Tensor | None = None
     with torch.no_grad(), autocast_off(raw.device.type):
         filters = in_full_precision(raw.detach())
-        if excitation.is_transposed:
-            filters = to_filters(filters, excitation.transposed_groups.shape[0])
+        if excitation.transposed_groups is not None:
+            filters = to_filters(filters, excitation.transposed_groups)
         for stage in excitation.stages:
             if isinstance(stage, HasMultiplier):
                 own = stage.multiplier(filters)

@@ -316,7 +316,7 @@ def scale_standardized(model: nn.Module, factor: float = 1.0) -> nn.Module:
 
 
 def _scaled(excitation: Composition, raw: Tensor, factor: float) -> Composition:
-    groups = excitation.transposed_groups.shape[0] if excitation.is_transposed else None
+    groups = excitation.transposed_groups
     outputs = raw.shape[0] if groups is None else raw.shape[1] * groups
     gain = torch.full((outputs,), factor * math.sqrt(outputs / raw.numel())).to(raw)
     stages = [*excitation.stages, Rescale(gain, torch.zeros_like(gain))]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from we_surgery.checkpoint.wording import quoted
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
+from we_surgery.excitations.legacy import has_marks, read_legacy
+from we_surgery.excitations.record import RECORD_KEY, Record, is_record, read_record
 from we_surgery.layer_names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.proof import is_finite, refuse_non_finite
 
@@ -28,12 +32,14 @@ class ExcitedEntry:
         parameter: the weight's name in it.
         raw: the raw weight.
         excitation: the excitation's entries, named from the excitation on.
+        is_legacy: whether its state dict is of the time before records.
     """
 
     layer: str
     parameter: str
     raw: Tensor
     excitation: dict[str, Tensor] = field(default_factory=dict)
+    is_legacy: bool = False
 
     @property
     def vanilla_key(self) -> str:
@@ -58,7 +64,34 @@ class ExcitedEntry:
     def identity(self) -> tuple[Any, ...]:
         """Equal for entries that are the same memory, as those of tied layers are."""
         own = sorted(self.excitation.items())
-        return (tensor_identity(self.raw), *((key, tensor_identity(value)) for key, value in own))
+        # Each record is made anew, also that of one excitation that several layers share.
+        parts = (_text(v) if is_record(key) else tensor_identity(v) for key, v in own)
+        return (tensor_identity(self.raw), *zip(sorted(self.excitation), parts, strict=True))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The excitation's entries without its record."""
+        return {key: value for key, value in self.excitation.items() if not is_record(key)}
+
+    def record(self) -> Record:
+        """What the excitation is, in words.
+
+        Raises:
+            InputError: there is no record, or none that can be read.
+        """
+        with self._named():
+            if RECORD_KEY in self.excitation:
+                return read_record(self.excitation[RECORD_KEY])
+            if self.is_legacy:
+                return read_legacy(self.excitation)[0]
+            raise no_record([self.raw_key])
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
 
     def rebuild(self) -> Composition:
         """The excitation, sharing memory with the state dict where that is aligned.
@@ -66,10 +99,10 @@ class ExcitedEntry:
         Raises:
             InputError: an unknown or incomplete excitation.
         """
-        try:
-            return rebuild_excitation({k: _aligned(v) for k, v in self.excitation.items()})
-        except InputError as error:
-            raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
+        record = self.record()
+        tensors = read_legacy(self.tensors)[1] if self.is_legacy else self.tensors
+        with self._named():
+            return rebuild_excitation({k: _aligned(v) for k, v in tensors.items()}, record)
 
     def fold(self, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
         """The excited weight, in the raw one's memory format.
@@ -138,6 +171,7 @@ class ExcitedEntry:
             self.parameter,
             replace(self.raw_key, self.raw),
             {key: replace(prefix + key, value) for key, value in self.excitation.items()},
+            self.is_legacy,
         )
 
 
@@ -149,7 +183,8 @@ def is_excited_state_dict(state: Mapping[str, Any]) -> bool:
 def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
     """Each excited weight of a state dict, in its order.
 
-    A ``raw_...`` entry without an excitation beside it is somebody's own and none of ours.
+    A ``raw_...`` entry without an excitation beside it is not one. Without any record, but with
+    the marks that stood for them, the state dict is read as one of the time before records.
 
     Raises:
         InputError: a weight is there both excited and vanilla.
@@ -165,16 +200,17 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
         prefix = excitation_of(key, entries)
         if prefix is not None and isinstance(value, Tensor):
             entries[prefix].excitation[key.removeprefix(prefix)] = value
-    for entry in entries.values():
-        if not entry.excitation:
-            continue
+    found = [entry for entry in entries.values() if entry.excitation]
+    has_records = any(RECORD_KEY in entry.excitation for entry in found)
+    is_legacy = not has_records and any(has_marks(entry.excitation) for entry in found)
+    for entry in found:
         if entry.vanilla_key in state:
             raise InputError(
                 f"the state dict holds both {entry.vanilla_key!r} and its excited form "
                 f"{_join(entry.layer, raw_name(entry.parameter))!r}",
                 "Give the state dict of one model, converted or vanilla.",
             )
-        yield entry
+        yield replace(entry, is_legacy=is_legacy)
 
 
 def excitation_of(key: str, prefixes: Container[str]) -> str | None:
@@ -189,14 +225,35 @@ def excitation_of(key: str, prefixes: Container[str]) -> str | None:
     return None
 
 
-def is_half_of_excited(key: str) -> bool:
-    """Whether a key is named as a raw weight, or as a tensor of one of the known excitations."""
-    *owners, last = key.split(".")
-    is_raw = last.startswith(RAW_PREFIX) and last.endswith("weight")
-    return is_raw or any(
+def no_record(keys: Iterable[str]) -> InputError:
+    """The error for raw weights of which nothing says how they were excited."""
+    return InputError(
+        f"nothing says how {quoted(keys)} were excited: the state dict has no record of it, as one "
+        "that was made of `named_parameters()`",
+        "Give the model's whole state dict, `model.state_dict()`. To strip an average of the "
+        "parameters, load it into the converted model with `strict=False` and strip that.",
+    )
+
+
+def is_raw_weight(key: str) -> bool:
+    """Whether a key is named as the raw weight of a layer."""
+    last = key.rpartition(".")[2]
+    return last.startswith(RAW_PREFIX) and last.endswith("weight")
+
+
+def is_of_excitation(key: str) -> bool:
+    """Whether a key is named as a tensor or the record of one of the known excitations."""
+    owners = key.split(".")[:-1]
+    if is_record(key) and owners and owners[-1].endswith(EXCITATION):
+        return True
+    return any(
         owner.endswith(EXCITATION) and inner in (*EXCITATIONS, Rescale.name)
         for owner, inner in pairwise(owners)
     )
+
+
+def _text(record: Tensor) -> tuple[Any, ...]:
+    return (id(record),) if record.is_meta else tuple(record.tolist())
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:

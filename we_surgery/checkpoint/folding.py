@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,16 @@ from we_surgery.checkpoint.excited_entry import (
     cast,
     excitation_of,
     find_excited,
-    is_half_of_excited,
+    is_of_excitation,
+    is_raw_weight,
+    no_record,
     tensor_identity,
 )
 from we_surgery.checkpoint.unwrap import VERSIONS, Weights, unwrap, with_versions
 from we_surgery.checkpoint.wording import quoted
-from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
+from we_surgery.errors import InputError, NothingToStripWarning, OldFormatWarning, SurgeryError
+from we_surgery.excitations.legacy import LEGACY_NOTE
+from we_surgery.layer_names import RAW_PREFIX
 
 Progress = Callable[[int, int], None]
 
@@ -74,6 +78,8 @@ def strip_state_dict(
         >>> averaged = ws.strip_state_dict(checkpoint, weights="ema")
     """
     stripped, report = strip_state_dict_with_report(checkpoint, key=key, weights=weights)
+    if any(LEGACY_NOTE in note for note in report.notes):
+        warnings.warn(f"the state dict {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     if not report.layers:
         warnings.warn(
             "the state dict has no excited weights; there is nothing to strip.",
@@ -135,24 +141,14 @@ def report(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) -> St
         layers=len(excited),
         tensors=len(entries),
         values=sum(tensor.numel() for tensor in [*plain, *(entry.raw for entry in excited)]),
-        removed_values=sum(v.numel() for entry in excited for v in entry.excitation.values()),
-        notes=[*notes, *_note_of_halves(entries)],
+        removed_values=sum(v.numel() for entry in excited for v in entry.tensors.values()),
+        notes=[*notes, *([f"the state dict {LEGACY_NOTE}"] if is_legacy(entries) else [])],
     )
 
 
-def _note_of_halves(entries: Mapping[str, Tensor | ExcitedEntry]) -> list[str]:
-    """A sentence on entries that have the name of one half of an excited weight.
-
-    They may be somebody's own, so they are kept.
-    """
-    plain = [name for name, entry in entries.items() if isinstance(entry, Tensor)]
-    halves = [name for name in plain if is_half_of_excited(name)]
-    if not halves:
-        return []
-    return [
-        f"kept {quoted(halves)} as they are; if they are of a converted layer, the other half, "
-        "its raw weight or its excitation, is missing in the file, and the weight is lost"
-    ]
+def is_legacy(entries: Mapping[str, Tensor | ExcitedEntry]) -> bool:
+    """Whether :func:`vanilla_entries` are of a state dict of the time before records."""
+    return any(isinstance(entry, ExcitedEntry) and entry.is_legacy for entry in entries.values())
 
 
 def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEntry]:
@@ -162,18 +158,39 @@ def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEn
         state: without wrappers; tensors of the meta device will do.
 
     Raises:
-        InputError: a weight is there both excited and vanilla.
+        InputError: a weight is there both excited and vanilla, or its raw weight or excitation
+            is missing.
         SurgeryError: a weight was tied to a raw weight after the conversion.
     """
     by_raw_key = {entry.raw_key: entry for entry in find_excited(state)}
     excited = by_raw_key.values()
     removed = {entry.excitation_prefix + key for entry in excited for key in entry.excitation}
     _refuse_tied_after_conversion(state, by_raw_key)
+    _refuse_halves([key for key in state if key not in by_raw_key and key not in removed], state)
     return {
         (by_raw_key[name].vanilla_key if name in by_raw_key else name): by_raw_key.get(name, value)
         for name, value in state.items()
         if name not in removed
     }
+
+
+def _refuse_halves(plain: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Raises where an entry has the name of one half of an excited weight, and the other lacks."""
+    left = list(plain)
+    raw = [key for key in left if is_raw_weight(key) and _vanilla_key(key) not in state]
+    if raw:
+        raise no_record(raw)
+    excitations = [key for key in left if is_of_excitation(key)]
+    if excitations:
+        raise InputError(
+            f"{quoted(excitations)} belong to excited weights whose raw weights are missing",
+            "The file is damaged or was edited; give the checkpoint that training saved.",
+        )
+
+
+def _vanilla_key(raw_key: str) -> str:
+    owner, dot, last = raw_key.rpartition(".")
+    return f"{owner}{dot}{last.removeprefix(RAW_PREFIX)}"
 
 
 def _refuse_sharded(state: Mapping[str, Tensor]) -> None:

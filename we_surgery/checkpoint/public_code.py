@@ -15,7 +15,8 @@ from torch import Tensor
 from we_surgery.checkpoint.key_index import KeyIndex
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
-from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations import LWE
+from we_surgery.excitations.record import RECORD_KEY, make_record, to_tensor
 from we_surgery.layer_names import EXCITATION, raw_name
 
 _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
@@ -53,6 +54,8 @@ def read_as_ours(
         renamed[f"{layer}.weight"] = f"{layer}.{raw_name('weight')}"
         for entry in _GATE:
             renamed[f"{layer}.{entry}"] = f"{layer}.{EXCITATION}.lwe.{entry}"
+    lwe = LWE(1, device="meta").chosen_options() | {"reduction": None}
+    record = to_tensor(make_record([{"standardize": {"epsilon": 1e-5}}, {"lwe": lwe}]))
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
         if key not in renamed:
@@ -61,8 +64,7 @@ def read_as_ours(
         entry = renamed[key].partition(f".{EXCITATION}.lwe.")[2]
         ours[renamed[key]] = value.flatten(1) if entry.endswith("weight") else value
         if not entry:
-            epsilon = Standardize(dtype=value.dtype).epsilon
-            ours[key.removesuffix("weight") + f"{EXCITATION}.standardize.epsilon"] = epsilon
+            ours[key.removesuffix("weight") + f"{EXCITATION}.{RECORD_KEY}"] = record
     moved = {f"{x}.{fc}": f"{x}.{EXCITATION}.lwe.{fc}" for x in layers for fc in ("fc1", "fc2")}
     note = f"read as LWE layers of the WE paper's public code, standardized: {listed(layers)}"
     return {name: moved[name] for name in modules if name in moved}, ours, note

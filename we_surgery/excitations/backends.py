@@ -137,12 +137,12 @@ def _largest_difference(device: torch.device) -> float:
         (
             wave(rows, channels, *kernel),
             Terms(
-                standardize_epsilon=torch.tensor(1e-5, device=device),
                 fc1_weight=wave(hidden, channels),
                 fc1_bias=wave(hidden),
                 fc2_weight=wave(channels, hidden),
                 fc2_bias=wave(channels),
-                mwe_epsilon=torch.tensor(0.1, device=device),
+                standardize_epsilon=1e-5,
+                mwe_epsilon=0.1,
             ),
         )
         for rows, channels, hidden, kernel in ((24, 40, 5, (3, 3)), (5, 7, 35, ()))

@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from we_surgery.errors import InputError
 from we_surgery.excitations.layout import WeightLayout
+from we_surgery.excitations.legacy import upgrade_attributes, upgrade_state
+from we_surgery.excitations.record import (
+    RECORD_KEY,
+    Record,
+    make_record,
+    outline,
+    read_record,
+    to_tensor,
+)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -36,7 +46,10 @@ class Excitation(nn.Module, ABC):
     Subclasses set ``name`` (their key in a state dict and in a config) and
     ``order`` (their place when several are composed; two of one place exclude
     each other), write :meth:`excite`, and give :meth:`for_layout` and
-    :meth:`from_state`; the rest has a default. Nothing of :meth:`excite` is
+    :meth:`from_state`; the rest has a default. An option of :meth:`for_layout`
+    is kept as the attribute of its name: a state dict says in words which
+    options an excitation has (:mod:`we_surgery.excitations.record`), and in
+    tensors only what is trained or moves. Nothing of :meth:`excite` is
     kept for the backward pass, which runs it again
     (:mod:`we_surgery.excitations.rerun`): it is a pure function, and what moves
     from step to step moves in :meth:`advance`.
@@ -53,6 +66,13 @@ class Excitation(nn.Module, ABC):
     deploys_to: ClassVar[str] = "the vanilla layer, bit-equal"
     takes_standardized: ClassVar[bool] = False
     """Whether its paper standardizes the weights of convs first."""
+    adjustable: ClassVar[tuple[str, ...]] = ()
+    """The attributes that a checkpoint may change when it is loaded, such as an epsilon.
+
+    All other options say what is computed, and have to be equal in model and checkpoint.
+    """
+    is_part: bool = False
+    """Whether it is a stage of a composition, whose record says what it is."""
     kept: Any = None
     """What :mod:`we_surgery.compute_once` keeps between two reads; no part of any copy or file."""
     group: Any = None
@@ -107,8 +127,13 @@ class Excitation(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """An excitation shaped as its state dict says; parameter values are assigned after."""
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        """An excitation shaped as its state dict says; parameter values are assigned after.
+
+        Args:
+            state: its tensors.
+            options: what :meth:`chosen_options` said when they were saved.
+        """
 
     @classmethod
     def misfit(cls, layout: WeightLayout) -> str | None:
@@ -168,32 +193,103 @@ class Excitation(nn.Module, ABC):
         parameters = inspect.signature(cls.for_layout).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    def register_hyperparameter(
-        self, name: str, value: float, dtype: torch.dtype | None = None
-    ) -> None:
-        """Registers a number that no tensor shape shows as a 0-d buffer, never below float32."""
-        precision = torch.float64 if dtype == torch.float64 else torch.float32
-        self.register_buffer(name, torch.tensor(value, dtype=precision, device="cpu"))
+    def chosen_options(self) -> dict[str, Any]:
+        """The options it has now, of JSON types: all that no tensor shows.
 
-    def register_choice(self, option: str, value: str, default: str) -> None:
-        """Makes the state dict say a choice that no tensor shape shows, by the presence of a key.
-
-        ``gate: tanh`` becomes the key ``gate_tanh``; a default leaves none, so that files of
-        before the option was there mean what they meant.
+        By default the attributes that are called as the options of :meth:`for_layout`.
         """
-        if value != default:
-            self.register_buffer(f"{option}_{value}", torch.tensor(True, device="cpu"))
+        return {name: getattr(self, name) for name in self.options()}
 
-    @staticmethod
-    def read_choice(
-        state: Mapping[str, Tensor], option: str, choices: Collection[str], default: str
-    ) -> str:
-        """What :meth:`register_choice` has made a state dict say."""
-        return next((value for value in choices if f"{option}_{value}" in state), default)
+    @property
+    def record(self) -> Record:
+        """What it is, in words; see :mod:`we_surgery.excitations.record`."""
+        return make_record([{self.name: self.chosen_options()}])
+
+    def get_extra_state(self) -> Tensor:
+        """The record as state dicts hold it."""
+        return to_tensor(self.record)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes what a checkpoint may change, such as an epsilon, from its record.
+
+        Raises:
+            InputError: the record is of another excitation, or cannot be read.
+        """
+        mine, theirs = self.record, read_record(state)
+        if outline(mine) != outline(theirs):
+            raise _other_excitation(
+                f"the model has {outline(mine)}, the checkpoint {outline(theirs)}"
+            )
+        try:
+            self.take_over_record(theirs)
+        except ValueError as error:
+            raise _other_excitation(str(error)) from error
+
+    def take_over_record(self, record: Record) -> None:
+        """:meth:`take_over` of all that a record says, which is of the same stages."""
+        self.take_over(record["stages"][0][self.name])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_part:
+            del destination[prefix + RECORD_KEY]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.is_part:
+            state_dict[prefix + RECORD_KEY] = self.get_extra_state()
+        elif prefix + RECORD_KEY not in state_dict:
+            upgrade_state(state_dict, prefix)
+        try:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        except InputError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raises a ``ValueError`` where one of :attr:`adjustable` is out of range."""
+
+    def take_over(self, options: Mapping[str, Any]) -> None:
+        """Takes the adjustable options that a checkpoint has.
+
+        Args:
+            options: what :meth:`chosen_options` said when it was saved; None is not known.
+
+        Raises:
+            ValueError: another option differs, so the checkpoint is of another excitation.
+        """
+        own = self.chosen_options()
+        for name in own.keys() | options.keys():
+            mine, theirs = own.get(name), options.get(name)
+            known = name in own and name in options
+            if not known or (theirs is not None and theirs != mine and name not in self.adjustable):
+                raise ValueError(
+                    f"{self.name} has {name}={mine!r} in the model and {theirs!r} in the checkpoint"
+                )
+        self.check_options(options)
+        for name in self.adjustable:
+            setattr(self, name, options[name])
+        self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision, or materializing it with `to_empty`, must move a
-        # hyper-parameter and never change its value: epsilon = 0.1 is not 0.09998 in fp16.
+        # buffer and never change its value: a temperature of 0.1 is not 0.09998 in fp16.
         self.forget()
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -214,6 +310,10 @@ class Excitation(nn.Module, ABC):
         self.forget()
         return super().train(mode)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        upgrade_attributes(self, self.name, self.__dict__)
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("kept", "group")
         return {name: value for name, value in self.__dict__.items() if name not in own}
@@ -224,6 +324,10 @@ class Excitation(nn.Module, ABC):
             return weight
         with autocast_off(weight.device.type):
             return compute(in_full_precision(weight)).to(weight.dtype)
+
+
+def _other_excitation(cause: str) -> InputError:
+    return InputError(cause, "Convert the model in the way that the checkpoint's was converted.")
 
 
 def in_full_precision(weight: Tensor) -> Tensor:

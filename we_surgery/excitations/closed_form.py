@@ -285,7 +285,7 @@ def _backward(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor 
                 _as_filters(weight, terms),
                 terms,
                 kept,
-                (needed[0], *needed[2:6]),
+                (needed[0], *needed[1:5]),
             )
             for gradient, weight, terms, kept, needed in asked
         ]
@@ -296,7 +296,7 @@ def _backward(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor 
         by_weight = None
         if by_filters is not None:
             by_weight = _as_stored(by_filters, terms).to(weight.dtype)
-        results.append((by_weight, None, *by_fcs, *(None,) * (len(Terms._fields) - 5)))
+        results.append((by_weight, *by_fcs, *(None,) * (len(Terms._fields) - 4)))
     return results
 
 

@@ -17,6 +17,7 @@ from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.paused import idle
+from we_surgery.excitations.record import Record, make_record
 from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
@@ -28,8 +29,8 @@ class Composition(Excitation):
 
     The papers compose in one order only (WE paper, Table 3: standardization, then the
     LWE gate, then MWE with its maximum taken over the gated weight), so each stage
-    carries its place, and a place is taken at most once; a state dict needs no list of stages
-    beyond its own keys, ``standardize.epsilon``, ``lwe.fc1.weight``, ``mwe.epsilon``.
+    carries its place, and a place is taken at most once. A state dict says all this in words, in
+    the composition's *record* (:mod:`we_surgery.excitations.record`).
 
     Args:
         stages: at least one excitation; at most one of each ``order``.
@@ -43,8 +44,9 @@ class Composition(Excitation):
 
     name: ClassVar[str] = "composition"
     order: ClassVar[int] = 0
-    transposed_groups: Tensor
+    transposed_groups: int | None
     paused: Tensor | None
+    """Of length 1 in a pause and 0 after it, so that no average goes on over the end of one."""
     backend: Backend = "auto"
     """Who computes the closed form; see :func:`we_surgery.set_backend`."""
 
@@ -60,16 +62,10 @@ class Composition(Excitation):
             raise ValueError(f"two of {names} take the same place; a composition takes one of them")
         for stage in ordered:
             self.add_module(stage.name, stage)
-        self._mark_transposed(transposed_groups)
-        self.register_buffer("paused", None)
-
-    def _mark_transposed(self, groups: int | None) -> None:
-        # The number is the buffer's length and not its value: shapes are known to
-        # torch.compile and cost no synchronization with a GPU.
-        self.is_transposed = groups is not None
-        if groups is not None:
-            marker = torch.zeros(groups, dtype=torch.uint8, device="cpu")
-            self.register_buffer("transposed_groups", marker)
+        self._speak_for_stages()
+        self.transposed_groups = transposed_groups
+        # Not in a state dict, whose record says it.
+        self.register_buffer("paused", None, persistent=False)
 
     @property
     def stages(self) -> tuple[Excitation, ...]:
@@ -81,6 +77,39 @@ class Composition(Excitation):
         """Whether the excited weight is the raw weight until :meth:`resume`."""
         return self.paused is not None and self.paused.shape[0] > 0
 
+    def set_paused(self, paused: bool, device: torch.device | str = "cpu") -> None:
+        """Says that this is paused or is not, and changes nothing else."""
+        self.forget()
+        if paused != self.is_paused:
+            held = torch.zeros(1, dtype=torch.uint8, device=device)
+            self.paused = held if paused else held[:0]
+
+    @property
+    def record(self) -> Record:
+        return make_record(
+            [{stage.name: stage.chosen_options()} for stage in self.stages],
+            transposed_groups=self.transposed_groups,
+            paused=self.is_paused,
+        )
+
+    def take_over_record(self, record: Record) -> None:
+        for stage, said in zip(self.stages, record["stages"], strict=True):
+            stage.take_over(said[stage.name])
+        device = next((tensor.device for tensor in self.parameters()), "cpu")
+        self.set_paused(record["paused"], device)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._speak_for_stages()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._speak_for_stages()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _speak_for_stages(self) -> None:
+        for stage in self.stages:
+            stage.is_part = True
+
     @torch.no_grad()
     def pause(self, weight: Tensor) -> None:
         """Makes this the identity until :meth:`resume`; for a new composition.
@@ -90,11 +119,8 @@ class Composition(Excitation):
         Args:
             weight: the raw weight, for its shape.
         """
-        self.forget()
         self.preserve(weight)
-        # As for the groups, the length is what says it: 1 for paused, 0 for resumed.
-        device = "cpu" if weight.is_meta else weight.device
-        self.paused = torch.zeros(1, dtype=torch.uint8, device=device)
+        self.set_paused(True, "cpu" if weight.is_meta else weight.device)
 
     @torch.no_grad()
     def resume(self, weight: Tensor) -> Tensor:
@@ -106,20 +132,11 @@ class Composition(Excitation):
         Returns:
             The raw weight to go on with; see :meth:`preserve`.
         """
-        if not self.is_paused or self.paused is None:
+        if not self.is_paused:
             return weight
-        self.forget()
         raw = self.preserve(weight)
-        self.paused = self.paused[:0]
+        self.set_paused(False, weight.device)
         return raw
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        loaded = state_dict.get(f"{prefix}paused")
-        if self.paused is not None and loaded is not None and loaded.ndim == 1:
-            self.paused = self.paused.new_zeros(loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __prepare_scriptable__(self) -> Self:
         """What ``torch.jit.script`` asks each module for."""
@@ -204,13 +221,12 @@ class Composition(Excitation):
                 found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
             else:
                 return None
-        groups = self.transposed_groups.shape[0] if self.is_transposed else None
-        return Terms(**found, transposed_groups=groups)
+        return Terms(**found, transposed_groups=self.transposed_groups)
 
     def _out_channels(self, weight: Tensor) -> int:
-        if not self.is_transposed:
+        if self.transposed_groups is None:
             return weight.shape[0]
-        return weight.shape[1] * self.transposed_groups.shape[0]
+        return weight.shape[1] * self.transposed_groups
 
     def excite(self, weight: Tensor) -> Tensor:
         """The excited weight stage by stage, in full precision.
@@ -300,16 +316,17 @@ class Composition(Excitation):
             self._modules.pop(other.name, None)
         for other in stages:
             self.add_module(other.name, other)
+        self._speak_for_stages()
 
     def _as_filters(self, weight: Tensor) -> Tensor:
-        if not self.is_transposed:
+        if self.transposed_groups is None:
             return weight
-        return to_filters(weight, self.transposed_groups.shape[0])
+        return to_filters(weight, self.transposed_groups)
 
     def _as_stored(self, filters: Tensor, like: Tensor) -> Tensor:
-        if not self.is_transposed:
+        if self.transposed_groups is None:
             return filters
-        stored = from_filters(filters, self.transposed_groups.shape[0])
+        stored = from_filters(filters, self.transposed_groups)
         # Regrouping loses the memory format, and a conv's result may depend on it.
         return torch.empty_like(like).copy_(stored)
 
@@ -320,7 +337,7 @@ class Composition(Excitation):
         raise TypeError("a composition is built from its stages; see `build_excitation`")
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         raise TypeError("a composition is rebuilt from its stages; see `rebuild_excitation`")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class DynamicSparse(Excitation):
         return cls(layout.out_channels, device=device, dtype=dtype)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         threshold = state["threshold"]
         return cls(threshold.shape[0], device=torch.device("meta"), dtype=threshold.dtype)
 

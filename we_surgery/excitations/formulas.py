@@ -113,7 +113,7 @@ def _of_block(terms: Terms, block: slice) -> Terms:
     return terms._replace(gain=terms.gain[block], shift=terms.shift[block])
 
 
-def _limit_of_blocks(linears: Iterable[Tensor], epsilon: Tensor) -> Tensor:
+def _limit_of_blocks(linears: Iterable[Tensor], epsilon: float) -> Tensor:
     extremes = [torch.stack(torch.aminmax(linear)) for linear in linears]
     return curve_limit(torch.cat(extremes), epsilon)
 
@@ -140,7 +140,7 @@ def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> t
         mean.add_(correction)
         norm = torch.linalg.vector_norm(linear, dim=dims, keepdim=True).flatten(1)
         to_std = 1 / math.sqrt(_fan_in(filters) - 1)
-        scale = torch.add(terms.standardize_epsilon, norm, alpha=to_std).reciprocal_()
+        scale = (norm * to_std).add_(terms.standardize_epsilon).reciprocal_()
     gain, shift = rescaling(terms, filters)
     factor = _product(scale, gain)
     if terms.fc1_weight is not None:
@@ -206,7 +206,7 @@ def differentiate(
     return g, *by_fcs
 
 
-def _through_curve(g: Tensor, ratio: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
+def _through_curve(g: Tensor, ratio: Tensor, epsilon: float, detach_max: bool) -> Tensor:
     """From the gradient of W' to that of w; ``ratio``, w / M, is used up."""
     if detach_max:
         return g / ratio.square_().neg_().add_(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,11 @@ def check_choice(where: str, value: object, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{where} must be one of {', '.join(choices)}, not {value!r}")
     return value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is an int or a float, and not a flag."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_flag(where: str, value: object) -> bool:

@@ -76,9 +76,12 @@ class LWE(Excitation):
     lacks: ClassVar[tuple[str, ...]] = ("resize", "averaged")
     """The options that mean nothing to this attention."""
 
+    reduction: int | None
+    """None where nobody said it; the layers have their shapes in any case."""
     skip: bool
     activation: str
     gate: str
+    inner: Inner | None
     fc1: nn.Linear
     fc2: nn.Linear
 
@@ -112,22 +115,28 @@ class LWE(Excitation):
                 raise ValueError(f"lwe: {name} must be a positive integer, not {value!r}")
         if in_channels % groups:
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
-        self._choose(
-            self.has_own_skip if skip is None else check_flag("lwe: skip", skip),
-            check_choice("lwe: activation", activation, ACTIVATIONS),
-            check_choice("lwe: gate", gate, ACTIVATIONS),
-        )
+        self._choose(reduction, skip, activation, gate, inner)
         hidden = max(in_channels // reduction, 1)
         self._add_layers(in_channels // groups, hidden, kernel_size, device, dtype)
         if inner is not None:
             self._excite_layers(inner, device, dtype)
 
-    def _choose(self, skip: bool, activation: str, gate: str) -> None:
-        self.skip, self.activation, self.gate = skip, activation, gate
-        self.register_choice("attention", self.attention, LWE.attention)
-        self.register_choice("skip", _ON[skip], _ON[self.has_own_skip])
-        self.register_choice("activation", activation, "relu")
-        self.register_choice("gate", gate, "sigmoid")
+    def _choose(
+        self,
+        reduction: int | None = None,
+        skip: bool | None = None,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        inner: Inner | None = None,
+    ) -> None:
+        self.reduction = reduction
+        self.skip = self.has_own_skip if skip is None else check_flag("lwe: skip", skip)
+        self.activation = check_choice("lwe: activation", activation, ACTIVATIONS)
+        self.gate = check_choice("lwe: gate", gate, ACTIVATIONS)
+        self.inner = inner
+
+    def chosen_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.options() if name not in self.lacks}
 
     def _add_layers(
         self,
@@ -279,24 +288,17 @@ class LWE(Excitation):
         return module
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        # Within: the registry lists this class.
-        from we_surgery.excitations.registry import rebuild_excitation
-
-        attention = cls.read_choice(state, "attention", LWE.attentions, "se")
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        chosen = dict(options)
+        attention = check_choice("lwe: attention", chosen.pop("attention", "se"), LWE.attentions)
         kind = LWE.attentions[attention] if cls is LWE else cls
         module = kind.__new__(kind)
         Excitation.__init__(module)
-        module._choose(
-            cls.read_choice(state, "skip", _ON.values(), _ON[kind.has_own_skip]) == "on",
-            cls.read_choice(state, "activation", ACTIVATIONS, "relu"),
-            cls.read_choice(state, "gate", ACTIVATIONS, "sigmoid"),
-        )
+        module._choose(**chosen)
         module._rebuild_layers(state)
-        for name in ("fc1_excitation", "fc2_excitation"):
-            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)}
-            if own:
-                module.add_module(name, rebuild_excitation(own))
+        if module.inner is not None:
+            fc1 = state["fc1.weight"]
+            module._excite_layers(module.inner, torch.device("meta"), fc1.dtype)
         return module  # type: ignore[return-value]
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
@@ -314,7 +316,6 @@ class LWE(Excitation):
 
 
 LWE.attentions[LWE.attention] = LWE
-_ON = {True: "on", False: "off"}
 
 
 def located(

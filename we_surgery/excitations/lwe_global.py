@@ -60,6 +60,8 @@ class GlobalLWE(LWE, attention="global"):
     resize: str
     averaged: bool
     net: LocationNet
+    is_net_borrowed: bool = False
+    """Whether another layer had the net first."""
 
     def __init__(
         self,
@@ -74,16 +76,17 @@ class GlobalLWE(LWE, attention="global"):
         super().__init__(in_channels, groups, reduction, **options)
         # An integer by now.
         hidden = max(WIDTH // reduction, 1)
-        self._choose_net(
-            check_choice("lwe: resize", resize, RESIZINGS),
-            check_flag("lwe: averaged", averaged),
-        )
+        self._choose_net(resize, averaged)
         self.net = LocationNet(hidden, options.get("device"), options.get("dtype"))
 
-    def _choose_net(self, resize: str, averaged: bool) -> None:
-        self.resize, self.averaged = resize, averaged
-        self.register_choice("resize", resize, "linear")
-        self.register_choice("net", "averaged" if averaged else "shared", "shared")
+    def _choose(self, *choices: Any, **options: Any) -> None:
+        net = {name: options.pop(name) for name in ("resize", "averaged") if name in options}
+        super()._choose(*choices, **options)
+        self._choose_net(**net)
+
+    def _choose_net(self, resize: str = "linear", averaged: bool = False) -> None:
+        self.resize = check_choice("lwe: resize", resize, RESIZINGS)
+        self.averaged = check_flag("lwe: averaged", averaged)
 
     def _add_layers(self, *_: Any) -> None:
         """Its only layers are those of the net."""
@@ -95,7 +98,22 @@ class GlobalLWE(LWE, attention="global"):
         key = (type(self), weight.shape, weight.device, weight.dtype)
         shared = parts.setdefault(key, self.net)
         assert isinstance(shared, LocationNet)
+        self.is_net_borrowed = shared is not self.net
         self.net = shared
+
+    def state_dict(
+        self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any
+    ) -> Any:
+        """With a copy of a net that another layer has as well.
+
+        A file of safetensors takes no tensor twice, and each record is to stand by itself.
+        """
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if self.is_net_borrowed and not keep_vars:
+            for name, _ in self.net.named_parameters():
+                key = f"{prefix}net.{name}"
+                state[key] = state[key].clone()
+        return state
 
     def multiplier(self, weight: Tensor) -> Tensor:
         """``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
@@ -119,10 +137,6 @@ class GlobalLWE(LWE, attention="global"):
         return self.skip + self.gate_at(self.start_bias)
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
-        self._choose_net(
-            self.read_choice(state, "resize", RESIZINGS, "linear"),
-            self.read_choice(state, "net", ("averaged", "shared"), "shared") == "averaged",
-        )
         weight = state["net.fc1.weight"]
         self.net = LocationNet(weight.shape[0], torch.device("meta"), weight.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from we_surgery.excitations.base import Excitation
 from we_surgery.excitations.curves import CURVES
-from we_surgery.excitations.functions import check_choice, check_flag
+from we_surgery.excitations.functions import check_choice, check_flag, is_number
 from we_surgery.excitations.layout import WeightLayout
 
 _SMALLEST_EPSILON = 1e-6
@@ -41,8 +41,7 @@ class MWE(Excitation):
             whatever it was, and needs a norm after it.
         learn: ``epsilon`` trains epsilon, as ``softplus(rho)`` over 1e-6; ``mix`` trains a, from
             1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea and no form).
-        device: of the layer.
-        dtype: dtype of the layer; float64 keeps epsilon in float64.
+        device, dtype: those of the layer, for what is learned.
 
     With atanh a weight of zeros is returned as it is, and so is one of subnormal numbers. Only
     atanh has an inverse here, and can start as an identity.
@@ -61,8 +60,9 @@ class MWE(Excitation):
         "Jester, TSM-ResNet50: 96.3 -> 96.6 top-1 (WE paper, Table 6)",
     )
     takes_standardized: ClassVar[bool] = True
-    epsilon: Tensor
-    """Where it is not learned."""
+    adjustable: ClassVar[tuple[str, ...]] = ("epsilon",)
+    epsilon: float
+    """Where it is learned, what it starts from."""
 
     def __init__(
         self,
@@ -76,14 +76,8 @@ class MWE(Excitation):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Written so that NaN is refused as well. The tolerance admits a bound that was
-        # stored in float32.
-        lowest = _SMALLEST_EPSILON * (1 - 1e-6)
-        if not (isinstance(epsilon, int | float) and lowest <= epsilon <= _LARGEST_EPSILON):
-            raise ValueError(
-                f"mwe: epsilon must lie between {_SMALLEST_EPSILON:g} and {_LARGEST_EPSILON:g}, "
-                f"not {epsilon!r}"
-            )
+        self.check_options({"epsilon": epsilon})
+        self.epsilon = float(epsilon)
         self.detach_max = check_flag("mwe: detach_max", detach_max)
         self.curve = check_choice("mwe: curve", curve, CURVES)
         self.rescale = check_flag("mwe: rescale", rescale)
@@ -91,15 +85,20 @@ class MWE(Excitation):
         if learn == "epsilon":
             rho = math.log(math.expm1(max(epsilon - _SMALLEST_EPSILON, _SMALLEST_EPSILON)))
             self.rho = nn.Parameter(torch.full((1,), rho, device=device, dtype=dtype))
-        else:
-            self.register_hyperparameter("epsilon", epsilon, dtype)
         if learn == "mix":
             self.mix = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
-        if not detach_max:
-            # The presence of this key is what tells a state dict's reader.
-            self.register_buffer("undetached_max", torch.tensor(True, device="cpu"))
-        self.register_choice("curve", curve, "atanh")
-        self.register_choice("rescale", "on" if rescale else "off", "on")
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        epsilon = options["epsilon"]
+        # Written so that NaN is refused as well. The tolerance admits a bound that was
+        # stored in float32.
+        lowest = _SMALLEST_EPSILON * (1 - 1e-6)
+        if not (is_number(epsilon) and lowest <= epsilon <= _LARGEST_EPSILON):
+            raise ValueError(
+                f"mwe: epsilon must lie between {_SMALLEST_EPSILON:g} and {_LARGEST_EPSILON:g}, "
+                f"not {epsilon!r}"
+            )
 
     @property
     def is_paper_form(self) -> bool:
@@ -123,7 +122,7 @@ class MWE(Excitation):
         mix = self.mix.to(weight.dtype)
         return mix * excited + (1 - mix) * weight
 
-    def _epsilon(self) -> Tensor:
+    def _epsilon(self) -> Tensor | float:
         if self.learn != "epsilon":
             return self.epsilon
         # In full precision: half precision cannot tell 1 + epsilon from 1.
@@ -146,7 +145,7 @@ class MWE(Excitation):
         # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
         epsilon = self._epsilon()
         # Rounded as in `curve_limit`, and then no more, where the model has become float64 since.
-        pole = (1 + epsilon).to(excited.dtype)
+        pole = torch.as_tensor(1 + epsilon, dtype=excited.dtype, device=excited.device)
         largest_gain = pole * torch.atanh(1 / pole)
         limit = curve_limit(excited / largest_gain, epsilon)
         return limit * torch.tanh(excited / limit)
@@ -164,40 +163,30 @@ class MWE(Excitation):
         rescale: bool = True,
         learn: str = "none",
     ) -> Self:
-        module = cls(epsilon, detach_max, curve, rescale, learn, device=device, dtype=dtype)
-        return module if device is None else module.to(device)
+        return cls(epsilon, detach_max, curve, rescale, learn, device=device, dtype=dtype)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        learn = "epsilon" if "rho" in state else "mix" if "mix" in state else "none"
-        options: dict[str, Any] = {
-            "detach_max": "undetached_max" not in state,
-            "curve": cls.read_choice(state, "curve", CURVES, "atanh"),
-            "rescale": cls.read_choice(state, "rescale", ("on", "off"), "on") == "on",
-            "learn": learn,
-        }
-        if learn != "none":
-            learned = state["rho" if learn == "epsilon" else "mix"]
-            options |= {"device": torch.device("meta"), "dtype": learned.dtype}
-        if learn == "epsilon":
-            return cls(**options)
-        return cls(state["epsilon"].item(), **{"dtype": state["epsilon"].dtype, **options})
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        dtype = next((tensor.dtype for tensor in state.values()), None)
+        return cls(**options, device=torch.device("meta"), dtype=dtype)
 
     def extra_repr(self) -> str:
-        epsilon = self._epsilon().item() if not self._epsilon().is_meta else math.nan
+        epsilon = self._epsilon()
+        if isinstance(epsilon, Tensor):
+            epsilon = math.nan if epsilon.is_meta else epsilon.item()
         shown = f"epsilon={epsilon:g}, detach_max={self.detach_max}"
         if self._is_paper_curve and self.learn == "none":
             return shown
         return f"{shown}, curve={self.curve}, rescale={self.rescale}, learn={self.learn}"
 
 
-def amplified(weight: Tensor, epsilon: Tensor, detach_max: bool) -> Tensor:
+def amplified(weight: Tensor, epsilon: Tensor | float, detach_max: bool) -> Tensor:
     """``M_A * atanh(w / M_A)`` for a weight of at least float32; see :class:`MWE`."""
     limit = curve_limit(weight.detach() if detach_max else weight, epsilon)
     return limit * torch.atanh(weight / limit)
 
 
-def curve_limit(weight: Tensor, epsilon: Tensor) -> Tensor:
+def curve_limit(weight: Tensor, epsilon: Tensor | float) -> Tensor:
     """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
     # Not aminmax: torch 2.8 has no derivative of it, and it copies a weight in channels-last order.
     # With all dimensions by number: the ONNX exporter knows no amin without them.

@@ -15,6 +15,15 @@ from we_surgery.excitations.dynamic_sparse import DynamicSparse
 from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
+from we_surgery.excitations.record import (
+    RECORD_KEY,
+    Record,
+    is_record,
+    make_record,
+    read_record,
+    stage_names,
+    to_tensor,
+)
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.shift_attention import ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm
@@ -150,38 +159,79 @@ def build_excitation(
     if device is not None:
         composition.to(device)
     composition.share({} if parts is None else parts)
+    _refuse_unsaid_options(composition)
     return composition
 
 
-def rebuild_excitation(state: Mapping[str, Tensor]) -> Composition:
-    """A composition with the stages, options and values that ``state`` holds.
+def _refuse_unsaid_options(composition: Composition) -> None:
+    """Raises where a state dict could not say what a stage is."""
+    for stage in composition.stages:
+        try:
+            to_tensor(make_record([{stage.name: stage.chosen_options()}]))
+        except AttributeError as error:
+            raise InputError(
+                f"{type(stage).__name__} does not keep its options: {error}",
+                "Keep each option of `for_layout` as an attribute of its name, or write "
+                "`chosen_options`.",
+            ) from error
+
+
+def excitation_record(excitation: Composition) -> Record:
+    """What a composition is, as JSON types: its stages, their options, transposed, paused.
+
+    With its tensors, ``excitation.state_dict()``, it is all that :func:`rebuild_excitation` needs.
+    """
+    return excitation.record
+
+
+def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None) -> Composition:
+    """A composition with the stages and options of its record, and the values of ``state``.
 
     Args:
-        state: the entries below a layer's ``excitation.``, without that prefix.
+        state: the composition's parameters and buffers by their names in it, such as
+            ``lwe.fc1.weight``: the entries below a layer's ``excitation.``.
+        record: from :func:`excitation_record`; by default the one that ``state`` holds.
 
     Raises:
-        InputError: ``state`` names an excitation this version does not know, or lacks
-            one of its tensors.
+        InputError: there is no record, it names an excitation this version does not know, or
+            it does not fit the tensors: one is missing, or one is of no stage.
     """
+    tensors = {key: value for key, value in state.items() if not is_record(key)}
+    if record is None:
+        if RECORD_KEY not in state:
+            raise InputError(
+                f"an excitation has no record beside its tensors {sorted(tensors)}",
+                "Give all of the model's state dict, `model.state_dict()`.",
+            )
+        record = read_record(state[RECORD_KEY])
     by_stage: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
+    for key, value in tensors.items():
         stage, _, rest = key.partition(".")
-        if rest:
-            by_stage.setdefault(stage, {})[rest] = value
+        by_stage.setdefault(stage, {})[rest] = value
     try:
         stages = [
-            (Rescale if name == Rescale.name else check_stage(name)).from_state(entries)
-            for name, entries in by_stage.items()
+            _stage_class(name).from_state(by_stage.get(name, {}), options)
+            for stage in record["stages"]
+            for name, options in stage.items()
         ]
-        groups = state["transposed_groups"].shape[0] if "transposed_groups" in state else None
-        composition = Composition(stages, groups)
-        composition.paused = state.get("paused")
-        composition.load_state_dict(dict(state), strict=True, assign=True)
+        composition = Composition(stages, record["transposed_groups"])
+        composition.set_paused(record["paused"])
+        own = composition.state_dict()
+        # Nothing that is said may be left out, and nothing left unsaid.
+        if composition.record != record:
+            raise ValueError(f"its record should be {composition.record}, and is {record}")
+        records = {key: value for key, value in own.items() if is_record(key)}
+        composition.load_state_dict({**tensors, **records}, strict=True, assign=True)
     except InputError:
         raise
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            f"an excitation cannot be rebuilt from its tensors {sorted(state)}: {error}",
+            f"an excitation of the stages {'+'.join(stage_names(record))} cannot be rebuilt from "
+            f"its tensors {sorted(tensors)}: {error}",
             "The file is damaged or comes from another version; save it again.",
         ) from error
     return composition
+
+
+def _stage_class(name: str) -> type[Excitation]:
+    return Rescale if name == Rescale.name else check_stage(name)

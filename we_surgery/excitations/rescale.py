@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Rescale(Excitation):
         raise TypeError("a rescaling is made from a pretrained weight; see `Composition.preserve`")
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         return cls(state["gain"], state["shift"])
 
 

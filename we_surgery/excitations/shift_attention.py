@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Excitation
-from we_surgery.excitations.functions import check_flag
+from we_surgery.excitations.functions import check_choice, check_flag
 from we_surgery.excitations.layout import WeightLayout
 
 HARDENINGS = ("soft", "argmax", "round")
-"""By the length of the buffer that tells which it is."""
 
 _FEWEST_POSITIONS = 2
 
@@ -51,9 +50,12 @@ class ShiftAttention(Excitation):
     deploys_to: ClassVar[str] = (
         "once hardened, the vanilla layer with one weight a kernel, bit-equal"
     )
+    adjustable: ClassVar[tuple[str, ...]] = ("hardening",)
     attention: nn.Parameter
     inverse_temperature: Tensor
-    hardened: Tensor
+    """A buffer, because it grows while training goes on."""
+    hardening: str
+    """``soft``, ``argmax`` or ``round``."""
 
     def __init__(
         self,
@@ -75,17 +77,21 @@ class ShiftAttention(Excitation):
                 "shift_attention: inverse_temperature must be positive and finite, not "
                 f"{inverse_temperature!r}"
             )
-        filters = 1 if check_flag("shift_attention: shared", shared) else out_channels
+        self.shared = check_flag("shift_attention: shared", shared)
+        self.hardening = "soft"
+        filters = 1 if shared else out_channels
         start = torch.rand(filters, channels, *kernel_size, device=device, dtype=dtype)
         self.attention = nn.Parameter(start)
-        self.register_hyperparameter("inverse_temperature", inverse_temperature, dtype)
-        # The length says it, which is known to torch.compile: 0 is soft.
-        self.register_buffer("hardened", torch.zeros(0, dtype=torch.uint8, device="cpu"))
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        temperature = torch.tensor(inverse_temperature, dtype=precision, device="cpu")
+        self.register_buffer("inverse_temperature", temperature)
 
-    @property
-    def hardening(self) -> str:
-        """``soft``, ``argmax`` or ``round``."""
-        return HARDENINGS[self.hardened.shape[0]]
+    def chosen_options(self) -> dict[str, Any]:
+        return {"shared": self.shared, "hardening": self.hardening}
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        check_choice("shift_attention: hardening", options["hardening"], HARDENINGS)
 
     def excite(self, weight: Tensor) -> Tensor:
         positions = self.positions(weight.dtype)
@@ -131,17 +137,8 @@ class ShiftAttention(Excitation):
 
     def set_hardening(self, how: str) -> None:
         """Makes it ``soft``, ``argmax`` or ``round``, which the state dict then says."""
-        length = HARDENINGS.index(how)
         self.forget()
-        self.hardened = self.hardened.new_zeros(length)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        loaded = state_dict.get(f"{prefix}hardened")
-        if loaded is not None and loaded.ndim == 1:
-            self.hardened = self.hardened.new_zeros(loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.hardening = how
 
     @classmethod
     def misfit(cls, layout: WeightLayout) -> str | None:
@@ -169,17 +166,19 @@ class ShiftAttention(Excitation):
         )
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         attention = state["attention"]
         filters, channels, *kernel_size = attention.shape
         module = cls(
             filters,
             channels,
             tuple(kernel_size),
+            options["shared"],
             device=torch.device("meta"),
             dtype=attention.dtype,
         )
-        module.set_hardening(HARDENINGS[state["hardened"].shape[0]])
+        cls.check_options(options)
+        module.set_hardening(options["hardening"])
         return module
 
     def extra_repr(self) -> str:

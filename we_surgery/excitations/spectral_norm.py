@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,6 @@ class SpectralNorm(Excitation):
         return cls(layout.out_channels, layout.fan_in, device=device, dtype=dtype)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         u, v = state["u"], state["v"]
         return cls(u.shape[0], v.shape[0], device=torch.device("meta"), dtype=u.dtype)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.functions import is_number
 from we_surgery.excitations.layout import WeightLayout
 
 
@@ -28,7 +29,6 @@ class Standardize(Excitation):
 
     Args:
         epsilon: added to each standard deviation; at least 0 and finite.
-        dtype: dtype of the layer; float64 keeps epsilon in float64.
 
     Raises:
         ValueError: epsilon is negative or not finite.
@@ -42,13 +42,18 @@ class Standardize(Excitation):
         "ImageNet, ResNet50: 75.8 -> 76.1 top-1 (WE paper, Table 2)",
         "ImageNet, ResNet50 with GN: 75.5 -> 76.0 (WE paper, Table 4)",
     )
-    epsilon: Tensor
+    adjustable: ClassVar[tuple[str, ...]] = ("epsilon",)
 
-    def __init__(self, epsilon: float = 1e-5, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, epsilon: float = 1e-5) -> None:
         super().__init__()
-        if not (isinstance(epsilon, int | float) and math.isfinite(epsilon) and epsilon >= 0):
+        self.check_options({"epsilon": epsilon})
+        self.epsilon = float(epsilon)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        epsilon = options["epsilon"]
+        if not (is_number(epsilon) and math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"standardize: epsilon must be finite and at least 0, not {epsilon!r}")
-        self.register_hyperparameter("epsilon", epsilon, dtype)
 
     def excite(self, weight: Tensor) -> Tensor:
         return standardized(weight, self.epsilon)
@@ -68,18 +73,17 @@ class Standardize(Excitation):
         dtype: torch.dtype | None,
         epsilon: float = 1e-5,
     ) -> Self:
-        module = cls(epsilon, dtype=dtype)
-        return module if device is None else module.to(device)
+        return cls(epsilon)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        return cls(state["epsilon"].item(), dtype=state["epsilon"].dtype)
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        return cls(**options)
 
     def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon.item():g}"
+        return f"epsilon={self.epsilon:g}"
 
 
-def standardized(weight: Tensor, epsilon: Tensor) -> Tensor:
+def standardized(weight: Tensor, epsilon: float) -> Tensor:
     """``(W_j - mean_j) / (std_j + epsilon)`` for a weight ``[O, I, *K]`` of at least float32."""
     if weight[0].numel() < 2:
         return weight

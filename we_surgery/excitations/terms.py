@@ -13,31 +13,31 @@ class Terms(NamedTuple):
     """What one composition is made of; None for whatever it does not have.
 
     Attributes:
-        standardize_epsilon: 0-d; only for filters of at least two weights.
         fc1_weight: A, ``[hidden, I]``. The four tensors of LWE come together.
         fc1_bias: a, ``[hidden]``.
         fc2_weight: B, ``[I, hidden]``.
         fc2_bias: b, ``[I]``.
         gain: p, ``[O]``. It comes together with ``shift``, and neither is trained.
         shift: q, ``[O]``.
-        mwe_epsilon: 0-d.
+        standardize_epsilon: only for filters of at least two weights.
+        mwe_epsilon: as ``epsilon`` in :class:`~we_surgery.excitations.MWE`.
         detach_max: as in :class:`~we_surgery.excitations.MWE`.
         transposed_groups: as in :class:`~we_surgery.excitations.Composition`.
     """
 
-    standardize_epsilon: Tensor | None = None
     fc1_weight: Tensor | None = None
     fc1_bias: Tensor | None = None
     fc2_weight: Tensor | None = None
     fc2_bias: Tensor | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
-    mwe_epsilon: Tensor | None = None
+    standardize_epsilon: float | None = None
+    mwe_epsilon: float | None = None
     detach_max: bool = True
     transposed_groups: int | None = None
 
 
-TENSOR_TERMS = Terms._fields.index("detach_max")
+TENSOR_TERMS = Terms._fields.index("standardize_epsilon")
 """How many terms are tensors; they come first."""
 
 
@@ -50,7 +50,8 @@ def tensors_of(terms: Terms) -> tuple[Tensor | None, ...]:
 
 def changes_nothing(terms: Terms) -> bool:
     """Whether the excited weight is the raw one."""
-    return all(term is None for term in tensors_of(terms))
+    numbers = (terms.standardize_epsilon, terms.mwe_epsilon)
+    return all(term is None for term in (*tensors_of(terms), *numbers))
 
 
 class Kept(NamedTuple):

@@ -19,7 +19,7 @@ from we_surgery.excitations import triton_backward as backward
 from we_surgery.excitations import triton_forward as forward
 from we_surgery.excitations import triton_table as tables
 from we_surgery.excitations.backends import Arithmetic
-from we_surgery.excitations.terms import TENSOR_TERMS, Kept, Pullback, Terms
+from we_surgery.excitations.terms import Kept, Pullback, Terms
 
 ROWS, COLUMNS, UNITS, BLOCK = 16, 32, 32, 4096
 
@@ -91,9 +91,11 @@ class _Layer:
         self.tiles = self.row_tiles * self.column_tiles
         # Held here, for some may be copies.
         self.tensors: dict[str, Tensor] = {"weight": self.filters}
-        for name, term in zip(Terms._fields[:TENSOR_TERMS], terms, strict=False):
+        for name, term in zip(Terms._fields, terms, strict=True):
             if isinstance(term, Tensor):
                 self.tensors[name] = term.to(torch.float32).contiguous()
+            elif isinstance(term, float):
+                self.tensors[name] = _number_on(filters.device, term)
 
     def row(self, anchors: dict[str, Tensor]) -> tables.Row:
         places = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
@@ -191,7 +193,7 @@ def _differentiate(
         )
 
 
-_FCS = Terms._fields[1:5]
+_FCS = Terms._fields[:4]
 _KEPT = (*Kept._fields, "maxima")
 _SCRATCH = ("partial_t", "partial_total", "z", "sums", "v", "f", "average")
 _ANCHORED = {
@@ -258,6 +260,12 @@ def launch(kernel: Any, grid: tuple[int, ...], table: Tensor, **others: Any) -> 
     """Runs one kernel; every launch goes through here, to be counted."""
     with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
         kernel[grid](table, **others)
+
+
+@functools.cache
+def _number_on(device: torch.device, value: float) -> Tensor:
+    """An epsilon where the kernels read it, one for all layers."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _dense(filters: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class WeightAlign(Excitation):
         self.gain = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
 
     def excite(self, weight: Tensor) -> Tensor:
-        aligned = standardized(weight, weight.new_full((), _EPSILON))
+        aligned = standardized(weight, _EPSILON)
         fan_in = weight[0].numel()
         # N var = (N - 1) std^2, std being the unbiased deviation.
         scale = math.sqrt(2 / (fan_in - 1)) if fan_in > 1 else 1.0
@@ -73,6 +73,6 @@ class WeightAlign(Excitation):
         return cls(layout.out_channels, device=device, dtype=dtype)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         gain = state["gain"]
         return cls(gain.shape[0], device=torch.device("meta"), dtype=gain.dtype)

@@ -1,0 +1,140 @@
+"""The record: what was excited, in words, as state dicts hold it.
+
+A state dict has one record per excitation, beside its tensors: ``layer1.0.conv1.excitation.
+_extra_state``, the key that torch has for a module's state that is not a tensor. It is JSON::
+
+    {"schema": 1,
+     "stages": [{"standardize": {"epsilon": 1e-05}}, {"lwe": {"attention": "se", ...}}],
+     "transposed_groups": null,
+     "paused": false}
+
+The stages are in the order in which they run, each with all of its options. The text is stored as
+a uint8 tensor of its UTF-8 bytes, which safetensors, ``weights_only=True`` and
+torch.distributed.checkpoint take like any other. It is made anew for each state dict, so that
+nothing that averages, casts or broadcasts parameters and buffers can change it; where somebody
+casts a whole state dict, each byte is still a whole number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from we_surgery.errors import InputError
+
+RECORD_KEY = "_extra_state"
+"""The name of a record below its excitation's; it is torch's."""
+
+SCHEMA_VERSION = 1
+
+_LONGEST = 2**16
+"""Bytes; a record of ours has a few hundred."""
+
+Record = dict[str, Any]
+
+
+def is_record(key: str) -> bool:
+    """Whether a state dict's key is that of a record, or of another module's extra state."""
+    return key.rpartition(".")[2] == RECORD_KEY
+
+
+def make_record(
+    stages: Sequence[Mapping[str, Mapping[str, Any]]],
+    *,
+    transposed_groups: int | None = None,
+    paused: bool = False,
+) -> Record:
+    """A record of the current schema.
+
+    Args:
+        stages: in the order in which they run, each with its options.
+        transposed_groups: as in :class:`~we_surgery.excitations.Composition`.
+        paused: whether the excitation is paused.
+    """
+    return {
+        "schema": SCHEMA_VERSION,
+        "stages": [{name: dict(options) for name, options in stage.items()} for stage in stages],
+        "transposed_groups": transposed_groups,
+        "paused": paused,
+    }
+
+
+def stage_names(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a record's stages."""
+    return tuple(name for stage in record["stages"] for name in stage)
+
+
+def outline(record: Mapping[str, Any]) -> str:
+    """What two excitations must have in common: ``standardize+lwe``, and a transposed layout."""
+    groups = record["transposed_groups"]
+    transposed = "" if groups is None else f" of a transposed conv of {groups} groups"
+    return "+".join(stage_names(record)) + transposed
+
+
+def to_tensor(record: Mapping[str, Any]) -> Tensor:
+    """The record as a state dict holds it.
+
+    Raises:
+        InputError: an option is of no JSON type.
+    """
+    try:
+        text = json.dumps(record)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"the options of {'+'.join(stage_names(record))} cannot be saved: {error}",
+            "Options must be numbers, strings, true, false, null, or lists and mappings of these.",
+        ) from error
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_record(tensor: Any) -> Record:
+    """The inverse of :func:`to_tensor`, of a tensor of any dtype.
+
+    Raises:
+        InputError: it is not a record, or one of a newer schema.
+    """
+    if not isinstance(tensor, Tensor) or tensor.ndim != 1 or tensor.numel() > _LONGEST:
+        raise _unreadable("it is not a row of bytes")
+    if tensor.is_meta:
+        raise _unreadable("its tensor has no values")
+    try:
+        values = tensor.detach().cpu().double().round()
+        record = json.loads(bytes(int(value) for value in values.tolist()).decode())
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise _unreadable(str(error)) from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if type(schema) is int and schema > SCHEMA_VERSION:
+        raise InputError(
+            f"the record of an excitation has schema {schema}, and this version reads "
+            f"{SCHEMA_VERSION}",
+            "Install the version of we_surgery that wrote the checkpoint.",
+        )
+    if not _is_well_formed(record):
+        raise _unreadable(f"unexpected content: {str(record)[:200]}")
+    return record  # type: ignore[no-any-return]
+
+
+def _is_well_formed(record: Any) -> bool:
+    if not isinstance(record, dict) or record.keys() != make_record([]).keys():
+        return False
+    stages, groups = record["stages"], record["transposed_groups"]
+    return (
+        record["schema"] == SCHEMA_VERSION
+        and isinstance(stages, list)
+        and all(isinstance(stage, dict) and len(stage) == 1 for stage in stages)
+        and all(isinstance(options, dict) for stage in stages for options in stage.values())
+        and (groups is None or (type(groups) is int and groups > 0))
+        and type(record["paused"]) is bool
+    )
+
+
+def _unreadable(why: str) -> InputError:
+    return InputError(
+        f"the record of an excitation cannot be read: {why}",
+        "Its bytes were changed. Give the checkpoint that training saved; if a script averages or "
+        "casts checkpoints, let it do so to floating-point tensors alone.",
+    )
