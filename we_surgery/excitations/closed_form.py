@@ -145,10 +145,7 @@ def pull_back(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor 
         asked: of each weight the gradient of W', W, its terms, what :func:`excite_into` returned,
             and which of the five gradients are needed.
     """
-    whole = [
-        one._replace(needed=(one.needed[0], False, *one.needed[1:], *(False,) * 5)) for one in asked
-    ]
-    return [(found[0], *found[2:6]) for found in _backward(backend, whole)]
+    return [found[:5] for found in _backward(backend, asked)]
 
 
 def staged(weight: Tensor, *terms: Any) -> Tensor:
