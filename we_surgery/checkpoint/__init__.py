@@ -20,6 +20,7 @@ from we_surgery.checkpoint.metadata import Metadata as Metadata
 from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
+from we_surgery.checkpoint.settling import settled as settled
 from we_surgery.checkpoint.staging import Staging as Staging
 from we_surgery.checkpoint.staging import staged as staged
 from we_surgery.checkpoint.staging import staged_together as staged_together

@@ -203,6 +203,9 @@ def _read_safetensors(path: Path, key: str | None, weights: Weights | None) -> C
         ) from error
     if not tensors:
         raise InputError(f"{path} holds no tensors", "Save or fetch it again.")
+    # `safetensors.torch.save_model` writes a shared tensor once, and here where else it belongs.
+    shared = {name: kept for name, kept in header.items() if kept in tensors}
+    tensors |= {name: tensors[kept] for name, kept in shared.items() if name not in tensors}
     metadata = None
     if METADATA_KEY in header:
         metadata = Metadata.from_json(header[METADATA_KEY], str(path))

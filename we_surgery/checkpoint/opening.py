@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.checkpoint.contents import Contents, read
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
 from we_surgery.checkpoint.metadata import Metadata
+from we_surgery.checkpoint.settling import is_legacy, settled
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, OldFormatWarning, near_matches
 from we_surgery.excitations import Composition
+from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.grafting import Graft, graft
 from we_surgery.surgery import PLAN_ATTRIBUTE, refuse_wrappers
 from we_surgery.transplants.rows import attach
@@ -82,7 +85,9 @@ def load(
         InputError: the file cannot be read or names what it may not name, no architecture is
             known, or the weights do not fit it.
     """
-    contents = read(path, key=key, allow=allow, trust=trust)
+    contents = settled(read(path, key=key, allow=allow, trust=trust), str(path))
+    if is_legacy(contents.state_dict or {}, contents.notes):
+        warnings.warn(f"{path} {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     return model_from(contents, architecture=architecture, allow=allow)
 
 

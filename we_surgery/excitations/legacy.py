@@ -79,6 +79,20 @@ def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
     return record, left
 
 
+def upgraded(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of an excitation in the old form, with a record for their marks.
+
+    Raises:
+        InputError: as :func:`read_legacy`.
+    """
+    state: dict[str, Tensor] = dict(tensors)
+    for inner in _INNER:
+        upgrade_state(state, f"lwe.{inner}.")
+    record, _ = read_legacy(tensors)
+    left = {key: value for key, value in state.items() if not _is_mark(key)}
+    return {RECORD_KEY: to_tensor(record), **left}
+
+
 def upgrade_state(state: MutableMapping[str, Any], prefix: str) -> None:
     """Puts records in the place of the marks of the excitation below ``prefix``, if it has any."""
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
