@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
 from torch import nn
 
 RAW_PREFIX = "raw_"
@@ -22,6 +26,51 @@ def excitation_name(parameter: str) -> str:
 def names_taken(parameter: str) -> tuple[str, ...]:
     """The attributes that exciting ``parameter`` adds to a layer."""
     return raw_name(parameter), excitation_name(parameter), "layer_name", "recompute"
+
+
+_SEPARATOR = ":"
+
+
+@dataclass(frozen=True)
+class MadeClass:
+    """The class of an excited layer that is made on demand, as pickles name it.
+
+    The separators are no characters of an identifier, and a dot would send pickle looking for
+    attributes of attributes. Parameters may have any name, as in a ParameterDict.
+
+    Attributes:
+        module: the vanilla class's module.
+        classes: its qualified name: those it is nested in, and its own.
+        parameters: those that are excited.
+    """
+
+    module: str
+    classes: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, base: type, parameters: Sequence[str]) -> MadeClass:
+        """The class of a ``base`` layer whose ``parameters`` are excited."""
+        return cls(base.__module__, tuple(base.__qualname__.split(".")), tuple(parameters))
+
+    @classmethod
+    def parse(cls, name: str) -> MadeClass | None:
+        """The inverse of :attr:`name`; None where it is the name of something else."""
+        module, *rest = name.split(_SEPARATOR)
+        if len(rest) < 2:
+            return None
+        classes, *parameters = rest
+        found = cls(
+            module.replace("/", "."), tuple(classes.split("/")), tuple(map(unquote, parameters))
+        )
+        # One name for one class: pickles are looked over by it.
+        return found if found.name == name else None
+
+    @property
+    def name(self) -> str:
+        """What pickle calls it."""
+        quoted = (quote(parameter, safe="") for parameter in self.parameters)
+        return _SEPARATOR.join((self.module.replace(".", "/"), "/".join(self.classes), *quoted))
 
 
 def rename_parameter(module: nn.Module, old: str, new: str) -> None:

@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from we_surgery.compute_once import excited_weight
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
 from we_surgery.fresh_layers import item_or_slice, vanilla_initializer
-from we_surgery.layer_names import excitation_name, raw_name
+from we_surgery.layer_names import MadeClass, excitation_name, raw_name
 from we_surgery.layer_views import drop_own_attributes, folded_parameters, vanilla_view
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 from we_surgery.weight_readers import REPLACING, refuse_offloaded, refused
@@ -304,8 +303,6 @@ def describe_stages(excitation: Composition) -> str:
 # Classes. Those of torch's own layers are written out; any other is made on demand and found
 # again by pickle through this module's __getattr__, under a name that says what it is made of.
 
-_SEPARATOR = ":"
-
 
 class WEConv1d(ExcitedLayer, nn.Conv1d):
     """A ``Conv1d`` with an excited weight."""
@@ -371,21 +368,16 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
         "__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}.",
     }
     made = type(f"WE{base.__name__}", (ExcitedLayer, base), namespace)
-    # The separators are no characters of an identifier, and a dot would send pickle looking
-    # for attributes of attributes. Parameters may have any other name, as in a ParameterDict.
-    names = (quote(name, safe="") for name in parameters)
-    made.__qualname__ = _SEPARATOR.join(
-        (base.__module__.replace(".", "/"), base.__qualname__.replace(".", "/"), *names)
-    )
+    made.__qualname__ = MadeClass.of(base, parameters).name
     return made
 
 
 def __getattr__(name: str) -> Any:
     """Finds a class made by :func:`excited_class` in another process, for pickle."""
-    if _SEPARATOR not in name:
+    made = MadeClass.parse(name)
+    if made is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, class_name, *parameters = name.split(_SEPARATOR)
-    base: Any = importlib.import_module(module_name.replace("/", "."))
-    for part in class_name.split("/"):
+    base: Any = importlib.import_module(made.module)
+    for part in made.classes:
         base = getattr(base, part)
-    return excited_class(base, tuple(map(unquote, parameters)))
+    return excited_class(base, made.parameters)

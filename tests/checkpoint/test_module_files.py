@@ -15,6 +15,8 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 import we_surgery as ws
 from we_surgery.checkpoint import read, write_module
+from we_surgery.checkpoint.permissions import permit
+from we_surgery.checkpoint.pickle_scan import Actions, Name
 from we_surgery.errors import InputError
 
 MODELS = {
@@ -185,3 +187,34 @@ def test_a_wrapper_without_a_model_in_it_is_refused(tmp_path):
         torch.save(wrapper, tmp_path / "model.pt")
         with pytest.raises(InputError, match="without a model in it"):
             read(tmp_path / "model.pt")
+
+
+class Named(nn.Module):
+    """Weights under names that are no identifiers."""
+
+    def __init__(self):
+        super().__init__()
+        names = ("a:b", "c%3A", "two words", "0", "d/e")
+        self.weights = nn.ParameterDict({name: torch.randn(6, 6) for name in names})
+
+    def forward(self, x):
+        for weight in self.weights.values():
+            x = nn.functional.linear(x, weight)
+        return x
+
+
+def test_parameters_of_any_name_come_back(tmp_path):
+    x = torch.randn(2, 6)
+    model = ws.convert(Named(), "mwe", example_inputs=x)
+    assert len(model.weights.excited_parameters) == 5
+    ws.save(model, tmp_path / "model.pt")
+    loaded = ws.load(tmp_path / "model.pt", allow=__name__)
+    assert torch.equal(loaded(x), model(x))
+    assert type(loaded.weights) is type(model.weights)
+
+
+@pytest.mark.parametrize("name", ["forward", "__len__", "a.b", "", "%66orward", "%61"])
+def test_a_class_for_a_parameter_that_is_none_is_refused(name):
+    asked = Name("we_surgery.layers", f"torch/nn/modules/linear:Linear:{name}")
+    found = permit(Actions(names={asked.path: asked}), unsafe={asked.path})
+    assert len(found.refusals) == 1

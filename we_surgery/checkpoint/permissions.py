@@ -26,6 +26,7 @@ from we_surgery import layers
 from we_surgery.checkpoint import inert
 from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
+from we_surgery.layer_names import MadeClass
 
 # Only where layers live: torch.distributed has a Module that makes code from strings, and whole
 # frameworks come along with our own callbacks.
@@ -200,8 +201,8 @@ def _find(name: Name, allow: tuple[str, ...]) -> Any:
         return argparse.Namespace
     if name.path in _RECORDS | _FUNCTIONS | _ENUMS:
         return _imported(name, ())
-    if name.module == layers.__name__ and ":" in name.name:
-        return _find_made_class(name, allow)
+    if name.module == layers.__name__ and (made := MadeClass.parse(name.name)) is not None:
+        return _find_made_class(name.path, made, allow)
     return _find_module_class(name, allow)
 
 
@@ -230,21 +231,20 @@ def _checked(found: Any, name: Name, packages: tuple[str, ...]) -> Any:
     return found
 
 
-def _find_made_class(name: Name, allow: tuple[str, ...]) -> Any:
+def _find_made_class(path: str, made: MadeClass, allow: tuple[str, ...]) -> Any:
     """The class of an excited layer that is made on demand; see ``layers.excited_class``."""
-    module, base_name, *parameters = name.name.split(":")
-    outer, *nested = base_name.split("/")
-    base_path = Name(module.replace("/", "."), outer)
+    outer, *nested = made.classes
+    base_path = Name(made.module, outer)
     base = _find_module_class(base_path, allow)
     for attribute in nested:
         if isinstance(base, type):
             base = _checked(vars(base).get(attribute), base_path, (*_PACKAGES, *allow))
     if isinstance(base, Refusal):
         return base
-    # A property must take a parameter's place and no method's.
-    if not parameters or any(not p.isidentifier() or hasattr(base, p) for p in parameters):
-        return Refusal(name.path, Why.MISUSED)
-    return layers.excited_class(base, tuple(parameters))
+    # A property must take a parameter's place and no method's. torch takes no other names either.
+    if any(not p or "." in p or p.startswith("__") or hasattr(base, p) for p in made.parameters):
+        return Refusal(path, Why.MISUSED)
+    return layers.excited_class(base, made.parameters)
 
 
 def _find_in_numpy(name: Name) -> Any:
