@@ -121,6 +121,42 @@ def test_a_norm_counts_where_it_comes_before_anything_that_notices_the_scale(
     assert bool(conv_of(forward, rung).followed_by_norm) is followed
 
 
+class Mixed(nn.Module):
+    """MixNet's convs of several sizes, each on a part of the channels."""
+
+    def __init__(self, pieces: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(2, 2, size, padding=size // 2) for size in (3, 5))
+        self.norm = nn.BatchNorm2d(4)
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [conv(part) for conv, part in zip(self.convs, self.pieces(x), strict=True)]
+        return self.norm(torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        lambda x: x.split([2, 2], 1),
+        lambda x: torch.split(x, dim=1, split_size_or_sections=(2, 2)),
+        lambda x: x.chunk(2, 1),
+        lambda x: torch.chunk(x, dim=1, chunks=2),
+    ],
+)
+def test_pieces_of_known_number_are_followed(pieces: Callable[[Tensor], Any], rung: str) -> None:
+    found = read(Mixed(pieces), torch.randn(2, 4, 8, 8) if rung == "recorded" else None)
+    assert found.rung == rung
+    assert found.rung_reason == ""
+    assert [facts.norm_evidence for facts in found.layers] == ["'norm' follows"] * 2
+
+
+def test_pieces_of_unknown_number_are_not_traced() -> None:
+    found = read(Mixed(lambda x: x.split(2, 1)))
+    assert "Proxy object cannot be iterated" in found.rung_reason
+
+
 def test_the_evidence_names_what_follows() -> None:
     def evidence(path: Path) -> str:
         return conv_of(path, "symbolic").norm_evidence

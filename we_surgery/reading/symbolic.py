@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from we_surgery.copies import deep_copy, drawing_nothing
-from we_surgery.reading.dataflow import sources
+from we_surgery.reading.dataflow import called_name, sources
 from we_surgery.reading.hooks import drop_hooks
 from we_surgery.reading.kinds import WEIGHTED, is_norm
 from we_surgery.reading.recorder import MODULE
+
+# The names of the argument by which a split or chunk is told its pieces.
+_PIECES = ("split_size_or_sections", "split_size", "split_sizes", "chunks")
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,25 @@ class LayerTracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def iter(self, obj: Any) -> Iterator[Any]:
+        count = _pieces(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta[MODULE] = self.scope.module_path
         return node
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many pieces a split or chunk gives, where its call says so."""
+    if called_name(node) not in ("split", "splitwithsizes", "chunk"):
+        return None
+    named = [node.kwargs[name] for name in _PIECES if name in node.kwargs]
+    (wanted,) = (*node.args[1:2], *named)[:1] or (None,)
+    if isinstance(wanted, list | tuple):
+        return len(wanted)
+    return wanted if called_name(node) == "chunk" and isinstance(wanted, int) else None
 
 
 def trace(
