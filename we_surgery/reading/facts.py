@@ -23,8 +23,8 @@ class LayerFacts:
         standardizes_itself: the class standardizes its weight in its own forward.
         gate: the attention gate the layer sits in, or None.
         shift: how the layer's input channels are displaced, or None.
-        followed_by_norm: whether each path from the layer meets a normalization before any
-            non-linearity or addition; None when unknown.
+        followed_by_norm: whether each path from the layer meets a normalization before anything
+            that notices the scale of the layer's output; None when unknown.
         norm_evidence: where ``followed_by_norm`` comes from, for the plan's reasons.
         obstacle: why the weight cannot be excited at all, or None.
         readers: modules other than its own that feed it to an operation.
