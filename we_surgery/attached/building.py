@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from we_surgery.attached.optimizers import group_for, start_early_state
+from we_surgery.attached.optimizers import group_for, refuse_vectors, start_early_state
 from we_surgery.attached.shards import is_sharded, shard_of, share_again, whole_model
 from we_surgery.attached.weights import (
     AttachedWeight,
@@ -110,6 +110,7 @@ def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[Excitation
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
+            refuse_vectors(optimizer, weight.layer, parameter)
             group = group_for(groups, homes[id(weight.parameter)], parameter)
             place = next(i for i, each in enumerate(groups) if each is group)
             replicated = None if weight.shard is None else weight.shard.replicated

@@ -47,12 +47,48 @@ def group_for(
     """The group an excitation's parameter joins.
 
     That of its weight; for biases the one with the same options and no weight decay, if there is
-    one.
+    one. Muon takes matrices alone: biases then join the group without it that is most alike.
+
+    Raises:
+        InputError: no group can take it.
     """
-    if parameter.ndim > 1 or not home.get("weight_decay"):
+    if parameter.ndim > 1:
         return home
-    undecayed = {**group_options(home), "weight_decay": 0}
-    return next((group for group in groups if same_options(group_options(group), undecayed)), home)
+    wanted = group_options(home)
+    if home.get("weight_decay"):
+        wanted["weight_decay"] = 0
+    if home.get("use_muon"):
+        others = [group for group in groups if not group.get("use_muon")]
+        if not others:
+            raise InputError(
+                "all groups of the optimizer train by Muon, which takes matrices alone, and the "
+                "excitation has biases",
+                "Give the optimizer a group with `use_muon=False`; it may be empty.",
+            )
+        return max(others, key=lambda group: _options_in_common(group, wanted))
+    return next((group for group in groups if same_options(group_options(group), wanted)), home)
+
+
+def _options_in_common(group: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
+    return sum(
+        key in group and same_options({key: group[key]}, {key: value})
+        for key, value in wanted.items()
+    )
+
+
+def refuse_vectors(optimizer: Optimizer, layer: str, parameter: nn.Parameter) -> None:
+    """Raises where the optimizer takes matrices alone and the parameter is not one.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    muon = getattr(torch.optim, "Muon", ())
+    if parameter.ndim != 2 and any(isinstance(each, muon) for each in with_wrapped(optimizer)):
+        raise InputError(
+            f"Muon trains matrices alone, and the excitation of layer {layer!r} has biases",
+            "Give this layer an excitation without parameters (MWE) by a rule, or train it with "
+            "another optimizer.",
+        )
 
 
 def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any) -> None:
