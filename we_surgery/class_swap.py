@@ -12,6 +12,7 @@ from we_surgery.excitations import Composition
 from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
 from we_surgery.layer_views import drop_own_attributes
 from we_surgery.layers import ExcitedLayer, excited_class, excited_names
+from we_surgery.own_state import has_own_state, refuse_lost
 
 _TRACED_WHOLE = "torch.nn"
 
@@ -31,7 +32,8 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
         layer_name: the module's name in its model, for error messages.
 
     Raises:
-        SurgeryError: the module's class takes no subclass.
+        SurgeryError: the module's class takes no subclass, or saves its weights in a form of its
+            own.
     """
     names = (*excited_names(module), parameter)
     base: Any = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
@@ -49,6 +51,8 @@ def excite(module: nn.Module, parameter: str, excitation: Composition, layer_nam
     if base.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
         trace_whole(module)
     module.__class__ = swapped
+    if has_own_state(base):
+        refuse_lost(module, layer_name)  # type: ignore[arg-type]
 
 
 def trace_whole(module: Traced) -> Traced:

@@ -28,6 +28,7 @@ from we_surgery.excitations import Composition
 from we_surgery.fresh_layers import item_or_slice, vanilla_initializer
 from we_surgery.layer_names import MadeClass, excitation_name, raw_name
 from we_surgery.layer_views import drop_own_attributes, folded_parameters, vanilla_view
+from we_surgery.own_state import has_own_state, load_raw, save_raw
 from we_surgery.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 from we_surgery.weight_readers import REPLACING, refuse_offloaded, refused
 
@@ -358,6 +359,8 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
             namespace[method] = raw_initializer(method)
+    if has_own_state(base):
+        namespace |= {"_save_to_state_dict": save_raw, "_load_from_state_dict": load_raw}
     if issubclass(base, nn.ParameterList):
         namespace["__getitem__"] = item_or_slice(base)
     namespace |= {
