@@ -22,8 +22,13 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
 def test_each_python_block_runs_and_prints_what_the_page_shows(
-    page: Path, code: str, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    code: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(code, str(page), "exec"), {})
     printed = capsys.readouterr().out.rstrip()
     assert not printed or printed in page.read_text()
@@ -44,6 +49,7 @@ def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "attached and converted weights differ by up to 0\n" in done.stdout
     assert "largest output difference" in done.stdout
     assert "bit-equal" in done.stderr
 

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     ("name", "needs", "says"),
     [
-        ("training_loop", "torch", "the stripped model's accuracy"),
+        ("training_loop", "torch", "accuracy, as it is deployed"),
         ("train_with_timm", "timm", "ways to strip: 0\n"),
         ("train_with_lightning", "lightning", "the stripped file is a vanilla ResNet18"),
         ("train_with_accelerate", "accelerate", "stripped: torchvision.models.resnet.ResNet"),
