@@ -76,11 +76,28 @@ def test_an_average_beside_an_attached_run_is_vanilla(trained: Trained, tmp_path
     assert "vanilla: no excited" in run(tmp_path / "run.pt", "--key", "model_ema").output
 
 
+def test_each_of_several_optimizers_has_its_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    heads = [model.head.weight]
+    rest = [p for p in model.parameters() if p is not heads[0]]
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in (heads, rest)]
+    excitation = ws.attach(model, optimizers, "mwe")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"state_dict": model.state_dict(), "optimizers": states}, tmp_path / "run.pt")
+    found = json.loads(run(tmp_path / "run.pt", "--json").stdout)
+    # The plan has a row for each of two tied layers, and the file an entry.
+    assert len(found["layers"]) == len(excitation.plan.excited)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda own: own["weights"]["mix.weight"].pop("raw"), "'mix.weight'.*cannot be read"),
-        (lambda own: own["weights"].update({"a.weight": own["weights"]["mix.weight"]}), "no such"),
+        (
+            lambda own: own["weights"].update({"a.weight": own["weights"]["mix.weight"]}),
+            "no weight of this name",
+        ),
         (lambda own: own.update(plan="[1"), "cannot be read"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,24 +33,20 @@ class AttachedRun:
     plan: Plan
     steps: int
 
+    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+        """The first weight that the model does not have in this shape."""
+        for key, entry in self.weights.items():
+            if key not in state or state[key].shape != entry.raw.shape:
+                return key
+        return None
+
     def converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of the converted form, in the order of the vanilla one.
 
         Args:
             state: of the model, with the excited weights. Tied weights share their memory.
-
-        Raises:
-            InputError: it lacks a weight, or has it in another shape.
         """
-        entries: dict[tuple[Any, ...], ExcitedEntry] = {}
-        for key, entry in self.weights.items():
-            if key not in state or state[key].shape != entry.raw.shape:
-                raise InputError(
-                    f"the checkpoint's optimizer excites {key!r} {tuple(entry.raw.shape)}, and "
-                    "its model has no such weight",
-                    "Give the checkpoint as training saved it.",
-                )
-            entries[tensor_identity(state[key])] = entry
+        entries = {tensor_identity(state[key]): entry for key, entry in self.weights.items()}
         converted: dict[str, Tensor] = {}
         for key, value in state.items():
             first = entries.get(tensor_identity(value))
@@ -64,15 +60,35 @@ class AttachedRun:
         return converted
 
 
-def find_attached_run(checkpoint: Mapping[str, Any]) -> AttachedRun | None:
-    """The state of an attached excitation, wherever a trainer put it; None if there is none.
+def find_attached_run(
+    checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> AttachedRun | None:
+    """The state of the excitation of a model, wherever a trainer put it; None if there is none.
+
+    Each of several optimizers holds a part of it.
+
+    Args:
+        checkpoint: what the trainer saved.
+        state: that of the model in it.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another model.
     """
-    found = _search(checkpoint, 0)
-    if found is None:
-        return None
+    runs = [_read(found) for found in _search(checkpoint, 0)]
+    fitting = [run for run in runs if run.misfit(state) is None]
+    if not fitting:
+        if not runs:
+            return None
+        raise InputError(
+            f"the optimizer's state excites {runs[0].misfit(state)!r}, and the model in the "
+            "checkpoint has no weight of this name and shape",
+            "Give the checkpoint as training saved it.",
+        )
+    weights = {key: entry for run in fitting for key, entry in run.weights.items()}
+    return AttachedRun(weights, fitting[0].plan, max(run.steps for run in fitting))
+
+
+def _read(found: Mapping[str, Any]) -> AttachedRun:
     weights: dict[str, ExcitedEntry] = {}
     for key, saved in found["weights"].items():
         parts = saved if isinstance(saved, Mapping) else {}
@@ -94,20 +110,15 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _search(value: Any, depth: int) -> Mapping[str, Any] | None:
-    if depth > _DEEPEST:
-        return None
+def _search(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
     inner: Any = ()
     if isinstance(value, Mapping):
         if value.keys() >= _KEYS and isinstance(value["weights"], Mapping):
-            return value
+            yield value
+            return
         # Named entries alone: an optimizer numbers the states of its parameters.
         inner = [entry for key, entry in value.items() if isinstance(key, str)]
     elif isinstance(value, list | tuple) and len(value) <= _MOST_ENTRIES:
         inner = value
-    for entry in inner:
-        if isinstance(entry, Mapping | list | tuple):
-            found = _search(entry, depth + 1)
-            if found is not None:
-                return found
-    return None
+    for entry in inner if depth < _DEEPEST else ():
+        yield from _search(entry, depth + 1)

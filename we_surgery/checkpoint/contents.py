@@ -157,7 +157,7 @@ def _from_mapping(
             metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
         state, notes = unwrap(found, key, weights)
         if with_excitation and not is_average:
-            run = find_attached_run(found)
+            run = find_attached_run(found, state)
         if run is not None:
             state = run.converted(state)
             metadata = metadata or Metadata(plan=run.plan.to_dict())
