@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -104,6 +105,82 @@ def offloaded(model: nn.Module) -> nn.Module:
     return accelerate.cpu_offload(model, torch.device("cpu"))
 
 
+def attached(
+    model: nn.Module | None = None, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, ws.AttachedExcitation]:
+    model = model or net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, ws.attach(model, optimizer, **options)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(X + torch.randn_like(X)).square().mean().backward()
+    optimizer.step()
+
+
+def step_after(change: Callable[[Any, Any], Any]) -> None:
+    """A step of what ``change`` returns, or of the attached optimizer."""
+    model, optimizer, excitation = attached()
+    step(model, optimizer)
+    changed = change(model, optimizer)
+    step(model, optimizer if changed is None else changed)
+    assert excitation is not None
+
+
+def thawed() -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    model, optimizer, _ = attached(model)
+    model[0].weight.requires_grad_(True)
+    step(model, optimizer)
+
+
+def attach_again() -> None:
+    model, optimizer, _ = attached()
+    ws.attach(model, optimizer)
+
+
+def vanilla_run() -> torch.optim.Optimizer:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    return optimizer
+
+
+def attach_after_steps() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    ws.attach(model, optimizer)
+
+
+def load(mode: str, rules: Any = ()) -> None:
+    """The state of another run."""
+    model, optimizer, _ = attached(mode="lwe")
+    step(model, optimizer)
+    _, other, excitation = attached(mode=mode, rules=rules)
+    other.load_state_dict(optimizer.state_dict())
+    assert excitation is not None
+
+
+def attached_to(name: str) -> None:
+    kind = type(name, (torch.optim.SGD,), {})
+    model = net()
+    ws.attach(model, kind(model.parameters(), lr=0.1))
+
+
+def adopt_without_inverse() -> None:
+    model, _, excitation = attached(config={"conv": "shift_attention"})
+    nn.init.ones_(model[0].weight)
+    excitation.adopt()
+
+
+def norm_loss_of_raw_weights() -> None:
+    model, optimizer, _ = attached()
+    ws.norm_loss(model)
+    assert optimizer is not None
+
+
 def saved(thing: Any, **options: Any) -> Any:
     torch.save(thing, "file.pt")
     return ws.load("file.pt", **options)
@@ -141,6 +218,45 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "both a plan and a mode, config, rules or transplants were given": lambda: ws.convert(
         net(), "lwe", plan=ws.plan(net())
     ),
+    "the weight of layer '...' was changed outside of the optimizer's step": lambda: step_after(
+        lambda model, _: model[0].reset_parameters()
+    ),
+    "layer '...' holds another Parameter than when excitation was attached": lambda: step_after(
+        lambda model, _: setattr(model[0], "weight", nn.Parameter(torch.ones(8, 3, 3, 3)))
+    ),
+    "SGD trains a weight whose excitation is attached to another optimizer": lambda: step_after(
+        lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
+    ),
+    "this SGD is a copy of an optimizer with excitation, or has loaded the state of one": (
+        lambda: step_after(lambda _, optimizer: copy.deepcopy(optimizer))
+    ),
+    "the optimizer no longer holds the weight of layer '...'": lambda: step_after(
+        lambda _, optimizer: optimizer.param_groups[0]["params"].clear()
+    ),
+    "layer '...' was frozen when excitation was attached": thawed,
+    "the optimizer holds none of the ... weights that the plan excites": lambda: ws.attach(
+        net(), torch.optim.SGD(net().parameters(), lr=0.1)
+    ),
+    "the optimizer has made steps already, and holds no state of an excitation": attach_after_steps,
+    "'...' is excited by an excitation that was attached before": attach_again,
+    "the model is converted: its layers compute their excited weights themselves": lambda: attached(
+        ws.convert(net())
+    ),
+    "transplants change the model's layers": lambda: attached(
+        nn.Sequential(net(), nn.Dropout()), config={"transplants": ["max_dropout"]}
+    ),
+    "ZeroRedundancyOptimizer is not supported": lambda: attached_to("ZeroRedundancyOptimizer"),
+    "this optimizer state has no state of the excitation": lambda: attached()[1].load_state_dict(
+        vanilla_run().state_dict()
+    ),
+    "the saved excitation is of ... weights and this one of ...": lambda: load(
+        "lwe", [ws.Rule("4", "skip")]
+    ),
+    "the saved excitation of '...' has other stages than this one": lambda: load("mwe"),
+    "the weight of layer '...' cannot be taken over": adopt_without_inverse,
+    "excitation was attached by a plan": lambda: attached(plan=ws.plan(net()))[2].extend(),
+    "the excitation is attached to the optimizer, so a loss on the model reaches the excited "
+    "weights": norm_loss_of_raw_weights,
     "the parameter groups hold none of the model's parameters": lambda: old_optimizer(
         torch.optim.SGD, False
     ),
@@ -204,6 +320,9 @@ def test_each_quoted_message_is_provoked() -> None:
     assert list(PLANNED) == QUOTED
 
 
+ERRORS = (ws.WESurgeryError, RuntimeError, KeyError, ValueError, ws.ThawedLayerWarning)
+
+
 @pytest.mark.filterwarnings("ignore:`?torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.usefixtures("noise")
@@ -212,7 +331,7 @@ def test_the_message_begins_as_the_page_says(
     quote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ws.WESurgeryError, RuntimeError, KeyError, ValueError)) as caught:
+    with pytest.raises(ERRORS) as caught:
         PLANNED[quote]()
     message = " ".join(str(caught.value).split())
     assert re.match(re.escape(quote).replace(r"\.\.\.", ".*"), message), message
