@@ -1,4 +1,4 @@
-"""Put weight excitation into any PyTorch model, and take it out again before deployment."""
+"""Train any PyTorch model with weight excitation, and deploy the vanilla architecture."""
 
 __version__ = "0.1.0"
 

@@ -84,7 +84,8 @@ def multiplier_maps(model: nn.Module) -> dict[str, Tensor]:
     if not maps:
         raise InputError(
             "the model has no excited weight with multipliers",
-            "Give a model that was converted with LWE and trained, before it is stripped.",
+            "Give a model that was converted with LWE and trained, before it is stripped. Of an "
+            "attached one give `excitation.converted()`.",
         )
     return maps
 
