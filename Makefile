@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types format fuzz fuzz-guided test-torch test-oldest wheel
+.PHONY: demo test lint types format fuzz fuzz-guided interrupts test-torch test-oldest wheel
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py
@@ -25,6 +25,9 @@ format: $(READY)
 MINUTES ?= 10
 fuzz: $(READY)
 	$(BIN)/python tests/hostile/fuzz.py --minutes $(MINUTES)
+
+interrupts: $(READY)
+	$(BIN)/python tests/hostile/interrupts.py --changing
 
 # Its wheels are for Linux and for some Pythons only, so no extra of the package asks for it.
 fuzz-guided: $(READY)

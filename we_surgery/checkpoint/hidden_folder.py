@@ -57,7 +57,7 @@ class _Lock(Enum):
     """Who keeps a hidden folder locked."""
 
     OURS = "this run"
-    OTHERS = "another run, or it is gone"
+    OTHERS = "another run or user, or it is gone"
     NONE = "the system has no locks"
 
 
@@ -69,6 +69,8 @@ def _locked(folder: Path) -> tuple[_Lock, int | None]:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return _Lock.OTHERS, None
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        return _Lock.OTHERS, descriptor
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
