@@ -25,6 +25,10 @@ from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
 from we_surgery.errors import InputError, ThawedLayerWarning
 
 
+# As torch's own optimizers do; it imports the compiler at the first call and not before.
+_outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
 @dataclass(eq=False)
 class OptimizerStep:
     """The exchange of one optimizer.
@@ -136,7 +140,7 @@ class OptimizerStep:
         self._leave(moves=False)
         return result
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @_outside_graphs
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -144,7 +148,7 @@ class OptimizerStep:
         found, kwargs = self._enter(tuple(rest), kwargs, self._closure_place(tuple(rest), kwargs))
         return (own, *found), kwargs
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @_outside_graphs
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._leave(moves=True)
 
