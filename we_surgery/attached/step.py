@@ -25,10 +25,6 @@ from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
 from we_surgery.errors import InputError, ThawedLayerWarning
 
 
-# As torch's own optimizers do; it imports the compiler at the first call and not before.
-_outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
-
-
 @dataclass(eq=False)
 class OptimizerStep:
     """The exchange of one optimizer.
@@ -68,8 +64,8 @@ class OptimizerStep:
         for layer in with_wrapped(self.optimizer):
             if not isinstance(layer, torch.optim.Optimizer):
                 continue
-            before = layer.register_step_pre_hook(self._before_step)
-            after = layer.register_step_post_hook(self._after_step)
+            before = layer.register_step_pre_hook(_outside_graphs(self._before_step))
+            after = layer.register_step_post_hook(_outside_graphs(self._after_step))
             # What others have registered sees the model's own Parameters.
             layer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._undo += [before.remove, after.remove]
@@ -140,7 +136,6 @@ class OptimizerStep:
         self._leave(moves=False)
         return result
 
-    @_outside_graphs
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -148,7 +143,6 @@ class OptimizerStep:
         found, kwargs = self._enter(tuple(rest), kwargs, self._closure_place(tuple(rest), kwargs))
         return (own, *found), kwargs
 
-    @_outside_graphs
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._leave(moves=True)
 
@@ -300,6 +294,15 @@ class OptimizerStep:
         """After an exception within the optimizer: everything in its place, W' of what there is."""
         self.depth = 0
         self._put_back(moves=False)
+
+
+def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile does not look into, as torch's optimizers keep theirs from it.
+
+    It imports the compiler at the first call and not before.
+    """
+    wrapped: Callable[..., Any] = torch._disable_dynamo(hook)  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
