@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import we_surgery as ws
+from we_surgery.reading.replay import Replay
 
 _BY_SIZE: dict[Any, Tensor] = {}
 _last: Tensor | None = None
@@ -242,6 +244,60 @@ def test_what_a_hook_of_the_users_keeps_has_values() -> None:
     assert seen
     assert all(type(output) is Tensor for output in seen)
     torch.testing.assert_close(seen[0], model[:3](x), rtol=0, atol=0)
+
+
+class Remembers(nn.Module):
+    """Keeps all sorts of things of a forward in a list that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.rnn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.LSTM(3, 4)
+        self.everything: list[Any] = EVERYTHING
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Remembers:
+        copied = Remembers()
+        copied._modules = copy.deepcopy(self._modules, memo)
+        return copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        z, states = self.rnn(y.flatten(2).transpose(1, 2))
+        self.everything += [y.half(), (z, states), self.conv.weight, self.conv.weight.data]
+        self.everything += [lambda: y, y.chunk(3, 1)[1], torch.tensor([1, 2]), self, torch.rand(3)]
+        return y
+
+
+EVERYTHING: list[Any] = []
+
+
+def test_results_of_all_sorts_become_real() -> None:
+    x, before = torch.randn(2, 3, 4, 4), len(_fakes())
+    model = Remembers()
+    try:
+        ws.convert(model, "lwe", example_inputs=x)
+        assert len(EVERYTHING) >= 4 * 9
+        assert len(_fakes()) == before
+        half, _, weight, data, _, chunk, constant, *_ = EVERYTHING
+        model.eval()
+        torch.testing.assert_close(half, model(x).half(), rtol=0, atol=0)
+        torch.testing.assert_close(chunk, model(x)[:, 1:2], rtol=0, atol=0)
+        assert isinstance(weight, nn.Parameter)
+        assert torch.equal(weight, model.conv.weight)
+        assert torch.equal(data, model.conv.weight)
+        assert constant.tolist() == [1, 2]
+    finally:
+        EVERYTHING.clear()
+
+
+def test_what_cannot_be_computed_again_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Replay, "value_of", fail)
+    _forget()
+    with pytest.raises(ws.SurgeryError, match="it cannot be computed again"):
+        ws.plan(InLruCache(), "lwe", example_inputs=torch.randn(1, 3, 5, 5))
+    _forget()
 
 
 def test_dinov3_of_transformers_computes_what_it_did() -> None:

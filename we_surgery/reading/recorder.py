@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from we_surgery.excitations import Composition
 from we_surgery.scripted import is_scripted
@@ -113,9 +113,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_iter(outputs) if isinstance(t, Tensor)]
         self.graph.output(tuple(self._node_of(tensor) for tensor in tensors))
 
-    def held(self) -> list[tuple[Tensor, fx.Node]]:
-        """The tensors of the recording that somebody still holds, with their nodes."""
-        return list(self._nodes.items())
+    def held(self) -> list[tuple[TensorWeakRef, fx.Node]]:
+        """The tensors of the recording that somebody still holds, with their nodes, last first."""
+        found = sorted(self._nodes.items(), key=lambda item: self._order.get(item[1], -1))
+        return [(TensorWeakRef(tensor), node) for tensor, node in reversed(found)]
 
     def last_writes(self, tensor: Tensor) -> list[fx.Node]:
         """The operation that wrote last to the tensor's memory, if one did."""

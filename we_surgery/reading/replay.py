@@ -66,7 +66,9 @@ class Replay:
             for current in self._recorder.graph.nodes:
                 if current in needed:
                     values[current] = self._compute(current, values)
-        result: Tensor = values[node]
+        result = values[node]
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{node.name} is a {type(result).__name__}")
         return result
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from we_surgery.errors import SurgeryError
 from we_surgery.reading.recorder import Recorder
@@ -83,27 +83,47 @@ class Fakes:
         if not self._is_held():
             return
         gc.collect(0)  # of the recordings, during which nothing was collected
+        failed = [
+            failure
+            for recorder, origin in self._recorders
+            for failure in _replace(recorder, Replay(recorder, origin))
+        ]
         for fake, real in list(self._origins.items()):
-            _become(fake, real.detach())
-        for recorder, origin in self._recorders:
-            replay = Replay(recorder, origin)
-            for fake, node in recorder.held():
-                if not isinstance(fake, FakeTensor):
-                    continue
-                try:
-                    value = replay.value_of(fake, node)
-                except Exception as error:
-                    raise SurgeryError(
-                        f"the model's forward keeps the result of {node.target} outside of the "
-                        f"model, and it cannot be computed again ({type(error).__name__}: {error})",
-                        "Restart Python: what was kept is a tensor without values. Then convert "
-                        "without `example_inputs`.",
-                    ) from error
-                logger.info("%s outlived its recording and was computed", node.name)
-                _become(fake, value)
+            if isinstance(fake, FakeTensor):
+                _become(fake, real.detach())
+        # What only a graph held is gone with the tensor that had the graph.
+        failures = [why for held, why in failed if isinstance(held(), FakeTensor)]
+        if failures:
+            raise SurgeryError(
+                f"the model's forward keeps {failures[0]} outside of the model, and it cannot be "
+                "computed again",
+                "Restart Python: what was kept is a tensor without values. Then convert without "
+                "`example_inputs`.",
+            )
 
     def _is_held(self) -> bool:
         return bool(self._origins) or any(recorder.held() for recorder, _ in self._recorders)
+
+
+def _replace(recorder: Recorder, replay: Replay) -> list[tuple[TensorWeakRef, str]]:
+    """Replaces the fake tensors of a recording that are held; returns what could not be computed.
+
+    The last are replaced first: what they keep for a backward pass goes with them.
+    """
+    failed = []
+    for reference, node in recorder.held():
+        fake: Tensor | None = reference()
+        if not isinstance(fake, FakeTensor) or node.op != "call_function":
+            continue  # the model's own tensors are not computed
+        try:
+            _become(fake, replay.value_of(fake, node))
+        except Exception as error:
+            why = f"the result of {node.target} ({type(error).__name__}: {error})"
+            failed.append((reference, why))
+        else:
+            logger.info("%s outlived its recording and was computed", node.name)
+        del fake
+    return failed
 
 
 def _become(fake: Tensor, value: Tensor) -> None:
