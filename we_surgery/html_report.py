@@ -65,6 +65,7 @@ def _file(file: Inspection) -> dict[str, Any]:
         "architecture": file.architecture,
         "mode": file.mode,
         "notes": file.notes,
+        "is_attached": file.is_attached,
         "learned": file.learned,
         "nothing": learned_nothing(layer.statistics.verdict for layer in file.layers),
         "low": f"{min((one.low for one in multipliers), default=0):g}",

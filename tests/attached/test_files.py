@@ -65,6 +65,7 @@ def test_inspect_tells_of_an_attached_run_what_it_tells_of_the_converted_one(
     page = tmp_path / "page.html"
     run(tmp_path / "run.pt", "--html", page, "--start", tmp_path / "twin.pt")
     assert "tied_too" in page.read_text()
+    assert "attached in mode lwe+mwe" in page.read_text()
 
 
 def test_an_average_beside_an_attached_run_is_vanilla(trained: Trained, tmp_path: Path) -> None:
