@@ -82,8 +82,8 @@ def main() -> None:
         options.progress.unlink(missing_ok=True)
     if options.third_party:
         names = [name for name in third_party_models() if re.search(options.only, name)]
-        _append(options.progress, {"versions": library_versions()})
         run(names, options)
+        _tidy(options.progress)
         write_page(options.json, options.progress, options.markdown)
         return
     listed = all_models() if options.all else pinned_models()
@@ -180,6 +180,14 @@ def _progress(path: Path) -> dict[str, dict[str, Any]]:
         else:
             done[entry["name"]] = entry
     return done
+
+
+def _tidy(path: Path) -> None:
+    """Leaves the versions and one line for each finished model of the list."""
+    done = _progress(path)
+    listed = [done[name] for name in third_party_models() if name in done]
+    lines = [{"versions": library_versions()}, *listed]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

@@ -69,6 +69,8 @@ def third_party_part(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
                 ("library", "models", "pass", "weights", "converted", "plain left alone"),
                 [_line(source, rows) for source in LIBRARIES],
             ),
+            f"In {sum(not row['converted'] for row in rows if row['passed'])} of them no weight is "
+            "converted: adapters over a frozen model, GPT-2's `x @ W` layers, parametrized ones.\n",
             f"Reading took {statistics.median(times or [0.0]):.1f} forward passes (median).\n",
             "### Plain layers left alone\n",
             f"Of {plain:,} weights of torch's own conv and linear layers "
