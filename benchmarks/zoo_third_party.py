@@ -58,7 +58,8 @@ def third_party_part(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         (
             "## Other libraries\n",
             f"Written by `{COMMAND}` (libraries: `pip install '.[zoo]'`); do not edit. "
-            f"{len(rows)} models made small, with random weights; {shown}; one thread. Every "
+            f"{len(rows)} models made small, with random weights, that run on a CPU in both modes; "
+            f"{shown}; one thread. Every "
             "model's row is in [zoo_third_party.jsonl](../benchmarks/results/"
             "zoo_third_party.jsonl). Each has to keep every promise at the top of "
             "[zoo_check.py](../benchmarks/zoo_check.py), also the last four (generators, fake "

@@ -12,7 +12,7 @@ from kornia.models import dexined, rrdbnet, small_sr, tiny_vit, yunet
 from torch import nn
 from zoo_models import Candidate
 
-from zoo_libraries.filling import by_name, noise, on
+from zoo_libraries.filling import noise, on
 
 
 def _dedode() -> Any:
@@ -38,8 +38,6 @@ _MODELS: dict[str, tuple[Any, ...]] = {
     "DeDoDe-descriptor": (lambda: _dedode().descriptor, _PICTURE),
     "DeFMO": (partial(feature.DeFMO, pretrained=False), noise(1, 6, 64, 64)),
     "XFeatModel": (feature.XFeatModel, noise(1, 3, 64, 64)),
-    "SOLD2_detector": (lambda: feature.SOLD2_detector(pretrained=False).model, noise(1, 1, 64, 64)),
-    "LoFTR": (lambda: feature.LoFTR(pretrained=None), noise(1, 1, 64, 64), noise(1, 1, 64, 64)),
     "DexiNed": (lambda: dexined.DexiNed(pretrained=False), _PICTURE),
     "RRDBNet": (lambda: rrdbnet.RRDBNet(3, 3, num_feat=8, num_block=2, num_grow_ch=4), _PICTURE),
     "TinyViT": (lambda: tiny_vit.TinyViT.from_config("5m", img_size=64), noise(2, 3, 64, 64)),
@@ -61,9 +59,4 @@ def build(name: str) -> nn.Module:
 
 def candidates(name: str, model: nn.Module) -> Iterator[Candidate]:
     """What it is listed with."""
-    inputs = _MODELS[name][1:]
-    if name == "LoFTR":
-        yield on({"image0": inputs[0], "image1": inputs[1]})
-    elif name == "SOLD2_detector":
-        yield by_name(x=inputs[0])
-    yield on(*inputs)
+    yield on(*_MODELS[name][1:])

@@ -75,6 +75,8 @@ _STAGED: dict[str, dict[str, Any]] = {
     "t2t": {"t2t_layers": ((7, 4), (3, 2)), "mlp_dim": 64},
     "cvt": {"s1_emb_dim": 16, "s2_emb_dim": 32, "s3_emb_dim": 32, "s3_depth": 1},
     "twins_svt": {"s1_emb_dim": 16, "s2_emb_dim": 16, "s3_emb_dim": 32, "s4_emb_dim": 32},
+    "na_vit_nested_tensor": {"token_dropout_prob": 0.1},
+    "na_vit_nested_tensor_3d": {"token_dropout_prob": 0.1},
     "look_vit": {"patch_size": 16, "highres_patch_size": 8},
     "cct": {"img_size": 64, "embedding_dim": 32, "num_layers": 2, "num_heads": 2, "mlp_ratio": 2.0},
     "cross_vit": {"sm_dim": 16, "lg_dim": 32, "sm_patch_size": 8, "lg_patch_size": 16},
