@@ -15,7 +15,6 @@ NOT_TRACEABLE = {
     "tsm autograd function",
     "s2 slice assignment",
     "five-dimensional",
-    "as-mlp",
     "channels-last linear",
 }
 if torch.__version__.startswith("2.8."):  # its arange takes no number that is traced
