@@ -301,8 +301,12 @@ def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 
     It imports the compiler at the first call and not before.
     """
-    wrapped: Callable[..., Any] = torch._disable_dynamo(hook)  # type: ignore[attr-defined]
-    return wrapped
+
+    def run(*args: Any) -> Any:  # a function, since the mark is put on it
+        return hook(*args)
+
+    outside: Callable[..., Any] = torch._disable_dynamo(run)  # type: ignore[attr-defined]
+    return outside
 
 
 def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
