@@ -154,6 +154,14 @@ def attach_after_steps() -> None:
     ws.attach(model, optimizer)
 
 
+def load_less() -> None:
+    _, optimizer, excitation = attached()
+    state = excitation.state_dict()
+    state["optimizer"].popitem()
+    excitation.load_state_dict(state)
+    assert optimizer is not None
+
+
 def load(mode: str, rules: Any = ()) -> None:
     """The state of another run."""
     model, optimizer, _ = attached(mode="lwe")
@@ -253,6 +261,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
         "lwe", [ws.Rule("4", "skip")]
     ),
     "the saved excitation of '...' has other stages than this one": lambda: load("mwe"),
+    "the saved excitation has other trained parameters than this one": load_less,
     "the weight of layer '...' cannot be taken over": adopt_without_inverse,
     "excitation was attached by a plan": lambda: attached(plan=ws.plan(net()))[2].extend(),
     "the excitation is attached to the optimizer, so a loss on the model reaches the excited "
