@@ -104,7 +104,10 @@ def _compiled(key: Any) -> Arithmetic:
     # has a function of its own.
     def compiled(function: Any) -> Any:
         own = types.FunctionType(
-            function.__code__.replace(), function.__globals__, function.__name__
+            function.__code__.replace(),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
         )
         return torch.compile(own, fullgraph=True, dynamic=False)
 
