@@ -12,7 +12,7 @@ from we_surgery.checkpoint import find_excited
 from we_surgery.checkpoint.unwrap import VERSIONS, unwrap, with_versions
 
 COPIES = 6000
-MOST_SECONDS = 8
+MOST_SECONDS = 15
 LONG = ".".join("a" * (1 << 16))
 
 
