@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import we_surgery as ws
+from we_surgery import excitations
 from we_surgery.excitations import EXCITATIONS
 from we_surgery.excitations.curves import CURVES
 
@@ -62,6 +63,20 @@ class Noise(ws.Excitation):
         return cls()
 
     from_state = for_layout
+
+
+class Packing(nn.Linear):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "packed"] = self.weight
+
+
+def edited(model: nn.Module) -> None:
+    """A file whose plan is not that of its tensors."""
+    ws.save(model, "model.pt", architecture="torchvision:alexnet")
+    checkpoint = torch.load("model.pt")
+    checkpoint["we_surgery"]["plan"]["layers"][0]["excitation"] = [{"weight_align": {}}]
+    torch.save(checkpoint, "model.pt")
+    ws.load("model.pt")
 
 
 @pytest.fixture
@@ -316,6 +331,19 @@ PLANNED: dict[str, Callable[[], Any]] = {
     ),
     "the model fails on the example inputs": lambda: ws.strip(
         ws.convert(net()), example_inputs=torch.ones(2, 4, 8, 8)
+    ),
+    "nothing says how '...raw_weight' were excited": lambda: ws.strip_state_dict(
+        dict(ws.convert(net()).named_parameters())
+    ),
+    "the record of an excitation cannot be read": lambda: excitations.rebuild_excitation(
+        {"_extra_state": torch.ones(3)}
+    ),
+    "an excitation of the stages ... cannot be rebuilt": lambda: excitations.rebuild_excitation(
+        {}, excitations.excitation_record(ws.convert(net())[0].excitation)
+    ),
+    "...: the file's plan gives layer '...'": lambda: edited(ws.convert(net(), "mwe")),
+    "layer '...' is of class ..., which saves its weight in a form of its own": lambda: ws.convert(
+        nn.Sequential(Packing(3, 3)), "mwe"
     ),
 }
 QUOTED = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError
 from we_surgery.excitations.layout import WeightLayout
-from we_surgery.excitations.legacy import upgrade_attributes, upgrade_state
+from we_surgery.excitations.legacy import upgrade_attributes
 from we_surgery.excitations.record import (
     RECORD_KEY,
     Record,
@@ -205,17 +205,13 @@ class Excitation(nn.Module, ABC):
         """What it is, in words; see :mod:`we_surgery.excitations.record`."""
         return make_record([{self.name: self.chosen_options()}])
 
-    def get_extra_state(self) -> Tensor:
-        """The record as state dicts hold it."""
-        return to_tensor(self.record)
-
-    def set_extra_state(self, state: Tensor) -> None:
+    def adopt(self, saved: Tensor) -> None:
         """Takes what a checkpoint may change, such as an epsilon, from its record.
 
         Raises:
             InputError: the record is of another excitation, or cannot be read.
         """
-        mine, theirs = self.record, read_record(state)
+        mine, theirs = self.record, read_record(saved)
         if outline(mine) != outline(theirs):
             raise _other_excitation(
                 f"the model has {outline(mine)}, the checkpoint {outline(theirs)}"
@@ -229,10 +225,11 @@ class Excitation(nn.Module, ABC):
         """:meth:`take_over` of all that a record says, which is of the same stages."""
         self.take_over(record["stages"][0][self.name])
 
+    # Not by `get_extra_state`: torch.distributed.checkpoint would ask the class for that of a part.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_part:
-            del destination[prefix + RECORD_KEY]
+        if not self.is_part:
+            destination[prefix + RECORD_KEY] = to_tensor(self.record)
 
     def _load_from_state_dict(
         self,
@@ -244,22 +241,23 @@ class Excitation(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if self.is_part:
-            state_dict[prefix + RECORD_KEY] = self.get_extra_state()
-        elif prefix + RECORD_KEY not in state_dict:
-            upgrade_state(state_dict, prefix)
-        try:
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-        except InputError as error:
-            error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
+        saved = state_dict.pop(prefix + RECORD_KEY, None)
+        if saved is None and not self.is_part:
+            missing_keys.append(prefix + RECORD_KEY)
+        elif not self.is_part:
+            try:
+                self.adopt(saved)
+            except InputError as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -9,15 +9,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.errors import ExcitationError, NotStrippedWarning
+from we_surgery.errors import ExcitationError, InputError, NotStrippedWarning
 from we_surgery.excitations.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
 from we_surgery.excitations.closed_form import excite_in_closed_form, excite_in_place
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
+from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.paused import idle
-from we_surgery.excitations.record import Record, make_record
+from we_surgery.excitations.record import RECORD_KEY, Record, make_record, to_tensor
 from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
@@ -98,13 +99,44 @@ class Composition(Excitation):
         device = next((tensor.device for tensor in self.parameters()), "cpu")
         self.set_paused(record["paused"], device)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._speak_for_stages()
-        super()._save_to_state_dict(*args, **kwargs)
+    def get_extra_state(self) -> Tensor:
+        """The record as state dicts hold it."""
+        return to_tensor(self.record)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
+        """:meth:`adopt`, by the name that torch calls it by."""
+        self.adopt(state)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._speak_for_stages()
-        super()._load_from_state_dict(*args, **kwargs)
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._speak_for_stages()
+        if prefix + RECORD_KEY not in state_dict:
+            upgrade_state(state_dict, prefix)
+        try:
+            nn.Module._load_from_state_dict(
+                self,
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        except InputError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
 
     def _speak_for_stages(self) -> None:
         for stage in self.stages:
