@@ -23,7 +23,7 @@ from we_surgery.graphs import (
 )
 from we_surgery.plans import Decision, Plan
 from we_surgery.proof import check_preserved, refuse_non_finite
-from we_surgery.reading import LayerFacts, obstacle_of, read_tree
+from we_surgery.reading import Form, LayerFacts, converted_obstacle_of, obstacle_of, read_tree
 
 Init = Literal["paper", "preserve"]
 Start = Literal["on", "paused"]
@@ -52,7 +52,7 @@ def build_grafts(
     init: Init = "paper",
     start: Start = "on",
     *,
-    full_precision: bool = False,
+    form: Form = "converted",
 ) -> list[Graft]:
     """The excitations a plan asks for, checked against the model, which is not changed.
 
@@ -61,7 +61,8 @@ def build_grafts(
         plan: made for it.
         init: as in :func:`we_surgery.convert`.
         start: as in :func:`we_surgery.convert`.
-        full_precision: whether excitations and raw weights of half-precision layers are float32.
+        form: ``attached`` for excitation in the optimizer's step, which has fewer obstacles;
+            excitations and raw weights of half-precision layers are then float32.
 
     Raises:
         InputError: a row names no such layer, another shape or kind, an excitation that does
@@ -80,7 +81,7 @@ def build_grafts(
     for decision in plan.excited:
         key = (decision.module, decision.parameter)
         fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
-        _check_row(decision, fact, names)
+        _check_row(decision, fact, names, form)
         if key in taken:
             raise InputError(
                 f"the plan names layer {decision.layer!r} twice", "Keep one of its rows."
@@ -101,7 +102,7 @@ def build_grafts(
         else:
             with torch.inference_mode(False):
                 weight = parameter.detach()
-                weight = in_full_precision(weight) if full_precision else weight
+                weight = in_full_precision(weight) if form == "attached" else weight
                 excitation = build_excitation(
                     decision.excitation,
                     decision.layout,
@@ -185,10 +186,13 @@ def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts |
         type_name=decision.type_name,
         layout=replace(decision.layout, shape=tuple(parameter.shape)),
         obstacle=obstacle_of(owner, decision.parameter),
+        converted_obstacle=converted_obstacle_of(owner, decision.parameter),
     )
 
 
-def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]) -> None:
+def _check_row(
+    decision: Decision, fact: LayerFacts | None, names: Sequence[str], form: Form
+) -> None:
     if fact is None:
         raise InputError(
             f"the plan names a layer {decision.layer!r} that the model has not"
@@ -202,9 +206,10 @@ def _check_row(decision: Decision, fact: LayerFacts | None, names: Sequence[str]
             f"{fact.layout.shape} and {fact.layout.groups} groups",
             "Use a plan that was made for this model.",
         )
-    if fact.obstacle is not None:
+    obstacle = fact.obstacle_for(form)
+    if obstacle is not None:
         raise InputError(
-            f"the plan excites layer {decision.layer!r}, which {fact.obstacle}",
+            f"the plan excites layer {decision.layer!r}, which {obstacle}",
             'Give its row `"excitation": []`.',
         )
 

@@ -14,7 +14,7 @@ from we_surgery.copies import copy_model, drawing_nothing
 from we_surgery.errors import InputError, near_matches
 from we_surgery.plans import Decision, Plan, added_parameters
 from we_surgery.policy import Policy
-from we_surgery.reading import LayerFacts, Reading, read
+from we_surgery.reading import Form, LayerFacts, Reading, read
 from we_surgery.rules import Rule
 from we_surgery.transplants.rows import TransplantDecision, decide
 
@@ -27,6 +27,7 @@ def plan(
     rules: Sequence[Rule] | None = (),
     transplants: Sequence[Any] | None = (),
     example_inputs: Any = None,
+    form: Form = "converted",
 ) -> Plan:
     """Decides what each layer of ``model`` would get. Changes nothing.
 
@@ -39,6 +40,7 @@ def plan(
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments: one forward of a weightless copy is recorded on them, which
             tells more of the model than its modules do.
+        form: ``attached`` plans what :func:`we_surgery.attach` can excite, which is more.
 
     Returns:
         A plan with one row for each weight of a conv, linear or attention layer.
@@ -59,25 +61,33 @@ def plan(
         mode=policy.mode,
         rung=reading.rung,
         rung_reason=reading.rung_reason,
-        decisions=decide_layers(model, policy, reading),
+        decisions=decide_layers(model, policy, reading, form),
         model_parameters=vanilla_parameters,
         pattern_matches=_count_matches(policy, reading.layers, dict(model.named_modules())),
         transplants=places,
     )
 
 
-def decide_layers(model: nn.Module, policy: Policy, reading: Reading) -> tuple[Decision, ...]:
+def decide_layers(
+    model: nn.Module, policy: Policy, reading: Reading, form: Form = "converted"
+) -> tuple[Decision, ...]:
     """What a policy makes of the facts that were read of ``model``, one decision a weight."""
     modules = dict(model.named_modules())
     parts: dict[Hashable, nn.Module] = {}
-    decisions = [_decide(policy, facts, modules[facts.module], parts) for facts in reading.layers]
+    decisions = [
+        _decide(policy, facts, modules[facts.module], parts, form) for facts in reading.layers
+    ]
     return tuple(_settle_ties(reading.layers, decisions))
 
 
 def _decide(
-    policy: Policy, facts: LayerFacts, module: nn.Module, parts: dict[Hashable, nn.Module]
+    policy: Policy,
+    facts: LayerFacts,
+    module: nn.Module,
+    parts: dict[Hashable, nn.Module],
+    form: Form,
 ) -> Decision:
-    recipe, reason = policy.decide(facts, module)
+    recipe, reason = policy.decide(facts, module, form)
     return Decision(
         module=facts.module,
         parameter=facts.parameter,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from we_surgery.excitations import EXCITATIONS, Recipe, Standardize, check_stage
-from we_surgery.reading import LayerFacts
+from we_surgery.reading import Form, LayerFacts
 from we_surgery.recipe_text import SKIP, parse_recipe
 from we_surgery.rules import Rule
 from we_surgery.transplants import Transplant
@@ -119,13 +119,16 @@ class Policy:
             check_stage(name, values)
         return replace(self, options=merged_options(self.options, options))
 
-    def decide(self, facts: LayerFacts, module: nn.Module) -> tuple[Recipe, str]:
+    def decide(
+        self, facts: LayerFacts, module: nn.Module, form: Form = "converted"
+    ) -> tuple[Recipe, str]:
         """What one layer gets, and why; an empty recipe leaves it alone."""
         matching = [rule for rule in self.rules if rule.matches(module, facts.name)]
         rule = matching[-1] if matching else None
-        if facts.obstacle is not None:
+        obstacle = facts.obstacle_for(form)
+        if obstacle is not None:
             asked = f"rule {rule.pattern!r} matches, but it " if rule is not None else ""
-            return [], asked + facts.obstacle
+            return [], asked + obstacle
         cell, reason = _cell_of(facts)
         excite = self.cells[cell]
         if rule is not None and rule.excite is not None:

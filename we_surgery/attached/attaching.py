@@ -108,7 +108,7 @@ def attach(
     building = Building(root, optimizers, init, start, backend)
     if plan is None:
         readable = building.readable_model()
-        plan = make_plan(readable, config=policy, example_inputs=example_inputs)
+        plan = make_plan(readable, config=policy, example_inputs=example_inputs, form="attached")
     saved: Any = resume if isinstance(resume, Mapping) else None
     if resume is True:
         saved = loaded_states(optimizers)

@@ -63,7 +63,7 @@ class Building:
         places: dict[int, list[tuple[str, str]]] = {}
         found: list[Trained] = []
         readable = self.readable_model()
-        grafts = build_grafts(readable, plan, self.init, self.start, full_precision=True)
+        grafts = build_grafts(readable, plan, self.init, self.start, form="attached")
         for item in grafts:
             parameter = self.model.get_submodule(item.module)._parameters[item.parameter]
             assert parameter is not None

@@ -29,6 +29,7 @@ from we_surgery.errors import AttachmentError, InputError
 from we_surgery.grafting import Graft, graft
 from we_surgery.planning import plan as make_plan
 from we_surgery.plans import Plan
+from we_surgery.reading import converted_obstacle_of
 from we_surgery.surgery import PLAN_ATTRIBUTE
 
 logger = logging.getLogger(__name__)
@@ -146,12 +147,23 @@ class AttachedExcitation:
         It has what :func:`we_surgery.convert` gives, for the analyses, for inspection, and to save
         the state of training in a file. Raw weights of half-precision layers are rounded to the
         layer's dtype.
+
+        Raises:
+            InputError: the model is sharded, or a layer can be excited in this form alone.
         """
         if any(weight.shard is not None for weight in self._weights):
             raise InputError(
                 "the model is sharded, so that no rank has it whole",
                 "Attach to an unsharded model with `resume=excitation.state_dict()`, gathered.",
             )
+        for weight in self._weights:
+            for module, parameter in weight.places:
+                obstacle = converted_obstacle_of(self._modules[module], parameter)
+                if obstacle is not None:
+                    raise InputError(
+                        f"there is no converted form of layer {weight.layer!r}, which {obstacle}",
+                        "Leave that layer alone by a rule, or go on in the attached form.",
+                    )
         twin = copy_model(self.model)
         memo: dict[int, Any] = {}
         grafts = []
@@ -280,7 +292,9 @@ class AttachedExcitation:
                 "Detach, and attach with a plan in which they are excited and `resume=False`.",
             )
         readable = self._building.readable_model()
-        plan = make_plan(readable, config=self._policy, example_inputs=self._example_inputs)
+        plan = make_plan(
+            readable, config=self._policy, example_inputs=self._example_inputs, form="attached"
+        )
         known = {place for weight in self._weights for place in weight.places}
         new = [row for row in plan.excited if (row.module, row.parameter) not in known]
         found = self._building.weights_of(replace(plan, decisions=tuple(new))) if new else []

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from we_surgery.copies import drawing_nothing
 from we_surgery.reading.bypass import prove_excited as prove_excited
+from we_surgery.reading.facts import Form as Form
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
@@ -17,6 +18,7 @@ from we_surgery.reading.recorded_facts import apply_recordings, record_both_mode
 from we_surgery.reading.symbolic import trace
 from we_surgery.reading.symbolic_shifts import mark_shifts
 from we_surgery.reading.traced_facts import mark_gates_and_norms
+from we_surgery.reading.tree import converted_obstacle_of as converted_obstacle_of
 from we_surgery.reading.tree import obstacle_of as obstacle_of
 from we_surgery.reading.tree import read_tree as read_tree
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from we_surgery.excitations import WeightLayout
+
+Form = Literal["converted", "attached"]
+"""Excitation in the model's graph, or in the optimizer's step."""
 
 
 @dataclass
@@ -27,6 +31,8 @@ class LayerFacts:
             that notices the scale of the layer's output; None when unknown.
         norm_evidence: where ``followed_by_norm`` comes from, for the plan's reasons.
         obstacle: why the weight cannot be excited at all, or None.
+        converted_obstacle: why it cannot be excited in the model's graph, or None; excitation in
+            the optimizer's step leaves the layer alone and can do it.
         readers: modules other than its own that feed it to an operation.
         reads: how often a forward reads it as a weight; None when not recorded.
         no_gradient: in train mode a forward reads it only with gradients turned off.
@@ -49,11 +55,18 @@ class LayerFacts:
     followed_by_norm: bool | None = None
     norm_evidence: str = ""
     obstacle: str | None = None
+    converted_obstacle: str | None = None
     readers: tuple[str, ...] = ()
     reads: int | None = None
     no_gradient: bool = False
     constant_input: bool = False
     shift_unknown: str | None = None
+
+    def obstacle_for(self, form: Form) -> str | None:
+        """Why the weight cannot be excited in this form, or None."""
+        if self.obstacle is None and form == "converted":
+            return self.converted_obstacle
+        return self.obstacle
 
     @property
     def path(self) -> str:

@@ -21,7 +21,7 @@ from we_surgery.reading.norms import After, after
 from we_surgery.reading.recorded import Recording, record, uncollected
 from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
-from we_surgery.reading.tree import obstacle_of
+from we_surgery.reading.tree import converted_obstacle_of, obstacle_of
 from we_surgery.reading.weight_use import WeightRead, weight_reads, written_weights
 from we_surgery.scripted import own_parameters
 
@@ -236,6 +236,7 @@ def _bare_parameter(
         layout=WeightLayout(tuple(parameter.shape), read.groups, read.transposed),
         frozen=not parameter.requires_grad,
         obstacle=obstacle,
+        converted_obstacle=converted_obstacle_of(owner, parameter_name),
     )
 
 

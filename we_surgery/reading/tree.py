@@ -87,6 +87,7 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
         frozen=weight is not None and not weight.requires_grad,
         standardizes_itself=standardizes_itself(module),
         obstacle=obstacle,
+        converted_obstacle=converted_obstacle_of(module, parameter),
     )
 
 
@@ -116,6 +117,7 @@ def _with_graph_reads(
             followed_by_norm=read.followed_by_norm,
             norm_evidence=read.norm_evidence,
             obstacle=obstacle,
+            converted_obstacle=converted_obstacle_of(read.owner, read.parameter),
             constant_input=read.constant_input,
         )
         found.setdefault(beside, facts)
@@ -144,8 +146,6 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "is lazy and has no shape before its first forward"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "belongs to a recurrent layer, which hands its weights over in a way of its own"
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return "belongs to a container, which would run an excitation as one of its layers"
     if weight.layout != torch.strided:
         return "has a sparse weight"
     if weight.dtype not in _EXCITABLE_DTYPES:
@@ -153,12 +153,19 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     kind: Any = type(module)
     if writes_in_forward(kind, parameter):
         return "is written to in its layer's own forward pass"
-    taken = [name for name in names_taken(parameter) if hasattr(module, name)]
-    if taken and not isinstance(module, ExcitedLayer):
-        return f"has an attribute {taken[0]!r} of its own"
     if hasattr(weight, "full_tensor"):
         return "is sharded (a DTensor); convert before fully_shard"
     return None
+
+
+def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
+    """Why no excitation of the parameter can stand in the module."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return "belongs to a container, which would run an excitation as one of its layers"
+    if isinstance(module, ExcitedLayer):
+        return None
+    taken = [name for name in names_taken(parameter) if hasattr(module, name)]
+    return f"has an attribute {taken[0]!r} of its own" if taken else None
 
 
 def ancestors(name: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -12,9 +12,7 @@ from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import STATE_KEY, excitation_of
 from we_surgery.errors import InputError, near_matches
 from we_surgery.options import ConvertOptions
-
-Form = Literal["converted", "attached"]
-"""Whether a callback converts the model, or attaches excitation to its optimizer."""
+from we_surgery.reading import Form as Form
 
 
 def check_form(form: str) -> None:

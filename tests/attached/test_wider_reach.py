@@ -1,0 +1,103 @@
+"""What the attached form excites and the converted one cannot: it leaves the layers alone."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equal_forms import batches, loss_of, plain_step
+from torch import nn
+
+import we_surgery as ws
+
+
+class Packed(nn.Sequential):
+    """A container with a weight of its own, which it uses as a linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.table = nn.Parameter(torch.randn(5, 8) * 0.3)
+
+    def forward(self, x):
+        return F.linear(super().forward(x), self.table)
+
+
+class Named(nn.Conv2d):
+    """Has an attribute of the name that a raw weight takes when converted."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 5, 3)
+        self.raw_weight = "this is ours"
+
+    def forward(self, x):
+        return super().forward(x).mean((2, 3))
+
+
+MODELS = {"container": (Packed, "table"), "name": (Named, "weight")}
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+def test_what_the_converted_form_leaves_alone_is_excited(case):
+    make, name = case
+    model = make()
+    x = batches(1)[0][0]
+    config = {"mode": "lwe", "linear": "lwe+mwe"}
+    rows = {
+        row.module + row.parameter: row
+        for row in ws.plan(model, config=config, example_inputs=x).decisions
+    }
+    assert not rows[name].excitation
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    excitation = ws.attach(model, optimizer, config=config, example_inputs=x)
+    raw = excitation.named_parameters()[name]
+    before = raw.detach().clone()
+    losses = [plain_step(optimizer, model, batches(1)[0], 0) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(raw, before)
+    assert not torch.equal(raw, model.get_parameter(name))
+    with pytest.raises(ws.InputError, match="there is no converted form of layer"):
+        excitation.converted()
+    with pytest.raises(ws.InputError, match="the plan excites layer"):
+        ws.convert(make(), plan=excitation.plan)
+
+
+def quantizable():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def test_quantization_aware_training_to_int8():
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+
+    x = batches(1)[0][0]
+    engine = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapping = get_default_qat_qconfig_mapping(engine if engine != "none" else "x86")
+        model = quantize_fx.prepare_qat_fx(quantizable().train(), mapping, (x,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    excitation = ws.attach(model, optimizer, "lwe+mwe")
+    assert len(excitation.plan.excited) == 3
+    losses = [plain_step(optimizer, model, batches(1)[0], 0) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            deployed = quantize_fx.convert_fx(copy.deepcopy(model))
+        got = deployed(x)
+    assert any("quantized" in type(module).__module__ for module in deployed.modules())
+    assert (got - expected).abs().max() < 0.25 * expected.abs().max()
+    assert loss_of(deployed, batches(1)[0]) < losses[0]
