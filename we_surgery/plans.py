@@ -58,7 +58,7 @@ class Decision:
     @property
     def layout(self) -> WeightLayout:
         """How the weight's axes are read."""
-        return WeightLayout(self.shape, self.groups, self.kind.startswith("conv_transpose"))
+        return WeightLayout(self.shape, self.groups, "_transpose" in self.kind)
 
     @property
     def stages(self) -> tuple[str, ...]:

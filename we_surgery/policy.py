@@ -184,7 +184,7 @@ def _cell_of(facts: LayerFacts) -> tuple[str, str]:
         return "depthwise", "has a single input channel, which leaves no location to weigh"
     if facts.kind.startswith("conv"):
         return "conv", "conv"
-    reason = "linear: no kernel locations" if facts.kind == "linear" else "attention"
+    reason = "linear: no kernel locations" if facts.kind.startswith("linear") else "attention"
     return "linear", f"{reason}; shift-fed: {facts.shift}" if facts.shift is not None else reason
 
 

@@ -62,6 +62,93 @@ def test_what_the_converted_form_leaves_alone_is_excited(case):
         ws.convert(make(), plan=excitation.plan)
 
 
+class Columns(nn.Module):
+    """Multiplies as ``x @ W``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.randn(3 * 64, 8) * 0.1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(F.relu(x.flatten(1) @ self.hidden))
+
+
+class Rows(Columns):
+    """The same with filters first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(self.hidden.detach().t().contiguous())
+
+    def forward(self, x):
+        return self.head(F.relu(F.linear(x.flatten(1), self.hidden)))
+
+
+def test_columns_are_excited_as_the_rows_of_a_linear_layer():
+    found = []
+    for make in (Columns, Rows):
+        torch.manual_seed(0)
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        config = {"mode": "lwe", "linear": "lwe+mwe"}
+        torch.manual_seed(1)
+        x = batches(1)[0][0]
+        excitation = ws.attach(model, optimizer, config=config, example_inputs=x)
+        assert "hidden:lwe.fc1.weight" in excitation.named_parameters()
+        found.append([plain_step(optimizer, model, batch, 0) for batch in batches(4)])
+        hidden = model.hidden.detach()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert hidden.shape == (8, 3 * 64)
+
+
+def test_gpt2(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    def started(seed):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 40, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        config = transformers.GPT2Config(
+            **sizes, bos_token_id=1, eos_token_id=1, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        )
+        model = transformers.GPT2LMHeadModel(config)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        inputs = {"input_ids": words, "labels": words}
+        excitation = ws.attach(model, optimizer, "mwe", example_inputs=inputs)
+        return model, optimizer, excitation
+
+    def trained(model, optimizer, steps):
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(input_ids=words, labels=words).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    words = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(3))
+    model, optimizer, excitation = started(0)
+    raws = [name.rpartition("h.0.")[2] for name in excitation.named_parameters()]
+    assert raws == [
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    ]
+    trained(model, optimizer, 2)
+    model.save_pretrained(tmp_path)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    opened = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(opened(words).logits, model(words).logits)
+    rest = trained(model, optimizer, 2)
+    model, optimizer, _ = started(9)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert trained(model, optimizer, 2) == rest
+
+
 def quantizable():
     torch.manual_seed(0)
     return nn.Sequential(

@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 from toys import Shift, SqueezeExcite
 
 from we_surgery.excitations import WeightLayout
-from we_surgery.reading import LayerFacts, obstacle_of, read_tree
+from we_surgery.reading import LayerFacts, converted_obstacle_of, obstacle_of, read_tree
 from we_surgery.reading.kinds import is_gate, is_norm, is_shift, kind_of, standardizes_itself
 
 
@@ -233,4 +233,6 @@ def test_a_frozen_weight_is_known(requires_grad: bool) -> None:
 def test_a_weight_that_a_container_owns_is_left_alone(container: type[nn.Module]) -> None:
     owner = container()
     owner.kernel = nn.Parameter(torch.randn(4, 4))
-    assert "would run an excitation as one of its layers" in str(obstacle_of(owner, "kernel"))
+    reason = "would run an excitation as one of its layers"
+    assert reason in str(converted_obstacle_of(owner, "kernel"))
+    assert obstacle_of(owner, "kernel") is None

@@ -75,7 +75,7 @@ def test_a_bare_parameter_that_is_a_linear_weight_becomes_a_row(
     mixed: dict[str, LayerFacts],
 ) -> None:
     assert (mixed["bare"].kind, mixed["bare"].obstacle) == ("linear", None)
-    assert "x @ W" in str(mixed["turned"].obstacle)
+    assert "x @ W" in str(mixed["turned"].obstacle_for("converted"))
     assert "one part of a weight" in str(mixed["scaled"].obstacle)
     assert "offset" not in mixed
 
@@ -173,7 +173,7 @@ def test_an_einsum_is_a_linear_where_the_filters_are_its_weights_first_axis(
             operands = (self.kernel, x) if equation.startswith("o") else (x, self.kernel)
             return torch.einsum(equation, *operands)
 
-    obstacle = facts_of(Einsum(), (3, 4))["kernel"].obstacle
+    obstacle = facts_of(Einsum(), (3, 4))["kernel"].obstacle_for("converted")
     assert obstacle is None if stored else "x @ W" in str(obstacle)
 
 
@@ -202,7 +202,7 @@ class Product(nn.Module):
 def test_the_filters_of_a_product_are_where_the_sum_does_not_run(
     multiply: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], stored: bool
 ) -> None:
-    obstacle = facts_of(Product(multiply), shape)["kernel"].obstacle
+    obstacle = facts_of(Product(multiply), shape)["kernel"].obstacle_for("converted")
     assert obstacle is None if stored else "x @ W" in str(obstacle)
 
 

@@ -18,7 +18,8 @@ class LayerFacts:
     Attributes:
         module: the owning module's name in the model ("" for the model itself).
         parameter: the weight's name in that module, such as ``weight``.
-        kind: ``conv1d`` ... ``conv_transpose3d``, ``linear`` or ``attention``.
+        kind: ``conv1d`` ... ``conv_transpose3d``, ``linear``, ``linear_transpose`` (x @ W) or
+            ``attention``.
         type_name: the module's class, qualified.
         layout: the weight's shape and how its axes are read.
         other_names: further names of the same Parameter (tied layers, shared modules).

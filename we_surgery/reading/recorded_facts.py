@@ -217,6 +217,11 @@ def _bare_parameter(
         else "linear"
     )
     obstacle = obstacle_of(owner, parameter_name)
+    converted_obstacle = converted_obstacle_of(owner, parameter_name)
+    filters_last = kind == "linear" and not any(use.read.filters_first for use in uses)
+    if filters_last and parameter.ndim == 2:
+        kind = "linear_transpose"
+        converted_obstacle = "is multiplied as x @ W, whose filters are not its first axis"
     if obstacle is None and others:
         obstacle = f"is shared with {others[0]!r}"
     elif obstacle is None and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
@@ -224,7 +229,11 @@ def _bare_parameter(
         obstacle = "is also the table of an embedding"
     elif obstacle is None and any(use.read.computed for use in uses):
         obstacle = "is one part of a weight that its module computes"
-    elif obstacle is None and not all(use.read.filters_first for use in uses):
+    elif (
+        obstacle is None
+        and kind != "linear_transpose"
+        and not all(use.read.filters_first for use in uses)
+    ):
         obstacle = "is multiplied as x @ W, whose filters are not its first axis"
     elif obstacle is None and not is_conv and parameter.ndim != 2:
         obstacle = f"is a stack of matrices of shape {tuple(parameter.shape)}"
@@ -233,10 +242,12 @@ def _bare_parameter(
         parameter=parameter_name,
         kind=kind,
         type_name=f"{type(owner).__module__}.{type(owner).__qualname__}",
-        layout=WeightLayout(tuple(parameter.shape), read.groups, read.transposed),
+        layout=WeightLayout(
+            tuple(parameter.shape), read.groups, read.transposed or kind == "linear_transpose"
+        ),
         frozen=not parameter.requires_grad,
         obstacle=obstacle,
-        converted_obstacle=converted_obstacle_of(owner, parameter_name),
+        converted_obstacle=converted_obstacle,
     )
 
 
