@@ -201,13 +201,14 @@ REPLACEMENTS = {
 }
 
 
+@pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
-def test_another_parameter_in_the_place_of_the_weight_is_an_error(run, replace):
+def test_another_parameter_in_the_place_of_the_weight_is_an_error(run, replace, zero):
     model, optimizer, _ = run
     replace(model)
-    # The old Parameter still has the last step's gradient.
+    # Without `zero_grad` the old Parameter still has the last step's gradient.
     with pytest.raises(ws.AttachmentError, match="holds another Parameter"):
-        steps(model, optimizer, 1, zero=False)
+        steps(model, optimizer, 1, zero=zero)
 
 
 def test_a_second_attach_is_refused(run):

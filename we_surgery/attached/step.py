@@ -197,6 +197,11 @@ class OptimizerStep:
                 stacklevel=2,
             )
             self.frozen = {}
+        gone = [
+            w for w in self.weights if w.parameter.grad is None and not self.tripwire.is_held(w)
+        ]
+        if gone:
+            self.tripwire.report(gone)  # replaced in the model, so that it gets no gradient
         if not live:
             return
         self.synchronize(self)
