@@ -14,7 +14,6 @@ import copy
 import importlib
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -97,20 +96,6 @@ class ExcitedLayer(_ModuleBase):
         for name, layer in list(excited_layers(fused)):
             fused.set_submodule(name, layer.fuse())
         return fused
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        # A class's own method knows its weight by the vanilla name, and would save the excited one.
-        own: OrderedDict[str, Any] = OrderedDict()
-        super()._save_to_state_dict(own, prefix, keep_vars)
-        raw = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
-        for key, value in own.items():
-            if key not in raw:
-                destination[key] = value
-            elif raw[key] not in own:
-                parameter: Tensor = getattr(self, raw[key].removeprefix(prefix))
-                destination[raw[key]] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
