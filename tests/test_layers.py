@@ -16,6 +16,7 @@ from we_surgery.class_swap import excite, restore
 from we_surgery.excitations import WeightLayout, build_excitation
 from we_surgery.layer_names import excitation_name, raw_name
 from we_surgery.layers import ExcitedLayer, WEConv2d, WELinear, excited_class
+from we_surgery.transaction import AllOrNothing
 
 
 def excited_conv(*stages: str, bias: bool = True) -> ExcitedLayer:
@@ -348,8 +349,9 @@ def test_a_failed_swap_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatc
 
     conv = Sealed(8, 6, 3)
     names, weight = set(vars(conv)), conv.weight
-    with pytest.raises(AttributeError):
-        excite(conv, "weight", build_excitation([{"mwe": {}}], WeightLayout((6, 8, 3, 3))), "conv")
+    excitation = build_excitation([{"mwe": {}}], WeightLayout((6, 8, 3, 3)))
+    with pytest.raises(AttributeError), AllOrNothing([conv]):
+        excite(conv, "weight", excitation, "conv")
     assert set(vars(conv)) == names
     assert list(conv._parameters) == ["weight", "bias"]
     assert conv.weight is weight

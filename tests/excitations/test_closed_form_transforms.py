@@ -176,4 +176,8 @@ def test_an_excited_model_can_be_exported(strict: bool) -> None:
     model = ws.convert(conv_net(), "lwe+mwe").eval()
     x = torch.randn(2, 32, 6, 6)
     exported = torch.export.export(model, (x,), strict=strict)
-    torch.testing.assert_close(exported.module()(x), model(x))
+    expected = model(x)
+    # Outputs go up to 2,000, and the kernel's sum is rounded in another way within a graph.
+    torch.testing.assert_close(
+        exported.module()(x), expected, rtol=0, atol=1e-6 * expected.abs().max().item()
+    )
