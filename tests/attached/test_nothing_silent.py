@@ -466,3 +466,18 @@ def test_biases_do_not_join_a_group_that_trains_by_muon():
     now = excitation.parameters()
     assert all(not torch.equal(p, was) for p, was in zip(now, before, strict=True))
     assert [len(group["params"]) for group in optimizer.param_groups][1] == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_the_optimizer_clears_in_its_step_are_cleared_in_the_model(set_to_none):
+    class Clearing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad(set_to_none=set_to_none)
+
+    model = Net()
+    optimizer = Clearing(model.parameters(), 0.1)
+    ws.attach(model, optimizer, "lwe+mwe")
+    go_on(model, optimizer)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(g is None if set_to_none else not g.any() for g in gradients)
