@@ -44,8 +44,9 @@ from zoo_promises import (
     check_files,
     check_folded_state,
     generators_untouched,
+    no_fakes_left,
     note_plain,
-    refuse_fakes,
+    refuse_fake_outputs,
 )
 from zoo_row import ZooRow
 
@@ -110,12 +111,13 @@ def _check(
     if before is not None:
         before(model)
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
-    candidate, reading, raw_outputs = _read(row, model, mode)
+    with no_fakes_left():
+        candidate, reading, raw_outputs = _read(row, model, mode)
     inputs, plan = candidate.inputs, _decide(model, mode, reading)
     _refuse_missing_rows(model, plan)
     note_plain(row, model, plan, _PLAIN)
     fresh = build(row.name)
-    refuse_fakes(fresh, inputs)
+    refuse_fake_outputs(fresh, inputs)
     _check_preserved(row, model, candidate, reading, preserved)
     classes = [(name, type(module)) for name, module in model.named_modules()]
     shapes = [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]

@@ -37,22 +37,27 @@ def generators_untouched(what: str) -> Iterator[None]:
         raise ZooError(f"{what} moves Python's random generator")
 
 
-_ALIVE: set[int] = set()
-"""The fake tensors that models before this one have left, by their addresses."""
+@contextmanager
+def no_fakes_left() -> Iterator[None]:
+    """Fails where a block leaves fake tensors behind; those from before it are not its own."""
+    before = {id(fake): fake for fake in _fakes()}  # held, so that no address is used again
+    yield
+    left = sum(id(fake) not in before for fake in _fakes())
+    if left:
+        raise ZooError(f"{left} fake tensors outlive the reading")
 
 
-def refuse_fakes(fresh: nn.Module, inputs: Any) -> None:
-    """Nothing that the reading recorded is left: neither in what a new model returns, nor alive."""
-    if any(isinstance(output, FakeTensor) for output in run_in_eval(fresh, inputs)):
-        raise ZooError("a new model of the class returns fake tensors")
+def _fakes() -> list[FakeTensor]:
     gc.collect()
     fakes = (value for value in gc.get_objects() if type(value) is FakeTensor)
     # Those with symbolic sizes are torch.compile's own.
-    alive = {id(fake) for fake in fakes if fake.fake_mode.shape_env is None}
-    left = alive - _ALIVE
-    _ALIVE.update(left)
-    if left:
-        raise ZooError(f"{len(left)} fake tensors outlive the reading")
+    return [fake for fake in fakes if fake.fake_mode.shape_env is None]
+
+
+def refuse_fake_outputs(fresh: nn.Module, inputs: Any) -> None:
+    """A new model of the class does not return what the reading of another one has recorded."""
+    if any(isinstance(output, FakeTensor) for output in run_in_eval(fresh, inputs)):
+        raise ZooError("a new model of the class returns fake tensors")
 
 
 def check_files(row: ZooRow, vanilla: nn.Module, plan: ws.Plan) -> None:

@@ -14,7 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo_check import check_model
 from zoo_libraries import LIBRARIES
 from zoo_list import THIRD_PARTY
-from zoo_promises import ZooError, check_folded_state, generators_untouched, refuse_fakes
+from zoo_promises import (
+    ZooError,
+    check_folded_state,
+    generators_untouched,
+    no_fakes_left,
+    refuse_fake_outputs,
+)
 
 BY_CLASS = "inside an attention gate, by its class"
 BY_DATA = "inside an attention gate, by what the data does"
@@ -95,12 +101,18 @@ def test_a_fake_tensor_that_is_left_is_noticed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return left[0] if left else x
 
-    refuse_fakes(Caching(), torch.ones(2))
-    left.append(FakeTensorMode().from_tensor(torch.ones(2)))
+    refuse_fake_outputs(Caching(), torch.ones(2))
+    with pytest.raises(ZooError, match="1 fake tensors outlive the reading"), no_fakes_left():
+        left.append(FakeTensorMode().from_tensor(torch.ones(2)))
     with pytest.raises(ZooError, match="returns fake tensors"):
-        refuse_fakes(Caching(), torch.ones(2))
-    with pytest.raises(ZooError, match="1 fake tensors outlive the reading"):
-        refuse_fakes(nn.Identity(), torch.ones(2))
+        refuse_fake_outputs(Caching(), torch.ones(2))
+
+
+def test_a_fake_tensor_of_somebody_else_is_nobodys_fault() -> None:
+    elsewhere = FakeTensorMode().from_tensor(torch.ones(2))
+    with no_fakes_left():
+        FakeTensorMode().from_tensor(torch.ones(2))
+    assert elsewhere.shape == (2,)
 
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: random.random()])
