@@ -39,9 +39,9 @@ from measuring import (
 from torch import nn
 
 import we_surgery as ws
+from we_surgery.converted.layer import excited_layers
+from we_surgery.converted.views import folded_parameters
 from we_surgery.excitations import build_excitation
-from we_surgery.layer_views import folded_parameters
-from we_surgery.layers import excited_layers
 
 NETWORKS = ("mobilenet_v2", "resnet50", "resnet152")
 

@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transform_forms import naive, staged
 
 import we_surgery as ws
-from we_surgery.excitations import Composition, triton_backend
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
+from we_surgery.excitations import Composition
+from we_surgery.excitations.compute import triton_backend
 
 FREE = ("empty", "detach", "alias", "as_strided", "is_same_size", "new_empty")
 FORMS: dict[str, Callable[[Composition, Tensor], Tensor]] = {

@@ -23,7 +23,7 @@ import yaml
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.family import Method, family
+from we_surgery.jobs.methods import Method, family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"

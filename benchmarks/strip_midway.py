@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 
 STEPS, STRIPPED_AFTER, LAST = 120, 40, 50
 OPTIMIZERS = {

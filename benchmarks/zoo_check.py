@@ -51,12 +51,13 @@ from zoo_promises import (
 from zoo_row import ZooRow
 
 import we_surgery as ws
-from we_surgery.config import make_policy
-from we_surgery.graphs import ExcitedWeight, excited_weights
-from we_surgery.layers import ExcitedLayer, excited_layers
-from we_surgery.planning import decide_layers
-from we_surgery.proof import RELATIVE_TOLERANCE, largest_differences, run_in_eval
-from we_surgery.reading import Reading, prove_excited, read
+from we_surgery.converted.bypass import prove_excited
+from we_surgery.converted.graphs import ExcitedWeight, excited_weights
+from we_surgery.converted.layer import ExcitedLayer, excited_layers
+from we_surgery.converted.proof import RELATIVE_TOLERANCE, largest_differences, run_in_eval
+from we_surgery.planning.config import make_policy
+from we_surgery.planning.decide import decide_layers
+from we_surgery.reading import Reading, read
 from we_surgery.reading.kinds import kind_of
 from we_surgery.reading.running import call
 

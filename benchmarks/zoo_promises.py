@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from zoo_row import ZooRow
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
-from we_surgery.proof import run_in_eval, same_bits
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.proof import run_in_eval, same_bits
 
 
 class ZooError(Exception):

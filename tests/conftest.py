@@ -21,7 +21,7 @@ def _seeded() -> None:
 def kernels() -> Any:
     """The kernels, on the CPU: Triton's interpreter is asked for above."""
     pytest.importorskip("triton")
-    from we_surgery.excitations import backends, triton_backend
+    from we_surgery.excitations.compute import backends, triton_backend
 
     if not backends.is_interpreted():
         pytest.skip("Triton is not interpreted here")

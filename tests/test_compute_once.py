@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from weight_changes import CHANGES, excited_conv
 
 import we_surgery as ws
-from we_surgery import compute_once
-from we_surgery.excitations import backends
-from we_surgery.excitations.terms import Kept, Terms
-from we_surgery.layers import WEConv2d
-from we_surgery.watching import Sources
+from we_surgery.converted import compute_once
+from we_surgery.converted.layer import WEConv2d
+from we_surgery.converted.watching import Sources
+from we_surgery.excitations.compute import backends
+from we_surgery.excitations.compute.terms import Kept, Terms
 
 
 @pytest.fixture

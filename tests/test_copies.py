@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.copies import copy_model
+from we_surgery._util.copies import copy_model
 
 
 class Remembers(nn.Module):

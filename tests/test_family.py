@@ -11,7 +11,7 @@ from torch import Tensor
 import we_surgery as ws
 from we_surgery.cli import convert_command
 from we_surgery.excitations import EXCITATIONS, MWE
-from we_surgery.family import family
+from we_surgery.jobs.methods import family
 
 
 def listed(*arguments: str) -> str:

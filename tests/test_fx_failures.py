@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from toys import EVERYTHING
 
 import we_surgery as ws
-from we_surgery import grafting, surgery
+from we_surgery.converted import sites as grafting
+from we_surgery.converted import surgery
 from we_surgery.fx import ExcitePass, StripPass
 
 

@@ -22,9 +22,9 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.layer import WEConv2d, WELinear
 from we_surgery.fx import ExcitePass, StripPass
-from we_surgery.graphs import excited_weights
-from we_surgery.layers import WEConv2d, WELinear
 
 
 def saved_and_loaded(graph_module: nn.Module) -> Any:

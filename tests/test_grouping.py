@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
-from we_surgery import grouping
-from we_surgery.excitations.terms import Terms
-from we_surgery.layers import excited_layers
+from we_surgery.converted import grouping
+from we_surgery.converted.layer import excited_layers
+from we_surgery.excitations.compute.terms import Terms
 
 
 class Net(nn.Module):

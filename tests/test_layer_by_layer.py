@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery import fold_in_place, grafting
+from we_surgery.converted import fold_in_place
+from we_surgery.converted import sites as grafting
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
 

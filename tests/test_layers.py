@@ -12,11 +12,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery.class_swap import excite, restore
+from we_surgery._util.transaction import AllOrNothing
+from we_surgery.converted.class_swap import excite, restore
+from we_surgery.converted.layer import ExcitedLayer, WEConv2d, WELinear, excited_class
 from we_surgery.excitations import WeightLayout, build_excitation
-from we_surgery.layer_names import excitation_name, raw_name
-from we_surgery.layers import ExcitedLayer, WEConv2d, WELinear, excited_class
-from we_surgery.transaction import AllOrNothing
+from we_surgery.excitations.names import excitation_name, raw_name
 
 
 def excited_conv(*stages: str, bias: bool = True) -> ExcitedLayer:
@@ -46,7 +46,7 @@ def test_a_layer_becomes_an_importable_subclass_and_computes_with_the_excited_we
     layer = ws.convert(vanilla, config=EVERYTHING)
     cls = type(layer)
     assert cls.__name__ == f"WE{name}"
-    assert getattr(__import__("we_surgery.layers").layers, cls.__name__) is cls
+    assert getattr(__import__("we_surgery.converted.layer").layers, cls.__name__) is cls
     assert isinstance(layer, type(vanilla))
     rank = int(name[-2]) if name[-1] == "d" else 0
     x = torch.randn(2, 8, *[7] * rank)

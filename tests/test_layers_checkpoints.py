@@ -8,8 +8,8 @@ from torch import nn
 from toys import EVERYTHING, ConvNet, Zoo
 
 import we_surgery as ws
-from we_surgery.layer_names import raw_name
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
+from we_surgery.excitations.names import raw_name
 
 
 def excitations(model: nn.Module) -> dict[str, torch.Tensor]:

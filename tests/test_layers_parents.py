@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import EVERYTHING, is_vanilla, substituted
 
 import we_surgery as ws
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4]),

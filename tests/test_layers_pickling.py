@@ -15,9 +15,9 @@ from torch import nn
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery import layers
-from we_surgery.layer_names import raw_name
-from we_surgery.layers import excited_class
+from we_surgery.converted import layer as layers
+from we_surgery.converted.layer import excited_class
+from we_surgery.excitations.names import raw_name
 
 
 class Outer:
@@ -112,7 +112,7 @@ def test_a_class_that_cannot_be_imported_fails_as_it_does_vanilla() -> None:
 
 def test_a_made_class_says_what_it_is_made_of() -> None:
     made = excited_class(Conv2dSame, ("weight",))
-    assert made.__module__ == "we_surgery.layers"
+    assert made.__module__ == "we_surgery.converted.layer"
     assert getattr(layers, made.__qualname__) is made
     assert Conv2dSame.__name__ in made.__qualname__
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from toys import EVERYTHING, is_vanilla
 
 import we_surgery as ws
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
 
 
 class Tied(nn.Module):

@@ -15,8 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from toys import EVERYTHING, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
+from we_surgery.converted.layer import excited_layers
 from we_surgery.excitations.record import is_record
-from we_surgery.layers import excited_layers
 
 
 def image() -> Tensor:

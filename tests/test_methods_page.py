@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from we_surgery.family import family
+from we_surgery.jobs.methods import family
 
 ROOT = Path(__file__).parents[1]
 ROWS = [

@@ -8,8 +8,8 @@ from torch import fx
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
+from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.fx import ExcitePass
-from we_surgery.options import ConvertOptions, resolve_options
 
 
 def test_they_are_the_keyword_arguments_of_convert() -> None:

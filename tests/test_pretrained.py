@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 import we_surgery as ws
 from tests.toys import EVERYTHING, EXCITING_MODES, ConvNet
 from we_surgery.cli.convert import convert_command
+from we_surgery.converted.layer import excited_layers
+from we_surgery.converted.proof import largest_differences, run_in_eval
 from we_surgery.excitations import Composition
-from we_surgery.layers import excited_layers
-from we_surgery.proof import largest_differences, run_in_eval
 
 
 def pretrained() -> nn.Module:

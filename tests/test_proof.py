@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.errors import InputError, SurgeryError
-from we_surgery.proof import (
+from we_surgery.converted.proof import (
     check_fold,
     check_outputs,
     eval_mode,
@@ -18,6 +17,7 @@ from we_surgery.proof import (
     run_in_eval,
     same_bits,
 )
+from we_surgery.errors import InputError, SurgeryError
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from we_surgery import InputError, Rule
-from we_surgery.recipe_text import parse_recipe
+from we_surgery.excitations.stage_text import parse_recipe
 
 
 @pytest.mark.parametrize(

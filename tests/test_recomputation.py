@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
 from tests.toys import EVERYTHING
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
 
 
 class EachLayer(nn.Module):

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
-from we_surgery import plans
-from we_surgery.layers import excited_layers
-from we_surgery.plans import Decision, Plan
-from we_surgery.surgery import stored_plan
+from we_surgery.converted.layer import excited_layers
+from we_surgery.converted.surgery import stored_plan
+from we_surgery.planning import plans
+from we_surgery.planning.plans import Decision, Plan
 
 
 @pytest.mark.parametrize("mode", EXCITING_MODES)

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from toys import EVERYTHING, ConvNet, Zoo
 
 import we_surgery as ws
-from we_surgery import grafting
+from we_surgery.converted import sites as grafting
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
 

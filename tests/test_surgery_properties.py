@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import EVERYTHING, EXCITING_MODES, is_vanilla
 
 import we_surgery as ws
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
 
 # Some of these models have nothing to excite in the mode that was drawn.
 pytestmark = pytest.mark.filterwarnings("ignore::we_surgery.NothingToConvertWarning")

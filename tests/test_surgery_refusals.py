@@ -11,7 +11,7 @@ from torch import nn
 from toys import ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
-from we_surgery.plans import Plan
+from we_surgery.planning.plans import Plan
 
 
 class DistributedDataParallel(nn.Module):

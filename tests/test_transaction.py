@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from toys import ConvNet
 
-from we_surgery.transaction import AllOrNothing
+from we_surgery._util.transaction import AllOrNothing
 
 
 class FaultError(Exception):

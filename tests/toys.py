@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.layers import excited_layers
-from we_surgery.policy import MODES
+from we_surgery.converted.layer import excited_layers
+from we_surgery.planning.policy import MODES
 
 EXCITING_MODES = [mode for mode in MODES if mode != "none"]
 

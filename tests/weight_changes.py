@@ -8,8 +8,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 import we_surgery as ws
+from we_surgery.converted.layer import WEConv2d
 from we_surgery.excitations import LWE, MWE
-from we_surgery.layers import WEConv2d
 
 
 def excited_conv() -> WEConv2d:

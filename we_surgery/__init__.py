@@ -1,16 +1,20 @@
 """Train any PyTorch model with weight excitation, and deploy the vanilla architecture."""
 
-__version__ = "0.1.0"
-
+from we_surgery._util.version import __version__ as __version__
 from we_surgery.attached import AttachedExcitation as AttachedExcitation
 from we_surgery.attached import attach as attach
-from we_surgery.backends import set_backend as set_backend
 from we_surgery.checkpoint import Architecture as Architecture
 from we_surgery.checkpoint import load as load
 from we_surgery.checkpoint import save as save
 from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
-from we_surgery.config import make_policy as make_policy
+from we_surgery.converted.backends import set_backend as set_backend
+from we_surgery.converted.grouping import set_grouped as set_grouped
+from we_surgery.converted.layer import set_recompute as set_recompute
+from we_surgery.converted.proof import StripReport as StripReport
+from we_surgery.converted.surgery import convert as convert
+from we_surgery.converted.surgery import strip as strip
+from we_surgery.converted.surgery import strip_with_report as strip_with_report
 from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
 from we_surgery.errors import AttachmentError as AttachmentError
 from we_surgery.errors import ExcitationError as ExcitationError
@@ -29,19 +33,14 @@ from we_surgery.excitations import average_location_nets as average_location_net
 from we_surgery.excitations import harden as harden
 from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.excitations import sparsity_loss as sparsity_loss
-from we_surgery.grouping import set_grouped as set_grouped
-from we_surgery.layers import set_recompute as set_recompute
-from we_surgery.planning import plan as plan
-from we_surgery.plans import Decision as Decision
-from we_surgery.plans import Plan as Plan
-from we_surgery.policy import MODES as MODES
-from we_surgery.policy import Mode as Mode
-from we_surgery.policy import Policy as Policy
-from we_surgery.proof import StripReport as StripReport
-from we_surgery.rules import Rule as Rule
-from we_surgery.surgery import convert as convert
-from we_surgery.surgery import strip as strip
-from we_surgery.surgery import strip_with_report as strip_with_report
+from we_surgery.planning.config import make_policy as make_policy
+from we_surgery.planning.decide import plan as plan
+from we_surgery.planning.plans import Decision as Decision
+from we_surgery.planning.plans import Plan as Plan
+from we_surgery.planning.policy import MODES as MODES
+from we_surgery.planning.policy import Mode as Mode
+from we_surgery.planning.policy import Policy as Policy
+from we_surgery.planning.rules import Rule as Rule
 from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training import WESchedule as WESchedule

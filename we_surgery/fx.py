@@ -20,9 +20,9 @@ from typing import Any, Unpack
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from we_surgery.options import ConvertOptions, resolve_options
-from we_surgery.planning import plan as make_plan
-from we_surgery.surgery import convert, is_converted, strip
+from we_surgery.converted.options import ConvertOptions, resolve_options
+from we_surgery.converted.surgery import convert, is_converted, strip
+from we_surgery.planning.decide import plan as make_plan
 
 
 class ExcitePass(PassBase):

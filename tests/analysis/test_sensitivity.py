@@ -24,7 +24,7 @@ from we_surgery.analysis.sensitivity import (
     scale_standardized,
     without_normalization,
 )
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 
 
 def train(model: nn.Module, seed: int) -> None:

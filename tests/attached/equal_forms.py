@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 
 STEPS = 5
 

@@ -16,8 +16,8 @@ import timm.layers
 import torch
 from torch import nn
 
-from we_surgery import layers
 from we_surgery.checkpoint import read
+from we_surgery.converted import layer as layers
 from we_surgery.errors import InputError
 
 
@@ -151,13 +151,13 @@ def test_a_payload_inside_a_module_does_not_run(calls, tmp_path, canary):
         ("builtins", "getattr"),
         ("__builtin__", "getattr"),
         ("torch.nn.modules.linear", "Linear.__init__"),
-        ("we_surgery.layers", "os:system:weight"),
-        ("we_surgery.layers", "subprocess:Popen:weight"),
-        ("we_surgery.layers", "torch/nn/modules/linear:Linear:forward"),
-        ("we_surgery.layers", "torch/nn/modules/linear:Linear"),
-        ("we_surgery.layers", "torch/nn/modules/linear:Linear/__init__:weight"),
-        ("we_surgery.layers", "torch/fx/graph_module:GraphModule:weight"),
-        ("we_surgery.layers", "importlib"),
+        ("we_surgery.converted.layer", "os:system:weight"),
+        ("we_surgery.converted.layer", "subprocess:Popen:weight"),
+        ("we_surgery.converted.layer", "torch/nn/modules/linear:Linear:forward"),
+        ("we_surgery.converted.layer", "torch/nn/modules/linear:Linear"),
+        ("we_surgery.converted.layer", "torch/nn/modules/linear:Linear/__init__:weight"),
+        ("we_surgery.converted.layer", "torch/fx/graph_module:GraphModule:weight"),
+        ("we_surgery.converted.layer", "importlib"),
     ],
 )
 def test_a_name_that_is_no_allowed_class_is_refused(module, attribute, write_archive):

@@ -215,6 +215,6 @@ def test_parameters_of_any_name_come_back(tmp_path):
 
 @pytest.mark.parametrize("name", ["forward", "__len__", "a.b", "", "%66orward", "%61"])
 def test_a_class_for_a_parameter_that_is_none_is_refused(name):
-    asked = Name("we_surgery.layers", f"torch/nn/modules/linear:Linear:{name}")
+    asked = Name("we_surgery.converted.layer", f"torch/nn/modules/linear:Linear:{name}")
     found = permit(Actions(names={asked.path: asked}), unsafe={asked.path})
     assert len(found.refusals) == 1

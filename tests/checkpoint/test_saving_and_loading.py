@@ -19,9 +19,9 @@ from we_surgery.checkpoint import (
     write_state_dict,
 )
 from we_surgery.checkpoint.unwrap import VERSIONS
+from we_surgery.converted.layer import excited_layers
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
-from we_surgery.layers import excited_layers
-from we_surgery.surgery import PLAN_ATTRIBUTE
 
 EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}
 

@@ -214,9 +214,9 @@ UNUSUAL = {
 def test_unusual_tensors_are_kept_in_a_file_of_torch_and_refused_by_safetensors(
     name, converted, tmp_path
 ):
-    from we_surgery.inspection import inspect_file
-    from we_surgery.jobs import Source
-    from we_surgery.stripping import strip_file
+    from we_surgery.jobs.convert import Source
+    from we_surgery.jobs.inspect import inspect_file
+    from we_surgery.jobs.strip import strip_file
 
     state = converted.state_dict() | {"extra": UNUSUAL[name]()}
     torch.save(state, tmp_path / "one.bin")

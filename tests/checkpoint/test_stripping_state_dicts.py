@@ -17,8 +17,8 @@ from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
 from we_surgery.excitations import formulas
 from we_surgery.excitations.record import make_record, to_tensor
-from we_surgery.inspection import inspect_file
-from we_surgery.jobs import Source
+from we_surgery.jobs.convert import Source
+from we_surgery.jobs.inspect import inspect_file
 
 EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}
 

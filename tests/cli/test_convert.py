@@ -14,7 +14,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery.cli import convert_command, we_surgery
-from we_surgery.layers import ExcitedLayer
+from we_surgery.converted.layer import ExcitedLayer
 
 
 def run(*words: str | Path) -> Result:

@@ -18,7 +18,7 @@ from torch import nn
 import we_surgery as ws
 from we_surgery.analysis import LocationMap, LocationMaps, save_result
 from we_surgery.cli import inspect_command
-from we_surgery.html_report import viridis
+from we_surgery.jobs.html_report import viridis
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

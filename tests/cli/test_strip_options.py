@@ -18,10 +18,11 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery import stripping, verification
 from we_surgery.checkpoint.streaming import SafetensorsWriter
 from we_surgery.cli import convert_command, inspect_command, strip_command
 from we_surgery.errors import SurgeryError
+from we_surgery.jobs import strip as stripping
+from we_surgery.jobs import verify as verification
 
 ARCH = ("--arch", "toys:ConvNet")
 SHAPE = ("--input-shape", "2,3,8,8")

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import we_surgery as ws
 from we_surgery.errors import InputError
-from we_surgery.excitations import backends
-from we_surgery.excitations.terms import Terms
+from we_surgery.excitations.compute import backends
+from we_surgery.excitations.compute.terms import Terms
 
 pytest.importorskip("triton")
 
@@ -137,7 +137,7 @@ def test_an_unknown_backend_is_refused_before_anything_changes() -> None:
 
 
 def test_triton_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("we_surgery.backends.has_triton", lambda: False)
+    monkeypatch.setattr("we_surgery.converted.backends.has_triton", lambda: False)
     with pytest.raises(InputError, match="not installed"):
         ws.set_backend(small_model(), "triton")
 

@@ -18,7 +18,7 @@ from we_surgery.excitations import (
     Excitation,
     Standardize,
 )
-from we_surgery.excitations.closed_form import excite_together
+from we_surgery.excitations.compute.closed_form import excite_together
 
 pytest.importorskip("triton")
 
@@ -209,7 +209,9 @@ def test_kernels_compile_for_a_gpu() -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from we_surgery.excitations import triton_backend, triton_backward, triton_forward
+from we_surgery.excitations.compute import triton_backend
+from we_surgery.excitations.compute import triton_backward
+from we_surgery.excitations.compute import triton_forward
 
 everything = triton_backend._Stages(None, *[True] * 4).constants()
 curve_alone = triton_backend._Stages(None, False, False, False, True).constants()

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from toys import EVERYTHING, ZOO_INPUT, Zoo
 
 import we_surgery as ws
-from we_surgery import grafting, operations
 from we_surgery.checkpoint import staging as staging_module
 from we_surgery.checkpoint import unpickle as unpickle_module
 from we_surgery.cli import convert_command, strip_command
+from we_surgery.converted import operations
+from we_surgery.converted import sites as grafting
+from we_surgery.converted.surgery import stored_plan
 from we_surgery.excitations import Composition
-from we_surgery.surgery import stored_plan
 
 FAULTS = [RuntimeError("injected"), MemoryError(), torch.OutOfMemoryError("injected")]
 ROWS = len(ws.plan(Zoo(), config=EVERYTHING).excited)

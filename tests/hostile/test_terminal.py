@@ -12,8 +12,8 @@ from rich.text import Text
 from torch import nn
 
 import we_surgery as ws
+from we_surgery._util.text import SafeConsole, printable
 from we_surgery.cli import convert_command, inspect_command, strip_command
-from we_surgery.printing import SafeConsole, printable
 
 EVIL = "\x1b]0;evil\x07\x1b[2J\u202e\x9b2J"
 SHOWN = "\\x1b]0;evil"

@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.layers import ExcitedLayer
-from we_surgery.reading import prove_excited
+from we_surgery.converted.bypass import prove_excited
+from we_surgery.converted.layer import ExcitedLayer
 
 
 class ByName(nn.Module):

@@ -11,9 +11,9 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import we_surgery as ws
+from we_surgery.converted.bypass import prove_excited
+from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.excitations import MWE
-from we_surgery.layers import ExcitedLayer
-from we_surgery.reading import prove_excited
 from we_surgery.reading.recorded_facts import record_both_modes
 
 

@@ -13,9 +13,9 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery.cli import strip_command
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.surgery import is_converted
 from we_surgery.excitations.record import is_record, read_record
-from we_surgery.graphs import excited_weights
-from we_surgery.surgery import is_converted
 
 lightning = pytest.importorskip("lightning.pytorch")
 

@@ -10,7 +10,7 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),

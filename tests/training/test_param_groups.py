@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 from we_surgery.training.vanilla_view import vanilla_view
 
 

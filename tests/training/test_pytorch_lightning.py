@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
+from we_surgery.converted.surgery import is_converted
 from we_surgery.excitations.record import is_record, read_record
-from we_surgery.surgery import is_converted
 
 pl = pytest.importorskip("pytorch_lightning")
 

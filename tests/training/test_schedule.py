@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import we_surgery as ws
 from tests.toys import EVERYTHING, EXCITING_MODES, ConvNet
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
 from we_surgery.training.schedule import paused_until
 
 

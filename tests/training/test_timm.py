@@ -19,7 +19,7 @@ from toys import is_vanilla
 import we_surgery as ws
 from we_surgery.checkpoint import read
 from we_surgery.cli import strip_command
-from we_surgery.graphs import excited_weights
+from we_surgery.converted.graphs import excited_weights
 
 NAME = "resnet10t"
 CONFIG = {"mode": "lwe", "linear": "lwe"}

@@ -10,8 +10,8 @@ from torch import nn
 from toys import is_vanilla
 
 import we_surgery as ws
-from we_surgery.graphs import excited_weights
-from we_surgery.surgery import is_converted
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.surgery import is_converted
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import we_surgery as ws
-from we_surgery.layer_names import excitation_name, raw_name
-from we_surgery.layers import excited_layers
+from we_surgery.converted.layer import excited_layers
+from we_surgery.excitations.names import excitation_name, raw_name
 
 Maker = Callable[[], nn.Module]
 

@@ -16,7 +16,7 @@ from zoo_list import family_of, pinned_models, torchvision_models
 from zoo_row import short_reason
 
 import we_surgery as ws
-from we_surgery.layers import ExcitedLayer
+from we_surgery.converted.layer import ExcitedLayer
 
 # Weights in the plan, and of these converted.
 SAMPLE: dict[str, tuple[int, int]] = {

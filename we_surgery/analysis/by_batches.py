@@ -26,8 +26,8 @@ from we_surgery.analysis.scores import (
     class_scores,
     inputs_and_labels,
 )
+from we_surgery.converted.proof import eval_mode
 from we_surgery.errors import InputError
-from we_surgery.proof import eval_mode
 from we_surgery.reading.running import call
 
 logger = logging.getLogger(__name__)

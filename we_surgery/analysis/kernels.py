@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from we_surgery._util.scripted import own_parameters
+from we_surgery.converted.surgery import is_converted, strip
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import WeightLayout
+from we_surgery.planning.rules import Rule
 from we_surgery.reading import read_tree
-from we_surgery.rules import Rule
-from we_surgery.scripted import own_parameters
-from we_surgery.surgery import is_converted, strip
 
 
 @dataclass(frozen=True, eq=False)

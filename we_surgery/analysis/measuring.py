@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from we_surgery._util.scripted import is_scripted
 from we_surgery.analysis.by_batches import by_batches
 from we_surgery.analysis.changes import BASELINE, Change, Monitor, Run
 from we_surgery.analysis.decimation import measured_without
@@ -27,7 +28,6 @@ from we_surgery.analysis.scores import (
     check_score,
 )
 from we_surgery.errors import InputError
-from we_surgery.scripted import is_scripted
 
 
 @dataclass(frozen=True)

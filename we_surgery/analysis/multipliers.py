@@ -21,11 +21,11 @@ from we_surgery.analysis.kernels import (
 )
 from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.scores import Metric
+from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import to_filters
-from we_surgery.graphs import excited_weights
 from we_surgery.reading import layer_display_name
 
 GRANULARITIES = ("kernel", "channel_per_filter", "channel")

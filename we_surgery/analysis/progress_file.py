@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from we_surgery.converted.proof import bits_of
 from we_surgery.errors import InputError
-from we_surgery.proof import bits_of
 
 _SCHEMA = 1
 

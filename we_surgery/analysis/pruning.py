@@ -17,9 +17,9 @@ from we_surgery.analysis.kernels import MeasuredWeight, find_weights, kernel_cel
 from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.multipliers import check_share, lowest, with_multipliers
 from we_surgery.analysis.scores import Metric
+from we_surgery.converted.surgery import is_converted
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.layout import to_filters
-from we_surgery.surgery import is_converted
 
 CRITERIA = ("multiplier", "magnitude", "random")
 

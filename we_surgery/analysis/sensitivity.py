@@ -17,12 +17,12 @@ from we_surgery.analysis.kernels import as_deployed
 from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.progress_file import ProgressFile
 from we_surgery.analysis.scores import Metric, check_score
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.surgery import convert
 from we_surgery.errors import InputError, SurgeryError, near_matches
 from we_surgery.excitations import Composition, Rescale
-from we_surgery.graphs import excited_weights
-from we_surgery.layer_names import excitation_name
+from we_surgery.excitations.names import excitation_name
 from we_surgery.reading.kinds import is_norm
-from we_surgery.surgery import convert
 
 MakeModel = Callable[[], nn.Module]
 """Makes the vanilla model, drawing its weights from torch's global generator."""

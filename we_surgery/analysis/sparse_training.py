@@ -16,8 +16,8 @@ from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.progress_file import ProgressFile
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.analysis.sensitivity import MakeModel, Variant
+from we_surgery.converted.surgery import is_converted, strip
 from we_surgery.errors import InputError
-from we_surgery.surgery import is_converted, strip
 
 SparseTrainFunction = Callable[[nn.Module, int, float], object]
 """Trains a model in place, with a seed and the strength of what makes it sparse."""

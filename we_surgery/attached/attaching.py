@@ -14,15 +14,15 @@ from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
 from we_surgery.attached.riding import drop_loaded_states, loaded_states
 from we_surgery.attached.wrappers import inside_wrappers
+from we_surgery.converted.options import resolve_options
+from we_surgery.converted.sites import Init, Start
+from we_surgery.converted.surgery import is_converted, refuse_wrappers
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
-from we_surgery.grafting import Init, Start
-from we_surgery.options import resolve_options
-from we_surgery.planning import plan as make_plan
-from we_surgery.plans import Plan
-from we_surgery.policy import Policy
-from we_surgery.rules import Rule
-from we_surgery.surgery import is_converted, refuse_wrappers
+from we_surgery.planning.decide import plan as make_plan
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.policy import Policy
+from we_surgery.planning.rules import Rule
 
 
 def attach(

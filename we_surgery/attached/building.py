@@ -18,9 +18,9 @@ from we_surgery.attached.weights import (
     raw_like,
 )
 from we_surgery.attached.wrappers import with_wrapped
+from we_surgery.converted.sites import Init, Start, build_grafts
 from we_surgery.excitations import Backend
-from we_surgery.grafting import Init, Start, build_grafts
-from we_surgery.plans import Plan
+from we_surgery.planning.plans import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from we_surgery._util.copies import copy_model
 from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
@@ -24,13 +25,12 @@ from we_surgery.attached.step import OptimizerStep
 from we_surgery.attached.transform import follow, is_current, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
 from we_surgery.attached.wrappers import with_wrapped
-from we_surgery.copies import copy_model
+from we_surgery.converted.sites import Graft, graft
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE
 from we_surgery.errors import AttachmentError, InputError
-from we_surgery.grafting import Graft, graft
-from we_surgery.planning import plan as make_plan
-from we_surgery.plans import Plan
+from we_surgery.planning.decide import plan as make_plan
+from we_surgery.planning.plans import Plan
 from we_surgery.reading import converted_obstacle_of
-from we_surgery.surgery import PLAN_ATTRIBUTE
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from we_surgery.attached.shards import (
     whole,
 )
 from we_surgery.attached.weights import AttachedWeight, Excited
-from we_surgery.excitations.closed_form import excite_into, pull_back
+from we_surgery.excitations.compute.closed_form import excite_into, pull_back
+from we_surgery.excitations.compute.terms import Kept, Pullback, Terms, changes_nothing
 from we_surgery.excitations.mwe import curve_limit
-from we_surgery.excitations.terms import Kept, Pullback, Terms, changes_nothing
 
 
 def rows_terms(weight: AttachedWeight) -> Terms | None:

@@ -22,9 +22,9 @@ from we_surgery.attached.shard_transform import (
 from we_surgery.attached.shards import any_rank, local
 from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
-from we_surgery.excitations.closed_form import excite_into
-from we_surgery.excitations.closed_form import pull_back as pull_back_in_closed_form
-from we_surgery.excitations.terms import Pullback, Terms
+from we_surgery.excitations.compute.closed_form import excite_into
+from we_surgery.excitations.compute.closed_form import pull_back as pull_back_in_closed_form
+from we_surgery.excitations.compute.terms import Pullback, Terms
 
 
 def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:

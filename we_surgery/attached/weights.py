@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from we_surgery.attached.shards import Shard, local
 from we_surgery.excitations import Composition
-from we_surgery.excitations.terms import Kept, Terms
+from we_surgery.excitations.compute.terms import Kept, Terms
 
 
 @dataclass(slots=True)

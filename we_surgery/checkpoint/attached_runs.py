@@ -11,7 +11,7 @@ from torch import Tensor
 
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, tensor_identity
 from we_surgery.errors import InputError
-from we_surgery.plans import Plan
+from we_surgery.planning.plans import Plan
 
 _KEYS = frozenset({"version", "plan", "steps", "weights"})
 _DEEPEST = 5

@@ -18,8 +18,8 @@ from we_surgery.checkpoint.sharded import ShardedStateDict
 from we_surgery.checkpoint.unpickle import unpickle
 from we_surgery.checkpoint.unwrap import Weights, speaks_of_average, unwrap
 from we_surgery.checkpoint.wording import listed
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
-from we_surgery.surgery import PLAN_ATTRIBUTE
 
 
 @dataclass

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from we_surgery.checkpoint.wording import quoted
+from we_surgery.converted.proof import is_finite, refuse_non_finite
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.legacy import has_marks, read_legacy
+from we_surgery.excitations.names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.excitations.record import RECORD_KEY, Record, is_record, read_record
-from we_surgery.layer_names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
-from we_surgery.proof import is_finite, refuse_non_finite
 
 _ALIGNMENT = 64
 

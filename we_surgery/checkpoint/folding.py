@@ -24,7 +24,7 @@ from we_surgery.checkpoint.unwrap import VERSIONS, Weights, unwrap, with_version
 from we_surgery.checkpoint.wording import quoted
 from we_surgery.errors import InputError, NothingToStripWarning, OldFormatWarning, SurgeryError
 from we_surgery.excitations.legacy import LEGACY_NOTE
-from we_surgery.layer_names import RAW_PREFIX
+from we_surgery.excitations.names import RAW_PREFIX
 
 Progress = Callable[[int, int], None]
 

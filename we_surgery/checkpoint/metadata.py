@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import we_surgery
+from we_surgery._util.version import __version__
 from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.errors import InputError
-from we_surgery.plans import Plan
+from we_surgery.planning.plans import Plan
 
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 1
@@ -47,7 +47,7 @@ class Metadata:
         """
         return {
             "schema": SCHEMA_VERSION,
-            "we_surgery": we_surgery.__version__,
+            "we_surgery": __version__,
             "plan": None if self.plan is None else dict(self.plan),
             "architecture": None if self.architecture is None else self.architecture.to_dict(),
         }

@@ -17,12 +17,12 @@ from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.settling import is_legacy, settled
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
+from we_surgery.converted.sites import Graft, graft
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE, refuse_wrappers
 from we_surgery.errors import InputError, OldFormatWarning, near_matches
 from we_surgery.excitations import Composition
 from we_surgery.excitations.legacy import LEGACY_NOTE
-from we_surgery.grafting import Graft, graft
-from we_surgery.surgery import PLAN_ATTRIBUTE, refuse_wrappers
-from we_surgery.transplants.rows import attach
+from we_surgery.planning.transplant_rows import attach
 
 
 def save(

@@ -19,6 +19,7 @@ from we_surgery.checkpoint.key_index import KeyIndex
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations import EXCITATIONS, Rescale, check_stage
+from we_surgery.excitations.names import excitation_name, raw_name
 from we_surgery.excitations.record import (
     RECORD_KEY,
     is_record,
@@ -27,7 +28,6 @@ from we_surgery.excitations.record import (
     stage_names,
     to_tensor,
 )
-from we_surgery.layer_names import excitation_name, raw_name
 
 _TREE = "parametrizations"
 _IN_TREE = re.compile(rf"(?:^|(?<=\.)){_TREE}(?:\.[^.]+|$)")

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from we_surgery import layers
 from we_surgery.checkpoint import inert
 from we_surgery.checkpoint.imports import working_folder_importable
 from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
-from we_surgery.layer_names import MadeClass
+from we_surgery.converted import layer as layers
+from we_surgery.excitations.names import MadeClass
 
 # Only where layers live: torch.distributed has a Module that makes code from strings, and whole
 # frameworks come along with our own callbacks.
@@ -40,7 +40,7 @@ _PACKAGES = (
     "timm.layers",
     "timm.models",
     "we_surgery.excitations",
-    "we_surgery.layers",
+    "we_surgery.converted.layer",
     "we_surgery.transplants",
 )
 

@@ -16,8 +16,8 @@ from we_surgery.checkpoint.key_index import KeyIndex
 from we_surgery.checkpoint.wording import listed
 from we_surgery.errors import InputError
 from we_surgery.excitations import LWE
+from we_surgery.excitations.names import EXCITATION, raw_name
 from we_surgery.excitations.record import RECORD_KEY, make_record, to_tensor
-from we_surgery.layer_names import EXCITATION, raw_name
 
 _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 

@@ -37,8 +37,8 @@ from we_surgery.cli.common import (
     say_written,
     source_options,
 )
+from we_surgery.converted.surgery import is_converted
 from we_surgery.errors import InputError
-from we_surgery.surgery import is_converted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."

@@ -19,11 +19,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from we_surgery import __version__
+from we_surgery._util.text import SafeConsole, printable
 from we_surgery.checkpoint.imports import import_package
 from we_surgery.errors import InputError, SurgeryError, WESurgeryError
-from we_surgery.jobs import Source
-from we_surgery.printing import SafeConsole, printable
-from we_surgery.targets import KINDS
+from we_surgery.jobs.convert import Source
+from we_surgery.jobs.targets import KINDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -249,7 +249,7 @@ def make_source(
     allow: Sequence[str],
     trust: bool,
 ) -> Source:
-    """The options of :func:`source_options` as a :class:`~we_surgery.jobs.Source`."""
+    """The options of :func:`source_options` as a :class:`~we_surgery.jobs.convert.Source`."""
     if not source:
         raise InputError("SOURCE is empty", "Give a file, a folder or an architecture.")
     arguments = dict(_key_value(text) for text in arch_args)

@@ -25,16 +25,16 @@ from we_surgery.cli.common import (
     source_options,
     telling_errors,
 )
-from we_surgery.config import make_policy
+from we_surgery.converted.sites import Init, Start
 from we_surgery.errors import InputError
-from we_surgery.family import family, family_table
-from we_surgery.grafting import Init, Start
-from we_surgery.jobs import Converted, convert_file, plan_file
-from we_surgery.plan_table import plan_summary, plan_table
-from we_surgery.plans import Plan
-from we_surgery.policy import DEFAULT_MODE, MODES, Policy
-from we_surgery.recipe_text import RECIPE_PATTERN, SKIP, YAMLLoader
-from we_surgery.rules import Rule
+from we_surgery.excitations.stage_text import RECIPE_PATTERN, SKIP, YAMLLoader
+from we_surgery.jobs.convert import Converted, convert_file, plan_file
+from we_surgery.jobs.methods import family, family_table
+from we_surgery.planning.config import make_policy
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.policy import DEFAULT_MODE, MODES, Policy
+from we_surgery.planning.rules import Rule
+from we_surgery.planning.table import plan_summary, plan_table
 
 
 class _ConvertCommand(SurgeryCommand):

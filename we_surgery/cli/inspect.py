@@ -26,9 +26,9 @@ from we_surgery.cli.common import (
     say_written,
 )
 from we_surgery.errors import InputError
-from we_surgery.html_report import html_report
-from we_surgery.inspection import Comparison, Inspection, compare_files, inspect_file
-from we_surgery.jobs import Source
+from we_surgery.jobs.convert import Source
+from we_surgery.jobs.html_report import html_report
+from we_surgery.jobs.inspect import Comparison, Inspection, compare_files, inspect_file
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _PLAIN_BLOCKS = " .:-=+*#@"

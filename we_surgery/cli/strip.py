@@ -21,10 +21,10 @@ from we_surgery.cli.common import (
     say_written,
     source_options,
 )
+from we_surgery.converted.surgery import DEPLOY_FORMS
 from we_surgery.errors import InputError
-from we_surgery.stripping import Stripped, strip_both, strip_file
-from we_surgery.surgery import DEPLOY_FORMS
-from we_surgery.verification import DTYPES
+from we_surgery.jobs.strip import Stripped, strip_both, strip_file
+from we_surgery.jobs.verify import DTYPES
 
 
 @click.command(

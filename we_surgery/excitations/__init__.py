@@ -1,8 +1,8 @@
 """The mathematics: maps from weight to weight. No module here knows a model."""
 
-from we_surgery.excitations.backends import Backend as Backend
 from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.composition import Composition as Composition
+from we_surgery.excitations.compute.backends import Backend as Backend
 from we_surgery.excitations.dynamic_sparse import DynamicSparse as DynamicSparse
 from we_surgery.excitations.dynamic_sparse import sparsity_loss as sparsity_loss
 from we_surgery.excitations.layout import WeightLayout as WeightLayout

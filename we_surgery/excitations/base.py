@@ -51,7 +51,7 @@ class Excitation(nn.Module, ABC):
     options an excitation has (:mod:`we_surgery.excitations.record`), and in
     tensors only what is trained or moves. Nothing of :meth:`excite` is
     kept for the backward pass, which runs it again
-    (:mod:`we_surgery.excitations.rerun`): it is a pure function, and what moves
+    (:mod:`we_surgery.excitations.compute.rerun`): it is a pure function, and what moves
     from step to step moves in :meth:`advance`.
     """
 
@@ -74,9 +74,9 @@ class Excitation(nn.Module, ABC):
     is_part: bool = False
     """Whether it is a stage of a composition, whose record says what it is."""
     kept: Any = None
-    """What :mod:`we_surgery.compute_once` keeps between two reads; no part of any copy or file."""
+    """What is kept between two reads; not part of any copy or file."""
     group: Any = None
-    """The :class:`we_surgery.grouping.Group` it is computed with; no part of any copy either."""
+    """The group of layers it is computed with; not part of any copy either."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""

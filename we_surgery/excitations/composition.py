@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.errors import ExcitationError, InputError, NotStrippedWarning
-from we_surgery.excitations.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
-from we_surgery.excitations.closed_form import excite_in_closed_form, excite_in_place
+from we_surgery.excitations.compute.backends import EAGER, Backend, arithmetic
+from we_surgery.excitations.compute.closed_form import excite_in_closed_form, excite_in_place
+from we_surgery.excitations.compute.rerun import excite_and_rerun
+from we_surgery.excitations.compute.terms import Terms, changes_nothing
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.paused import idle
 from we_surgery.excitations.record import RECORD_KEY, Record, make_record, to_tensor
-from we_surgery.excitations.rerun import excite_and_rerun
 from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.standardize import Standardize
-from we_surgery.excitations.terms import Terms, changes_nothing
 
 
 class Composition(Excitation):

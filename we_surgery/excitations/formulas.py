@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import in_full_precision
+from we_surgery.excitations.compute.terms import Kept, Terms, fcs_in, rescaling
 from we_surgery.excitations.mwe import curve_limit
-from we_surgery.excitations.terms import Kept, Terms, fcs_in, rescaling
 
 _BLOCK = 2**19
 """Values that are computed at a time; about what makes one launch cheap beside its work."""

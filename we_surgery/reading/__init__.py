@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from we_surgery.copies import drawing_nothing
-from we_surgery.reading.bypass import prove_excited as prove_excited
+from we_surgery._util.copies import drawing_nothing
 from we_surgery.reading.facts import Form as Form
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading

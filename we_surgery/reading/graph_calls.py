@@ -13,9 +13,9 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from we_surgery.excitations import WeightLayout
-from we_surgery.graphs import Fetch, fetches
-from we_surgery.layer_names import raw_name
+from we_surgery.excitations.names import raw_name
 from we_surgery.reading.dataflow import Dataflow, reads_shape_only
+from we_surgery.reading.fetches import Fetch, fetches
 from we_surgery.reading.gates import gate_operations, gate_reason
 from we_surgery.reading.norms import After, after
 from we_surgery.reading.symbolic import TracedBlock

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from we_surgery.scripted import is_scripted
+from we_surgery._util.scripted import is_scripted
 
 CONV_KINDS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",

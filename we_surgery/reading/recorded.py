@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_iter
 
-from we_surgery.compute_once import outdate
-from we_surgery.copies import deep_copy
+from we_surgery._util.copies import deep_copy
+from we_surgery.converted.compute_once import outdate
 from we_surgery.excitations import Excitation
 from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
 from we_surgery.reading.recorder import Computation, Recorder

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from we_surgery._util.scripted import own_parameters
 from we_surgery.excitations import WeightLayout
 from we_surgery.reading.dataflow import Dataflow
 from we_surgery.reading.facts import LayerFacts
@@ -23,7 +24,6 @@ from we_surgery.reading.shifts import shift_before
 from we_surgery.reading.stand_ins import Fakes
 from we_surgery.reading.tree import converted_obstacle_of, obstacle_of
 from we_surgery.reading.weight_use import WeightRead, weight_reads, written_weights
-from we_surgery.scripted import own_parameters
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from we_surgery._util.scripted import is_scripted
 from we_surgery.excitations import Composition
-from we_surgery.scripted import is_scripted
 
 MODULE = "module"
 """Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""

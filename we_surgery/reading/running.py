@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from we_surgery.copies import drawing_nothing, gpus_of
+from we_surgery._util.copies import drawing_nothing, gpus_of
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from we_surgery.copies import deep_copy, drawing_nothing
+from we_surgery._util.copies import deep_copy, drawing_nothing
 from we_surgery.reading.dataflow import called_name, sources
 from we_surgery.reading.hooks import drop_hooks
 from we_surgery.reading.kinds import WEIGHTED, is_norm

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from we_surgery._util.scripted import is_scripted, own_parameters
 from we_surgery.excitations import Composition, WeightLayout
-from we_surgery.layer_names import excitation_name, names_taken, raw_name
-from we_surgery.layers import ExcitedLayer
+from we_surgery.excitations.names import excitation_name, names_taken, raw_name
 from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.fetches import excited_names
 from we_surgery.reading.graph_calls import GraphRead, graph_reads
 from we_surgery.reading.kinds import (
     is_gate,
@@ -25,7 +26,6 @@ from we_surgery.reading.kinds import (
     standardizes_itself,
 )
 from we_surgery.reading.source import writes_in_forward
-from we_surgery.scripted import is_scripted, own_parameters
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -129,7 +129,7 @@ def _with_graph_reads(
 
 def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     """Why the parameter cannot be excited, whatever the policy says."""
-    if isinstance(module, ExcitedLayer) and parameter in module.excited_parameters:
+    if parameter in excited_names(module):
         return "is excited already"
     if parametrize.is_parametrized(module):
         return "carries a torch.nn.utils.parametrize parametrization"
@@ -162,7 +162,7 @@ def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
     """Why no excitation of the parameter can stand in the module."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return "belongs to a container, which would run an excitation as one of its layers"
-    if isinstance(module, ExcitedLayer):
+    if parameter in excited_names(module):
         return None
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]
     return f"has an attribute {taken[0]!r} of its own" if taken else None

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 from we_surgery.analysis.sensitivity import Initialization
 from we_surgery.checkpoint import Architecture
-from we_surgery.config import make_policy, read_yaml
+from we_surgery.converted.sites import Init
 from we_surgery.errors import InputError, near_matches
-from we_surgery.grafting import Init
+from we_surgery.planning.config import make_policy, read_yaml
 
 Task = Literal["classification", "segmentation", "video"]
 Layout = Literal[

@@ -16,12 +16,12 @@ from torch import nn
 
 from we_surgery import checkpoint
 from we_surgery.analysis.sensitivity import initialize_excitations
+from we_surgery.converted.surgery import convert, is_converted, strip_with_report
 from we_surgery.errors import InputError
 from we_surgery.recipes.loaders import Loaders, make_loaders, synthetic_loaders
 from we_surgery.recipes.place import Place
 from we_surgery.recipes.recipe import Recipe
 from we_surgery.recipes.training_run import Progress, TrainingRun
-from we_surgery.surgery import convert, is_converted, strip_with_report
 
 logger = logging.getLogger(__name__)
 

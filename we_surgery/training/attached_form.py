@@ -10,8 +10,8 @@ from torch import nn
 from we_surgery.attached import AttachedExcitation, attach
 from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import STATE_KEY, excitation_of
+from we_surgery.converted.options import ConvertOptions
 from we_surgery.errors import InputError, near_matches
-from we_surgery.options import ConvertOptions
 from we_surgery.reading import Form as Form
 
 
@@ -43,7 +43,7 @@ def attach_or_go_on(
     Args:
         model: the network; also inside DDP or ``torch.compile``.
         optimizers: those that the framework steps.
-        options: as :func:`~we_surgery.options.resolve_options` returned them.
+        options: as :func:`~we_surgery.converted.options.resolve_options` returned them.
         is_resumed: whether the framework loads the optimizer's state from a checkpoint later.
 
     Returns:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.attached.registry import excitation_of
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.errors import InputError
 from we_surgery.excitations.layout import to_filters
-from we_surgery.graphs import excited_weights
-from we_surgery.layers import ExcitedLayer
 from we_surgery.reading.kinds import CONV_KINDS
 from we_surgery.training.vanilla_view import inside_wrappers
 

@@ -18,8 +18,8 @@ from we_surgery.attached.optimizers import (
     start_early_state,
 )
 from we_surgery.attached.wrappers import with_wrapped
+from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError
-from we_surgery.graphs import excited_weights
 from we_surgery.training.param_groups import Group, refuse_groups_of_another_model
 from we_surgery.training.vanilla_view import (
     ExcitationParameters,

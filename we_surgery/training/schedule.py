@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from we_surgery.attached import AttachedExcitation
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.converted.options import ConvertOptions
+from we_surgery.converted.proof import check_preserved, refuse_non_finite
 from we_surgery.errors import InputError
 from we_surgery.excitations import Composition, Rescale
-from we_surgery.graphs import excited_weights
-from we_surgery.options import ConvertOptions
-from we_surgery.proof import check_preserved, refuse_non_finite
 from we_surgery.training.vanilla_view import inside_wrappers
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
+from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError
 from we_surgery.excitations import ShiftAttention
-from we_surgery.graphs import excited_weights
 from we_surgery.training.vanilla_view import inside_wrappers
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from we_surgery.attached.wrappers import inside_wrappers as inside_wrappers
-from we_surgery.graphs import ExcitedWeight, excited_weights
-from we_surgery.layer_names import excitation_name, raw_name, rename_parameter
-from we_surgery.layers import ExcitedLayer
+from we_surgery.converted.graphs import ExcitedWeight, excited_weights
+from we_surgery.converted.layer import ExcitedLayer
+from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from we_surgery.errors import InputError, near_matches
-from we_surgery.recipe_text import name_and_options
+from we_surgery.excitations.stage_text import name_and_options
 from we_surgery.transplants.attention import CBAM, SqueezeExcitation
 from we_surgery.transplants.bam import BAMTransplant
 from we_surgery.transplants.base import Transplant

@@ -1,0 +1,159 @@
+"""The structural proof of a conversion: no operation reads a converted weight raw.
+
+Comparing outputs would not do: in some models a bypassed layer moves the output by 1e-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from we_surgery.converted.graphs import excited_weights
+from we_surgery.errors import SurgeryError
+from we_surgery.excitations.names import excitation_name, raw_name
+from we_surgery.reading.dataflow import fed_by_input, is_view, operation_name
+from we_surgery.reading.recorded import Recording
+from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.recorder import EXCITATION, MODULE
+from we_surgery.reading.weight_use import written_weights
+
+
+def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
+    """Records a converted model again and checks who reads its raw weights.
+
+    Args:
+        model: a converted model; it is not changed.
+        example_inputs: as the model's forward takes them.
+        ran_in_both: whether the vanilla model ran on them in eval and in train mode.
+
+    Returns:
+        How many excited weights the recorded forwards computed.
+
+    Raises:
+        SurgeryError: an operation outside the excitations reads a raw weight; an excitation
+            runs on activations, or not at all though its layer does, or more than once a
+            forward on the same weight; or the converted model does not run on the inputs.
+    """
+    recordings, notes = record_both_modes(model, example_inputs)
+    if not recordings or (ran_in_both and notes):
+        raise SurgeryError(
+            f"the converted model {'; it '.join(notes)}",
+            "Leave out `example_inputs` to convert without this proof, or give others that the "
+            "vanilla model runs on; nothing was changed.",
+        )
+    raw = {
+        f"{weight.module}.{raw_name(weight.parameter)}".lstrip("."): weight
+        for weight in excited_weights(model)
+    }
+    refuse_bypasses(recordings, list(raw))
+    refuse_excited_activations(recordings)
+    refuse_writes(recordings)
+    if any(repeated(recording) for recording in recordings):
+        # The first forward is where an excitation learns that its weight is read often.
+        recordings, _ = record_both_modes(model, example_inputs, after_a_step=True)
+        refuse_repetitions(recordings)
+    called = {name for recording in recordings for name in recording.calls}
+    # One excitation may serve several tied layers, and be called by the name in the first.
+    computed = {
+        weight.excitation
+        for weight in raw.values()
+        if f"{weight.module}.{excitation_name(weight.parameter)}".lstrip(".") in called
+    }
+    for weight in raw.values():
+        if weight.module in called and weight.excitation not in computed:
+            raise SurgeryError(
+                f"module {weight.module!r} runs, but nothing reads its {weight.parameter!r}: it "
+                "may keep another tensor over the same memory",
+                "Leave that layer alone by a rule, or make the module read the layer's "
+                "`weight` when it runs; nothing was changed.",
+            )
+    return len(computed)
+
+
+def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -> None:
+    """Raises if an operation outside the excitations reads one of the raw weights.
+
+    Raises:
+        SurgeryError: naming the weight, the operation and the module that ran it.
+    """
+    for recording in recordings:
+        for node in recording.graph.nodes:
+            if node.op != "get_attr" or node.target not in raw_names:
+                continue
+            pending, seen = list(node.users), {node}
+            while pending:
+                user = pending.pop()
+                # What nobody uses is a question about the tensor, such as its device.
+                if user in seen or user.meta.get(EXCITATION) or not user.users:
+                    continue
+                seen.add(user)
+                is_written = operation_name(user).endswith("_") and user.args[0] in seen
+                if is_view(user) or is_written:  # still the raw weight
+                    pending.extend(user.users)
+                    continue
+                raise SurgeryError(
+                    f"{operation_name(user) or user.op} in module {user.meta.get(MODULE)!r} reads "
+                    f"{node.target!r} itself instead of the excited weight",
+                    "Leave that layer alone by a rule, or make the module read the layer's "
+                    "`weight` when it runs; nothing was changed.",
+                )
+
+
+def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
+    """Raises if an excitation runs on anything that depends on the model's input.
+
+    A module that owns a weight and runs all of its children runs the excitation among them.
+
+    Raises:
+        SurgeryError: naming the excitation.
+    """
+    for recording in recordings:
+        fed = fed_by_input(recording.graph)
+        for node in recording.graph.nodes:
+            if node in fed and node.meta.get(EXCITATION):
+                raise SurgeryError(
+                    f"module {node.meta[MODULE]!r} runs on activations: the module that owns the "
+                    "weight runs all of its children",
+                    "Leave that weight alone by a rule; nothing was changed.",
+                )
+
+
+def refuse_writes(recordings: Sequence[Recording]) -> None:
+    """Raises if the forward writes into an excited weight: what it writes would be lost.
+
+    Raises:
+        SurgeryError: naming the excitation and the module that writes.
+    """
+    for recording in recordings:
+        excitations = {n.meta[MODULE] for n in recording.graph.nodes if n.meta.get(EXCITATION)}
+        for name, writer in written_weights(recording).items():
+            if name in excitations:
+                raise SurgeryError(
+                    f"module {writer!r} writes into the weight that {name!r} computes, in its "
+                    "forward pass",
+                    "Leave that layer alone by a rule; nothing was changed.",
+                )
+
+
+def repeated(recording: Recording) -> dict[str, int]:
+    """Excitations computed more than once from one state of their weight, and how often."""
+    return {what.excitation: n for what, n in recording.computations.items() if n > 1}
+
+
+def refuse_repetitions(recordings: Sequence[Recording]) -> None:
+    """Raises if an excitation was computed more than once in a forward on the same weight.
+
+    Raises:
+        SurgeryError: naming the excitation, and how often it was computed.
+    """
+    for recording in recordings:
+        for name, count in repeated(recording).items():
+            raise SurgeryError(
+                f"{name!r} is computed {count} times in one forward in "
+                f"{'train' if recording.training else 'eval'} mode, each time on the same weight",
+                "Make the module read the layer's `weight` instead of calling its excitation, and "
+                "not switch modes in its forward; or leave that layer alone by a rule; nothing "
+                "was changed.",
+            )

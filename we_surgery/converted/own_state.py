@@ -1,0 +1,98 @@
+"""State dicts of excited layers whose vanilla class writes and reads its own.
+
+Such a class, as PyTorch Geometric's ``Linear``, saves ``self.weight``, which is the excited weight
+here. It is asked to save and load a vanilla layer that has the raw weights, and the names change
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from we_surgery.converted.views import vanilla_view
+from we_surgery.errors import SurgeryError
+from we_surgery.excitations.names import excitation_name, raw_name
+
+if TYPE_CHECKING:
+    from we_surgery.converted.layer import ExcitedLayer
+
+
+def has_own_state(base: type[nn.Module]) -> bool:
+    """Whether a class writes or reads its part of a state dict itself."""
+    methods = ("_save_to_state_dict", "_load_from_state_dict", "state_dict", "load_state_dict")
+    return any(getattr(base, name) is not getattr(nn.Module, name) for name in methods)
+
+
+def save_raw(self: ExcitedLayer, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """What the vanilla class saves of the raw weights, under their names."""
+    saved: Any = OrderedDict()
+    _with_raw_weights(self)._save_to_state_dict(saved, prefix, keep_vars)
+    renamed = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
+    for key, value in saved.items():
+        destination[renamed.get(key, key)] = value
+
+
+def load_raw(
+    self: ExcitedLayer,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Gives the raw weights what the vanilla class reads, from converted or vanilla entries."""
+    names = {prefix + raw_name(name): prefix + name for name in self.excited_parameters}
+    not_raw = [n for n in self.excited_parameters if prefix + raw_name(n) not in state_dict]
+    excitations = tuple(f"{prefix}{excitation_name(name)}." for name in self.excited_parameters)
+    given = {
+        names.get(key, key): value
+        for key, value in state_dict.items()
+        if not key.startswith(excitations)
+    }
+    view = _with_raw_weights(self)
+    missing: list[str] = []
+    view._load_from_state_dict(
+        given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+    )
+    raw_keys = {key: raw for raw, key in names.items()}
+    missing_keys += [raw_keys.get(key, key) for key in missing]
+    for name, value in view._parameters.items():
+        own_name = raw_name(name) if name in self.excited_parameters else name
+        self._parameters[own_name] = value
+    for name in self.excited_parameters:
+        excitation = getattr(self, excitation_name(name))
+        excitation.forget()
+        if name in not_raw and prefix + name not in missing:
+            # A vanilla checkpoint: the excitation keeps its values but those that it takes from
+            # the weight.
+            kept = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
+            state_dict |= {key: value for key, value in kept.items() if key not in state_dict}
+            excitation.prepare(getattr(self, raw_name(name)))
+
+
+def refuse_lost(layer: ExcitedLayer, name: str) -> None:
+    """Raises where a state dict of the layer would not hold its raw weights.
+
+    Raises:
+        SurgeryError: the layer's class saves its weights in another form.
+    """
+    state = layer.state_dict(keep_vars=True)
+    for parameter in layer.excited_parameters:
+        raw = getattr(layer, raw_name(parameter))
+        if state.get(raw_name(parameter)) is not raw or parameter in state:
+            raise SurgeryError(
+                f"layer {name!r} is of class {layer.vanilla_class.__qualname__}, which saves its "
+                f"{parameter} in a form of its own, so that no checkpoint would hold the raw one",
+                "Leave it alone by a rule (`--skip` on the command line), or train it with "
+                "`we_surgery.attach`, which leaves layers as they are; nothing was changed.",
+            )
+
+
+def _with_raw_weights(layer: ExcitedLayer) -> nn.Module:
+    raw = {name: layer._parameters[raw_name(name)] for name in layer.excited_parameters}
+    return vanilla_view(layer, raw)  # type: ignore[arg-type]

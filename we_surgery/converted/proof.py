@@ -1,0 +1,313 @@
+"""The proof of a strip: folded weights bit-equal to the excited ones, outputs compared."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from we_surgery._util.scripted import is_scripted
+from we_surgery.errors import InputError, SurgeryError
+from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
+
+RELATIVE_TOLERANCE = 1e-5
+
+_PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+_HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class StripReport:
+    """What a strip did and how it was proven.
+
+    Attributes:
+        layers: weights that were folded, each found bit-equal to the excited one.
+        removed_parameters: training-only parameters that are gone.
+        parameters: parameters that are left.
+        output_difference: largest absolute difference of the outputs of the excited and
+            the stripped model in eval mode; None without example inputs.
+        relative_difference: the same over the larger of 1 and the largest output.
+        transplants: transplants that were taken out.
+        deployed: layers that were put into another form than the vanilla one.
+    """
+
+    layers: int
+    removed_parameters: int
+    parameters: int
+    output_difference: float | None = None
+    relative_difference: float | None = None
+    transplants: int = 0
+    deployed: int = 0
+
+
+def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
+    """Raises unless ``folded`` is finite and bit-equal to ``excited``.
+
+    Args:
+        name: the layer's name, for the message.
+        excited: the weight as the excited layer computes it.
+        folded: the weight as the vanilla layer will hold it.
+
+    Raises:
+        SurgeryError: a value is not finite, or a bit differs.
+    """
+    if folded.is_meta:
+        return
+    refuse_non_finite(name, folded, "the folded weight")
+    same = excited.dtype == folded.dtype and torch.equal(excited, folded)
+    if not same:
+        raise not_deterministic(name)
+
+
+def not_deterministic(name: str) -> SurgeryError:
+    """Of a layer whose excited weight was computed twice, with two results."""
+    return SurgeryError(
+        f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
+        "Its excitation is not deterministic, or its raw weight was tied to that of a layer "
+        "with another excitation; nothing was changed.",
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of one dtype and shape and equal in every bit, NaNs too."""
+    if _form(a) != _form(b):
+        return False
+    return all(map(torch.equal, bits_of(a), bits_of(b)))
+
+
+def bits_of(tensor: Tensor) -> list[Tensor]:
+    """All that a tensor holds as vectors of bytes: one, or several of a sparse or quantized one.
+
+    A tensor of the meta device has none.
+    """
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        return []
+    parts = _parts(tensor)
+    if parts:
+        return [bits for part in parts for bits in bits_of(part)]
+    # A view that is conjugated or negated lazily says so beside its memory.
+    plain = tensor.resolve_conj().resolve_neg().contiguous().flatten()
+    return [plain.view(torch.uint8)]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse or quantized one is made of; none of a plain one."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    # Its memory read as bytes by a view ends the process.
+    if tensor.is_quantized and _scheme(tensor) in _PER_TENSOR:
+        scale = torch.tensor(tensor.q_scale(), dtype=torch.float64)
+        return [tensor.int_repr(), scale, torch.tensor(tensor.q_zero_point())]
+    if tensor.is_quantized:
+        scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+        return [tensor.int_repr(), scales, zeros, torch.tensor(tensor.q_per_channel_axis())]
+    return []
+
+
+def _scheme(tensor: Tensor) -> torch.qscheme | None:
+    return tensor.qscheme() if tensor.is_quantized else None
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.layout, tensor.is_meta, _scheme(tensor)
+
+
+def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
+    """Raises unless an excitation starts as what the weight was.
+
+    Args:
+        name: the layer's name, for the message.
+        weight: the weight before the conversion.
+        excited: the excited weight after it; of a half-precision weight within its rounding.
+
+    Raises:
+        SurgeryError: they differ by more than 1e-5 of the largest weight (half precision: by
+            more than 8 times the spacing of numbers there).
+    """
+    if weight.is_meta or weight.numel() == 0:
+        return
+    tolerance = max(1e-5, 8 * torch.finfo(weight.dtype).eps)
+    largest = weight.abs().max().double()
+    difference = (excited.double() - weight.double()).abs().max()
+    if not difference <= tolerance * largest:
+        raise SurgeryError(
+            f"layer {name!r} would start {difference / largest:.1g} away from its weight",
+            "Convert with `init='paper'`, or leave the layer alone by a rule.",
+        )
+
+
+def refuse_non_finite(name: str, weight: Tensor, what: str) -> None:
+    """Raises a :class:`SurgeryError` that names the layer if ``weight`` holds Inf or NaN."""
+    if weight.is_meta or is_finite(weight):
+        return
+    count = int((~torch.isfinite(weight)).sum())
+    raise SurgeryError(
+        f"{what} of layer {name!r} holds {count} non-finite values of {weight.numel()}",
+        "Training has diverged or the file is damaged; go back to an earlier checkpoint.",
+    )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether a tensor holds neither Inf nor NaN."""
+    if weight.dtype not in _HAVE_EXTREMES or weight.numel() == 0:
+        return bool(torch.isfinite(weight).all())
+    # Extremes are NaN if anything is, take a tenth of the time, and no memory.
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
+
+
+def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The tensors a model returns in eval mode, without gradients and with a fixed seed.
+
+    The forward gets copies of the inputs, and what it leaves in the model is put back.
+
+    Args:
+        model: the model; a model that is run after it starts from the same state.
+        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments.
+
+    Raises:
+        InputError: the model returns no tensor, or fails on these inputs.
+    """
+    with _state_put_back(model), eval_mode(model), torch.no_grad(), fixed_seed(model):
+        try:
+            outputs = call(model, with_tensors(example_inputs, copied))
+        except Exception as error:
+            raise InputError(
+                f"the model fails on the example inputs: {type(error).__name__}: {error}",
+                "Give inputs of the shape and dtype the model was made for.",
+            ) from error
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"the model returns no tensor but {type(outputs).__name__}, so nothing can be compared",
+            "Strip without example inputs; the weights are compared in any case.",
+        )
+    return tensors
+
+
+def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+    """The largest absolute and relative difference between two lists of outputs.
+
+    Raises:
+        SurgeryError: the outputs differ in number or shape.
+    """
+    if [t.shape for t in before] != [t.shape for t in after]:
+        raise SurgeryError(
+            "the stripped model returns other shapes than the excited one",
+            "Report this with the model's name; nothing was changed.",
+        )
+    absolute = relative = 0.0
+    for old, new in zip(before, after, strict=True):
+        if old.numel() == 0:
+            continue
+        old, new = _as_double(old), _as_double(new)
+        # NaN outputs that agree are equal; where one side alone is NaN, the difference is NaN
+        # and no comparison with a tolerance holds.
+        unlike = ~((old == new) | (old.isnan() & new.isnan()))
+        if not bool(unlike.any()):
+            continue
+        difference = float((old - new)[unlike].abs().max())
+        finite = old[old.isfinite()].abs()
+        scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
+        absolute = _larger(absolute, difference)
+        relative = _larger(relative, difference / scale)
+    return absolute, relative
+
+
+def _as_double(tensor: Tensor) -> Tensor:
+    return (
+        torch.view_as_real(tensor.to(torch.complex128)) if tensor.is_complex() else tensor.double()
+    )
+
+
+def _larger(a: float, b: float) -> float:
+    return b if b != b or b > a else a
+
+
+def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
+    """The largest differences, within the tolerance.
+
+    Raises:
+        SurgeryError: the relative difference is over 1e-5.
+    """
+    absolute, relative = largest_differences(before, after)
+    if not relative <= RELATIVE_TOLERANCE:
+        raise SurgeryError(
+            f"the stripped model's outputs differ by {absolute:.3g} ({relative:.3g} relative, "
+            f"over {RELATIVE_TOLERANCE:g})",
+            "A layer reads its weight in a way the fold does not cover, or the model is random "
+            "in eval mode; nothing was changed.",
+        )
+    return absolute, relative
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts each module in eval mode and gives each its own flag back.
+
+    A graph that was traced or exported in training keeps that mode and updates its running
+    statistics; they get their values back too.
+    """
+    flags = {module: module.training for module in model.modules()}
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    with _values_put_back(buffer for module in graphs for buffer in module.buffers()):
+        # An exported program has its mode baked in and refuses to be asked for another one.
+        with contextlib.suppress(NotImplementedError):
+            model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags.items():
+                module.training = training
+
+
+@contextlib.contextmanager
+def _state_put_back(model: nn.Module) -> Iterator[None]:
+    """Gives modules their attributes back, and all tensors but the parameters their values.
+
+    A forward may count its calls, keep a state, or fill a cache.
+    """
+    modules = [module for module in model.modules() if not is_scripted(module)]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    values = [value for _, own in attributes for value in own.values()]
+    containers = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    with _values_put_back([*model.buffers(), *tensors]):
+        try:
+            yield
+        finally:
+            for found, kept in [*attributes, *containers]:
+                found.clear()
+                (found.extend if isinstance(found, list | deque) else found.update)(kept)
+
+
+@contextlib.contextmanager
+def _values_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Gives tensors, where they were written to, their values back."""
+    kept = [
+        (tensor, tensor.detach().clone())
+        for tensor in tensors
+        # Others cannot be compared, and hardly be written to.
+        if tensor.layout == torch.strided and not tensor.is_meta
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)

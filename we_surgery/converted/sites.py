@@ -1,0 +1,227 @@
+"""Excitations attached to a model's weights, and taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.converted.class_swap import excite, restore
+from we_surgery.converted.graphs import (
+    hold,
+    refuse_ill_formed_graphs,
+    release,
+    update_graphs,
+)
+from we_surgery.converted.proof import check_preserved, refuse_non_finite
+from we_surgery.errors import InputError, near_matches
+from we_surgery.excitations import Composition, build_excitation
+from we_surgery.excitations.base import in_full_precision
+from we_surgery.planning.plans import Decision, Plan
+from we_surgery.reading import Form, LayerFacts, converted_obstacle_of, obstacle_of, read_tree
+from we_surgery.reading.fetches import held_by_graphs
+
+Init = Literal["paper", "preserve"]
+Start = Literal["on", "paused"]
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One excitation and the parameter it goes to.
+
+    Attributes:
+        module: name of the owning module in the model.
+        parameter: the parameter's name in it.
+        excitation: shared by all grafts of one tied Parameter.
+        raw: the values the Parameter gets, ``[O, I, *K]``; None where it keeps its own.
+    """
+
+    module: str
+    parameter: str
+    excitation: Composition
+    raw: Tensor | None = None
+
+
+def build_grafts(
+    model: nn.Module,
+    plan: Plan,
+    init: Init = "paper",
+    start: Start = "on",
+    *,
+    form: Form = "converted",
+) -> list[Graft]:
+    """The excitations a plan asks for, checked against the model, which is not changed.
+
+    Args:
+        model: a vanilla model.
+        plan: made for it.
+        init: as in :func:`we_surgery.convert`.
+        start: as in :func:`we_surgery.convert`.
+        form: ``attached`` for excitation in the optimizer's step, which has fewer obstacles;
+            excitations and raw weights of half-precision layers are then float32.
+
+    Raises:
+        InputError: a row names no such layer, another shape or kind, an excitation that does
+            not exist, a weight that cannot be excited, or another recipe than its tied layers;
+            or the model's torch.fx graph is not well-formed.
+        SurgeryError: a weight holds Inf or NaN.
+    """
+    refuse_ill_formed_graphs(model)
+    facts = {(f.module, f.parameter): f for f in read_tree(model)}
+    names = [fact.name for fact in facts.values()]
+    modules = dict(model.named_modules())
+    by_parameter: dict[int, tuple[Decision, Composition]] = {}
+    grafts: list[Graft] = []
+    taken: set[tuple[str, str]] = set()
+    parts: dict[Hashable, nn.Module] = {}
+    for decision in plan.excited:
+        key = (decision.module, decision.parameter)
+        fact = facts.get(key) or _bare_parameter(modules.get(decision.module), decision)
+        _check_row(decision, fact, names, form)
+        if key in taken:
+            raise InputError(
+                f"the plan names layer {decision.layer!r} twice", "Keep one of its rows."
+            )
+        taken.add(key)
+        parameter = modules[decision.module]._parameters[decision.parameter]
+        assert parameter is not None
+        refuse_non_finite(decision.layer, parameter, "the weight")
+        raw = None
+        if id(parameter) in by_parameter:
+            first, excitation = by_parameter[id(parameter)]
+            if str(first.excitation) != str(decision.excitation):
+                raise InputError(
+                    f"the plan excites the tied layers {first.layer!r} and {decision.layer!r} "
+                    "in different ways",
+                    "Give tied layers the same `excitation`, or leave them all alone.",
+                )
+        else:
+            with torch.inference_mode(False):
+                weight = parameter.detach()
+                weight = in_full_precision(weight) if form == "attached" else weight
+                excitation = build_excitation(
+                    decision.excitation,
+                    decision.layout,
+                    device=weight.device,
+                    dtype=weight.dtype,
+                    parts=parts,
+                )
+                excitation.prepare(weight)
+            by_parameter[id(parameter)] = (decision, excitation)
+            if start == "paused":
+                pause(excitation, weight, decision.layer)
+            elif init == "preserve":
+                raw = _preserve(excitation, weight, decision.layer)
+        grafts.append(Graft(decision.module, decision.parameter, excitation, raw))
+    _refuse_half_tied(facts.values(), taken)
+    return grafts
+
+
+def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
+    """Attaches excitations in place."""
+    is_held = held_by_graphs(model)
+    for item in grafts:
+        module = model.get_submodule(item.module)
+        item.excitation.train(module.training)
+        parameter = module._parameters[item.parameter]
+        if item.raw is not None and parameter is not None:
+            parameter.data = item.raw
+        if is_held(module, item.parameter):
+            hold(module, item.parameter, item.excitation)
+        else:
+            excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
+    update_graphs(model)
+
+
+def pause(excitation: Composition, weight: Tensor, layer: str) -> None:
+    """Makes a new excitation the identity for now."""
+    with torch.inference_mode(False), _named(layer, "start='on'"):
+        excitation.pause(weight.detach())
+
+
+@contextlib.contextmanager
+def _named(layer: str, instead: str) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:
+        raise InputError(
+            f"layer {layer!r} cannot start as what it is: {error}",
+            f"Convert with `{instead}`, or give it another excitation by a rule.",
+        ) from error
+
+
+def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | None:
+    """The raw weight whose excitation is the weight; None if it is the weight itself."""
+    with torch.inference_mode(False):
+        with _named(layer, "init='paper'"):
+            raw = excitation.preserve(weight)
+        with torch.no_grad():
+            check_preserved(layer, weight, excitation(raw))
+        # In memory of its own, and with the weight's strides.
+        is_same = not raw.is_meta and torch.equal(raw, weight)
+        return None if is_same else torch.empty_like(weight).copy_(raw)
+
+
+def ungraft(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Takes the excitations of these modules of ``model`` off; raw weights become the weights."""
+    for module in modules:
+        restore(module)
+        release(module)
+    update_graphs(model)
+
+
+def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts | None:
+    """Facts of a weight that no conv, linear or attention module owns, as the plan has it."""
+    parameter = owner._parameters.get(decision.parameter) if owner is not None else None
+    if owner is None or parameter is None:
+        return None
+    return LayerFacts(
+        module=decision.module,
+        parameter=decision.parameter,
+        kind=decision.kind,
+        type_name=decision.type_name,
+        layout=replace(decision.layout, shape=tuple(parameter.shape)),
+        obstacle=obstacle_of(owner, decision.parameter),
+        converted_obstacle=converted_obstacle_of(owner, decision.parameter),
+    )
+
+
+def _check_row(
+    decision: Decision, fact: LayerFacts | None, names: Sequence[str], form: Form
+) -> None:
+    if fact is None:
+        raise InputError(
+            f"the plan names a layer {decision.layer!r} that the model has not"
+            f"{near_matches(decision.layer, names)}",
+            "Use a plan that was made for this model.",
+        )
+    if (fact.kind, fact.layout) != (decision.kind, decision.layout):
+        raise InputError(
+            f"the plan has layer {decision.layer!r} as {decision.kind} of shape {decision.shape} "
+            f"and {decision.groups} groups, the model as {fact.kind} of shape "
+            f"{fact.layout.shape} and {fact.layout.groups} groups",
+            "Use a plan that was made for this model.",
+        )
+    obstacle = fact.obstacle_for(form)
+    if obstacle is not None:
+        raise InputError(
+            f"the plan excites layer {decision.layer!r}, which {obstacle}",
+            'Give its row `"excitation": []`.',
+        )
+
+
+def _refuse_half_tied(facts: Iterable[LayerFacts], excited: set[tuple[str, str]]) -> None:
+    for fact in facts:
+        owners = [tuple(path.rpartition(".")[::2]) for path in fact.tied_modules]
+        chosen = [owner for owner in owners if owner in excited]
+        if chosen and len(chosen) < len(owners):
+            left = next(owner for owner in owners if owner not in excited)
+            raise InputError(
+                f"the plan excites {'.'.join(chosen[0])!r} but not {'.'.join(left)!r}, "
+                "which is the same Parameter",
+                "Give tied layers the same `excitation`, or leave them all alone.",
+            )

@@ -1,0 +1,65 @@
+"""An excited layer as a vanilla one: with other values in the place of its excited parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
+
+if TYPE_CHECKING:
+    from we_surgery.converted.layer import ExcitedLayer
+
+
+def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
+    """A vanilla layer that shares everything with ``layer`` but its excited parameters."""
+    view = layer.vanilla_class.__new__(layer.vanilla_class)
+    view.__dict__.update(layer.__dict__)
+    view.__dict__["_parameters"] = dict(layer._parameters)
+    view.__dict__["_modules"] = dict(layer._modules)
+    for name, value in values.items():
+        rename_parameter(view, raw_name(name), name)
+        view._parameters[name] = value  # type: ignore[assignment]
+        del view._modules[excitation_name(name)]
+    drop_own_attributes(view)
+    return view
+
+
+def drop_own_attributes(module: nn.Module) -> None:
+    """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
+    for name in ("layer_name", "recompute", "__module__"):
+        module.__dict__.pop(name, None)
+
+
+def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
+    """The layer's excited weights as new Parameters, with the raw ones' ``requires_grad``."""
+    return {
+        name: nn.Parameter(
+            folded_tensor(layer, name), requires_grad=getattr(layer, raw_name(name)).requires_grad
+        )
+        for name in layer.excited_parameters
+    }
+
+
+def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
+    """One excited weight of the layer, in memory of its own."""
+    excitation, raw = (
+        getattr(layer, excitation_name(parameter)),
+        getattr(layer, raw_name(parameter)),
+    )
+    excitation.forget()
+    with torch.inference_mode(False), torch.no_grad():
+        excited: Tensor = getattr(layer, parameter)
+        excitation.forget()
+        return own_memory(excited.detach(), raw)
+
+
+def own_memory(excited: Tensor, raw: Tensor) -> Tensor:
+    """A weight just computed and kept nowhere, as a tensor that nothing else can reach."""
+    # An excitation may have nothing to do and return what it was given.
+    if excited.is_meta or excited.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
+        return excited
+    return excited.clone(memory_format=torch.preserve_format)

@@ -1,0 +1,189 @@
+"""The excited weight of :mod:`~we_surgery.excitations.formulas` by Triton kernels, in float32.
+
+Each is launched once for all layers of a table (``triton_table``).
+
+Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import the kernels
+run on the CPU.
+"""
+
+# Triton reads annotations itself: no `from __future__ import annotations` here.
+
+import triton
+import triton.language as tl
+
+from we_surgery.excitations.compute.triton_table import (
+    BY_BLOCKS,
+    BY_FILTERS,
+    BY_TILES,
+    CHANNELS,
+    FC1_BIAS,
+    HIDDEN,
+    HIDDEN_CHANNELS,
+    LIMIT,
+    MAXIMA,
+    MEAN,
+    MWE_EPSILON,
+    NORM,
+    OUT_CHANNELS,
+    POSITION_STEP,
+    POSITIONS,
+    RESULT,
+    SCALE,
+    STANDARDIZE_EPSILON,
+    WEIGHT,
+    layer_of,
+    near,
+    size_of,
+    tensor_of,
+)
+from we_surgery.excitations.compute.triton_tiles import (
+    SMALLEST_NORMAL,
+    affine_of,
+    fc1_of,
+    filters_of,
+    gate_of,
+    places_of,
+    tile_of,
+)
+
+
+@triton.jit
+def _atanh(x):
+    """``0.5 log((1 + x) / (1 - x))``; below 1/4, where that loses its digits, by its series."""
+    square = x * x
+    series = 1 / 11 + square * (1 / 13 + square * (1 / 15))
+    series = 1 / 5 + square * (1 / 7 + square * (1 / 9 + square * series))
+    series = x * (1 + square * (1 / 3 + square * series))
+    is_small = tl.abs(x) < 0.25
+    safe = tl.where(is_small, 0.5, x)
+    return tl.where(is_small, series, 0.5 * tl.log((1 + safe) / (1 - safe)))
+
+
+@triton.jit
+def summarize(
+    table,
+    kept,
+    LAYERS: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    LWE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Mean, |c|, r and h of each filter; one program for ``ROWS`` filters."""
+    layer, number = layer_of(table, BY_FILTERS, LAYERS)
+    rows, is_row = filters_of(layer, number, ROWS)
+    channels, positions = size_of(layer, CHANNELS), size_of(layer, POSITIONS)
+    position_step = size_of(layer, POSITION_STEP)
+    weight = tensor_of(layer, WEIGHT)
+    centre = tl.zeros([ROWS, 1], tl.float32)
+    r = tl.full([ROWS, 1], 1.0, tl.float32)
+    if STANDARDIZE:
+        fan_in = channels * positions
+        squares = tl.zeros([ROWS, 1], tl.float32)
+        # The second sum corrects the rounding of the first, the third is of squares.
+        for turn in tl.static_range(3):
+            total = tl.zeros([ROWS, 1], tl.float32)
+            for start in range(0, channels, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)[None, :]
+                is_there = is_row & (columns < channels)
+                place = weight + places_of(layer, rows, columns)
+                for position in range(positions):
+                    value = tl.load(place + position * position_step, mask=is_there, other=0.0)
+                    value = tl.where(is_there, value - centre, 0.0)
+                    if turn == 2:
+                        value *= value
+                    total += tl.sum(value, 1, keep_dims=True)
+            if turn == 2:
+                squares = total
+            else:
+                centre += total / fan_in
+        length = tl.sqrt(squares)
+        epsilon = tl.load(tensor_of(layer, STANDARDIZE_EPSILON))
+        r = 1 / (length / tl.sqrt(fan_in - 1.0) + epsilon)
+        tl.store(near(kept, layer, MEAN) + rows, centre, mask=is_row)
+        tl.store(near(kept, layer, NORM) + rows, length, mask=is_row)
+        tl.store(near(kept, layer, SCALE) + rows, r, mask=is_row)
+    if LWE:
+        hidden_channels = size_of(layer, HIDDEN_CHANNELS)
+        for first_unit in range(0, hidden_channels, UNITS):
+            units = first_unit + tl.arange(0, UNITS)[None, :]
+            u = tl.zeros([ROWS, UNITS], tl.float32)
+            for start in range(0, channels, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                is_there = is_row & (columns[None, :] < channels)
+                place = weight + places_of(layer, rows, columns[None, :])
+                sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+                for position in range(positions):
+                    value = tl.load(place + position * position_step, mask=is_there, other=0.0)
+                    sums += tl.where(is_there, value - centre, 0.0)
+                a = fc1_of(layer, columns[:, None], units)
+                u += tl.dot(sums, a, input_precision="ieee")
+            is_unit = units < hidden_channels
+            u *= r / positions
+            u += tl.load(tensor_of(layer, FC1_BIAS) + units, mask=is_unit, other=0.0)
+            place = near(kept, layer, HIDDEN) + rows * hidden_channels + units
+            tl.store(place, tl.where(u < 0, 0.0, u), mask=is_row & is_unit)
+
+
+@triton.jit
+def multiply(
+    table,
+    kept,
+    result,
+    LAYERS: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    LWE: tl.constexpr,
+    RESCALE: tl.constexpr,
+    MWE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Computes w = p r m c + q, and the largest |w| of each tile; one program a tile."""
+    layer, number, rows, is_row, columns = tile_of(table, BY_TILES, LAYERS, ROWS, COLUMNS)
+    is_there = is_row & (columns < size_of(layer, CHANNELS))
+    centre, r, p, q = affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
+    factor = r * p * gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
+    first = places_of(layer, rows, columns)
+    position_step = size_of(layer, POSITION_STEP)
+    weight, excited = tensor_of(layer, WEIGHT), near(result, layer, RESULT)
+    largest = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for position in range(size_of(layer, POSITIONS)):
+        place = first + position * position_step
+        value = tl.load(weight + place, mask=is_there, other=0.0)
+        value = (value - centre) * factor + q
+        largest = tl.maximum(largest, tl.where(is_there, tl.abs(value), 0.0))
+        tl.store(excited + place, value, mask=is_there)
+    if MWE:
+        tl.store(near(kept, layer, MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
+
+
+@triton.jit
+def amplify(
+    table,
+    kept,
+    result,
+    LAYERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """W' = M atanh(w / M) in the place of w; one program for ``BLOCK`` weights."""
+    layer, number = layer_of(table, BY_BLOCKS, LAYERS)
+    out_channels, channels = size_of(layer, OUT_CHANNELS), size_of(layer, CHANNELS)
+    tiles = tl.cdiv(out_channels, ROWS) * tl.cdiv(channels, COLUMNS)
+    maxima = near(kept, layer, MAXIMA)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(maxima + places, mask=places < tiles, other=0.0))
+    bound = (1 + tl.load(tensor_of(layer, MWE_EPSILON))) * tl.max(largest, 0)
+    bound = tl.where(bound < SMALLEST_NORMAL, 1.0, bound)
+    if number == 0:
+        tl.store(near(kept, layer, LIMIT), bound)
+    numel = out_channels.to(tl.int64) * (channels * size_of(layer, POSITIONS))
+    places = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    excited = near(result, layer, RESULT) + places
+    value = tl.load(excited, mask=places < numel, other=0.0)
+    tl.store(excited, bound * _atanh(value / bound), mask=places < numel)

@@ -1,0 +1,231 @@
+"""Jobs on files, as the command line runs them: where a model comes from, planning, converting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery import checkpoint
+from we_surgery._util.copies import drawing_nothing
+from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
+from we_surgery.checkpoint.wording import quoted
+from we_surgery.converted.sites import Init, Start
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE, convert, is_converted
+from we_surgery.errors import InputError, SurgeryError
+from we_surgery.jobs.targets import check_extension, choose_target
+from we_surgery.planning.decide import plan as make_plan
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.policy import Policy
+from we_surgery.planning.rules import Rule
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and what may be done to open it.
+
+    Attributes:
+        name: a file, or ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``.
+        architecture: the same three forms, for a file that holds only weights.
+        arguments: keyword arguments of the architecture's factory.
+        key: where in a wrapped checkpoint the state dict is.
+        weights: the trained ones or their average, instead of ``key``.
+        allow: further packages whose ``nn.Module`` classes a pickle may name.
+        trust: unpickle whatever the file says, running its code.
+    """
+
+    name: str
+    architecture: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    weights: Weights | None = None
+    allow: Sequence[str] = ()
+    trust: bool = False
+
+    def read(self, *, values: bool = True, with_excitation: bool = False) -> Contents:
+        """The file's or architecture's contents; see :func:`we_surgery.checkpoint.read`."""
+        return checkpoint.read(
+            self.name,
+            key=self.key,
+            weights=self.weights,
+            values=values,
+            with_excitation=with_excitation,
+            allow=self.allow,
+            trust=self.trust,
+            arguments=None if self.architecture else self.arguments,
+        )
+
+    def architecture_of(self, contents: Contents) -> Architecture | None:
+        """The architecture the user names, or else the one that the file carries."""
+        if self.architecture is not None:
+            return Architecture.parse(self.architecture, self.arguments)
+        return contents.metadata.architecture if contents.metadata is not None else None
+
+    def load(self, contents: Contents) -> nn.Module:
+        """The model: from the file, or its architecture with the file's weights."""
+        return checkpoint.model_from(
+            contents, architecture=self.architecture_of(contents), allow=self.allow
+        )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result of :func:`convert_file`; ``target`` is None for a dry run."""
+
+    plan: Plan
+    target: Path | None
+    kind: str
+    notes: list[str]
+
+
+def plan_file(
+    source: Source,
+    *,
+    mode: str | None = None,
+    config: Path | Policy | None = None,
+    rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
+    plan: Plan | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> Converted:
+    """The plan for a file's model, or a given plan checked against it; nothing is written."""
+    contents, model = _read_vanilla(source)
+    if plan is None:
+        inputs = None if input_shape is None else random_inputs(input_shape)
+        plan = make_plan(
+            model,
+            mode,
+            config=config,
+            rules=rules,
+            transplants=transplants,
+            example_inputs=inputs,
+        )
+    else:
+        with drawing_nothing(model):
+            convert(model, plan=plan, inplace=True)
+    return Converted(plan, None, contents.kind, contents.notes)
+
+
+def convert_file(
+    source: Source,
+    *,
+    mode: str | None = None,
+    config: Path | Policy | None = None,
+    rules: Sequence[Rule] = (),
+    transplants: Sequence[Any] = (),
+    plan: Plan | None = None,
+    output: str | Path | None = None,
+    to: str | None = None,
+    force: bool = False,
+    seed: int = 0,
+    input_shape: Sequence[int] | None = None,
+    init: Init = "paper",
+    start: Start = "on",
+) -> Converted:
+    """Reads a model, converts it, and writes it in the kind it came in.
+
+    Args:
+        source: the model.
+        mode: as in :func:`we_surgery.convert`.
+        config: as in :func:`we_surgery.convert`.
+        rules: as in :func:`we_surgery.convert`.
+        transplants: as in :func:`we_surgery.convert`.
+        plan: a plan to do exactly, instead of mode, config, rules and transplants.
+        output: the file to write; by default beside the input, ``model.we.pt``.
+        to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
+        force: overwrite an existing file.
+        seed: seeds the new parameters; torch's own generator is left as it was.
+        input_shape: reads the model by recording a forward on random inputs of this shape,
+            and proves on them that no converted weight is bypassed.
+        init: as in :func:`we_surgery.convert`.
+        start: as in :func:`we_surgery.convert`.
+
+    Raises:
+        InputError: bad usage, an unreadable input, or a model that is converted already.
+        SurgeryError: no layer would be excited, or a weight is not finite.
+    """
+    # Usage first: a slip in -o must not cost reading a large file.
+    check_extension(output, to)
+    contents, model = _read_vanilla(source)
+    target = choose_target(source.name, contents.kind, output, to, ".we")
+    target.check(force=force)
+    inputs = None if input_shape is None else random_inputs(input_shape)
+    decided = plan or make_plan(
+        model,
+        mode,
+        config=config,
+        rules=rules,
+        transplants=transplants,
+        example_inputs=inputs,
+    )
+    if not decided.changes:
+        raise SurgeryError(
+            f"the plan excites none of the {len(decided.decisions)} layers of {source.name}",
+            "See the reasons with --dry-run, and change the mode, config or rules.",
+        )
+    with drawing_nothing(model):
+        torch.default_generator.manual_seed(seed)
+        converted = convert(
+            model, plan=decided, init=init, start=start, example_inputs=inputs, inplace=True
+        )
+    architecture = source.architecture_of(contents)
+    metadata = Metadata(plan=converted.__dict__[PLAN_ATTRIBUTE], architecture=architecture)
+    with checkpoint.staged_together() as stage:
+        temporary = target.stage(stage, force=force, like=contents.path)
+        target.save(temporary, converted, converted.state_dict(), metadata)
+    notes = list(contents.notes)
+    has_weights = contents.kind != "architecture" or (
+        architecture is not None and architecture.fetches_weights
+    )
+    if init == "paper" and start == "on" and has_weights:
+        notes.append(
+            "the model no longer computes what the weights that were read made it compute, until "
+            "it is trained further; to start from what it computed, add `--init preserve`"
+        )
+    return Converted(decided, target.path, target.kind, notes)
+
+
+def random_inputs(shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 values of this shape, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _read_vanilla(source: Source) -> tuple[Contents, nn.Module]:
+    contents = source.read()
+    model = source.load(contents)
+    if is_converted(model):
+        raise InputError(
+            f"the model in {source.name} is converted already; nothing was written",
+            "Train it as it is, or strip it first with we-strip.",
+        )
+    if source.architecture is not None and contents.model is not None:
+        architecture = Architecture.parse(source.architecture, source.arguments)
+        _check_architecture(architecture, model, source.name)
+    return contents, model
+
+
+def _check_architecture(architecture: Architecture, model: nn.Module, source: str) -> None:
+    """Raises unless a module's weights fit the architecture that the result is going to name."""
+    with torch.random.fork_rng(devices=[]):
+        built = _shapes(architecture.build())
+    found = _shapes(model)
+    if built != found:
+        differing = [key for key in (*found, *built) if built.get(key) != found.get(key)]
+        raise InputError(
+            f"the module in {source} is no {architecture.name}: they differ in "
+            f"{quoted(list(dict.fromkeys(differing)))}",
+            "Leave out --arch, which a whole module does not need, or name the module's own, with "
+            "its arguments (--arch-arg).",
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    state: dict[str, Any] = model.state_dict()
+    return {
+        key: tuple(value.shape) if isinstance(value, Tensor) else None
+        for key, value in state.items()
+    }

@@ -1,0 +1,302 @@
+"""What a file or architecture is, which of its weights are excited, and what they learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery import checkpoint
+from we_surgery.analysis.learned import (
+    VERDICTS,
+    Start,
+    WeightStatistics,
+    learned_nothing,
+    weight_statistics,
+)
+from we_surgery.analysis.multipliers import multiplier_map
+from we_surgery.converted.surgery import PLAN_ATTRIBUTE
+from we_surgery.errors import InputError
+from we_surgery.excitations.names import EXCITATION, raw_name
+from we_surgery.excitations.record import is_record
+from we_surgery.jobs.convert import Source
+
+
+@dataclass(frozen=True)
+class InspectedWeight:
+    """A row of an :class:`Inspection`.
+
+    Attributes:
+        name: its key in the vanilla state dict.
+        shape: of the weight.
+        stages: of its excitation.
+        added: values that the excitation keeps, all gone after strip.
+        statistics: what it has become.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stages: tuple[str, ...]
+    added: int
+    statistics: WeightStatistics
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is; see :func:`inspect_file`.
+
+    Attributes:
+        source: the file or architecture.
+        kind: ``module``, ``state_dict``, ``safetensors``, ``sharded``, ``dcp`` or
+            ``architecture``.
+        tensors: entries of its state dict.
+        values: their numbers in all, without counting tied ones twice.
+        size: bytes they take.
+        stripped_values: numbers that are left after strip.
+        stripped_size: bytes these take.
+        layers: its excited weights; none for a vanilla model.
+        mode: the mode it was converted in, where the file says so.
+        architecture: the architecture, where the file says so.
+        plan: the plan it was converted by, as JSON types, where the file says so.
+        notes: what was chosen and dropped on reading.
+        is_attached: whether the excitation is in the optimizer's state, and the model vanilla.
+    """
+
+    source: str
+    kind: str
+    tensors: int
+    values: int
+    size: int
+    stripped_values: int
+    stripped_size: int
+    layers: list[InspectedWeight]
+    mode: str | None
+    architecture: str | None
+    plan: Mapping[str, Any] | None
+    notes: list[str]
+    is_attached: bool = False
+
+    @property
+    def learned(self) -> str:
+        """In a sentence, whether excitation learned anything; "" for a vanilla model."""
+        verdicts = [layer.statistics.verdict for layer in self.layers]
+        if not verdicts:
+            return ""
+        counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS if verdict in verdicts}
+        found = "; ".join(
+            f"{count} of {len(verdicts)} {verdict}: {VERDICTS[verdict]}"
+            for verdict, count in counts.items()
+        )
+        if learned_nothing(verdicts):
+            return f"EXCITATION HAS LEARNED NOTHING ({found})"
+        if set(verdicts) == {"nothing to learn"}:
+            return f"excitation has nothing to learn here ({found})"
+        return f"excitation: {found}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return {**asdict(self), "learned": self.learned}
+
+
+@dataclass(frozen=True)
+class ComparedWeight:
+    """One weight in several files.
+
+    Attributes:
+        name: its key in the vanilla state dict.
+        weights: what each file has under it; None where it is not excited.
+        correlation: of the multipliers in the last file with those in the first (Pearson's);
+            None where there are none, or they do not vary.
+        distance: of the last file's excited weight from the first's, over the norm of the
+            first's; None where the shapes differ.
+    """
+
+    name: str
+    weights: list[InspectedWeight | None]
+    correlation: float | None
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several files side by side; see :func:`compare_files`."""
+
+    inspections: list[Inspection]
+    weights: list[ComparedWeight]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return {
+            "files": [inspection.to_dict() for inspection in self.inspections],
+            "weights": [
+                {"name": row.name, "correlation": row.correlation, "distance": row.distance}
+                for row in self.weights
+            ],
+        }
+
+
+def inspect_file(source: Source, start: Source | None = None) -> Inspection:
+    """What a file or architecture is, which of its weights are excited, and what they learned.
+
+    Args:
+        source: the file.
+        start: the same model before training, converted or vanilla; tells how far it has come.
+
+    Raises:
+        InputError: a file cannot be read, or the start is of another model.
+    """
+    return _read(source, None if start is None else _starts(start))[0]
+
+
+def compare_files(sources: Sequence[Source], start: Source | None = None) -> Comparison:
+    """Several files and the weights that any of them excites, side by side.
+
+    Args:
+        sources: at least two.
+        start: as in :func:`inspect_file`.
+
+    Raises:
+        InputError: a file cannot be read, or the start is of another model.
+    """
+    starts = None if start is None else _starts(start)
+    read = [_read(source, starts) for source in sources]
+    rows = [{layer.name: layer for layer in inspection.layers} for inspection, _ in read]
+    first, last = read[0][1], read[-1][1]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Comparison(
+        [inspection for inspection, _ in read],
+        [
+            ComparedWeight(
+                name,
+                [row.get(name) for row in rows],
+                *_likeness(first(name), last(name)),
+            )
+            for name in names
+        ],
+    )
+
+
+def _read(
+    source: Source, starts: Mapping[str, Start] | None
+) -> tuple[Inspection, Callable[[str], checkpoint.ExcitedEntry | None]]:
+    """The inspection, and what gives each excited weight with its values."""
+    contents = source.read(values=False, with_excitation=True)
+    state = contents.state_dict
+    if contents.sharded is not None:
+        # Of the weights the shapes are known; their values are read one by one below.
+        state = contents.sharded.load(lambda name: f"{EXCITATION}." in name)
+    plan = contents.metadata.plan if contents.metadata is not None else None
+    if contents.model is not None:
+        state = _tensors(contents.model)
+        plan = contents.model.__dict__.get(PLAN_ATTRIBUTE, plan)
+    state = state or {}
+    entries = {entry.vanilla_key: entry for entry in checkpoint.find_excited(state)}
+    if starts is not None and entries:
+        _refuse_other_start(entries, starts, source.name)
+    layers = []
+    for name, entry in entries.items():
+        entry.refuse_no_weight()
+        excitation = entry.rebuild()
+        try:
+            raw = _in_memory(contents, entry).raw
+            statistics = weight_statistics(excitation, raw, (starts or {}).get(name))
+        except RuntimeError as error:
+            raise InputError(
+                f"{source.name}: the excited {name!r} cannot be computed: {error}",
+                "The file is damaged, or mixes the tensors of two models.",
+            ) from error
+        layers.append(
+            InspectedWeight(
+                name=name,
+                shape=tuple(entry.raw.shape),
+                stages=tuple(stage.name for stage in excitation.stages),
+                added=sum(value.numel() for value in entry.tensors.values()),
+                statistics=statistics,
+            )
+        )
+    added = {e.excitation_prefix + key for e in entries.values() for key in e.excitation}
+    distinct = _distinct({key: value for key, value in state.items() if not is_record(key)})
+    left = _distinct({key: value for key, value in state.items() if key not in added})
+    architecture = source.architecture_of(contents)
+    inspection = Inspection(
+        source=source.name,
+        kind=contents.kind,
+        tensors=len(state),
+        values=sum(value.numel() for value in distinct),
+        size=sum(value.numel() * value.element_size() for value in distinct),
+        stripped_values=sum(value.numel() for value in left),
+        stripped_size=sum(value.numel() * value.element_size() for value in left),
+        layers=layers,
+        mode=str(plan["mode"]) if plan and "mode" in plan else None,
+        architecture=None if architecture is None else architecture.name,
+        plan=plan,
+        notes=contents.notes,
+        is_attached=contents.is_attached,
+    )
+
+    def entry_of(name: str) -> checkpoint.ExcitedEntry | None:
+        return _in_memory(contents, entries[name]) if name in entries else None
+
+    return inspection, entry_of
+
+
+def _in_memory(
+    contents: checkpoint.Contents, entry: checkpoint.ExcitedEntry
+) -> checkpoint.ExcitedEntry:
+    """The entry with its raw weight, which of a sharded checkpoint is still in its file."""
+    if contents.sharded is None:
+        return entry
+    key = f"{entry.layer}.{raw_name(entry.parameter)}".removeprefix(".")
+    return replace(entry, raw=contents.sharded.load(lambda name: name == key)[key])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what ``get_extra_state`` of a module adds, which may be anything."""
+    return {k: value for k, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
+    return list({checkpoint.tensor_identity(value): value for value in state.values()}.values())
+
+
+def _starts(source: Source) -> dict[str, Start]:
+    contents = source.read(with_excitation=True)
+    state = _tensors(contents.model) if contents.model is not None else contents.state_dict
+    state = state or {}
+    starts = {key: Start(value, None) for key, value in state.items()}
+    for entry in checkpoint.find_excited(state):
+        starts[entry.vanilla_key] = Start(entry.raw, entry.excitation)
+    return starts
+
+
+def _refuse_other_start(
+    entries: Mapping[str, checkpoint.ExcitedEntry], starts: Mapping[str, Start], name: str
+) -> None:
+    for key, entry in entries.items():
+        if key not in starts or starts[key].raw.shape != entry.raw.shape:
+            raise InputError(
+                f"the start has no {key!r} of the shape it has in {name}",
+                "Give the same model before training: what `we-convert` wrote.",
+            )
+
+
+def _likeness(
+    first: checkpoint.ExcitedEntry | None, last: checkpoint.ExcitedEntry | None
+) -> tuple[float | None, float | None]:
+    """Correlation of the multipliers, and distance of the excited weights."""
+    if first is None or last is None or first.raw.shape != last.raw.shape:
+        return None, None
+    with torch.no_grad():
+        maps = [multiplier_map(entry.rebuild(), entry.raw) for entry in (first, last)]
+        one, other = (entry.rebuild()(entry.raw.detach()).double() for entry in (first, last))
+    scale = one.norm().item()
+    distance = (other - one).norm().item() / scale if scale else None
+    if maps[0] is None or maps[1] is None:
+        return None, distance
+    pair = torch.stack([found.double().flatten() for found in maps if found is not None])
+    if pair.shape[1] < 2 or bool((pair.std(1) == 0).any()):
+        return None, distance
+    return torch.corrcoef(pair)[0, 1].item(), distance

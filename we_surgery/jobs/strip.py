@@ -1,0 +1,330 @@
+"""Stripping a file: fold, write, read back, compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery import checkpoint
+from we_surgery._util.copies import copy_model
+from we_surgery.checkpoint import Contents, Metadata
+from we_surgery.checkpoint.wording import quoted
+from we_surgery.converted.proof import StripReport, same_bits
+from we_surgery.converted.surgery import (
+    Progress,
+    is_converted,
+    stored_plan,
+    strip_with_report,
+)
+from we_surgery.errors import InputError, SurgeryError
+from we_surgery.jobs.convert import Source
+from we_surgery.jobs.targets import Target, check_extension, choose_target
+from we_surgery.jobs.verify import (
+    cast_model,
+    compare_outputs,
+    input_shape_of,
+    inputs_for,
+    is_half,
+    rounding_effect,
+)
+from we_surgery.planning.plans import Plan
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """The result of :func:`strip_file`.
+
+    Attributes:
+        target: the file written, or the folder of shards.
+        kind: ``module``, ``state_dict``, ``safetensors`` or ``sharded``.
+        report: what was folded, and the difference of the outputs where they were compared.
+        tensors: how many the file holds; each was read back and found bit-equal to what it was
+            folded to or copied from.
+        sha256: of each file written, by its path.
+        input_shape: of the inputs that both models were compared on, if they were.
+        notes: what was chosen and dropped, as sentences.
+    """
+
+    target: Path
+    kind: str
+    report: StripReport
+    tensors: int
+    sha256: dict[str, str]
+    input_shape: tuple[int, ...] | None
+    notes: list[str]
+
+
+def strip_file(
+    source: Source,
+    *,
+    output: str | Path | None = None,
+    to: str | None = None,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    input_shape: Sequence[int] | None = None,
+    deploy: str = "dense",
+    progress: Progress | None = None,
+) -> Stripped:
+    """Reads a converted model or checkpoint, folds it, writes it, and proves what was written.
+
+    A state dict needs no model: it says itself what was excited. One in several files is
+    stripped tensor by tensor. What was written is read back and compared bit for bit with a
+    second fold before it gets its name.
+
+    Args:
+        source: the model or checkpoint.
+        output: the file to write; by default beside the input, ``model.stripped.pt``, or
+            ``model.stripped.ema.pt`` where the average was asked for. For an input of several
+            files a name without an ending of a file gives a folder of shards.
+        to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
+        force: overwrite what is there.
+        dtype: of all floating-point values; by default each tensor keeps its own. Weights are
+            folded in float32 (or float64 where they are) and rounded once.
+        verify: compare the outputs of the excited model and of the stripped one in the same
+            architecture, on random inputs of the size that the architecture names.
+        input_shape: compare them on random inputs of this shape.
+        deploy: as in :func:`we_surgery.strip`; another form than ``dense`` needs a module, or an
+            architecture.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        InputError: bad usage, an unreadable input, or nothing to compare outputs with.
+        SurgeryError: there is nothing to strip, or a proof failed; nothing is written.
+    """
+    mark = ".ema" if source.weights == "ema" and output is None else ""
+    return _strip_all(
+        [(source, mark)], output, to, force, _How(dtype, verify, input_shape, deploy, progress)
+    )[0]
+
+
+def strip_both(
+    source: Source,
+    *,
+    output: str | Path | None = None,
+    to: str | None = None,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    input_shape: Sequence[int] | None = None,
+    deploy: str = "dense",
+    progress: Progress | None = None,
+) -> list[Stripped]:
+    """:func:`strip_file` for the trained weights of a checkpoint and for their average.
+
+    The averaged ones go to a second file, ``model.stripped.ema.pt``. Both files are proven
+    before either gets its name.
+
+    Args:
+        source: a checkpoint that holds both.
+        output: as in :func:`strip_file`, and so are the others.
+        to: as there.
+        force: as there.
+        dtype: as there.
+        verify: as there.
+        input_shape: as there.
+        deploy: as there.
+        progress: as there.
+    """
+    sources = [(replace(source, weights="raw"), ""), (replace(source, weights="ema"), ".ema")]
+    return _strip_all(
+        sources, output, to, force, _How(dtype, verify, input_shape, deploy, progress)
+    )
+
+
+@dataclass(frozen=True)
+class _How:
+    """What :func:`strip_file` takes beside places."""
+
+    dtype: torch.dtype | None
+    verify: bool
+    input_shape: Sequence[int] | None
+    deploy: str
+    progress: Progress | None
+
+
+def _strip_all(
+    sources: Sequence[tuple[Source, str]],
+    output: str | Path | None,
+    to: str | None,
+    force: bool,
+    how: _How,
+) -> list[Stripped]:
+    # Usage first: a slip in -o must not cost reading a large file.
+    check_extension(output, to)
+    done: list[Stripped] = []
+    with checkpoint.staged_together() as stage:
+        for source, mark in sources:
+            contents = checkpoint.settled(source.read(values=False), source.name)
+            target = choose_target(
+                source.name, contents.kind, output, to, ".stripped", keep_shards=True
+            )
+            target = target.marked(mark) if mark else target
+            target.check(force=force)
+            needs_model = target.kind == "module" or how.deploy != "dense"
+            strip = _strip_model if needs_model or contents.model else _strip_state
+            temporary = target.stage(stage, force=force, like=contents.path)
+            stripped = strip(source, contents, target, temporary, how)
+            done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
+    return done
+
+
+def _strip_state(
+    source: Source, contents: Contents, target: Target, temporary: Path, how: _How
+) -> Stripped:
+    architecture = source.architecture_of(contents)
+    compares = how.verify or how.input_shape is not None
+    if compares and architecture is None:
+        raise InputError(
+            f"{source.name} holds weights and does not say of which architecture, so there is no "
+            "model to run",
+            "Name it with --arch, or leave out --verify and --input-shape: the weights are "
+            "compared in any case.",
+        )
+    notes = list(contents.notes)
+    plan = None if contents.metadata is None else contents.metadata.stored_plan
+    kept = None if plan is None else plan.kept
+    if contents.sharded is not None and target.kind in ("sharded", "safetensors"):
+        found = checkpoint.save_stripped(
+            contents.sharded,
+            temporary,
+            folder=target.is_folder,
+            dtype=how.dtype,
+            progress=how.progress,
+        )
+        notes = list(found.notes)
+    else:
+        contents = _in_memory(contents)
+        state = contents.state_dict
+        assert state is not None
+        stripped, found = checkpoint.strip_state_dict_with_report(
+            state, dtype=how.dtype, progress=how.progress
+        )
+        _refuse_vanilla(found.layers > 0 or (plan is not None and plan.changes), source.name)
+        target.save(temporary, None, stripped, _kept_metadata(kept, source, contents))
+        # Folded anew: a fold that is not deterministic is caught too.
+        again, _ = checkpoint.strip_state_dict_with_report(state, dtype=how.dtype)
+        _check_written(checkpoint.read(temporary).state_dict, again)
+        notes += found.notes
+    transplants = 0 if plan is None or kept is None else _attached(plan) - _attached(kept)
+    report = StripReport(found.layers, found.removed_values, found.values, transplants=transplants)
+    done = Stripped(target.path, target.kind, report, found.tensors, {}, None, notes)
+    if not compares:
+        return done
+    excited = checkpoint.model_from(
+        _in_memory(contents), architecture=architecture, allow=source.allow
+    )
+    vanilla = checkpoint.load(temporary, architecture=architecture, allow=source.allow)
+    shape, note = _shape(excited, source, contents, how)
+    differences = compare_outputs(excited, vanilla, shape, how.dtype)
+    return replace(
+        done,
+        report=_with_differences(report, differences),
+        input_shape=shape,
+        notes=notes + note,
+    )
+
+
+def _strip_model(
+    source: Source, contents: Contents, target: Target, temporary: Path, how: _How
+) -> Stripped:
+    model = source.load(_in_memory(contents))
+    _refuse_vanilla(is_converted(model), source.name)
+    notes = list(contents.notes)
+    shape: tuple[int, ...] | None = None
+    inputs = None
+    if how.verify or how.input_shape is not None:
+        shape, note = _shape(model, source, contents, how)
+        notes += note
+    if how.dtype is not None and any(is_half(tensor) for tensor in model.state_dict().values()):
+        model = model.float()
+    if shape is not None:
+        inputs = inputs_for(model, shape)
+    # Not in place: the fold is then compared with the excited model itself.
+    stripped, report = strip_with_report(
+        model, example_inputs=inputs, deploy=how.deploy, progress=how.progress
+    )
+    if how.dtype is not None:
+        cast_model(stripped, how.dtype)
+        if shape is not None:
+            differences = rounding_effect(model, copy_model(stripped), shape)
+            report = _with_differences(report, differences)
+    state = stripped.state_dict()
+    target.save(temporary, stripped, state, _kept_metadata(stored_plan(stripped), source, contents))
+    # Nothing is in this file but what this process holds.
+    written = checkpoint.read(temporary, trust=target.kind == "module")
+    found = written.state_dict if written.model is None else written.model.state_dict()
+    _check_written(found, state)
+    return Stripped(target.path, target.kind, report, len(state), {}, shape, notes)
+
+
+def _kept_metadata(plan: Plan | None, source: Source, contents: Contents) -> Metadata | None:
+    """What a stripped file says of itself: nothing, unless transplants are part of its model."""
+    if plan is None or not plan.transplants:
+        return None
+    return Metadata(plan=plan.to_dict(), architecture=source.architecture_of(contents))
+
+
+def _attached(plan: Plan) -> int:
+    return sum(row.attach for row in plan.transplants)
+
+
+def _with_differences(report: StripReport, differences: tuple[float, float]) -> StripReport:
+    absolute, relative = differences
+    return replace(report, output_difference=absolute, relative_difference=relative)
+
+
+def _in_memory(contents: Contents) -> Contents:
+    if contents.sharded is None:
+        return contents
+    return replace(contents, state_dict=contents.sharded.load(), sharded=None)
+
+
+def _shape(
+    model: nn.Module, source: Source, contents: Contents, how: _How
+) -> tuple[tuple[int, ...], list[str]]:
+    """The shape to compare on, and a sentence on where it is from if the user did not say."""
+    if how.input_shape is not None:
+        return tuple(how.input_shape), []
+    return input_shape_of(model, source.architecture_of(contents))
+
+
+def _refuse_vanilla(excited: bool, name: str) -> None:
+    if not excited:
+        raise SurgeryError(
+            f"{name} holds no excited weights, so there is nothing to strip",
+            "Give the checkpoint of a converted model; `we-inspect FILE` tells what a file is.",
+        )
+
+
+def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, Any]) -> None:
+    """Raises unless a file's tensors are those expected, bit for bit."""
+    tensors = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
+    wrong = [
+        key
+        for key, value in tensors.items()
+        if found is None or key not in found or not same_bits(found[key], value)
+    ]
+    if wrong or (found is not None and len(found) < len(tensors)):
+        raise SurgeryError(
+            f"what was written is not bit-equal to what was folded: {quoted(wrong)}",
+            "The disk or the memory is faulty, or an excitation is not deterministic; no file "
+            "was left.",
+        )
+
+
+def _sha256(written: Path, target: Path) -> dict[str, str]:
+    """The checksum of each file written, by the name it is going to have."""
+    files = sorted(written.iterdir()) if written.is_dir() else [written]
+    sums: dict[str, str] = {}
+    for file in files:
+        with file.open("rb") as content:
+            name = target / file.name if written.is_dir() else target
+            sums[str(name)] = hashlib.file_digest(content, "sha256").hexdigest()
+    return sums

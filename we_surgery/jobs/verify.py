@@ -1,0 +1,149 @@
+"""Running an excited model and its stripped file side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.checkpoint import Architecture, cast
+from we_surgery.converted.proof import check_outputs, largest_differences, run_in_eval, same_bits
+from we_surgery.converted.surgery import strip_with_report
+from we_surgery.errors import SurgeryError
+from we_surgery.jobs.convert import random_inputs
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+"""What a strip can cast to, by the names of the command line."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def compare_outputs(
+    excited: nn.Module, vanilla: nn.Module, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> tuple[float, float]:
+    """The largest absolute and relative difference of two models' outputs in eval mode.
+
+    Rounding to half precision moves outputs as far as the model lets it, by 4e-4 as by 0.2, so that
+    no tolerance tells a wrong weight from a rounded one. It is proven in two steps that need none
+    of their own: the excited model against its fold, both as precise as they were trained or in
+    float32, and the stripped model's values against that fold's, rounded once, to the bit.
+
+    Args:
+        excited: the model as it was trained.
+        vanilla: the stripped one.
+        shape: of the random inputs.
+        dtype: what the stripped one was cast to, if it was. Both models are changed.
+
+    Raises:
+        InputError: a model fails on such inputs.
+        SurgeryError: the relative difference is over 1e-5, for half precision that of the fold; or
+            a value is not the fold's rounded to ``dtype``.
+    """
+    if dtype in _HALF:
+        if any(is_half(tensor) for tensor in excited.state_dict().values()):
+            excited = excited.float()
+        folded, _ = strip_with_report(excited, example_inputs=inputs_for(excited, shape))
+        _check_rounded(folded.state_dict(), vanilla.state_dict(), dtype)
+        return rounding_effect(excited, vanilla, shape)
+    if dtype is not None:
+        excited, vanilla = excited.float(), vanilla.float()
+    inputs = inputs_for(excited, shape)
+    return check_outputs(run_in_eval(excited, inputs), run_in_eval(vanilla, inputs))
+
+
+def rounding_effect(
+    excited: nn.Module, rounded: nn.Module, shape: tuple[int, ...]
+) -> tuple[float, float]:
+    """How far the rounding of all values moves the outputs, at most: absolute and relative.
+
+    Both models compute in float32, so that nothing else shows, and are changed.
+
+    Raises:
+        SurgeryError: it makes an output infinite or NaN.
+    """
+    excited, rounded = excited.float(), rounded.float()
+    inputs = inputs_for(excited, shape)
+    differences = largest_differences(run_in_eval(excited, inputs), run_in_eval(rounded, inputs))
+    if not all(map(math.isfinite, differences)):
+        raise SurgeryError(
+            "with its values rounded the model's outputs are not finite",
+            "Choose a dtype of more digits.",
+        )
+    return differences
+
+
+def _check_rounded(
+    folded: Mapping[str, Any], found: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
+    for name, value in folded.items():
+        if not isinstance(value, Tensor):
+            continue
+        expected, other = cast(name, value, dtype), found.get(name)
+        if not isinstance(other, Tensor) or not same_bits(other.to(expected.dtype), expected):
+            raise SurgeryError(
+                f"{name!r} of the stripped model is not what it is folded to, rounded once to "
+                f"{str(expected.dtype).removeprefix('torch.')}",
+                "The file, or the architecture that it was loaded into, changes its values.",
+            )
+
+
+def inputs_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Random inputs, always the same, in the dtype of the model's first parameter."""
+    inputs = random_inputs(shape)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+    return inputs.to(parameter.dtype)
+
+
+def input_shape_of(
+    model: nn.Module, architecture: Architecture | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """The shape of one input of the model, and a sentence on where it is from.
+
+    timm's models say it themselves (``default_cfg``), torchvision's by the transforms of their
+    weights; for others 3 channels of 224 x 224 are tried.
+    """
+    config = getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if hasattr(config, "get") else None
+    where = "as timm's configuration of the model says"
+    if size is None and architecture is not None and architecture.name.startswith("torchvision:"):
+        crop = _torchvision_crop(architecture.name.partition(":")[2])
+        size, where = (3, crop, crop), "as torchvision's transforms for the model say"
+    if size is None:
+        size, where = (3, 224, 224), "because the model does not say what it takes"
+    shape = (1, *size)
+    sizes = "x".join(map(str, shape))
+    return shape, [f"compared on random inputs of {sizes}, {where} (--input-shape overrides)"]
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model's floating-point parameters and buffers, in place.
+
+    Raises:
+        SurgeryError: a value is beyond the numbers of ``dtype``.
+    """
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            cast(name, tensor, dtype)
+    model.to(dtype)
+
+
+def is_half(value: object) -> bool:
+    """Whether this is a tensor of float16 or bfloat16."""
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _torchvision_crop(name: str) -> int:
+    from torchvision.models import get_model_weights
+
+    try:
+        transforms = get_model_weights(name).DEFAULT.transforms()
+        return int(transforms.crop_size[0])
+    except (ValueError, AttributeError, IndexError, TypeError):
+        return 224  # detectors and segmentation take any size
