@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from we_surgery.attached.optimizers import group_for, refuse_vectors, start_early_state
+from we_surgery.attached.optimizers import group_for, start_early_state
 from we_surgery.attached.shards import is_sharded, shard_of, share_again, whole_model
 from we_surgery.attached.weights import (
     AttachedWeight,
@@ -110,15 +110,24 @@ def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[Excitation
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            refuse_vectors(optimizer, weight.layer, parameter)
-            group = group_for(groups, homes[id(weight.parameter)], parameter)
-            place = next(i for i, each in enumerate(groups) if each is group)
+            home = homes[id(weight.parameter)]
+            group = group_for(optimizer, home, parameter)
+            place = next(i for i, each in enumerate(groups) if each is (group or home))
             replicated = None if weight.shard is None else weight.shard.replicated
             entry = parameter if replicated is None else replicated(parameter)
-            start_early_state(optimizer, entry, group)
-            states = [layer.state.pop(entry, None) for layer in with_wrapped(optimizer)]
-            own = ExcitationParameter(
-                f"{weight.name}:{name}", parameter, entry, place, replicated, states
+            states: list[Any] = [None]
+            if group is not None:
+                start_early_state(optimizer, entry, group)
+                states = [layer.state.pop(entry, None) for layer in with_wrapped(optimizer)]
+            found.append(
+                ExcitationParameter(
+                    f"{weight.name}:{name}",
+                    parameter,
+                    entry,
+                    place,
+                    is_apart=group is None,
+                    replicated=replicated,
+                    states=states,
+                )
             )
-            found.append(own)
     return found

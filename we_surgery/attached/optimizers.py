@@ -42,16 +42,17 @@ def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def group_for(
-    groups: Iterable[dict[str, Any]], home: dict[str, Any], parameter: nn.Parameter
-) -> dict[str, Any]:
-    """The group an excitation's parameter joins.
+    optimizer: Any, home: dict[str, Any], parameter: nn.Parameter
+) -> dict[str, Any] | None:
+    """The group an excitation's parameter joins; None if no group can take it.
 
     That of its weight; for biases the one with the same options and no weight decay, if there is
     one. Muon takes matrices alone: biases then join the group without it that is most alike.
-
-    Raises:
-        InputError: no group can take it.
     """
+    groups = optimizer.param_groups
+    muon = getattr(torch.optim, "Muon", ())  # which torch 2.8 does not have
+    if parameter.ndim != 2 and any(isinstance(layer, muon) for layer in with_wrapped(optimizer)):
+        return None
     if parameter.ndim > 1:
         return home
     wanted = group_options(home)
@@ -59,13 +60,7 @@ def group_for(
         wanted["weight_decay"] = 0
     if home.get("use_muon"):
         others = [group for group in groups if not group.get("use_muon")]
-        if not others:
-            raise InputError(
-                "all groups of the optimizer train by Muon, which takes matrices alone, and the "
-                "excitation has biases",
-                "Give the optimizer a group with `use_muon=False`; it may be empty.",
-            )
-        return max(others, key=lambda group: _options_in_common(group, wanted))
+        return max(others, key=lambda group: _options_in_common(group, wanted), default=None)
     return next((group for group in groups if same_options(group_options(group), wanted)), home)
 
 
@@ -76,19 +71,22 @@ def _options_in_common(group: Mapping[str, Any], wanted: Mapping[str, Any]) -> i
     )
 
 
-def refuse_vectors(optimizer: Optimizer, layer: str, parameter: nn.Parameter) -> None:
-    """Raises where the optimizer takes matrices alone and the parameter is not one.
+def new_companion() -> torch.optim.AdamW:
+    """Trains what no group of the user's optimizer can take; it gets its groups for each step."""
+    companion = torch.optim.AdamW([torch.zeros(())])
+    companion.param_groups.clear()
+    return companion
 
-    Raises:
-        InputError: naming the layer.
-    """
-    muon = getattr(torch.optim, "Muon", ())
-    if parameter.ndim != 2 and any(isinstance(each, muon) for each in with_wrapped(optimizer)):
-        raise InputError(
-            f"Muon trains matrices alone, and the excitation of layer {layer!r} has biases",
-            "Give this layer an excitation without parameters (MWE) by a rule, or train it with "
-            "another optimizer.",
-        )
+
+def companion_group(
+    companion: Optimizer, home: Mapping[str, Any], parameter: nn.Parameter
+) -> dict[str, Any]:
+    """A group of the companion for one parameter, with the options of its weight's group now."""
+    group = {**companion.defaults, "params": [parameter]}
+    group |= {key: home[key] for key in ("lr", "weight_decay", "maximize") if key in home}
+    if parameter.ndim < 2:
+        group["weight_decay"] = 0.0
+    return group
 
 
 def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any) -> None:

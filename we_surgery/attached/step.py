@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from we_surgery.attached.guard import Tripwire
+from we_surgery.attached.optimizers import companion_group, new_companion
 from we_surgery.attached.shards import any_rank, local
 from we_surgery.attached.transform import drop_gradient, pull_back, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
@@ -40,6 +41,7 @@ class OptimizerStep:
         depth: how many calls of the optimizer are running, one within the other.
         exchanged: the weights whose raw weight stands in the groups now.
         steps: how many steps have moved a raw weight.
+        companion: trains the excitations' parameters that no group can take.
         is_hidden: whether this step only makes states, and excitations take no part in it.
         frozen: layers that are not excited because they were frozen, with their Parameters.
     """
@@ -56,6 +58,7 @@ class OptimizerStep:
     is_hidden: bool = False
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     is_open: bool = False
+    companion: torch.optim.AdamW = field(default_factory=new_companion)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
@@ -70,10 +73,10 @@ class OptimizerStep:
             layer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
             self._undo += [before.remove, after.remove]
         # A class may step without calling hooks, and no hook is called where a step raises.
-        self._wrap("step", self._stepping)
-        for name in STEPS:
+        self._wrap("step", functools.partial(self._stepping, True))
+        for name, moves in STEPS.items():
             if hasattr(self.optimizer, name):
-                self._wrap(name, self._stepping)
+                self._wrap(name, functools.partial(self._stepping, moves))
         for name in SWITCHES:
             if hasattr(self.optimizer, name):
                 self._wrap(name, self._switching)
@@ -110,7 +113,7 @@ class OptimizerStep:
 
         self._undo.append(undo)
 
-    def _stepping(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _stepping(self, moves: bool, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         place = self._closure_place(args, kwargs)
         args, kwargs = self._enter(args, kwargs, place)
         try:
@@ -118,7 +121,7 @@ class OptimizerStep:
         except BaseException:
             self._abandon()
             raise
-        self._leave(moves=True)
+        self._leave(moves=moves)
         return result
 
     def _switching(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +213,8 @@ class OptimizerStep:
         self.is_hidden = self._is_hidden_step(live)
         self._exchange(live)
         if self.clip_raw is not None:
-            entries = [p for group in self.optimizer.param_groups for p in group["params"]]
+            groups = [*self.optimizer.param_groups, *self.companion.param_groups]
+            entries = [p for group in groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(entries, self.clip_raw)
 
     def _is_hidden_step(self, live: Sequence[AttachedWeight]) -> bool:
@@ -249,12 +253,20 @@ class OptimizerStep:
                 assert own.replicated is not None
                 own.entry.grad = own.replicated(own.parameter.grad).data
             group = self.optimizer.param_groups[own.group]
-            group["params"].append(own.entry)
-            if "param_names" in group:
-                group["param_names"].append(own.name)
-            for layer, state in zip(layers, own.states, strict=False):
+            if own.is_apart:
+                apart = companion_group(self.companion, group, own.entry)
+                self.companion.param_groups.append(apart)
+            else:
+                group["params"].append(own.entry)
+                if "param_names" in group:
+                    group["param_names"].append(own.name)
+            for layer, state in zip(self._layers_of(own), own.states, strict=False):
                 if state is not None:
                     layer.state[own.entry] = state
+
+    def _layers_of(self, own: ExcitationParameter) -> list[Any]:
+        """The optimizers that keep a state for it."""
+        return [self.companion] if own.is_apart else list(with_wrapped(self.optimizer))
 
     def _exchange_back(self) -> None:
         layers = list(with_wrapped(self.optimizer))
@@ -272,13 +284,16 @@ class OptimizerStep:
                 _move_state(layer.state, weight.raw, weight.parameter)
         for each in self.parameters:
             if not (self.is_hidden and any(each.states)):
-                each.states = [layer.state.pop(each.entry, None) for layer in layers]
+                each.states = [layer.state.pop(each.entry, None) for layer in self._layers_of(each)]
             each.parameter.grad = each.entry.grad = None
+        self.companion.param_groups.clear()
         self.exchanged = []
 
     def _leave(self, *, moves: bool) -> None:
         self.depth -= 1
         if self.depth == 0:
+            if moves and self.exchanged and not self.is_hidden and self.companion.param_groups:
+                self.companion.step()
             self._put_back(moves=moves)
 
     def _put_back(self, *, moves: bool) -> None:

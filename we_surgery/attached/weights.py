@@ -87,7 +87,8 @@ class ExcitationParameter:
         parameter: the parameter.
         entry: what stands for it in the optimizer: itself, or for a sharded weight the same
             memory as a DTensor.
-        group: the index of the parameter group it joins.
+        group: the index of the parameter group it joins, or of its weight's.
+        is_apart: whether no group can take it, so that a companion optimizer trains it.
         replicated: makes a DTensor of a tensor, for a sharded weight.
         states: what the optimizer and those it wraps keep for it, one after the other; None
             where one keeps nothing yet.
@@ -97,6 +98,7 @@ class ExcitationParameter:
     parameter: nn.Parameter
     entry: nn.Parameter
     group: int
+    is_apart: bool = False
     replicated: Callable[[Tensor], nn.Parameter] | None = None
     states: list[Any] = field(default_factory=list)
 

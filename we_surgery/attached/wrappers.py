@@ -28,8 +28,8 @@ _INNER = ("optimizer", "_base_optimizer", "base_optimizer")
 
 SWITCHES = ("train", "eval", "sync_lookahead")
 """Methods of optimizers that change weights outside of a step: schedule-free and Lookahead."""
-STEPS = ("first_step", "second_step")
-"""The two halves of a step of SAM."""
+STEPS = {"first_step": False, "second_step": True}
+"""The two halves of a step of SAM, and whether training has moved on after it."""
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -81,15 +80,22 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     excitations = list(excitation_parameters(model, held))
     _warn_of_replaced_parameters(held.keys(), groups, model, excitations)
     joining = [
-        (name, parameter, group_for(groups, held[id(excitation.raw)], parameter))
+        (name, parameter, group_for(optimizer, held[id(excitation.raw)], parameter))
         for excitation in excitations
         if id(excitation.raw) in held
         for name, parameter in excitation.named
         if id(parameter) not in held
     ]
     if joining:
-        _refuse_fixed(optimizer, [name for name, parameter, _ in joining if parameter.ndim != 2])
+        _refuse_fixed(optimizer)
+    homeless = [name for name, _, group in joining if group is None]
+    if homeless:
+        raise InputError(
+            f"Muon trains only matrices, so no group of the optimizer can take {homeless[0]!r}",
+            "Give the excitations' biases an optimizer of their own, such as AdamW.",
+        )
     for name, parameter, group in joining:
+        assert group is not None
         start_early_state(optimizer, parameter, group)
         group["params"].append(parameter)
         if "param_names" in group:
@@ -130,7 +136,7 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     changing = leaving | {id(weight.raw) for weight in weights}
     held = {id(tensor) for group in groups for tensor in group["params"]}
     if held & leaving:
-        _refuse_fixed(optimizer, [])
+        _refuse_fixed(optimizer)
     for layer in with_wrapped(optimizer):
         for parameter in [tensor for tensor in layer.state if id(tensor) in changing]:
             del layer.state[parameter]
@@ -147,18 +153,13 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     return removed
 
 
-def _refuse_fixed(optimizer: Optimizer, not_matrices: list[str]) -> None:
+def _refuse_fixed(optimizer: Optimizer) -> None:
     for layer in with_wrapped(optimizer):
         name = type(layer).__name__
         if name in _FIXED:
             raise InputError(
                 f"{name} {_FIXED[name]}, so no parameter can join or leave it",
                 "Build the optimizer anew from the model's parameters after the surgery.",
-            )
-        if isinstance(layer, getattr(torch.optim, "Muon", ())) and not_matrices:
-            raise InputError(
-                f"Muon trains matrices alone, and {not_matrices[0]!r} is none",
-                "Give the excitations' biases an optimizer of their own, such as AdamW.",
             )
 
 
