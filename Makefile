@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types format fuzz fuzz-guided interrupts test-torch test-oldest wheel
+.PHONY: demo test test-docs lint lint-files types format fuzz fuzz-guided interrupts test-torch \
+	test-oldest release-check
 
 demo: $(READY)
 	$(BIN)/python examples/digits.py
@@ -11,9 +12,23 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
-lint: $(READY)
+# The pages, and that what they show runs.
+test-docs: $(READY)
+	$(BIN)/python -m pytest -n auto -k 'page or documentation or shown'
+
+lint: $(READY) lint-files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# Workflows and other files of the repository: their schemas, and what is unsafe in them. No network.
+SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
+lint-files: $(READY)
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --strict-collection --quiet --no-progress .github
 
 types: $(READY)
 	$(BIN)/mypy
@@ -37,7 +52,7 @@ fuzz-guided: $(READY)
 # Every lower bound of pyproject.toml, exactly; the recipes have one of their own for timm. What comes
 # with these versions is held back where it has left them behind: the interpreter of torch 2.8's Triton
 # does not run on NumPy 2.4, and matplotlib 3.9 calls what pyparsing 3.3 warns of.
-NOT_OLDEST = mypy|ruff
+NOT_OLDEST = check-jsonschema|import-linter|mypy|ruff|zizmor
 RECIPES = timm==1.0.31
 OLDEST = $$(grep -oE '"[A-Za-z][A-Za-z0-9-]*>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' \
 	| grep -vE '^($(NOT_OLDEST))=|^$(RECIPES)' | sort -u) 'numpy<2.4' 'pyparsing<3.3'
@@ -55,14 +70,17 @@ test-torch:
 	.venv-torch-$(TORCH)/bin/python -m pip install --quiet --editable '.[demo,test]' 'torch==$(TORCH).*'
 	.venv-torch-$(TORCH)/bin/python -m pytest -n auto
 
-wheel: $(READY)
-	rm -rf dist .venv-wheel
+# What a release is: both archives, checked, and the wheel alone in an empty environment.
+ALONE = .venv-release/bin
+release-check: $(READY)
+	rm -rf dist .venv-release
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
-	cd .venv-wheel && bin/we-convert torchvision:resnet18 --dry-run
+	$(PYTHON) -m venv .venv-release
+	$(ALONE)/python -m pip install --quiet dist/*.whl
+	cp examples/training_loop.py .venv-release/
+	cd .venv-release && bin/we-convert torchvision:resnet18 --dry-run && bin/python training_loop.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv

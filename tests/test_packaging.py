@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("we_surgery", "configs", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
-    for name in ("pyproject.toml", "LICENSE", "MANIFEST.in", "CITATION.cff"):
+    for name in ("pyproject.toml", "LICENSE", "NOTICE", "MANIFEST.in", "CITATION.cff"):
         shutil.copy(ROOT / name, folder)
     for page in ROOT.glob("*.md"):
         shutil.copy(page, folder)
@@ -43,7 +44,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery").rglob("*.py")}
     assert sources <= set(names)
     assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= set(names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for rights in ("LICENSE", "NOTICE"):
+        assert any(name.endswith(f"licenses/{rights}") for name in names)
     data = {p.suffix for p in (ROOT / "we_surgery").rglob("*.*")} - {".py", ".pyc"}
     assert data <= {Path(name).suffix for name in names} | {".typed"}
 
@@ -77,3 +79,11 @@ def test_the_wheel_alone_runs(dist: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "weights excited" in done.stdout
+
+
+def test_readme_and_notice_name_the_same_patents() -> None:
+    numbers = r"US [\d,]+ B2|WO \d+/\d+|CN \d+"
+    readme, notice = ((ROOT / name).read_text() for name in ("README.md", "NOTICE"))
+    assert set(re.findall(numbers, readme)) == set(re.findall(numbers, notice))
+    assert len(re.findall(numbers, readme)) == 3
+    assert "legal advice" in readme
