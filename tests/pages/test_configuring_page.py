@@ -23,7 +23,7 @@ from we_surgery.planning.policy import CELLS
 from we_surgery.planning.rules import STANDARDIZE_CHOICES
 from we_surgery.transplants.bam import FORMS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "configuring.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "configuring.md").read_text(encoding="utf-8")
 FLAG = ("true", "false")
 INTEGER = "an integer from 1 on"
 

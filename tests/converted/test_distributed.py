@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import we_surgery as ws
 
 PROCESSES = 2
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AVERAGES_NOTHING = "FSDP2 of torch 2.8 adds gradients up over gloo, also a vanilla model's"
 REFUSALS = {"ddp": "is wrapped in DistributedDataParallel", "fsdp": "is sharded"}
 pytestmark = pytest.mark.skipif(

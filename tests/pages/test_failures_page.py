@@ -20,7 +20,7 @@ from we_surgery import excitations
 from we_surgery.excitations import EXCITATIONS
 from we_surgery.excitations.curves import CURVES
 
-PAGE = (Path(__file__).parents[1] / "docs" / "when_it_fails.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "when_it_fails.md").read_text(encoding="utf-8")
 
 
 def net(norm: bool = True) -> nn.Sequential:

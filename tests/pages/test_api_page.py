@@ -12,7 +12,7 @@ import pytest
 import we_surgery
 from we_surgery import analysis
 
-PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (`.*`) \| (.+) \|$", PAGE, re.M)
 NAMES = [name for cell, _ in ROWS for name in re.findall(r"`([^`]+)`", cell)]
 SUBMODULES = ("lightning", "pytorch_lightning", "transformers")

@@ -15,7 +15,7 @@ import yaml
 import we_surgery
 from we_surgery import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 COMMANDS = {

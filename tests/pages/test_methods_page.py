@@ -9,7 +9,7 @@ import yaml
 
 from we_surgery.jobs.methods import family
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = [
     row
     for section in yaml.safe_load((ROOT / "docs" / "methods.yaml").read_text(encoding="utf-8"))
