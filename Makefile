@@ -19,6 +19,7 @@ test-docs: $(READY)
 lint: $(READY) lint-files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 # Workflows and other files of the repository: their schemas, and what is unsafe in them. No network.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema

@@ -2,7 +2,7 @@
 
 import click
 
-import we_surgery as package
+from we_surgery._util.version import __version__
 from we_surgery.cli.analyse import analyse_group as analyse_group
 from we_surgery.cli.convert import convert_command as convert_command
 from we_surgery.cli.inspect import inspect_command as inspect_command
@@ -19,7 +19,7 @@ from we_surgery.cli.strip import strip_command as strip_command
         "analyse": analyse_group,
     }
 )
-@click.version_option(package.__version__, package_name="we-surgery")
+@click.version_option(__version__, package_name="we-surgery")
 def we_surgery() -> None:
     """Put weight excitation into a model, and take it out again before deployment.
 

@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from we_surgery import __version__
 from we_surgery._util.text import SafeConsole, printable
+from we_surgery._util.version import __version__
 from we_surgery.checkpoint.imports import import_package
 from we_surgery.errors import InputError, SurgeryError, WESurgeryError
 from we_surgery.jobs.convert import Source
