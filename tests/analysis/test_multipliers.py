@@ -178,19 +178,19 @@ def test_tied_layers_are_pruned_together() -> None:
     ("call", "cause"),
     [
         (lambda: multiplier_maps(Residual()), "no excited weight with multipliers"),
-        (lambda: multiplier_masks(converted(), 1.5), "no share"),
+        (lambda: multiplier_masks(converted(), 1.5), r"must be in \[0, 1\]"),
         (lambda: apply_masks(converted(), {}), "still converted"),
         (lambda: apply_masks(Residual(), {"stm": torch.ones(1)}), "did you mean 'stem'"),
         (lambda: apply_masks(Residual(), {"stem": torch.ones(1)}), r"the mask of 'stem' is \(1,\)"),
         (lambda: pruning_curve(converted(), batches(), criteria=["luck"]), "no criterion 'luck'"),
-        (lambda: pruning_curve(converted(), batches(), shares=[2]), "no share"),
+        (lambda: pruning_curve(converted(), batches(), shares=[2]), r"must be in \[0, 1\]"),
         (
             lambda: multiplier_validity(converted(), batches(), granularities=["kernels"]),
             "did you mean 'kernel'",
         ),
         (
             lambda: multiplier_validity(converted(), batches(), layers=["head"]),
-            "none of the layers",
+            "none of the named layers",
         ),
     ],
 )

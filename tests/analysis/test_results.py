@@ -22,9 +22,8 @@ from we_surgery.analysis import (
     save_result,
 )
 from we_surgery.analysis.pictures import render
-from we_surgery.analysis.progress_bar import duration
-from we_surgery.analysis.sensitivity import Sweep, SweepRow
-from we_surgery.analysis.sparse_training import SparseRow, SparseTraining
+from we_surgery.analysis.progress import _duration
+from we_surgery.analysis.results import SparseRow, SparseTraining, Sweep, SweepRow
 
 SWEEP = Sweep(
     "epsilon",
@@ -112,4 +111,4 @@ def test_the_progress_bar_says_how_long_it_takes(capsys: pytest.CaptureFixture[s
         monitor.start(400, 754.0)
         monitor.advance(1)
     assert "400 evaluations, about 13 min" in capsys.readouterr().err
-    assert [duration(s) for s in (0.2, 40, 9000)] == ["under a second", "40 s", "2.5 h"]
+    assert [_duration(s) for s in (0.2, 40, 9000)] == ["under a second", "40 s", "2.5 h"]

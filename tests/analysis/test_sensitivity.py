@@ -18,8 +18,8 @@ from we_surgery.analysis import (
     reduction_variants,
     sweep,
 )
-from we_surgery.analysis.progress_file import fingerprint
-from we_surgery.analysis.sensitivity import (
+from we_surgery.analysis.progress import fingerprint
+from we_surgery.analysis.variants import (
     initialize_excitations,
     scale_standardized,
     without_normalization,

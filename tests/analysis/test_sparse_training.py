@@ -11,7 +11,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery.analysis import sparse_training
-from we_surgery.analysis.sparse_training import sparsity_of
+from we_surgery.analysis.sweeps import sparsity_of
 
 
 def masked(model: nn.Module, seed: int, strength: float) -> None:

@@ -204,8 +204,8 @@ def test_a_vanilla_file_has_a_page_as_well(tmp_path: Path) -> None:
     ("content", "cause"),
     [
         ("{", "cannot be read"),
-        ('{"analysis": "prune"}', "no importance maps"),
-        ("[]", "no importance"),
+        ('{"analysis": "prune"}', "not hold importance maps"),
+        ("[]", "not hold importance"),
     ],
 )
 def test_maps_that_are_none_are_refused(

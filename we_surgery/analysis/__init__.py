@@ -1,30 +1,36 @@
-"""The papers' measurements, on any model and data, and their pictures."""
+"""The papers' measurements on any model and data, and their pictures.
 
-from we_surgery.analysis.changes import Monitor as Monitor
-from we_surgery.analysis.importance import LocationMap as LocationMap
-from we_surgery.analysis.importance import LocationMaps as LocationMaps
-from we_surgery.analysis.importance import MagnitudeCurve as MagnitudeCurve
+Lives here: one ablation loop (`measuring`), one training sweep (`sweeps`), what they return
+(`results`) and its files and pictures. May import: everything below training, and the checkpoint
+room. To add an analysis of weights, write its changes and hand them to `measuring.measure`; to add
+a result, write its record in `results` and its picture in `pictures`.
+"""
+
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
-from we_surgery.analysis.multipliers import MultiplierValidity as MultiplierValidity
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
 from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
-from we_surgery.analysis.pictures import Result as Result
 from we_surgery.analysis.pictures import draw as draw
-from we_surgery.analysis.progress_bar import progress_bar as progress_bar
-from we_surgery.analysis.pruning import PruningCurve as PruningCurve
+from we_surgery.analysis.progress import Monitor as Monitor
+from we_surgery.analysis.progress import progress_bar as progress_bar
 from we_surgery.analysis.pruning import apply_masks as apply_masks
 from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks
 from we_surgery.analysis.pruning import pruning_curve as pruning_curve
-from we_surgery.analysis.results import save_result as save_result
-from we_surgery.analysis.sensitivity import Sweep as Sweep
-from we_surgery.analysis.sensitivity import epsilon_variants as epsilon_variants
-from we_surgery.analysis.sensitivity import initialization_variants as initialization_variants
-from we_surgery.analysis.sensitivity import (
+from we_surgery.analysis.results import LocationMap as LocationMap
+from we_surgery.analysis.results import LocationMaps as LocationMaps
+from we_surgery.analysis.results import MagnitudeCurve as MagnitudeCurve
+from we_surgery.analysis.results import MultiplierValidity as MultiplierValidity
+from we_surgery.analysis.results import PruningCurve as PruningCurve
+from we_surgery.analysis.results import Result as Result
+from we_surgery.analysis.results import SparseTraining as SparseTraining
+from we_surgery.analysis.results import Sweep as Sweep
+from we_surgery.analysis.saving import save_result as save_result
+from we_surgery.analysis.sweeps import sparse_training as sparse_training
+from we_surgery.analysis.sweeps import sweep as sweep
+from we_surgery.analysis.variants import epsilon_variants as epsilon_variants
+from we_surgery.analysis.variants import initialization_variants as initialization_variants
+from we_surgery.analysis.variants import (
     normalization_free_variants as normalization_free_variants,
 )
-from we_surgery.analysis.sensitivity import reduction_variants as reduction_variants
-from we_surgery.analysis.sensitivity import sweep as sweep
-from we_surgery.analysis.sparse_training import SparseTraining as SparseTraining
-from we_surgery.analysis.sparse_training import sparse_training as sparse_training
+from we_surgery.analysis.variants import reduction_variants as reduction_variants

@@ -1,56 +1,66 @@
-"""A model measured again and again, each time with other weights at zero.
+"""One model measured again and again, each time with other weights at zero.
 
-With a function of the user's as the metric, each change costs a whole call of it. With a
-labelled loader the changes take turns on each batch instead: the loader is gone through once,
-all changes see the same batches, and what a batch computes before it reaches the changed layer
-is computed once for all changes of that layer (:mod:`we_surgery.analysis.prefix`).
+All analyses of weights are this loop: changes times measurements. A measurement is one call of the
+user's metric function, or one batch of a labelled loader; all changes see the same batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from we_surgery._util.scripted import is_scripted
-from we_surgery.analysis.by_batches import by_batches
-from we_surgery.analysis.changes import BASELINE, Change, Monitor, Run
-from we_surgery.analysis.decimation import measured_without
-from we_surgery.analysis.progress_file import ProgressFile, fingerprint, fingerprint_of_model
+from we_surgery.analysis.progress import Monitor, ProgressFile, fingerprint, fingerprint_of_model
 from we_surgery.analysis.scores import (
+    LabelledBatches,
     Metric,
     MetricFunction,
     check_score,
+    class_scores,
+    inputs_and_labels,
 )
+from we_surgery.converted.proof import eval_mode
 from we_surgery.errors import InputError
+from we_surgery.reading.running import call
+
+Cells = Mapping[nn.Parameter, Tensor]
+"""Which weights to set to zero: a bool mask of the shape of each Parameter."""
+
+Measurement = Callable[[], tuple[float, int]]
+"""Measures the model as it is: a sum, and what to divide it by."""
+
+_BASELINE = ""
+"""The name of no change."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Weights to set to zero together.
+
+    Attributes:
+        name: unique in one run.
+        cells: makes the masks when they are needed; those of all changes would fill the memory.
+    """
+
+    name: str
+    cells: Callable[[], Cells]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of :func:`measure`.
+    """The metric of the unchanged model and under each change, and what was measured."""
 
-    Attributes:
-        baseline: the metric of the unchanged model.
-        values: the metric by change.
-        score: what was measured: a score's name, or ``metric_fn``.
-        evaluations: evaluations run now, of the whole metric or of one batch.
-        resumed: evaluations that an earlier run had done.
-        shared: how many of them started from a prefix that was computed before.
-        seconds: wall time.
-    """
-
+    score: str
     baseline: float
     values: dict[str, float]
-    score: str
-    evaluations: int
-    resumed: int
-    shared: int
-    seconds: float
 
     def drop(self, name: str) -> float:
         """D, the decrease of the metric (WE paper, section 3.1)."""
@@ -66,21 +76,19 @@ def measure(
     job: Mapping[str, Any] | None = None,
     progress_file: str | Path | None = None,
     monitor: Monitor | None = None,
-    share_prefixes: bool = True,
 ) -> Measured:
     """The metric of ``model``, and its metric under each change.
 
     Args:
-        model: a vanilla model; its weights change and come back bit for bit.
+        model: a vanilla model of our own: its weights change meanwhile.
         changes: what to set to zero.
         metric: ``metric_fn(model) -> float``, or a loader of ``(inputs, labels)``, run in eval
             mode without gradients and with a fixed seed.
         score: for a loader, ``accuracy`` or ``log_likelihood``.
         job: what a progress file is checked against besides the model and the changes.
-        progress_file: where results are kept while the run lasts, and taken up from if it is
-            there already; removed at the end.
+        progress_file: keeps results while the run lasts; taken up if it is there, removed at the
+            end.
         monitor: told how the run gets on.
-        share_prefixes: compute what lies before a changed layer once; False is for comparison.
 
     Raises:
         InputError: the metric is neither of the two, does not run the model, or does not give a
@@ -88,45 +96,123 @@ def measure(
     """
     check_score(score)
     label = "metric_fn" if callable(metric) else score
-    if len({change.name for change in changes}) < len(changes):
-        raise InputError("two changes have one name", "Name each change once.")
-    path = None if progress_file is None else Path(progress_file)
-    description = {
-        **(job or {}),
-        "score": label,
-        "changes": fingerprint([change.name for change in changes]),
-        "model": fingerprint_of_model(model) if path is not None else "",
-    }
-    run = Run(model, changes, ProgressFile(path, description), monitor)
-    start = time.perf_counter()
+    progress = ProgressFile(
+        progress_file,
+        {
+            **(job or {}),
+            "score": label,
+            "changes": fingerprint([change.name for change in changes]),
+            "model": fingerprint_of_model(model) if progress_file is not None else "",
+        },
+    )
     if callable(metric):
-        baseline, values = _by_function(run, metric)
+        measurements: Iterable[Measurement] = [lambda: (_value(model, metric), 1)]
+        length: int | None = 1
     else:
-        baseline, values = by_batches(run, metric, score, share_prefixes)
-    run.progress.remove()
-    seconds = time.perf_counter() - start
-    return Measured(baseline, values, label, run.evaluations, run.resumed, run.shared, seconds)
+        measurements, length = _batches(model, metric, score, progress), _length(metric)
+    index = -1
+    for index, measurement in enumerate(measurements):
+        seconds = _measure_baseline(index, measurement, progress)
+        if monitor is not None and index == 0:
+            left = None if length is None else _left(changes, length, progress)
+            monitor.start(left, None if left is None else left * seconds)
+        for change in changes:
+            key = f"{index}:{change.name}"
+            if key in progress:
+                continue
+            with _zeroed(change.cells()):
+                progress.add(key, measurement())
+            if monitor is not None:
+                monitor.advance(1)
+    if index < 0:
+        raise InputError("the loader gives no batch", "Give a loader of (inputs, labels).")
+    values = {}
+    for name in (_BASELINE, *(change.name for change in changes)):
+        results = [progress[f"{number}:{name}"] for number in range(index + 1)]
+        total = sum(count for _, count in results)
+        values[name] = sum(value for value, _ in results) / total if total else float("nan")
+    progress.remove()
+    return Measured(label, values.pop(_BASELINE), values)
 
 
-def _by_function(run: Run, metric: MetricFunction) -> tuple[float, dict[str, float]]:
+def _measure_baseline(index: int, measurement: Measurement, progress: ProgressFile) -> float:
+    """Measures the unchanged model; returns how long that took."""
     start = time.perf_counter()
-    baseline = _value(run.model, metric)
+    result = measurement()
     seconds = time.perf_counter() - start
-    if BASELINE not in run.progress:
-        run.progress.add(BASELINE, baseline)
-    elif not math.isclose(run.progress[BASELINE], baseline, rel_tol=1e-6):
+    key = f"{index}:{_BASELINE}"
+    if key not in progress:
+        progress.add(key, result)
+    elif not math.isclose(progress[key][0], result[0], rel_tol=1e-6):
         raise InputError(
-            f"the metric is {baseline!r} where the run to be resumed had "
-            f"{run.progress[BASELINE]!r}",
+            f"the metric is {result[0]!r}, but was {progress[key][0]!r} in the run to be resumed",
             "Give the same data and metric, or remove the progress file.",
         )
-    todo = run.todo(lambda change: change.name)
-    run.resumed = len(run.changes) - len(todo)
-    run.begin(len(todo), len(todo) * seconds)
-    for change in todo:
-        value = measured_without(change.cells(), lambda: _value(run.model, metric))
-        run.done(change.name, value)
-    return baseline, {change.name: run.progress[change.name] for change in run.changes}
+    return seconds
+
+
+def _left(changes: Sequence[Change], length: int, progress: ProgressFile) -> int:
+    keys = (f"{index}:{change.name}" for index in range(length) for change in changes)
+    return sum(key not in progress for key in keys)
+
+
+@contextlib.contextmanager
+def _zeroed(cells: Cells) -> Iterator[None]:
+    before = [(parameter, parameter.detach().clone()) for parameter in cells]
+    with torch.no_grad():
+        for parameter, mask in cells.items():
+            parameter.masked_fill_(mask.to(parameter.device), 0)
+    yield
+    with torch.no_grad():
+        for parameter, values in before:
+            parameter.copy_(values)
+
+
+def _batches(
+    model: nn.Module, batches: LabelledBatches, score: str, progress: ProgressFile
+) -> Iterator[Measurement]:
+    """A measurement for each batch of a loader, which is gone through once."""
+    if not isinstance(batches, Iterable):
+        raise InputError(
+            f"the metric is a {type(batches).__name__}, not a function or a loader",
+            "Give metric_fn(model) -> float, or an iterable of (inputs, labels).",
+        )
+    score_of = check_score(score)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for index, batch in enumerate(batches):
+        inputs, labels = inputs_and_labels(batch, device)
+        _check_batch(index, inputs, labels, progress)
+
+        def measurement(inputs: Any = inputs, labels: Tensor = labels) -> tuple[float, int]:
+            devices = [device] if device.type == "cuda" else []
+            # A seed of its own, in case something in the model is random.
+            with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+                torch.manual_seed(0)
+                return score_of(class_scores(call(model, inputs)), labels)
+
+        if index == 0:
+            measurement()  # the first run of all is a slow one, and the next one is timed
+        yield measurement
+
+
+def _check_batch(index: int, inputs: Any, labels: Tensor, progress: ProgressFile) -> None:
+    if progress.path is None:
+        return
+    key, found = f"batch {index}", fingerprint(inputs, labels)
+    if key not in progress:
+        progress.add(key, found)
+    elif progress[key] != found:
+        raise InputError(
+            f"batch {index} differs from that of the run to be resumed",
+            "Give a loader that does not shuffle or augment, or remove the progress file.",
+        )
+
+
+def _length(batches: LabelledBatches) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _value(model: nn.Module, metric: MetricFunction) -> float:
@@ -145,7 +231,7 @@ def _value(model: nn.Module, metric: MetricFunction) -> float:
     if hooks and not ran:
         raise InputError(
             "metric_fn did not run the model it was given",
-            "Use its argument: of a converted model it is a stripped copy, not the model itself.",
+            "Use its argument: it is a copy, of a converted model a stripped one.",
         )
     try:
         return float(value)

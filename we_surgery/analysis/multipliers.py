@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery.analysis.changes import Change, Monitor
-from we_surgery.analysis.kernels import (
-    MeasuredWeight,
-    as_deployed,
-    find_weights,
-    kernel_cells,
-    union,
-)
-from we_surgery.analysis.measuring import measure
+from we_surgery.analysis.measuring import Cells, Change, measure
+from we_surgery.analysis.progress import Monitor
+from we_surgery.analysis.results import MultiplierValidity, ValidityRow
 from we_surgery.analysis.scores import Metric
+from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition
@@ -90,63 +84,6 @@ def multiplier_maps(model: nn.Module) -> dict[str, Tensor]:
     return maps
 
 
-@dataclass(frozen=True)
-class ValidityRow:
-    """One measurement of :func:`multiplier_validity`.
-
-    Attributes:
-        granularity: one of :data:`GRANULARITIES`.
-        end: ``lowest``, ``highest`` or ``random``.
-        draw: which random draw; 0 for the other two.
-        metric: the metric without these kernels.
-        drop: the baseline minus the metric: D_L, D_H, or that of a random choice.
-        sparsity: the share of the measured layers' weights that were zero.
-    """
-
-    granularity: str
-    end: str
-    draw: int
-    metric: float
-    drop: float
-    sparsity: float
-
-
-@dataclass(frozen=True)
-class MultiplierValidity:
-    """Whether kernels with a high multiplier matter more (WE paper, end of section 4.2).
-
-    Attributes:
-        score: what was measured.
-        baseline: the metric of the stripped model.
-        layers: the layers with multipliers.
-        share: how much was removed of each layer; None for one unit of each.
-        measurements: a row for each granularity, end and random draw.
-    """
-
-    score: str
-    baseline: float
-    layers: list[str]
-    share: float | None
-    measurements: list[ValidityRow]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each measurement."""
-        return (asdict(row) for row in self.measurements)
-
-    def drop(self, granularity: str, end: str) -> float:
-        """D_L (``lowest``) or D_H (``highest``), or the mean over the random draws."""
-        found = [
-            row.drop
-            for row in self.measurements
-            if (row.granularity, row.end) == (granularity, end)
-        ]
-        return sum(found) / len(found) if found else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The measurements as JSON types."""
-        return {"analysis": "multipliers", **asdict(self)}
-
-
 def multiplier_validity(
     model: nn.Module,
     metric: Metric,
@@ -188,28 +125,20 @@ def multiplier_validity(
         InputError: the model has no multipliers, there is no such granularity or layer, or the
             metric cannot be used.
     """
-    for name in granularities:
-        if name not in GRANULARITIES:
-            raise InputError(
-                f"there is no granularity {name!r}{near_matches(name, GRANULARITIES)}",
-                f"Use some of: {', '.join(GRANULARITIES)}.",
-            )
-    deployed, maps = with_multipliers(model, layers)
-    check_share(share)
-    weights = tuple(maps)
+    check_choices("granularity", granularities, GRANULARITIES)
+    if share is not None:
+        check_share(share)
+    copied, maps = with_multipliers(model, layers)
     kinds = [("lowest", 0), ("highest", 0), *(("random", draw) for draw in range(random_draws))]
 
-    def cells(granularity: str, end: str, draw: int) -> dict[nn.Parameter, Tensor]:
+    def cells(granularity: str, end: str, draw: int) -> Cells:
         generator = torch.Generator().manual_seed(1_000_003 * seed + draw)
-        return union(
-            (w.parameter, kernel_cells(w.layout, _chosen(m, granularity, end, share, generator)))
-            for w, m in maps.items()
-        )
+        return masked(maps, lambda _, m: _chosen(m, granularity, end, share, generator))
 
     keys = [(granularity, *kind) for granularity in granularities for kind in kinds]
-    changes = [Change(" ".join(map(str, key)), weights, partial(cells, *key)) for key in keys]
+    changes = [Change(" ".join(map(str, key)), partial(cells, *key)) for key in keys]
     measured = measure(
-        deployed,
+        copied,
         changes,
         metric,
         score=score,
@@ -217,51 +146,18 @@ def multiplier_validity(
         progress_file=progress_file,
         monitor=monitor,
     )
-    total = sum(weight.parameter.numel() for weight in weights)
+    total = sum(weight.parameter.numel() for weight in maps)
     rows = [
         ValidityRow(
             *key,
             metric=measured.values[change.name],
             drop=measured.drop(change.name),
-            sparsity=sum(part.numel() for part in change.cells().values()) / total,
+            sparsity=count(change.cells()) / total,
         )
         for key, change in zip(keys, changes, strict=True)
     ]
-    names = [weight.name for weight in weights]
+    names = [weight.name for weight in maps]
     return MultiplierValidity(measured.score, measured.baseline, names, share, rows)
-
-
-def with_multipliers(
-    model: nn.Module, layers: Sequence[str] = ()
-) -> tuple[nn.Module, dict[MeasuredWeight, Tensor]]:
-    """The stripped model, and the multiplier maps of its weights.
-
-    Raises:
-        InputError: there are none, or a pattern matches no layer.
-    """
-    maps = multiplier_maps(model)
-    deployed = as_deployed(model)
-    found = {
-        weight: maps[weight.name]
-        for weight in find_weights(deployed, layers, kinds="")
-        if weight.name in maps
-    }
-    if not found:
-        raise InputError(
-            "none of the layers that were named has multipliers",
-            f"Name some of: {', '.join(list(maps)[:5])}, ...",
-        )
-    return deployed, found
-
-
-def check_share(share: float | None) -> None:
-    """Refuses what is no share.
-
-    Raises:
-        InputError: it does not lie between 0 and 1.
-    """
-    if share is not None and not 0 <= share <= 1:
-        raise InputError(f"{share!r} is no share", "Give a number from 0 to 1.")
 
 
 def _chosen(
@@ -275,23 +171,72 @@ def _chosen(
     if end == "random":
         ranks = torch.rand(multipliers.shape, generator=generator)
     else:
-        ranks = multipliers.cpu() if end == "lowest" else -multipliers.cpu()
+        ranks = multipliers if end == "lowest" else -multipliers
     if granularity == "kernel":
-        chosen = lowest(ranks.flatten(), share).view(ranks.shape)
-    elif granularity == "channel":
+        return lowest(ranks, share)
+    if granularity == "channel":
         # A random channel must be one channel of all filters as well.
-        chosen = lowest(ranks.mean(0), share).expand(ranks.shape)
-    else:
-        chosen = torch.stack([lowest(filter_ranks, share) for filter_ranks in ranks])
-    return chosen
+        return lowest(ranks.mean(0), share).expand(ranks.shape)
+    return torch.stack([lowest(filter_ranks, share) for filter_ranks in ranks])
+
+
+def with_multipliers(
+    model: nn.Module, layers: Sequence[str] = ()
+) -> tuple[nn.Module, dict[MeasuredWeight, Tensor]]:
+    """The stripped model, and the multiplier maps of its weights, on the CPU.
+
+    Raises:
+        InputError: there are none, or a pattern matches no layer.
+    """
+    maps = multiplier_maps(model)
+    copied = deployed_copy(model)
+    found = {
+        weight: maps[weight.name].cpu()
+        for weight in find_weights(copied, layers, kinds="")
+        if weight.name in maps
+    }
+    if not found:
+        raise InputError(
+            "none of the named layers has multipliers",
+            f"Name some of: {', '.join(list(maps)[:5])}, ...",
+        )
+    return copied, found
+
+
+def masked(
+    maps: Mapping[MeasuredWeight, Tensor], chosen: Callable[[MeasuredWeight, Tensor], Tensor]
+) -> Cells:
+    """The cells of the kernels ``[O, I]`` that are chosen by weight and multipliers."""
+    return {w.parameter: kernel_mask(w.layout, chosen(w, m)) for w, m in maps.items()}
+
+
+def count(cells: Cells) -> int:
+    """How many weights the masks cover."""
+    return sum(int(mask.sum()) for mask in cells.values())
 
 
 def lowest(ranks: Tensor, share: float | None) -> Tensor:
-    """A mask of the lowest entries of a vector: that share rounded to a number, or one.
+    """A mask of the lowest entries: that share rounded to a number, or one.
 
     Equal entries go in their order.
     """
-    count = 1 if share is None else round(share * len(ranks))
-    mask = torch.zeros(len(ranks), dtype=torch.bool)
-    mask[ranks.argsort(stable=True)[:count]] = True
-    return mask
+    number = 1 if share is None else round(share * ranks.numel())
+    mask = torch.zeros(ranks.numel(), dtype=torch.bool)
+    mask[ranks.flatten().argsort(stable=True)[:number]] = True
+    return mask.view(ranks.shape)
+
+
+def check_share(share: float) -> None:
+    """Raises an InputError unless the share is in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise InputError(f"`share` must be in [0, 1], got {share!r}", "Give a number from 0 to 1.")
+
+
+def check_choices(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises an InputError for a name that is not known."""
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"there is no {what} {name!r}{near_matches(name, known)}",
+                f"Use some of: {', '.join(known)}.",
+            )

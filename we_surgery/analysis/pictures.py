@@ -13,18 +13,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from we_surgery.analysis.importance import LocationMaps, MagnitudeCurve
-from we_surgery.analysis.multipliers import GRANULARITIES, MultiplierValidity
-from we_surgery.analysis.pruning import PruningCurve
-from we_surgery.analysis.sensitivity import Sweep
-from we_surgery.analysis.sparse_training import SparseTraining
+from we_surgery.analysis.multipliers import GRANULARITIES
+from we_surgery.analysis.results import (
+    LocationMaps,
+    MagnitudeCurve,
+    MultiplierValidity,
+    PruningCurve,
+    Result,
+    SparseTraining,
+    Sweep,
+)
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Result = MagnitudeCurve | LocationMaps | MultiplierValidity | PruningCurve | Sweep | SparseTraining
-"""Whatever an analysis returns."""
 
 _SETTINGS = {
     "font.size": 9,

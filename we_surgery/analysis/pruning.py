@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from we_surgery.analysis.changes import Change, Monitor
-from we_surgery.analysis.kernels import MeasuredWeight, find_weights, kernel_cells, union
-from we_surgery.analysis.measuring import measure
-from we_surgery.analysis.multipliers import check_share, lowest, with_multipliers
+from we_surgery.analysis.measuring import Cells, Change, measure
+from we_surgery.analysis.multipliers import (
+    check_choices,
+    check_share,
+    count,
+    lowest,
+    masked,
+    with_multipliers,
+)
+from we_surgery.analysis.progress import Monitor
+from we_surgery.analysis.results import PruningCurve, PruningRow
 from we_surgery.analysis.scores import Metric
+from we_surgery.analysis.weights import MeasuredWeight, find_weights, kernel_mask
 from we_surgery.converted.surgery import is_converted
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.layout import to_filters
 
 CRITERIA = ("multiplier", "magnitude", "random")
-
-
-@dataclass(frozen=True)
-class PruningRow:
-    """One measurement of :func:`pruning_curve`.
-
-    Attributes:
-        criterion: one of :data:`CRITERIA`.
-        share: of the kernels removed in each layer.
-        sparsity: zeros among the pruned layers' weights that pruning made.
-        model_sparsity: the same among all parameters of the stripped model.
-        metric: without these kernels, with no training after.
-        drop: the baseline minus that.
-    """
-
-    criterion: str
-    share: float
-    sparsity: float
-    model_sparsity: float
-    metric: float
-    drop: float
-
-
-@dataclass(frozen=True)
-class PruningCurve:
-    """What is left without the kernels that each criterion would remove.
-
-    Attributes:
-        score: what was measured.
-        baseline: the metric of the stripped model.
-        layers: the layers with multipliers, all of which are pruned.
-        measurements: a row for each criterion and share.
-    """
-
-    score: str
-    baseline: float
-    layers: list[str]
-    measurements: list[PruningRow]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each measurement."""
-        return (asdict(row) for row in self.measurements)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The measurements as JSON types."""
-        return {"analysis": "prune", **asdict(self)}
 
 
 def pruning_curve(
@@ -102,28 +62,28 @@ def pruning_curve(
     Raises:
         InputError: the model has no multipliers, or an argument cannot be used.
     """
-    for name in criteria:
-        if name not in CRITERIA:
-            raise InputError(
-                f"there is no criterion {name!r}{near_matches(name, CRITERIA)}",
-                f"Use some of: {', '.join(CRITERIA)}.",
-            )
+    check_choices("criterion", criteria, CRITERIA)
     for share in shares:
         check_share(share)
-    deployed, maps = with_multipliers(model, layers)
-    weights = tuple(maps)
+    copied, maps = with_multipliers(model, layers)
 
-    def cells(criterion: str, share: float) -> dict[nn.Parameter, Tensor]:
+    def cells(criterion: str, share: float) -> Cells:
         generator = torch.Generator().manual_seed(seed)
-        return union(
-            (w.parameter, kernel_cells(w.layout, _removed(w, m, criterion, share, generator)))
-            for w, m in maps.items()
-        )
+
+        def removed(weight: MeasuredWeight, multipliers: Tensor) -> Tensor:
+            ranks = multipliers
+            if criterion == "magnitude":
+                ranks = _kernel_magnitudes(weight)
+            elif criterion == "random":
+                ranks = torch.rand(multipliers.shape, generator=generator)
+            return lowest(ranks, share)
+
+        return masked(maps, removed)
 
     keys = [(criterion, share) for criterion in criteria for share in shares]
-    changes = [Change(f"{c} {share:.17g}", weights, partial(cells, c, share)) for c, share in keys]
+    changes = [Change(f"{c} {share:.17g}", partial(cells, c, share)) for c, share in keys]
     measured = measure(
-        deployed,
+        copied,
         changes,
         metric,
         score=score,
@@ -131,37 +91,20 @@ def pruning_curve(
         progress_file=progress_file,
         monitor=monitor,
     )
-    pruned = sum(weight.parameter.numel() for weight in weights)
-    total = sum(parameter.numel() for parameter in deployed.parameters())
+    pruned = sum(weight.parameter.numel() for weight in maps)
+    total = sum(parameter.numel() for parameter in copied.parameters())
     rows = []
     for (criterion, share), change in zip(keys, changes, strict=True):
-        zeros = sum(part.numel() for part in change.cells().values())
-        value = measured.values[change.name]
-        drop = measured.baseline - value
+        zeros = count(change.cells())
+        value, drop = measured.values[change.name], measured.drop(change.name)
         rows.append(PruningRow(criterion, share, zeros / pruned, zeros / total, value, drop))
-    names = [weight.name for weight in weights]
+    names = [weight.name for weight in maps]
     return PruningCurve(measured.score, measured.baseline, names, rows)
 
 
-def _removed(
-    weight: MeasuredWeight,
-    multipliers: Tensor,
-    criterion: str,
-    share: float,
-    generator: torch.Generator,
-) -> Tensor:
-    if criterion == "multiplier":
-        ranks = multipliers.cpu()
-    elif criterion == "magnitude":
-        ranks = kernel_magnitudes(weight).cpu()
-    else:
-        ranks = torch.rand(multipliers.shape, generator=generator)
-    return lowest(ranks.flatten(), share).view(ranks.shape)
-
-
-def kernel_magnitudes(weight: MeasuredWeight) -> Tensor:
+def _kernel_magnitudes(weight: MeasuredWeight) -> Tensor:
     """``[O, I]``, the mean absolute value of each kernel."""
-    values = weight.parameter.detach().abs()
+    values = weight.parameter.detach().abs().cpu()
     if weight.layout.transposed:
         values = to_filters(values, weight.layout.groups)
     return values.flatten(2).mean(2) if values.ndim > 2 else values
@@ -182,17 +125,14 @@ def multiplier_masks(
         ``torch.nn.utils.prune`` has them.
 
     Raises:
-        InputError: the model has no multipliers, or the share is none.
+        InputError: the model has no multipliers, or the share is out of range.
     """
     check_share(share)
     _, maps = with_multipliers(model, layers)
-    masks = {}
-    for weight, multipliers in maps.items():
-        mask = torch.ones(weight.layout.shape)
-        chosen = lowest(multipliers.cpu().flatten(), share).view(multipliers.shape)
-        mask.view(-1)[kernel_cells(weight.layout, chosen)] = 0
-        masks[weight.name] = mask
-    return masks
+    return {
+        weight.name: (~kernel_mask(weight.layout, lowest(multipliers, share))).float()
+        for weight, multipliers in maps.items()
+    }
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:

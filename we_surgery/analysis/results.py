@@ -1,90 +1,315 @@
-"""A measurement on disk: JSON and CSV beside the picture."""
+"""What analyses return: plain records, with rows for tables and CSV, and as JSON types."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from pathlib import Path
-from typing import Any
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-from we_surgery.analysis.pictures import Result, check_pictures, render
-from we_surgery.checkpoint import check_target, write_bytes
-
-PICTURES = ("png", "svg")
-
-
-def result_files(stem: str | Path, *, picture: bool = True) -> list[Path]:
-    """The files that :func:`save_result` writes: ``stem.json``, ``.csv``, ``.png``, ``.svg``."""
-    path = Path(stem)
-    kinds = ("json", "csv", *(PICTURES if picture else ()))
-    return [path.with_name(f"{path.name}.{kind}") for kind in kinds]
+from we_surgery.errors import InputError
 
 
-def check_result(stem: str | Path, *, picture: bool = True, force: bool = False) -> None:
-    """Checks before a long run that its result can be saved.
+class Result:
+    """The result of an analysis. Subclasses are frozen dataclasses.
 
-    Raises:
-        InputError: a file exists without ``force`` or cannot be written, or the picture needs
-            matplotlib and there is none.
+    Attributes:
+        analysis: the name of the analysis.
+        score: what was measured: a score's name, or ``metric_fn``.
     """
-    for path in result_files(stem, picture=picture):
-        check_target(path, force=force)
-    if picture:
-        check_pictures()
+
+    analysis: ClassVar[str]
+    score: str
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row of numbers and text for each measurement."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return {"analysis": self.analysis, **asdict(self)}  # type: ignore[call-overload]
 
 
-def save_result(
-    result: Result, stem: str | Path, *, picture: bool = True, force: bool = False
-) -> list[Path]:
-    """Writes what an analysis returned.
+@dataclass(frozen=True)
+class MagnitudeCurve(Result):
+    """How much is lost without the weight at each percentile of magnitude (Fig. 1a).
 
-    Args:
-        result: of any analysis.
-        stem: the files' common name, such as ``out/location``.
-        picture: also as PNG and SVG, which needs matplotlib.
-        force: overwrite files that exist.
-
-    Returns:
-        The files.
-
-    Raises:
-        InputError: as :func:`check_result`; nothing was written then.
-        SurgeryError: writing failed.
+    Attributes:
+        score: what was measured.
+        baseline: the metric of the unchanged model.
+        layers: the conv layers; one weight of each is zero at a time.
+        positions: the percentiles b, 1 to 100.
+        drops: D(b), the baseline minus the metric.
     """
-    check_result(stem, picture=picture, force=force)
-    contents = {
-        "json": (to_json(result.to_dict()) + "\n").encode(),
-        "csv": _csv(result).encode(),
-    }
-    if picture:
-        contents |= {kind: render(result, kind) for kind in PICTURES}
-    paths = result_files(stem, picture=picture)
-    for path in paths:
-        write_bytes(contents[path.suffix[1:]], path, force=force)
-    return paths
+
+    analysis = "magnitude"
+    score: str
+    baseline: float
+    layers: list[str]
+    positions: list[int]
+    drops: list[float]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for position, drop in zip(self.positions, self.drops, strict=True):
+            yield {"percentile": position, "metric": self.baseline - drop, "drop": drop}
 
 
-def to_json(value: Any) -> str:
-    """JSON text in which numbers that JSON does not have are null."""
-    return json.dumps(_finite(value), indent=1)
+@dataclass(frozen=True)
+class LocationMap:
+    """The sampled kernels of one layer.
+
+    Attributes:
+        layer: its name.
+        shape: its weight's.
+        out_channels: the filters sampled, N1 of them.
+        in_channels: the input channels sampled of each, N2 of them.
+        drops: ``[N1][N2]``, the metric lost without the kernel.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    out_channels: list[int]
+    in_channels: list[int]
+    drops: list[list[float]]
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+@dataclass(frozen=True)
+class LocationMaps(Result):
+    """How much is lost without single kernels, layer by layer (Fig. 2).
+
+    Attributes:
+        score: what was measured.
+        baseline: the metric of the unchanged model.
+        maps: one for each layer, in the model's order.
+    """
+
+    analysis = "location"
+    score: str
+    baseline: float
+    maps: list[LocationMap]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for one in self.maps:
+            for output, drops in zip(one.out_channels, one.drops, strict=True):
+                for channel, drop in zip(one.in_channels, drops, strict=True):
+                    yield {
+                        "layer": one.layer,
+                        "out_channel": output,
+                        "in_channel": channel,
+                        "metric": self.baseline - drop,
+                        "drop": drop,
+                    }
+
+    @staticmethod
+    def from_dict(data: Any, source: str = "the file") -> LocationMaps:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: the data is something else.
+        """
+        try:
+            if data["analysis"] != "location":
+                raise ValueError(f"it is of the analysis {data['analysis']!r}")
+            maps = [LocationMap(**{**one, "shape": tuple(one["shape"])}) for one in data["maps"]]
+            return LocationMaps(str(data["score"]), float(data["baseline"]), maps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{source} does not hold importance maps: {error}",
+                "Give the JSON file that `we-surgery analyse location` wrote.",
+            ) from error
 
 
-def _csv(result: Result) -> str:
-    rows = list(result.rows())
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class ValidityRow:
+    """One measurement of :func:`~we_surgery.analysis.multiplier_validity`.
+
+    Attributes:
+        granularity: ``kernel``, ``channel_per_filter`` or ``channel``.
+        end: ``lowest``, ``highest`` or ``random``.
+        draw: which random draw; 0 for the other two.
+        metric: the metric without these kernels.
+        drop: the baseline minus the metric: D_L, D_H, or that of a random choice.
+        sparsity: the share of the measured layers' weights that were zero.
+    """
+
+    granularity: str
+    end: str
+    draw: int
+    metric: float
+    drop: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class MultiplierValidity(Result):
+    """Whether kernels with a high multiplier matter more (WE paper, end of section 4.2).
+
+    Attributes:
+        score: what was measured.
+        baseline: the metric of the stripped model.
+        layers: the layers with multipliers.
+        share: how much was removed of each layer; None for one unit of each.
+        measurements: a row for each granularity, end and random draw.
+    """
+
+    analysis = "multipliers"
+    score: str
+    baseline: float
+    layers: list[str]
+    share: float | None
+    measurements: list[ValidityRow]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        return (asdict(row) for row in self.measurements)
+
+    def drop(self, granularity: str, end: str) -> float:
+        """D_L (``lowest``) or D_H (``highest``), or the mean over the random draws."""
+        kind = (granularity, end)
+        found = [row.drop for row in self.measurements if (row.granularity, row.end) == kind]
+        return sum(found) / len(found) if found else float("nan")
+
+
+@dataclass(frozen=True)
+class PruningRow:
+    """One measurement of :func:`~we_surgery.analysis.pruning_curve`.
+
+    Attributes:
+        criterion: ``multiplier``, ``magnitude`` or ``random``.
+        share: of the kernels removed in each layer.
+        sparsity: zeros among the pruned layers' weights that pruning made.
+        model_sparsity: the same among all parameters of the stripped model.
+        metric: without these kernels, with no training after.
+        drop: the baseline minus that.
+    """
+
+    criterion: str
+    share: float
+    sparsity: float
+    model_sparsity: float
+    metric: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class PruningCurve(Result):
+    """What is left without the kernels that each criterion would remove.
+
+    Attributes:
+        score: what was measured.
+        baseline: the metric of the stripped model.
+        layers: the layers with multipliers, all of which are pruned.
+        measurements: a row for each criterion and share.
+    """
+
+    analysis = "prune"
+    score: str
+    baseline: float
+    layers: list[str]
+    measurements: list[PruningRow]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        return (asdict(row) for row in self.measurements)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One training run.
+
+    Attributes:
+        variant: its name.
+        seed: of the weights, of the excitations' start, and given to the training function.
+        metric: of the model as it would be deployed; None where training failed.
+        difference: to the baseline's run of the same seed; None where either failed.
+        failure: why there is no metric.
+    """
+
+    variant: str
+    seed: int
+    metric: float | None
+    difference: float | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep(Result):
+    """The result of :func:`~we_surgery.analysis.sweep`.
+
+    Attributes:
+        title: what was varied.
+        score: what was measured.
+        baseline: the variant that the others are compared with.
+        runs: a row for each variant and seed.
+    """
+
+    analysis = "sensitivity"
+    title: str
+    score: str
+    baseline: str
+    runs: list[SweepRow]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        return (asdict(row) for row in self.runs)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each variant its mean, its mean paired difference, and the error of that.
+
+        The error is the standard error of the mean of the paired differences, in the metric's
+        unit; None for fewer than two pairs.
+        """
+        found = []
+        for variant in dict.fromkeys(row.variant for row in self.runs):
+            own = [row for row in self.runs if row.variant == variant]
+            metrics = [row.metric for row in own if row.metric is not None]
+            pairs = [row.difference for row in own if row.difference is not None]
+            error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+            found.append(
+                {
+                    "variant": variant,
+                    "runs": len(own),
+                    "failed": len(own) - len(metrics),
+                    "mean": statistics.fmean(metrics) if metrics else None,
+                    "difference": statistics.fmean(pairs) if pairs else None,
+                    "standard_error": error,
+                }
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "summary": self.summary()}
+
+
+@dataclass(frozen=True)
+class SparseRow:
+    """One training run of :func:`~we_surgery.analysis.sparse_training`.
+
+    Attributes:
+        variant: its name.
+        strength: of the pull towards zeros.
+        seed: of the run.
+        sparsity: zeros among the conv and linear weights after strip.
+        metric: of the stripped model.
+    """
+
+    variant: str
+    strength: float
+    seed: int
+    sparsity: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class SparseTraining(Result):
+    """The result of :func:`~we_surgery.analysis.sparse_training`.
+
+    Attributes:
+        score: what was measured.
+        runs: a row for each variant, strength and seed.
+    """
+
+    analysis = "sparse_training"
+    score: str
+    runs: list[SparseRow]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        return (asdict(row) for row in self.runs)

@@ -75,7 +75,7 @@ def inputs_and_labels(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     if not is_pair or not isinstance(batch[1], Tensor):
         found = type(batch).__name__ + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
         raise InputError(
-            f"a batch is no pair of inputs and labels but {found}",
+            f"a batch must be a pair of inputs and labels, got {found}",
             "Give a loader of (inputs, labels), or a metric_fn(model) of your own.",
         )
     inputs, labels = batch

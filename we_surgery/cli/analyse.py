@@ -11,21 +11,19 @@ from rich.table import Table
 
 from we_surgery.analysis.importance import location_maps, magnitude_curve
 from we_surgery.analysis.multipliers import GRANULARITIES, multiplier_validity
-from we_surgery.analysis.pictures import Result
-from we_surgery.analysis.progress_bar import progress_bar
+from we_surgery.analysis.progress import progress_bar
 from we_surgery.analysis.pruning import CRITERIA, pruning_curve
-from we_surgery.analysis.results import check_result, save_result, to_json
+from we_surgery.analysis.results import Result, Sweep
+from we_surgery.analysis.saving import check_result, save_result, to_json
 from we_surgery.analysis.scores import SCORES
-from we_surgery.analysis.sensitivity import (
-    Sweep,
+from we_surgery.analysis.sweeps import sweep
+from we_surgery.analysis.variants import (
     Variant,
     epsilon_variants,
     initialization_variants,
     normalization_free_variants,
     reduction_variants,
-    sweep,
 )
-from we_surgery.analysis.user_functions import imported, imported_metric
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
@@ -37,6 +35,7 @@ from we_surgery.cli.common import (
     say_written,
     source_options,
 )
+from we_surgery.cli.user_functions import imported, imported_metric
 from we_surgery.converted.surgery import is_converted
 from we_surgery.errors import InputError
 
@@ -73,7 +72,7 @@ def measuring_options(command: Command) -> Command:
                 "--metric",
                 metavar="NAME",
                 help="package.module:function that takes a model and returns a number of which "
-                "more is better. Instead of --loader; computes nothing shared.",
+                "more is better. Instead of --loader.",
             ),
             click.option(
                 "--score",
@@ -146,9 +145,7 @@ def importance_command(steps: int, **options: Any) -> None:
 @layers_option
 @measuring_options
 def location_command(samples: tuple[int, int], **options: Any) -> None:
-    """Zero single kernels of each conv with a kernel larger than 1, one heat map a layer (Fig. 2).
-
-    With --loader, what a batch computes before it reaches a layer is computed once.
+    """Zero single kernels of each conv with a kernel larger than 1: a heat map per layer (Fig. 2).
 
     \b
     Example:

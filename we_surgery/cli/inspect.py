@@ -11,9 +11,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from we_surgery.analysis.importance import LocationMaps
 from we_surgery.analysis.learned import WeightStatistics
-from we_surgery.analysis.results import to_json
+from we_surgery.analysis.results import LocationMaps
+from we_surgery.analysis.saving import to_json
 from we_surgery.checkpoint import check_target, write_bytes
 from we_surgery.cli.common import (
     SurgeryCommand,

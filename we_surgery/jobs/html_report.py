@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from we_surgery._util.version import __version__
-from we_surgery.analysis.importance import LocationMaps
 from we_surgery.analysis.learned import learned_nothing
+from we_surgery.analysis.results import LocationMaps
 from we_surgery.errors import InputError
 from we_surgery.jobs.inspect import Comparison, InspectedWeight, Inspection
 from we_surgery.planning.plans import Plan

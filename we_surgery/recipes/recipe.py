@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from we_surgery.analysis.sensitivity import Initialization
+from we_surgery.analysis.variants import Initialization
 from we_surgery.checkpoint import Architecture
 from we_surgery.converted.sites import Init
 from we_surgery.errors import InputError, near_matches

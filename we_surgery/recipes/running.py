@@ -15,7 +15,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
 from we_surgery import checkpoint
-from we_surgery.analysis.sensitivity import initialize_excitations
+from we_surgery.analysis.variants import initialize_excitations
 from we_surgery.converted.surgery import convert, is_converted, strip_with_report
 from we_surgery.errors import InputError
 from we_surgery.recipes.loaders import Loaders, make_loaders, synthetic_loaders

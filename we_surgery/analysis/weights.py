@@ -1,18 +1,19 @@
-"""The weights that are measured, and which of their cells make a kernel."""
+"""The weights that are measured, and the kernels in them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from we_surgery._util.copies import copy_model
 from we_surgery._util.scripted import own_parameters
 from we_surgery.converted.surgery import is_converted, strip
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import WeightLayout
+from we_surgery.excitations.layout import from_filters
 from we_surgery.planning.rules import Rule
 from we_surgery.reading import read_tree
 
@@ -23,26 +24,24 @@ class MeasuredWeight:
 
     Attributes:
         name: the layer's name, as plans and patterns have it.
-        kind: ``conv2d``, ``linear``, ...
         parameter: the weight.
         layout: how its axes are read.
         owners: the modules that have it; several where it is tied.
     """
 
     name: str
-    kind: str
     parameter: nn.Parameter
     layout: WeightLayout
     owners: tuple[nn.Module, ...]
 
 
-def as_deployed(model: nn.Module) -> nn.Module:
-    """The model itself if it is vanilla, and a stripped copy if it is converted.
+def deployed_copy(model: nn.Module) -> nn.Module:
+    """A copy of a vanilla model, a stripped one of a converted model.
 
     What is measured is what a deployed weight does. In a converted model the raw weight is not
     that: setting one to zero would change the standardization and the maximum of all others.
     """
-    return strip(model) if is_converted(model) else model
+    return strip(model) if is_converted(model) else copy_model(model)
 
 
 def find_weights(
@@ -66,14 +65,12 @@ def find_weights(
                 owners.setdefault(own, []).append(module)
     found: dict[nn.Parameter, MeasuredWeight] = {}
     for facts in read_tree(model):
-        owner = modules[facts.module]
         # A parametrized weight is computed, and cannot be written to.
-        parameter = own_parameters(owner).get(facts.parameter)
-        if not facts.kind.startswith(kinds) or parameter is None or parameter in found:
-            continue
-        found[parameter] = MeasuredWeight(
-            facts.name, facts.kind, parameter, facts.layout, tuple(owners[parameter])
-        )
+        parameter = own_parameters(modules[facts.module]).get(facts.parameter)
+        if facts.kind.startswith(kinds) and parameter is not None and parameter not in found:
+            found[parameter] = MeasuredWeight(
+                facts.name, parameter, facts.layout, tuple(owners[parameter])
+            )
     weights = list(found.values())
     chosen = weights if not layers else _matching(weights, layers)
     if not chosen:
@@ -99,33 +96,18 @@ def _matching(weights: Sequence[MeasuredWeight], layers: Sequence[str]) -> list[
     return [weight for weight in weights if weight.name in matched]
 
 
-def kernel_cells(layout: WeightLayout, chosen: Tensor) -> Tensor:
-    """The flat indices of whole kernels in a weight as its layer stores it.
+def kernel_mask(layout: WeightLayout, chosen: Tensor) -> Tensor:
+    """A bool mask over whole kernels, of the shape in which the layer stores its weight.
 
     Args:
         layout: of the weight.
         chosen: ``[O, I]``, bool: which kernels, by filter and input channel of the filter.
-
-    Returns:
-        int64, ascending.
     """
-    filters, channels = chosen.cpu().nonzero().unbind(1)
-    if layout.transposed:
-        # Stored [C, O/g, *K]; see `from_filters`.
-        width = layout.out_channels // layout.groups
-        rows = filters // width * layout.channels + channels
-        kernels = rows * width + filters % width
-    else:
-        kernels = filters * layout.channels + channels
-    size = math.prod(layout.kernel_size)
-    return (kernels.sort().values.unsqueeze(1) * size + torch.arange(size)).flatten()
+    spread = chosen.reshape(*chosen.shape, *(1 for _ in layout.kernel_size))
+    mask = spread.expand(*chosen.shape, *layout.kernel_size)
+    return from_filters(mask, layout.groups) if layout.transposed else mask
 
 
 def equidistant(size: int, count: int) -> list[int]:
     """``count`` rounded indices from 0 to ``size - 1``; fewer where there are not as many."""
     return sorted(set(torch.linspace(0, size - 1, min(count, size)).round().long().tolist()))
-
-
-def union(parts: Iterable[tuple[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
-    """Cells of several weights; those without any are left out."""
-    return {parameter: cells for parameter, cells in parts if cells.numel()}

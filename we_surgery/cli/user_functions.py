@@ -67,7 +67,7 @@ def imported_metric(metric: str | None, loader: str | None) -> Any:
         found = imported(metric, "--metric")
         if not callable(found):
             raise InputError(
-                f"--metric {metric} is {type(found).__name__}, no function",
+                f"--metric {metric} is {type(found).__name__}, not a function",
                 "Name a function that takes a model and returns a number.",
             )
         return found

@@ -1,55 +1,117 @@
-"""What a long run has done so far, on disk, so that it can be stopped and taken up again."""
+"""How a long run gets on: a bar for the user, and a file from which it can be taken up again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import nn
 
 from we_surgery.converted.proof import bits_of
 from we_surgery.errors import InputError
 
-_SCHEMA = 1
+_SCHEMA = 2
+
+
+class Monitor(Protocol):
+    """Progress callback for long analyses; see :func:`we_surgery.analysis.progress_bar`."""
+
+    def start(self, evaluations: int | None, seconds: float | None) -> None:
+        """Called before the first change: how much there is to do, and about how long it takes.
+
+        Both are None where a loader does not say its length.
+        """
+
+    def advance(self, evaluations: int) -> None:
+        """Called with the number of evaluations that were just done."""
+
+
+@contextmanager
+def progress_bar(what: str = "measuring") -> Iterator[Bar]:
+    """A monitor for any analysis, on stderr: an estimate at the start, a bar in a terminal.
+
+    Example:
+        >>> with progress_bar() as monitor:
+        ...     maps = location_maps(model, loader, monitor=monitor)
+    """
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        yield Bar(progress, progress.add_task(what, total=None))
+
+
+class Bar:
+    """What :func:`progress_bar` yields."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def start(self, evaluations: int | None, seconds: float | None) -> None:
+        self._progress.update(self._task, total=evaluations)
+        if seconds is not None:
+            self._progress.console.print(
+                f"{evaluations:,} evaluations, about {_duration(seconds)}", highlight=False
+            )
+
+    def advance(self, evaluations: int) -> None:
+        self._progress.advance(self._task, evaluations)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class ProgressFile:
     """A file of JSON lines: first what is being done, then one line for each result.
 
-    A line is whole or it does not count: a run that was killed while writing loses that line.
-
-    Args:
-        path: the file, which a run that ended early has left or which is created; None keeps
-            results in memory alone.
-        job: what is being done, in JSON types. A file of another job is refused.
-
-    Attributes:
-        resumed: results that were there at the beginning.
-
-    Raises:
-        InputError: the file is of another job, or no progress file, or cannot be written to.
+    Only whole lines count: a run that was killed while writing loses its last line. A file of
+    another job is refused; without a path, results are kept in memory alone.
     """
 
-    def __init__(self, path: Path | None, job: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: str | Path | None, job: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
         self._results: dict[str, Any] = {}
+        # Written with the first result: a run that fails at once leaves no file.
         self._header: Mapping[str, Any] | None = None
-        """Still to be written: a run that fails at once leaves no file."""
         header = {"we_surgery_progress": _SCHEMA, **json.loads(json.dumps(job))}
-        if path is not None:
+        if self.path is not None:
             try:
-                self._open(path, header)
+                self._open(self.path, header)
             except OSError as error:
                 raise InputError(
                     f"the progress file {path} cannot be used: {error}",
                     "Name another file, or make its folder writable.",
                 ) from error
-        self.resumed = len(self._results)
 
     def _open(self, path: Path, header: dict[str, Any]) -> None:
         content = path.read_bytes() if path.exists() else b""
@@ -60,11 +122,11 @@ class ProgressFile:
             self._results = dict(line for line in lines[1:])
         except ValueError as error:
             raise InputError(
-                f"{path} is no progress file: {error}", "Name another file, or remove this one."
+                f"{path} is not a progress file: {error}", "Name another file, or remove this one."
             ) from error
         if found is None and content:
             raise InputError(
-                f"{path} is no progress file", "Name another file, or remove this one."
+                f"{path} is not a progress file", "Name another file, or remove this one."
             )
         if found is not None and found != header:
             raise InputError(
@@ -100,7 +162,7 @@ class ProgressFile:
 
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     if not isinstance(found, Mapping) or "we_surgery_progress" not in found:
-        return "it is no progress file"
+        return "it is not a progress file"
     keys = [key for key in wanted if found.get(key) != wanted[key]]
     return f"{', '.join(keys or sorted(found))} differ"
 
