@@ -77,13 +77,15 @@ def _recipe_text(row: Mapping[str, Any]) -> str:
     if recipe is None:
         text = row["instead"]
     elif isinstance(recipe, str):
-        text = f"[{recipe}](../configs/{recipe})"
+        text = f"[{recipe}](../we_surgery/configs/{recipe})"
     elif list(recipe) == ["mode"]:
         text = f"`mode: {recipe['mode']}`"
     else:
         text = f"`{yaml.safe_dump(recipe, default_flow_style=True, width=1000).strip()}`"
     if "run" in row:
-        text += f"; trained by [{Path(row['run']).stem}](../configs/recipes/{row['run']})"
+        text += (
+            f"; trained by [{Path(row['run']).stem}](../we_surgery/configs/recipes/{row['run']})"
+        )
     return text
 
 
@@ -106,7 +108,7 @@ def _after(row: Mapping[str, Any]) -> str:
 
 def _plan(row: Mapping[str, Any], network: str) -> ws.Plan:
     recipe = row["recipe"]
-    config = ROOT / "configs" / recipe if isinstance(recipe, str) else recipe
+    config = ROOT / "we_surgery" / "configs" / recipe if isinstance(recipe, str) else recipe
     return ws.plan(_build(network), config=config)
 
 

@@ -24,7 +24,7 @@ import we_surgery as ws
 from we_surgery.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "configs" / "recipes" / "imagenet"
+RECIPES = ROOT / "we_surgery" / "configs" / "recipes" / "imagenet"
 RESULTS = Path(__file__).parent / "results"
 BATCH, SIDE = 128, 224
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from we_surgery.recipes import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "configs" / "recipes"
+RECIPES = ROOT / "we_surgery" / "configs" / "recipes"
 PAGE = ROOT / "docs" / "recipes.md"
 
 TITLES = {
@@ -50,9 +50,10 @@ HEAD = """# The papers' experiments as recipes
 
 Written by `python benchmarks/recipes_table.py`; do not edit.
 
-Each row is a file below [configs/recipes/](../configs/recipes); `we-surgery run FILE --data DIR`
-trains it, strips it, and prints its figures beside the published ones. The figures here are the
-published ones. What a source leaves open, and how it was settled, stands in the file's `notes`.
+Each row is a file below [configs/recipes/](../we_surgery/configs/recipes), whose name is enough:
+`we-surgery run imagenet/resnet50-lwe --data DIR` trains one, strips it, and prints its figures
+beside the published ones. The figures here are the published ones. What a source leaves open, and
+how it was settled, stands in the file's `notes`.
 
 All of them are tried on synthetic images by the tests, at a reduced size. **None has been trained
 to its end by us**, for want of the images and of a GPU.
@@ -106,7 +107,7 @@ def _row(path: Path) -> str:
     passes = _PASSES * epochs(recipe) * IMAGES[name.partition("/")[0]]
     figures = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())
     cells = (
-        f"[{name}](../configs/recipes/{name})",
+        f"[{name}](../we_surgery/configs/recipes/{name})",
         recipe.title,
         figures,
         recipe.source,

@@ -24,7 +24,7 @@ from torchvision.models.resnet import BasicBlock
 import we_surgery as ws
 from we_surgery import analysis
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(ws.__file__).parent / "configs"
 STRENGTHS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 

@@ -22,7 +22,7 @@ from toys import EXCITING_MODES
 
 import we_surgery as ws
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "we_surgery" / "configs").glob("*.yaml"))
 
 
 def of(kind, *args, **options):

@@ -120,7 +120,7 @@ def test_endings_in_upper_case_say_the_same(model_file: Path) -> None:
 
 
 def test_a_config_file_is_used(model_file: Path) -> None:
-    config = Path(__file__).parents[2] / "configs" / "paper-conv-only.yaml"
+    config = Path(__file__).parents[2] / "we_surgery" / "configs" / "paper-conv-only.yaml"
     plan = json.loads(run(model_file, "--config", config, "--dry-run", "--json").stdout)
     assert [list(stage) for row in plan["layers"] for stage in row["excitation"]] == [
         ["standardize"],
@@ -129,7 +129,9 @@ def test_a_config_file_is_used(model_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+    "config",
+    sorted((Path(__file__).parents[2] / "we_surgery" / "configs").glob("*.yaml")),
+    ids=lambda p: p.stem,
 )
 def test_each_config_of_the_repository_converts_a_model(config: Path, model_file: Path) -> None:
     # Some name the layers of a sort of model, and nothing is to be written of that.

@@ -7,7 +7,7 @@ import pytest
 
 from we_surgery.recipes import load_recipe, run_recipe
 
-RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "we_surgery" / "configs" / "recipes"
 EXPERIMENTS = sorted(
     path.relative_to(RECIPES).as_posix()
     for path in RECIPES.rglob("*.yaml")

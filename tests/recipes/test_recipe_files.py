@@ -6,7 +6,7 @@ import yaml
 from we_surgery.errors import InputError
 from we_surgery.recipes import load_recipe
 
-RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "we_surgery" / "configs" / "recipes"
 SETTINGS = {
     "title": "a network",
     "source": "nowhere",
@@ -81,5 +81,5 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
     with pytest.raises(InputError, match="not a mapping but list"):
         load_recipe(tmp_path / "list.yaml")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no recipe"):
         load_recipe(tmp_path / "absent.yaml")

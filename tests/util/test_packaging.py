@@ -23,7 +23,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, which has only what a clone has."""
     folder = tmp_path_factory.mktemp("clone")
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("we_surgery", "configs", "tests"):
+    for name in ("we_surgery", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
     for name in ("pyproject.toml", "LICENSE", "NOTICE", "MANIFEST.in", "CITATION.cff"):
         shutil.copy(ROOT / name, folder)
@@ -55,7 +55,9 @@ def test_the_source_archive_builds_the_same(dist: Path) -> None:
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml"} <= names
-    assert {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")} <= names
+    assert {
+        str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery/configs").rglob("*.yaml")
+    } <= names
     assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= names
     # Half of them would be there by default, without the helpers they import.
     assert not [name for name in names if name.startswith("tests")]
@@ -64,10 +66,10 @@ def test_the_source_archive_builds_the_same(dist: Path) -> None:
 def test_the_wheel_alone_runs(dist: Path, tmp_path: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    recipe = ROOT / "configs/recipes/imagenet/resnet18-lwe.yaml"
     code = (
         "import we_surgery.cli as c; from we_surgery.recipes import load_recipe; "
-        f"load_recipe({str(recipe)!r}); c.convert_command(['torchvision:resnet18', '--dry-run'])"
+        "load_recipe('imagenet/resnet18-lwe'); "
+        "c.convert_command(['torchvision:resnet18', '--dry-run', '--config', 'lwe'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -58,7 +58,8 @@ def attach(
         model: any model; also inside DDP, ``DataParallel`` or ``torch.compile``.
         optimizer: its optimizer, or several of them (a list, or a mapping's values).
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
-        config: a YAML file or mapping as in ``configs/``, without transplants.
+        config: a YAML file or mapping as in ``we_surgery/configs/``, or the name of one there;
+            without transplants.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, instead of mode, config and rules.
         init: as in :func:`we_surgery.convert`; with ``preserve`` the model's weights stay what

@@ -69,7 +69,7 @@ class _ConvertCommand(SurgeryCommand):
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A YAML recipe such as those in configs/.",
+    help="A YAML file, or the name of one that comes with the package: lwe, mwe, vit, ...",
 )
 @click.option(
     "--plan",

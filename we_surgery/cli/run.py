@@ -86,15 +86,15 @@ def run_command(
 ) -> None:
     """Train, strip and verify an experiment of the papers, as RECIPE says.
 
-    RECIPE is a YAML file such as those in configs/recipes/. The run's folder gets summary.csv,
-    checkpoints, the stripped state dict and result.json, which holds this run's figures beside
-    the published ones.
+    RECIPE is the name of a recipe that comes with the package, or a YAML file. The run's folder
+    gets summary.csv, checkpoints, the stripped state dict and result.json, which holds this run's
+    figures beside the published ones.
 
     \b
     Examples:
-      we-surgery run configs/recipes/imagenet/resnet50-lwe.yaml --dry-run
-      we-surgery run configs/recipes/cifar100/vgg19-lwe.yaml --data DIR --device cuda
-      torchrun --nproc-per-node 8 -m we_surgery run configs/recipes/imagenet/resnet50-lwe.yaml \\
+      we-surgery run imagenet/resnet50-lwe --dry-run
+      we-surgery run cifar100/vgg19-lwe --data DIR --device cuda
+      torchrun --nproc-per-node 8 -m we_surgery run imagenet/resnet50-lwe \\
         --data DIR --device cuda --precision bfloat16
 
     \b

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from we_surgery._util import shipped
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage
 from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_recipe
@@ -26,7 +27,8 @@ def make_policy(
 
     Args:
         mode: a mode's name, for a config that names none, or the same.
-        config: a YAML file, a mapping of the same shape, or a policy.
+        config: a YAML file, the name of one that comes with the package (``lwe``), a mapping
+            of the same shape, or a policy.
         rules: exceptions, added after the config's.
         transplants: as in :func:`we_surgery.convert`, added after the config's.
 
@@ -43,7 +45,7 @@ def make_policy(
     settings: Any = config or {}
     source = "the config"
     if isinstance(config, str | Path):
-        settings, source = read_yaml(config), str(config)
+        settings, source = read_yaml(shipped.find(config, shipped.CONFIGS)), str(config)
     if mode is not None and isinstance(settings, Mapping):
         settings = {"mode": mode, **settings}
     policy = policy_from_config(settings, source)
@@ -68,7 +70,7 @@ def _checked_rules(rules: Any) -> tuple[Rule, ...]:
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:
-    """A policy from a config mapping (see ``configs/``); unknown keys are errors.
+    """A policy from a config mapping (see ``we_surgery/configs/``); unknown keys are errors.
 
     Raises:
         InputError: an unknown key, mode, stage or option, or a value of the wrong type.
@@ -76,7 +78,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
     if not isinstance(config, Mapping):
         raise InputError(
             f"{source} is not a mapping but {type(config).__name__}",
-            "Write `mode: lwe` or see the files in configs/.",
+            "Write for example `mode: lwe`.",
         )
     known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules", "transplants")
     _refuse_unknown(config, known, source)
@@ -123,7 +125,7 @@ def read_yaml(path: str | Path) -> Any:
         message = " ".join(str(error).split())
         raise InputError(
             f"the config {path} cannot be read: {message}",
-            "Give a YAML file such as those in configs/.",
+            f"Give a YAML file, or a name: {', '.join(shipped.names_in(shipped.CONFIGS))}.",
         ) from error
     return {} if config is None else config
 

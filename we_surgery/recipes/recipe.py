@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from we_surgery._util import shipped
 from we_surgery.analysis.variants import Initialization
 from we_surgery.checkpoint import Architecture
 from we_surgery.converted.sites import Init
@@ -105,7 +106,7 @@ class Recipe:
         published: the published figures by metric, in percent; empty where there are none.
         notes: what the source leaves open and how it was settled.
         model: architecture by name, and the arguments of its factory.
-        surgery: a config as in ``configs/``, or None for a vanilla network.
+        surgery: a config as in ``we_surgery/configs/``, or None for a vanilla network.
         data: the images.
         training: how it is trained.
         backbone: whether ``--backbone`` gives the trained weights of ``model.backbone``.
@@ -129,7 +130,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from a YAML file.
+    """A recipe from a YAML file, or by the name of one that comes with the package.
 
     A file may begin with ``extends: OTHER.yaml``, a path from its own folder: mappings are
     merged key by key, and everything else is replaced.
@@ -138,7 +139,13 @@ def load_recipe(path: str | Path) -> Recipe:
         InputError: the file cannot be read, a key is unknown or missing, or a value is not of
             its type.
     """
-    path = Path(path)
+    path = shipped.find(path, shipped.RECIPES)
+    if not path.is_file():
+        names = shipped.names_in(shipped.RECIPES)
+        raise InputError(
+            f"there is no recipe {path}{near_matches(str(path), names)}",
+            "Give a YAML file, or the name of a recipe: docs/recipes.md lists them.",
+        )
     settings = _merged(path, ())
     where = f"the recipe {path}"
     model = settings.pop("model", None)
@@ -169,7 +176,7 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise InputError(
             f"the recipe {path} is not a mapping but {type(settings).__name__}",
-            "See the files in configs/recipes/.",
+            "See the recipes in we_surgery/configs/recipes/.",
         )
     settings = dict(settings)
     base = settings.pop("extends", None)
@@ -192,7 +199,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
     """A dataclass from a mapping, each value checked against its field's type."""
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} is not a mapping but {values!r}", "See configs/recipes/.")
+        raise InputError(
+            f"{where} is not a mapping but {values!r}",
+            "See the recipes in we_surgery/configs/recipes/.",
+        )
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     _refuse_unknown(values, tuple(fields), where)
     missing = [
@@ -204,7 +214,8 @@ def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
     ]
     if missing:
         raise InputError(
-            f"{where} lacks {', '.join(missing)}", "Add it; see the files in configs/recipes/."
+            f"{where} lacks {', '.join(missing)}",
+            "Add it; see the recipes in we_surgery/configs/recipes/.",
         )
     types = typing.get_type_hints(kind)
     return kind(**{k: _checked(v, types[k], f"{k} in {where}") for k, v in values.items()})

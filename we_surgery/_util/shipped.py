@@ -1,0 +1,24 @@
+"""The configs and recipes that come with the package, by name: ``lwe``, ``imagenet/resnet50``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = CONFIGS / "recipes"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of the configs (:data:`CONFIGS`) or recipes (:data:`RECIPES`) there."""
+    files = folder.glob("*.yaml") if folder == CONFIGS else folder.rglob("*.yaml")
+    names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
+    # What other recipes extend is no experiment.
+    return [name for name in names if not name.endswith("base")]
+
+
+def find(name: str | Path, folder: Path) -> Path:
+    """The file of that name in ``folder``; anything else, such as a user's own file, as it is."""
+    path = Path(name)
+    if path.is_file() or path.as_posix() not in names_in(folder):
+        return path
+    return folder / f"{path.as_posix()}.yaml"
