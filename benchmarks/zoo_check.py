@@ -3,7 +3,7 @@
 A model passes when
 
 - the converted model was recorded again in eval and in train mode, no operation of either
-  reads a converted weight raw, and no excitation is computed twice in one forward;
+  reads a converted weight raw;
 - every weight the plan excites was computed by its excitation in one of the two;
 - classes, keys and the keys' order after strip are what they were before convert;
 - every folded weight is bit-equal to the excited one;

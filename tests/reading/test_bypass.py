@@ -80,3 +80,52 @@ def test_good_conversions_raise_no_alarm_and_count_their_weights() -> None:
         plan = ws.plan(build(), example_inputs=x)
         converted = ws.convert(build(), plan=plan, example_inputs=x)
         assert prove_excited(converted, x) == len(plan.excited)
+
+
+class ReadTwice(nn.Module):
+    """Reads a child's weight twice in a forward pass; what the second read is, subclasses say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(F.linear(x, self.linear.weight))
+
+    def again(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight)
+
+
+class FirstWithoutGradients(ReadTwice):
+    """Runs its layer without gradients, and then with them, as recurrent-depth models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.linear(x)
+        return self.again(x)
+
+
+class CallsTheExcitation(ReadTwice):
+    """Computes the weight by itself."""
+
+    def again(self, x: Tensor) -> Tensor:
+        if isinstance(self.linear, ExcitedLayer):
+            return F.linear(x, self.linear.excitation(self.linear.raw_weight))
+        return super().again(x)
+
+
+class SwitchesModes(ReadTwice):
+    """Switches its layer's mode between two reads."""
+
+    def again(self, x: Tensor) -> Tensor:
+        return super().again(F.linear(x, self.linear.train(self.training).weight))
+
+
+@pytest.mark.parametrize(
+    "module", [ReadTwice, FirstWithoutGradients, CallsTheExcitation, SwitchesModes]
+)
+def test_a_weight_may_be_excited_more_than_once_in_a_forward_pass(module: type[nn.Module]) -> None:
+    x = torch.randn(2, 4)
+    converted = ws.convert(module(), "lwe+mwe", example_inputs=x)
+    assert isinstance(converted.linear, ExcitedLayer)
+    assert prove_excited(converted, x, ran_in_both=True) == 1

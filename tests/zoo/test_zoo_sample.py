@@ -106,15 +106,6 @@ def silence(model: Any) -> None:
     model.forward = MethodType(forward, model)
 
 
-def compute_twice(model: nn.Module) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        self.excitation(self.raw_weight)
-        return type(self).forward(self, x)
-
-    conv = a_conv(model)
-    conv.forward = MethodType(forward, conv)
-
-
 def reorder(model: nn.Module) -> None:
     layer = next(m for m in model.modules() if isinstance(m, ExcitedLayer) and m.bias is not None)
     layer._parameters["raw_weight"] = layer._parameters.pop("raw_weight")
@@ -133,7 +124,6 @@ def forget_a_class(model: nn.Module) -> None:
         (remember_the_head, None, r"reads '.*raw_weight' itself"),
         (silence, None, "outputs are those of the raw weights|not used"),
         (None, reorder, "keys after strip"),
-        (None, compute_twice, r"'.*excitation' is computed 2 times in one forward"),
         (None, forget_a_class, "classes after strip"),
     ],
 )

@@ -33,8 +33,8 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
 
     Raises:
         SurgeryError: an operation outside the excitations reads a raw weight; an excitation
-            runs on activations, or not at all though its layer does, or more than once a
-            forward on the same weight; or the converted model does not run on the inputs.
+            runs on activations, or not at all though its layer does; or the converted model
+            does not run on the inputs.
     """
     recordings, notes = record_both_modes(model, example_inputs)
     if not recordings or (ran_in_both and notes):
@@ -50,10 +50,6 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     refuse_bypasses(recordings, list(raw))
     refuse_excited_activations(recordings)
     refuse_writes(recordings)
-    if any(repeated(recording) for recording in recordings):
-        # The first forward is where an excitation learns that its weight is read often.
-        recordings, _ = record_both_modes(model, example_inputs, after_a_step=True)
-        refuse_repetitions(recordings)
     called = {name for recording in recordings for name in recording.calls}
     # One excitation may serve several tied layers, and be called by the name in the first.
     computed = {
@@ -135,25 +131,3 @@ def refuse_writes(recordings: Sequence[Recording]) -> None:
                     "forward pass",
                     "Leave that layer alone by a rule; nothing was changed.",
                 )
-
-
-def repeated(recording: Recording) -> dict[str, int]:
-    """Excitations computed more than once from one state of their weight, and how often."""
-    return {what.excitation: n for what, n in recording.computations.items() if n > 1}
-
-
-def refuse_repetitions(recordings: Sequence[Recording]) -> None:
-    """Raises if an excitation was computed more than once in a forward on the same weight.
-
-    Raises:
-        SurgeryError: naming the excitation, and how often it was computed.
-    """
-    for recording in recordings:
-        for name, count in repeated(recording).items():
-            raise SurgeryError(
-                f"{name!r} is computed {count} times in one forward in "
-                f"{'train' if recording.training else 'eval'} mode, each time on the same weight",
-                "Make the module read the layer's `weight` instead of calling its excitation, and "
-                "not switch modes in its forward; or leave that layer alone by a rule; nothing "
-                "was changed.",
-            )

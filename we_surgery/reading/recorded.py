@@ -21,10 +21,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_iter
 
 from we_surgery._util.copies import deep_copy
-from we_surgery.converted.compute_once import outdate
-from we_surgery.excitations import Excitation
 from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
-from we_surgery.reading.recorder import Computation, Recorder
+from we_surgery.reading.recorder import Recorder
 from we_surgery.reading.replay import Origin
 from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
 from we_surgery.reading.stand_ins import Fakes
@@ -42,15 +40,12 @@ class Recording:
         calls: how often each module was called.
         constants: the values of ``constant_N`` nodes, tensors that are neither parameters
             nor buffers nor made in the forward.
-        computations: how often each excitation was computed, where reads may share the result:
-            not while it is paused, nor where a GraphModule has nodes for it.
     """
 
     graph: fx.Graph
     training: bool
     calls: Counter[str] = field(default_factory=Counter)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    computations: Counter[Computation] = field(default_factory=Counter)
 
 
 def record(
@@ -59,7 +54,6 @@ def record(
     *,
     training: bool = False,
     fakes: Fakes | None = None,
-    after_a_step: bool = False,
     shared_hooks: bool = False,
 ) -> Recording:
     """Records one forward of a copy of ``model``, which is not changed.
@@ -71,8 +65,6 @@ def record(
         fakes: where stand-ins come from. Without it real tensors are used, for models whose
             control flow or shapes depend on data. That takes the memory of a copy of ``model``,
             whose forward may write to its weights.
-        after_a_step: record the forward after a first one and a step of the optimizer. An
-            excitation knows then whether its weight is read more than once.
         shared_hooks: run those forward hooks, too, that the copy shares with ``model``: functions,
             which may keep or change what is the user's.
 
@@ -83,11 +75,6 @@ def record(
     with _unlogged(), uncollected(), torch.set_grad_enabled(training):
         replica = _replica(model, fakes, shared_hooks)
         replica.train(training)  # which a model may override and return nothing from
-        if after_a_step:
-            _record(replica, origin, fakes)
-            for module in replica.modules():
-                if isinstance(module, Excitation):
-                    outdate(module)
         return _record(replica, origin, fakes)
 
 
@@ -108,7 +95,6 @@ def _record(replica: nn.Module, origin: Origin, fakes: Fakes | None) -> Recordin
         replica.training,
         recorder.calls,
         recorder.constants,
-        recorder.computations,
     )
 
 

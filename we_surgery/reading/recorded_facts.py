@@ -38,9 +38,7 @@ class _Use:
     gates: Mapping[fx.Node, str]
 
 
-def record_both_modes(
-    model: nn.Module, example_inputs: Any, *, after_a_step: bool = False
-) -> tuple[list[Recording], list[str]]:
+def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[Recording], list[str]]:
     """Recordings in eval and in train mode, and what went wrong.
 
     On fake tensors, and where those fail on real ones. Where both fail, the same once more with
@@ -51,14 +49,13 @@ def record_both_modes(
     Args:
         model: any model in eager mode.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
-        after_a_step: as for :func:`~we_surgery.reading.recorded.record`.
     """
     with uncollected(), Fakes() as fakes:
-        return _record_both_modes(model, example_inputs, fakes, after_a_step)
+        return _record_both_modes(model, example_inputs, fakes)
 
 
 def _record_both_modes(
-    model: nn.Module, example_inputs: Any, fakes: Fakes, after_a_step: bool
+    model: nn.Module, example_inputs: Any, fakes: Fakes
 ) -> tuple[list[Recording], list[str]]:
     recordings, notes = [], []
     attempts: list[tuple[Fakes | None, bool]] = [(fakes, False), (None, False)]
@@ -73,7 +70,6 @@ def _record_both_modes(
                     example_inputs,
                     training=training,
                     fakes=kind,
-                    after_a_step=after_a_step,
                     shared_hooks=shared_hooks,
                 )
             except Exception as error:

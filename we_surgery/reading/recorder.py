@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -56,42 +53,13 @@ def after_replacement(value: Any, data: Any) -> Any:
     return data
 
 
-class Computation(NamedTuple):
-    """What an excitation is computed for, and once a forward pass.
-
-    Attributes:
-        excitation: its qualified name.
-        raw: the node of the raw weight; another one once it was written to.
-    """
-
-    excitation: str
-    raw: fx.Node
-
-
-class _Excite(torch.autograd.Function):
-    """An excitation as one operation, with a node that reads may share as they share its own."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.is_repeatable = True
-        return weight * 1
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes each dispatched operation into an fx graph."""
-
-    shares_excited_weights = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.calls: Counter[str] = Counter()
-        self.computations: Counter[Computation] = Counter()
-        self._graphs = {n for n, m in model.named_modules() if isinstance(m, fx.GraphModule)}
         self._training = torch.is_grad_enabled()
         self._names = {id(t): name for name, t in _named_tensors(model)}
         self._nodes: Any = WeakTensorKeyDictionary()
@@ -101,7 +69,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._writes: dict[int, fx.Node] = {}
         self._running: list[tuple[str, bool]] = [("", False)]
         self.constants: dict[str, Tensor] = {}
-        self._forwards: set[CodeType] | None = None
 
     def add_input(self, tensor: Tensor) -> None:
         self._label(tensor, self.graph.placeholder(f"input_{len(self._order)}"))
@@ -132,7 +99,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     continue
                 if isinstance(module, Composition):
                     # No hooks: an excitation that carries some computes at each read.
-                    module.__dict__["forward"] = partial(self._excite, name, module)
+                    module.__dict__["forward"] = partial(self._excite, name)
                     stack.callback(module.__dict__.pop, "forward")
                     continue
                 enter, leave = self._hooks(name)
@@ -150,20 +117,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return enter, leave
 
-    def _excite(self, name: str, excitation: Composition, weight: Tensor) -> Tensor:
+    def _excite(self, name: str, weight: Tensor) -> Tensor:
         """One operation instead of some forty: who reads its result matters, not how it is made."""
         self.calls[name] += 1
         self._running.append((name, True))
         try:
-            if excitation.is_paused:
-                return weight * 1
-            excited: Tensor = _Excite.apply(weight, *excitation.parameters())
+            return weight * 1
         finally:
             self._running.pop()
-        may_share = excited.requires_grad or not excitation.training
-        if may_share and self._running[-1][0] not in self._graphs:
-            self.computations[Computation(name, self._node_of(weight))] += 1
-        return excited
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -203,19 +164,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self.graph.create_node("call_function", target, args, kwargs)
         node.meta[MODULE], node.meta[EXCITATION] = self._running[-1]
         is_off = self._training and not torch.is_grad_enabled()
-        node.meta[NO_GRADIENT] = is_off and not self._in_function()
+        node.meta[NO_GRADIENT] = is_off and not _in_autograd_function()
         return node
-
-    def _in_function(self) -> bool:
-        """Whether an ``autograd.Function`` is running, such as a checkpoint: it has a gradient."""
-        if self._forwards is None:
-            self._forwards = _forwards_of_functions()
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in self._forwards:
-                return True
-            frame = frame.f_back
-        return False
 
     def _label(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta[SHAPE], node.meta[DTYPE] = tuple(tensor.shape), tensor.dtype
@@ -265,15 +215,12 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _forwards_of_functions() -> set[CodeType]:
-    found, pending = set(), [torch.autograd.Function]
-    while pending:
-        kind = pending.pop()
-        pending += kind.__subclasses__()
-        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is not None:
-            found.add(code)
-    return found
+def _in_autograd_function() -> bool:
+    """Whether an ``autograd.Function`` is running, such as a checkpoint: it has a gradient.
+
+    Torch turns forward-mode gradients off there as well, which ``torch.no_grad`` does not.
+    """
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _memory(tensor: Tensor) -> int:
