@@ -92,7 +92,7 @@ def attached_after_fully_shard(config: dict[str, Any], part: slice) -> dict[str,
     }
 
 
-def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any, ws.AttachedExcitation]:
+def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Net(is_tied=False)
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -101,15 +101,16 @@ def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any, ws.Attac
     fully_shard(model, mesh=mesh)
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    return model, optimizer, ws.attach(model, optimizer, config=config, state="separate")
+    ws.attach(model, optimizer, config=config)
+    return model, optimizer
 
 
 def stage_of_a_run(folder: Path, number: int) -> list[float]:
     """Two of the run's six steps, from the checkpoint of the stage before, on any ranks."""
-    model, optimizer, excitation = sharded(SHARDED["lwe+mwe"], seed=1 if number == 0 else 7)
+    model, optimizer = sharded(SHARDED["lwe+mwe"], seed=1 if number == 0 else 7)
     if number:
         get_optimizer_state_dict(model, optimizer)  # makes the states that are to be loaded
-        state = whole_state(model, optimizer, excitation)
+        state = whole_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder / f"stage-{number - 1}")
         set_state_dict(
             model,
@@ -117,7 +118,6 @@ def stage_of_a_run(folder: Path, number: int) -> list[float]:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        excitation.load_state_dict(state["excitation"])
     rank, ranks = dist.get_rank(), dist.get_world_size()
     losses = []
     for x, y in batches(6)[2 * number : 2 * number + 2]:
@@ -127,13 +127,13 @@ def stage_of_a_run(folder: Path, number: int) -> list[float]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    dcp.save(whole_state(model, optimizer, excitation), checkpoint_id=folder / f"stage-{number}")
+    dcp.save(whole_state(model, optimizer), checkpoint_id=folder / f"stage-{number}")
     return losses
 
 
-def whole_state(model: nn.Module, optimizer: Any, excitation: Any) -> dict[str, Any]:
+def whole_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     weights, states = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": states, "excitation": excitation.state_dict()}
+    return {"model": weights, "optimizer": states}
 
 
 SHARDED = {

@@ -160,18 +160,44 @@ def test_the_state_of_another_mode_is_refused(halfway, mode, message):
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
 
-def test_torchs_own_functions_for_checkpoints_of_several_processes(halfway):
-    model, optimizer, excitation = started(0, state="separate")
+@pytest.mark.parametrize("state", ["parameter", "separate"])
+def test_torchs_own_functions_for_checkpoints_of_several_processes(halfway, state):
+    model, optimizer, excitation = started(0, state=state)
     trained(model, optimizer, batches(6)[:3])
     saved = get_optimizer_state_dict(model, optimizer)
-    own = excitation.state_dict()
-    weights = copy.deepcopy(model.state_dict())
-    saved, own = copy.deepcopy(saved), copy.deepcopy(own)
-    model, optimizer, excitation = started(9, state="separate")
-    model.load_state_dict(weights)
-    excitation.load_state_dict(own)
-    set_optimizer_state_dict(model, optimizer, saved)
+    parts = [own[STATE_KEY] for own in saved["state"].values() if STATE_KEY in own]
+    assert len(parts) == (5 if state == "parameter" else 0)
+    saved = copy.deepcopy([model.state_dict(), saved, excitation.state_dict()])
+    model, optimizer, excitation = started(9, state=state)
+    model.load_state_dict(saved[0])
+    if state == "separate":
+        excitation.load_state_dict(saved[2])
+    set_optimizer_state_dict(model, optimizer, saved[1])
     assert_goes_on(model, optimizer, halfway)
+
+
+@pytest.mark.parametrize("make", [adamw, lambda m: torch.optim.SGD(m.parameters(), 0.1)])
+def test_state_beside_each_parameter_is_loaded_before_or_after_attach(make):
+    model, optimizer, _ = started(0, state="parameter", make=make)
+    trained(model, optimizer, batches(6)[:3])
+    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+    by_name = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    expected = trained(model, optimizer, batches(6)[3:])
+
+    model, optimizer, _ = started(9, state="parameter", make=make)
+    model.load_state_dict(saved[0])
+    set_optimizer_state_dict(model, optimizer, by_name)
+    assert trained(model, optimizer, batches(6)[3:]) == expected
+
+    model = Net()
+    optimizer = make(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    with pytest.raises(ws.AttachmentError, match="has no excitation attached"):
+        trained(model, optimizer, batches(1))
+    optimizer.zero_grad()
+    ws.attach(model, optimizer, "lwe+mwe")
+    assert trained(model, optimizer, batches(6)[3:]) == expected
 
 
 def test_the_converted_twin_computes_the_models_weights_and_trains_on(halfway):

@@ -15,6 +15,8 @@ from equal_forms import Net, batches, plain_step
 from torch import nn
 
 import we_surgery as ws
+from we_surgery.attached.registry import STATE_KEY
+from we_surgery.attached.state import parts_of
 from we_surgery.cli import analyse_group, inspect_command
 
 Trained = tuple[nn.Module, torch.optim.Optimizer, ws.AttachedExcitation]
@@ -31,6 +33,14 @@ def trained() -> Trained:
     return model, optimizer, excitation
 
 
+def beside(optimizer: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with ``state="parameter"``."""
+    states = {key: dict(kept) for key, kept in optimizer["state"].items() if key != STATE_KEY}
+    for number, part in enumerate(parts_of(own).values()):
+        states[number][STATE_KEY] = part
+    return {**optimizer, "state": states}
+
+
 def run(*words: str | Path) -> Result:
     command = ["--allow", "equal_forms", *(str(word) for word in words)]
     result = CliRunner().invoke(inspect_command, command)
@@ -44,6 +54,7 @@ def run(*words: str | Path) -> Result:
         lambda model, optimizer, _: {"model": model, "optimizer": optimizer},
         lambda model, optimizer, _: {"state_dict": model, "optimizer_states": [optimizer]},
         lambda model, _, own: {"model": model, "excitation": own, "epoch": 3},
+        lambda model, optimizer, own: {"model": model, "optimizer": beside(optimizer, own)},
     ],
 )
 def test_inspect_tells_of_an_attached_run_what_it_tells_of_the_converted_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
 from we_surgery.planning.rules import Rule
 
+Rides = Literal["optimizer", "parameter", "separate"]
+
 
 def attach(
     model: nn.Module,
@@ -38,7 +40,7 @@ def attach(
     example_inputs: Any = None,
     backend: Backend = "auto",
     resume: bool | Mapping[str, Any] = True,
-    state: Literal["optimizer", "separate"] = "optimizer",
+    state: Rides = "optimizer",
     clip_raw: float | None = None,
 ) -> AttachedExcitation:
     """Excites a model's weights in the step of its optimizer. The model stays vanilla.
@@ -70,8 +72,11 @@ def attach(
         resume: True continues with the state that the optimizer has loaded, where there is one;
             False starts anew, also on a run that has made steps without excitation. A mapping is
             a state that ``excitation.state_dict()`` returned.
-        state: ``separate`` leaves the state out of the optimizer's state dict; save
-            ``excitation.state_dict()`` yourself.
+        state: where the optimizer's state dict carries the state of the excitation. ``optimizer``:
+            in an entry of its own; for a sharded model as with ``parameter``. ``parameter``: in
+            the states of the Parameters, as ``torch.distributed.checkpoint`` needs it; attach
+            before the state is loaded. ``separate``: not at all; save ``excitation.state_dict()``
+            yourself.
         clip_raw: clips the gradients in each step as ``clip_grad_norm_`` does for a converted
             model: the total norm, in which those of raw weights stand for those of W', becomes at
             most this.
@@ -91,9 +96,9 @@ def attach(
     """
     if clip_raw is not None and not clip_raw > 0:
         raise InputError(f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to not clip.")
-    if state not in ("optimizer", "separate"):
+    if state not in get_args(Rides):
         raise InputError(
-            f"`state` must be 'optimizer' or 'separate', got {state!r}",
+            f"`state` must be 'optimizer', 'parameter' or 'separate', got {state!r}",
             "Leave it out: the state then rides in the optimizer's.",
         )
     root = inside_wrappers(model)
@@ -126,7 +131,7 @@ def attach(
         building,
         policy=policy,
         example_inputs=example_inputs,
-        rides=state == "optimizer",
+        rides=state,
         clip_raw=clip_raw,
     )
     handle.add(found, saved)

@@ -60,7 +60,7 @@ class AttachedExcitation:
         *,
         policy: Any,
         example_inputs: Any,
-        rides: bool,
+        rides: str,
         clip_raw: float | None,
     ) -> None:
         self.model = model
@@ -364,8 +364,11 @@ class AttachedExcitation:
         self._undo.append(lambda: unregister(parameters, layers))
         for layer in layers:
             self._mark(layer)
-        if self._rides:
-            self._undo.append(ride(step, lambda: self.plan.to_json(), self._load))
+        if self._rides != "separate":
+            each = self._rides == "parameter" or any(w.shard is not None for w in weights)
+            self._undo.append(
+                ride(step, lambda: self.plan.to_json(), self._load, per_parameter=each)
+            )
 
     def _watch_frozen(self) -> None:
         frozen = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -74,10 +75,15 @@ def excitation_of(parameter: nn.Parameter) -> Any:
     return None
 
 
+def _states(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    return (own for own in optimizer.state.values() if isinstance(own, dict))
+
+
 def _look(optimizer: Optimizer, *_: Any) -> None:
     if optimizer in _stepping:
         return
-    if isinstance(optimizer.defaults, AttachedDefaults) or STATE_KEY in optimizer.state:
+    is_copy = isinstance(optimizer.defaults, AttachedDefaults) or STATE_KEY in optimizer.state
+    if is_copy or any(STATE_KEY in own for own in _states(optimizer)):
         raise AttachmentError(
             f"this {type(optimizer).__name__} is a copy of an optimizer with excitation, or has "
             "loaded the state of one, and has no excitation attached: its step would train the "

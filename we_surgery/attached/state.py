@@ -42,6 +42,30 @@ def state_of(
     }
 
 
+def parts_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A state divided into one of each weight, by name; the first has the plan."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, own in state["weights"].items():
+        states = state["optimizer"].items()
+        parts[name] = {
+            "version": state["version"],
+            "steps": state["steps"],
+            "weights": {name: own},
+            "optimizer": {key: kept for key, kept in states if key.partition(":")[0] == name},
+        }
+        if len(parts) == 1:
+            parts[name]["plan"] = state["plan"]
+    return parts
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of several, as of several optimizers."""
+    whole = {key: value for part in parts for key, value in part.items()}
+    for key in ("weights", "optimizer"):
+        whole[key] = {name: own for part in parts for name, own in part.get(key, {}).items()}
+    return whole
+
+
 def check_state(
     state: Any, weights: Sequence[AttachedWeight], parameters: Sequence[ExcitationParameter]
 ) -> None:

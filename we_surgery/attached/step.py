@@ -207,10 +207,11 @@ class OptimizerStep:
             self.tripwire.report(gone)  # replaced in the model, so that it gets no gradient
         if not live:
             return
-        self.synchronize(self)
-        self.tripwire.check(live)
-        pull_back(live)
         self.is_hidden = self._is_hidden_step(live)
+        if not self.is_hidden:  # which comes between the loading of weights and of states
+            self.synchronize(self)
+            self.tripwire.check(live)
+        pull_back(live)
         self._exchange(live)
         if self.clip_raw is not None:
             groups = [*self.optimizer.param_groups, *self.companion.param_groups]
@@ -304,8 +305,9 @@ class OptimizerStep:
         self._exchange_back()
         for weight in weights:
             drop_gradient(weight)
-        moves = moves and not self.is_hidden
-        self.is_hidden = False
+        if self.is_hidden:
+            self.is_hidden = False
+            return
         self.steps += moves
         write(weights, advance=moves)
         self.tripwire.remember(weights, self.steps)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from we_surgery.attached.riding import parts_in
+from we_surgery.attached.state import joined
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, tensor_identity
 from we_surgery.errors import InputError
 from we_surgery.planning.plans import Plan
@@ -104,6 +106,12 @@ def _read(found: Mapping[str, Any]) -> AttachedRun:
     return AttachedRun(weights, plan, int(found["steps"]))
 
 
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), Mapping) for key in ("weights", "optimizer")
+    )
+
+
 def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items()
@@ -116,7 +124,12 @@ def _search(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
         if value.keys() >= _KEYS and isinstance(value["weights"], Mapping):
             yield value
             return
-        # Named entries alone: an optimizer numbers the states of its parameters.
+        if isinstance(value.get("state"), Mapping) and "param_groups" in value:
+            parts = [part for part in parts_in(value["state"]) if _is_part(part)]
+            whole = joined(parts)
+            if whole.keys() >= _KEYS:
+                yield whole
+            return
         inner = [entry for key, entry in value.items() if isinstance(key, str)]
     elif isinstance(value, list | tuple) and len(value) <= _MOST_ENTRIES:
         inner = value

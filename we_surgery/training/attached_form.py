@@ -9,7 +9,8 @@ from torch import nn
 
 from we_surgery.attached import AttachedExcitation, attach
 from we_surgery.attached.optimizers import supported_optimizers
-from we_surgery.attached.registry import STATE_KEY, excitation_of
+from we_surgery.attached.registry import excitation_of
+from we_surgery.attached.riding import loaded_states
 from we_surgery.converted.options import ConvertOptions
 from we_surgery.errors import InputError, near_matches
 from we_surgery.reading import Form as Form
@@ -53,7 +54,7 @@ def attach_or_go_on(
     known: AttachedExcitation | None = next((each for each in found if each is not None), None)
     if known is not None:
         stepped = supported_optimizers(optimizers)
-        is_resumed = is_resumed or any(STATE_KEY in each.state for each in stepped)
+        is_resumed = is_resumed or loaded_states(stepped) is not None
         if known.is_in(stepped):
             known.adopt()
             return known
