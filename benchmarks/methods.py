@@ -77,14 +77,14 @@ def _recipe_text(row: Mapping[str, Any]) -> str:
     if recipe is None:
         text = row["instead"]
     elif isinstance(recipe, str):
-        text = f"[{recipe}](../we_surgery/configs/{recipe})"
+        text = f"[{recipe}](../configs/{recipe})"
     elif list(recipe) == ["mode"]:
         text = f"`mode: {recipe['mode']}`"
     else:
         text = f"`{yaml.safe_dump(recipe, default_flow_style=True, width=1000).strip()}`"
     if "run" in row:
         text += (
-            f"; trained by [{Path(row['run']).stem}](../we_surgery/configs/recipes/{row['run']})"
+            f"; trained by [{Path(row['run']).stem}](../configs/recipes/{row['run']})"
         )
     return text
 

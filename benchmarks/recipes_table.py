@@ -50,7 +50,7 @@ HEAD = """# The papers' experiments as recipes
 
 Written by `python benchmarks/recipes_table.py`; do not edit.
 
-Each row is a file below [configs/recipes/](../we_surgery/configs/recipes), whose name is enough:
+Each row is a file below [configs/recipes/](../configs/recipes), whose name is enough:
 `we-surgery run imagenet/resnet50-lwe --data DIR` trains one, strips it, and prints its figures
 beside the published ones. The figures here are the published ones. What a source leaves open, and
 how it was settled, stands in the file's `notes`.
@@ -107,7 +107,7 @@ def _row(path: Path) -> str:
     passes = _PASSES * epochs(recipe) * IMAGES[name.partition("/")[0]]
     figures = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())
     cells = (
-        f"[{name}](../we_surgery/configs/recipes/{name})",
+        f"[{name}](../configs/recipes/{name})",
         recipe.title,
         figures,
         recipe.source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,12 @@ def test_the_figures_of_the_analyses_are_made_by_their_command(tmp_path: Path) -
     made = {path.name for path in (tmp_path / "figures").glob("*.png")}
     shown = set(re.findall(r"figures/(\w+\.png)", (ROOT / "docs" / "analysis.md").read_text()))
     assert made == shown
+
+
+def test_the_overview_is_drawn_by_its_script() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "draw_overview.py"))
+    assert script["OUTPUT"].read_text(encoding="utf-8") == script["overview"]()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130

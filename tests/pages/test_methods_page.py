@@ -36,11 +36,11 @@ def test_each_method_and_each_config_has_a_row() -> None:
     text = (ROOT / "docs" / "methods.yaml").read_text(encoding="utf-8")
     texts = [
         text,
-        *(path.read_text(encoding="utf-8") for path in ROOT.glob("we_surgery/configs/*.yaml")),
+        *(path.read_text(encoding="utf-8") for path in ROOT.glob("configs/*.yaml")),
     ]
     names = [method.name for method in family() if method.kind != "mode"]
     assert [name for name in names if not any(name in text for text in texts)] == []
-    configs = {path.name for path in ROOT.glob("we_surgery/configs/*.yaml")}
+    configs = {path.name for path in ROOT.glob("configs/*.yaml")}
     of_modes = {"lwe.yaml", "we.yaml", "lwe+mwe.yaml", "thesis.yaml"}
     rows = {row["recipe"] for row in ROWS if isinstance(row.get("recipe"), str)}
     assert configs - of_modes - rows == set()

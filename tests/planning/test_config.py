@@ -173,7 +173,7 @@ def test_a_wrong_value_of_an_option_is_an_input_error_of_the_plan(value: Any) ->
         ws.plan(nn.Linear(3, 3), config={"mwe": {"epsilon": value}})
 
 
-RECIPES = sorted(Path(__file__).parents[2].glob("we_surgery/configs/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 MIXER, VIT = "mixer_s16_224", "vit_tiny_patch16_224"

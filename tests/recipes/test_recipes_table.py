@@ -18,13 +18,13 @@ def table(monkeypatch):
 def test_every_recipe_has_its_row(table):
     page = table.PAGE.read_text(encoding="utf-8")
     files = table.experiments(table.RECIPES)
-    assert page.count("](../we_surgery/configs/recipes/") == len(files)
+    assert page.count("](../configs/recipes/") == len(files)
     for file in files:
         recipe = table.load_recipe(file)
         name = file.relative_to(table.RECIPES).as_posix()
         figures = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())
         row = f"({name}) | {recipe.title} | {figures} | {recipe.source} |"
-        assert row.replace("(", "(../we_surgery/configs/recipes/", 1) in page, name
+        assert row.replace("(", "(../configs/recipes/", 1) in page, name
 
 
 def test_the_computation_is_that_of_the_network(table):

@@ -55,9 +55,8 @@ def test_the_source_archive_builds_the_same(dist: Path) -> None:
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml"} <= names
-    assert {
-        str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery/configs").rglob("*.yaml")
-    } <= names
+    configs = [p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")]
+    assert {f"we_surgery/configs/{path.as_posix()}" for path in configs} <= names
     assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= names
     # Half of them would be there by default, without the helpers they import.
     assert not [name for name in names if name.startswith("tests")]

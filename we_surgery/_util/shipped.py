@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+_IN_PACKAGE = Path(__file__).parents[1] / "configs"
+# A link in a clone; where git makes no links, the folder itself.
+CONFIGS = _IN_PACKAGE if _IN_PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
 RECIPES = CONFIGS / "recipes"
 
 

@@ -60,7 +60,7 @@ def attach(
         model: any model; also inside DDP, ``DataParallel`` or ``torch.compile``.
         optimizer: its optimizer, or several of them (a list, or a mapping's values).
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
-        config: a YAML file or mapping as in ``we_surgery/configs/``, or the name of one there;
+        config: a YAML file or mapping as in ``configs/``, or the name of one there;
             without transplants.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, instead of mode, config and rules.

@@ -74,7 +74,7 @@ def convert(
     Args:
         model: any model in eager mode, also one that is or holds a ``torch.fx.GraphModule``.
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
-        config: a YAML file or mapping as in ``we_surgery/configs/``, or the name of one there.
+        config: a YAML file or mapping as in ``configs/``, or the name of one there.
         rules: exceptions; the last that matches a layer wins.
         transplants: other methods of the papers that are put in first, such as ``["se"]`` or
             ``[{"max_dropout": {"rate": 0.3}}]``; see :mod:`we_surgery.transplants`.

@@ -70,7 +70,7 @@ def _checked_rules(rules: Any) -> tuple[Rule, ...]:
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:
-    """A policy from a config mapping (see ``we_surgery/configs/``); unknown keys are errors.
+    """A policy from a config mapping (see ``configs/``); unknown keys are errors.
 
     Raises:
         InputError: an unknown key, mode, stage or option, or a value of the wrong type.

@@ -34,7 +34,7 @@ def plan(
     Args:
         model: any model; it is not altered.
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
-        config: a YAML file or mapping as in ``we_surgery/configs/``, or the name of one there.
+        config: a YAML file or mapping as in ``configs/``, or the name of one there.
         rules: exceptions; the last that matches a layer wins.
         transplants: as in :func:`we_surgery.convert`.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of

@@ -106,7 +106,7 @@ class Recipe:
         published: the published figures by metric, in percent; empty where there are none.
         notes: what the source leaves open and how it was settled.
         model: architecture by name, and the arguments of its factory.
-        surgery: a config as in ``we_surgery/configs/``, or None for a vanilla network.
+        surgery: a config as in ``configs/``, or None for a vanilla network.
         data: the images.
         training: how it is trained.
         backbone: whether ``--backbone`` gives the trained weights of ``model.backbone``.
@@ -176,7 +176,7 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise InputError(
             f"the recipe {path} is not a mapping but {type(settings).__name__}",
-            "See the recipes in we_surgery/configs/recipes/.",
+            "See the recipes in configs/recipes/.",
         )
     settings = dict(settings)
     base = settings.pop("extends", None)
@@ -201,7 +201,7 @@ def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
     if not isinstance(values, Mapping):
         raise InputError(
             f"{where} is not a mapping but {values!r}",
-            "See the recipes in we_surgery/configs/recipes/.",
+            "See the recipes in configs/recipes/.",
         )
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     _refuse_unknown(values, tuple(fields), where)
@@ -215,7 +215,7 @@ def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
     if missing:
         raise InputError(
             f"{where} lacks {', '.join(missing)}",
-            "Add it; see the recipes in we_surgery/configs/recipes/.",
+            "Add it; see the recipes in configs/recipes/.",
         )
     types = typing.get_type_hints(kind)
     return kind(**{k: _checked(v, types[k], f"{k} in {where}") for k, v in values.items()})
