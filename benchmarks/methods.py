@@ -83,9 +83,7 @@ def _recipe_text(row: Mapping[str, Any]) -> str:
     else:
         text = f"`{yaml.safe_dump(recipe, default_flow_style=True, width=1000).strip()}`"
     if "run" in row:
-        text += (
-            f"; trained by [{Path(row['run']).stem}](../configs/recipes/{row['run']})"
-        )
+        text += f"; trained by [{Path(row['run']).stem}](../configs/recipes/{row['run']})"
     return text
 
 
