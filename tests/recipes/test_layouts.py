@@ -7,8 +7,8 @@ from recipe_toys import picture
 
 from we_surgery.errors import InputError
 from we_surgery.recipes.layouts import EXPECTED, IGNORED_LABEL, Clips, open_dataset
+from we_surgery.recipes.loaders import make_transform
 from we_surgery.recipes.recipe import Data
-from we_surgery.recipes.transforms import make_transform
 
 
 def data(layout, **settings):

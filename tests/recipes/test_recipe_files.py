@@ -56,7 +56,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
     [
         ({"titel": "x"}, "unknown key 'titel'; did you mean 'title'"),
         ({"task": "classify"}, "did you mean 'classification'"),
-        ({"model": 3}, "names no model"),
+        ({"model": 3}, "does not name a model"),
         ({"model": {"name": "torchvision:resnet18", "args": {}}}, "unknown key 'args'"),
         ({"data": {"layout": "imagefolder"}}, "lacks classes"),
         ({"data": {"layout": "imagefolder", "classes": "ten"}}, "classes in .* cannot be 'ten'"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from we_surgery.attached import AttachedExcitation
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.converted.surgery import convert
 from we_surgery.errors import InputError, near_matches
@@ -20,6 +21,8 @@ Variant = Callable[[nn.Module], nn.Module]
 """Changes a vanilla model, in place or not, before it is trained."""
 
 Initialization = Literal["default", "xavier", "kaiming"]
+
+Excited = TypeVar("Excited", bound=nn.Module | AttachedExcitation)
 
 
 def epsilon_variants(
@@ -60,11 +63,11 @@ def initialization_variants(*, mode: str = "lwe") -> dict[str, Variant]:
     return variants | {f"{mode}, {name} start": started(name) for name in names}
 
 
-def initialize_excitations(model: nn.Module, initialization: Initialization) -> nn.Module:
+def initialize_excitations(model: Excited, initialization: Initialization) -> Excited:
     """Draws the weights of the excitations' linear layers anew, in place.
 
     Args:
-        model: a converted model.
+        model: a converted model, or an attached excitation.
         initialization: ``default`` leaves torch's, ``xavier`` is uniform, ``kaiming`` normal
             over ``fan_out``.
 
@@ -82,11 +85,24 @@ def initialize_excitations(model: nn.Module, initialization: Initialization) -> 
             f"Use one of: {', '.join(draw)}.",
         )
     function = draw[initialization]
-    for weight in excited_weights(model):
-        for module in weight.excitation.modules():
-            if function is not None and isinstance(module, nn.Linear):
-                function(module.weight)
+    if function is not None:
+        for weight in _linear_weights(model):
+            function(weight)
+        if isinstance(model, AttachedExcitation):
+            model.restore()  # the model's weights are those of the new excitations
     return model
+
+
+def _linear_weights(model: nn.Module | AttachedExcitation) -> Iterator[nn.Parameter]:
+    if isinstance(model, AttachedExcitation):
+        for name, parameter in model.named_parameters().items():
+            if ":" in name and name.endswith(".weight") and parameter.ndim == 2:
+                yield parameter
+        return
+    for excited in excited_weights(model):
+        for module in excited.excitation.modules():
+            if isinstance(module, nn.Linear):
+                yield module.weight
 
 
 def normalization_free_variants() -> dict[str, Variant]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.table import Table
@@ -64,6 +65,12 @@ _SEED = click.IntRange(0, 2**31 - 1)
     help="Images of one process in one step; gradients are accumulated to the recipe's batch.",
 )
 @click.option(
+    "--form",
+    type=click.Choice(["attached", "converted"]),
+    help="Where the excitation is, in place of the recipe's choice: in the optimizer's step or in "
+    "the layers. Both train the same weights.",
+)
+@click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the forward pass, in place of the recipe's; half precision is mixed (AMP).",
@@ -80,6 +87,7 @@ def run_command(
     device: str,
     workers: int,
     step_batch: int | None,
+    form: Literal["attached", "converted"] | None,
     precision: str | None,
     seed: int,
     as_json: bool,
@@ -102,7 +110,7 @@ def run_command(
     """
     from we_surgery.recipes import load_recipe, run_recipe
 
-    settings = load_recipe(recipe)
+    settings = load_recipe(recipe).replace(form=form)
     if precision is not None:
         settings = settings.replace(precision=precision)
     with progress_bar(settings.title) as update:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from we_surgery._util import shipped
+from we_surgery._util.settings import refuse_unknown
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage
 from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_recipe
@@ -81,7 +82,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
             "Write for example `mode: lwe`.",
         )
     known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules", "transplants")
-    _refuse_unknown(config, known, source)
+    refuse_unknown(config, known, source)
     mode = _check_mode(config.get("mode", DEFAULT_MODE))
     cells = MODES[mode].cells
     for cell in CELLS:
@@ -180,15 +181,6 @@ def _rule_from_config(rule: object, source: str) -> Rule:
             f"{where} has no `match`: {rule!r}",
             "Write `- match: PATTERN` with a glob, `re:...` or `type:...`.",
         )
-    _refuse_unknown(rule, ("match", "excite", Standardize.name, *EXCITATIONS), where)
+    refuse_unknown(rule, ("match", "excite", Standardize.name, *EXCITATIONS), where)
     standardize, options = _split_options(rule, where)
     return Rule(rule["match"], rule.get("excite"), standardize, options)
-
-
-def _refuse_unknown(config: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in config:
-        if key not in known:
-            raise InputError(
-                f"{where} has an unknown key {key!r}{near_matches(str(key), known)}",
-                f"Known keys are: {', '.join(dict.fromkeys(known))}.",
-            )

@@ -1,24 +1,36 @@
-"""Datasets -> batches, by timm's loader where the task is classification."""
+"""Datasets -> batches: what happens to an image, and timm's loader for classification."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_loader
+from timm.data import create_loader, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
 
-from we_surgery.recipes.layouts import open_dataset
-from we_surgery.recipes.place import Place
-from we_surgery.recipes.recipe import Recipe
-from we_surgery.recipes.transforms import make_transform
+from we_surgery.recipes.layouts import IGNORED_LABEL, open_dataset
+from we_surgery.recipes.recipe import Data, Recipe, Task
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+_SCALES = (0.5, 2.0)
+_PADDING = 4
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """One process of a run."""
+
+    device: torch.device
+    rank: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -30,16 +42,9 @@ class Loaders:
 
 
 def make_loaders(
-    recipe: Recipe, folder: Path, batch_size: int, workers: int, place: Place
+    recipe: Recipe, folder: Path, batch_size: int, workers: int, process: ProcessInfo
 ) -> Loaders:
-    """Loaders over a data folder.
-
-    Args:
-        recipe: what is to be trained.
-        folder: where its images lie.
-        batch_size: of one step of this process.
-        workers: processes that read images.
-        place: where the batches go, and among how many processes the images are shared out.
+    """Loaders over a data folder; ``batch_size`` is that of one step of this process.
 
     Raises:
         InputError: images are missing.
@@ -52,7 +57,7 @@ def make_loaders(
         shared: dict[str, Any] = {
             "batch_size": 1 if whole_images else batch_size,
             "num_workers": workers,
-            "pin_memory": place.device.type == "cuda",
+            "pin_memory": process.device.type == "cuda",
             # New ones each epoch, which begin from the epoch's seed.
             "persistent_workers": False,
         }
@@ -61,13 +66,13 @@ def make_loaders(
                 dataset,
                 recipe.data.input_size,
                 is_training=is_training,
-                distributed=place.processes > 1,
+                distributed=process.processes > 1,
                 use_prefetcher=False,
                 **shared,
             )
         else:
             sampler: Any = None
-            if place.processes > 1:
+            if process.processes > 1:
                 kind = DistributedSampler if is_training else OrderedDistributedSampler
                 sampler = kind(dataset)
             loader = DataLoader(
@@ -94,3 +99,52 @@ def synthetic_loaders(recipe: Recipe, batch_size: int, batches: int, seed: int) 
     labels = torch.randint(recipe.data.classes, label_shape, generator=generator)
     loader = DataLoader(TensorDataset(images, labels), batch_size, drop_last=True)
     return Loaders(loader, loader)
+
+
+def make_transform(data: Data, task: Task, *, is_training: bool) -> Callable[..., Any]:
+    """The transform of one split: of an image, of an image and its mask, or of a clip."""
+    if task == "classification" and data.crop in ("resized", "center"):
+        # As the ImageNet recipes of the papers have it, from timm.
+        transform: Callable[..., Any] = create_transform(
+            data.input_size,
+            is_training=is_training and data.crop == "resized",
+            color_jitter=data.color_jitter or None,
+            interpolation="bilinear",
+            mean=data.mean,
+            std=data.std,
+            crop_pct=data.crop_pct,
+        )
+        return transform
+    size = list(data.input_size[1:])
+    steps: list[Any] = [v2.ToImage()]
+    if task == "segmentation":
+        steps += _around_masks(size, is_training)
+    elif is_training and data.crop == "padded":
+        steps += [v2.RandomCrop(size, padding=_PADDING), v2.RandomHorizontalFlip()]
+    elif is_training:
+        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+    else:
+        shorter = round(min(size) / data.crop_pct)
+        steps += [v2.Resize(shorter, antialias=True), v2.CenterCrop(size)]
+    steps += [v2.ToDtype({tv_tensors.Mask: torch.int64, "others": torch.float32}, scale=True)]
+    steps += [v2.Normalize(list(data.mean), list(data.std)), v2.ToPureTensor()]
+    if task == "video":
+        steps.append(_frames_second)
+    composed: Callable[..., Any] = v2.Compose(steps)
+    return composed
+
+
+def _around_masks(size: list[int], is_training: bool) -> list[Any]:
+    if not is_training:
+        return []  # whole images, one at a time
+    fill = {tv_tensors.Mask: IGNORED_LABEL, "others": 0}
+    return [
+        v2.RandomHorizontalFlip(),
+        v2.ScaleJitter(size, _SCALES, InterpolationMode.BILINEAR, antialias=True),
+        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+    ]
+
+
+def _frames_second(clip: torch.Tensor) -> torch.Tensor:
+    """``[T, C, H, W]`` -> ``[C, T, H, W]``, as torchvision's video networks take it."""
+    return clip.transpose(0, 1).contiguous()

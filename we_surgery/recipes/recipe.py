@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 from we_surgery._util import shipped
+from we_surgery._util.settings import filled, refuse_unknown
 from we_surgery.analysis.variants import Initialization
 from we_surgery.checkpoint import Architecture
 from we_surgery.converted.sites import Init
@@ -23,8 +22,9 @@ Layout = Literal[
 ]
 Crop = Literal["resized", "padded", "scaled", "center"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Form = Literal["attached", "converted"]
 
-Settings = TypeVar("Settings")
+_HINT = "See the recipes in configs/recipes/."
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Data:
         color_jitter: strength of brightness, contrast and saturation changes.
         mean: of each channel, subtracted.
         std: of each channel, divided by.
-        frames: of a video, a clip has so many.
+        frames: number of frames in a clip of a video.
         sampling: ``dense`` takes neighbouring frames, ``strided`` one of each equal part.
     """
 
@@ -72,7 +72,7 @@ class Training:
         decay_all: whether biases and norm scales are decayed like weights, as plain SGD does.
         schedule: arguments of ``timm.scheduler.create_scheduler_v2``: ``sched``, ...
         smoothing: label smoothing.
-        sparsity: weight of :func:`we_surgery.sparsity_loss` in the loss.
+        sparsity: weight of :func:`we_surgery.sparsity_loss` in the loss; needs the converted form.
         excite_from: the first epoch with excitation; before it, it is paused.
         init: as in :func:`we_surgery.convert`.
         excitation_init: of the excitations' linear layers; ``default`` is torch's.
@@ -103,12 +103,14 @@ class Recipe:
         title: what it is, in a few words.
         source: where the figures were published.
         task: decides on the loss and the metric.
-        published: the published figures by metric, in percent; empty where there are none.
-        notes: what the source leaves open and how it was settled.
         model: architecture by name, and the arguments of its factory.
-        surgery: a config as in ``configs/``, or None for a vanilla network.
         data: the images.
         training: how it is trained.
+        published: the published figures by metric, in percent; empty where there are none.
+        notes: what the source leaves open and how it was settled.
+        surgery: a config as in ``configs/``, or None for a vanilla network.
+        form: whether excitation is attached to the optimizer or converted into the layers; both
+            train the same weights.
         backbone: whether ``--backbone`` gives the trained weights of ``model.backbone``.
     """
 
@@ -122,11 +124,13 @@ class Recipe:
     published: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
     surgery: Mapping[str, Any] | None = None
+    form: Form = "attached"
     backbone: bool = False
 
-    def replace(self, **training: Any) -> Recipe:
-        """This recipe with other training settings."""
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, **training))
+    def replace(self, *, form: Form | None = None, **training: Any) -> Recipe:
+        """This recipe in another form, or with other training settings."""
+        settings = dataclasses.replace(self.training, **training)
+        return dataclasses.replace(self, form=form or self.form, training=settings)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -153,20 +157,20 @@ def load_recipe(path: str | Path) -> Recipe:
         model = {"name": model}
     if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
         raise InputError(
-            f"{where} names no model",
+            f"{where} does not name a model",
             "Write `model: torchvision:resnet50`, or a mapping of `name` and `arguments`.",
         )
-    _refuse_unknown(model, ("name", "arguments"), f"model in {where}")
+    refuse_unknown(model, ("name", "arguments"), f"model in {where}")
     surgery = settings.get("surgery")
     if surgery is not None:
         make_policy(config=surgery)
     parts = {
         "name": path.stem,
         "model": Architecture.parse(model["name"], model.get("arguments")),
-        "data": _fill(Data, settings.pop("data", {}), f"data in {where}"),
-        "training": _fill(Training, settings.pop("training", {}), f"training in {where}"),
+        "data": filled(Data, settings.pop("data", {}), f"data in {where}", _HINT),
+        "training": filled(Training, settings.pop("training", {}), f"training in {where}", _HINT),
     }
-    return _fill(Recipe, settings | parts, where)
+    return filled(Recipe, settings | parts, where, _HINT)
 
 
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(settings, Mapping):
         raise InputError(
             f"the recipe {path} is not a mapping but {type(settings).__name__}",
-            "See the recipes in configs/recipes/.",
+            _HINT,
         )
     settings = dict(settings)
     base = settings.pop("extends", None)
@@ -194,61 +198,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(known, Mapping) and isinstance(value, Mapping) and key != "surgery":
             merged[key] = _merge(known, value)
     return merged
-
-
-def _fill(kind: type[Settings], values: Any, where: str) -> Settings:
-    """A dataclass from a mapping, each value checked against its field's type."""
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"{where} is not a mapping but {values!r}",
-            "See the recipes in configs/recipes/.",
-        )
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    _refuse_unknown(values, tuple(fields), where)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(
-            f"{where} lacks {', '.join(missing)}",
-            "Add it; see the recipes in configs/recipes/.",
-        )
-    types = typing.get_type_hints(kind)
-    return kind(**{k: _checked(v, types[k], f"{k} in {where}") for k, v in values.items()})
-
-
-def _checked(value: Any, wanted: Any, where: str) -> Any:
-    """A value as YAML gave it, made to fit its field."""
-    origin, choices = typing.get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        if value in choices:
-            return value
-        hint = near_matches(str(value), choices)
-        raise InputError(f"{where} is {value!r}{hint}", f"Use one of: {', '.join(choices)}.")
-    if origin is types.UnionType:
-        return None if value is None else _checked(value, choices[0], where)
-    kind = origin or wanted
-    if kind is tuple and isinstance(value, list) and all(_is_number(v) for v in value):
-        return tuple(value)
-    if kind is float and _is_number(value):
-        return float(value)
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise InputError(f"{where} cannot be {value!r}", f"Give a {kind.__name__.lower()}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise InputError(
-                f"{where} has an unknown key {key!r}{near_matches(str(key), known)}",
-                f"Known keys are: {', '.join(known)}.",
-            )

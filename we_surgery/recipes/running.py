@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from timm.utils import update_summary
 from timm.utils.distributed import init_distributed_device_so
-from torch import nn
+from torch import Tensor, nn
 
 from we_surgery import checkpoint
 from we_surgery.analysis.variants import initialize_excitations
 from we_surgery.converted.surgery import convert, is_converted, strip_with_report
 from we_surgery.errors import InputError
-from we_surgery.recipes.loaders import Loaders, make_loaders, synthetic_loaders
-from we_surgery.recipes.place import Place
+from we_surgery.planning.decide import plan
+from we_surgery.planning.plans import Plan
+from we_surgery.recipes.loaders import Loaders, ProcessInfo, make_loaders, synthetic_loaders
 from we_surgery.recipes.recipe import Recipe
 from we_surgery.recipes.training_run import Progress, TrainingRun
 
@@ -40,7 +41,7 @@ class RunResult:
         best: those of its best epoch.
         stripped: those of the stripped model, which are the last ones' up to rounding.
         output_difference: largest output difference of the excited and the stripped model over
-            one batch; None for a vanilla network.
+            one batch; None where there is nothing to strip.
         training_parameters: of the network in training.
         deployed_parameters: of the stripped one.
         zeros: share of the stripped weights that are exactly 0, in percent; biases and norm
@@ -101,6 +102,11 @@ def run_recipe(
     """
     _check_output(output, resume)
     _check_device(device)
+    if recipe.training.sparsity and recipe.form == "attached":
+        raise InputError(
+            "a recipe with `sparsity` needs the thresholds in the model",
+            "Write `form: converted` in it, or pass `--form converted`.",
+        )
     if backbone is None and recipe.backbone and not dry_run:
         raise InputError(
             f"{recipe.title} starts from a trained backbone",
@@ -109,20 +115,22 @@ def run_recipe(
     if data is None and not dry_run:
         raise InputError("no data folder was given", "Give --data DIR, or try --dry-run.")
     placed = init_distributed_device_so(device)
-    place = Place(torch.device(placed["device"]), placed["global_rank"], placed["world_size"])
+    process = ProcessInfo(
+        torch.device(placed["device"]), placed["global_rank"], placed["world_size"]
+    )
     try:
-        size, accumulation = _divide(recipe.training.batch_size, step_batch, place.processes)
+        size, accumulation = _divide(recipe.training.batch_size, step_batch, process.processes)
         if dry_run:
             loaders = synthetic_loaders(recipe, size, batches=2, seed=seed)
             recipe, accumulation = recipe.replace(epochs=1, excite_from=0), 1
         else:
             assert data is not None
-            loaders = make_loaders(recipe, data, size, workers, place)
+            loaders = make_loaders(recipe, data, size, workers, process)
         torch.manual_seed(seed)
-        model = _build(recipe, backbone, loaders)
-        model.to(place.device)
-        steps = len(loaders.train)
-        run = TrainingRun(recipe, model, place, steps, accumulation, seed)
+        inputs = next(iter(loaders.validation))[0][:2]
+        model = _build(recipe, backbone, inputs).to(process.device)
+        planned = _plan(recipe, model, inputs)
+        run = TrainingRun(recipe, model, planned, process, len(loaders.train), accumulation, seed)
         try:
             best, last = _train(run, loaders, output, resume, progress)
             return _finish(run, loaders, output, best, last, progress)
@@ -171,22 +179,35 @@ def _divide(batch_size: int, step_batch: int | None, processes: int) -> tuple[in
     return size, accumulation
 
 
-def _build(recipe: Recipe, backbone: Path | None, loaders: Loaders) -> nn.Module:
+def _build(recipe: Recipe, backbone: Path | None, inputs: Tensor) -> nn.Module:
+    """The network with its transplants; also with its excitations if they are converted."""
     model = recipe.model.build()
     if backbone is not None:
         _load_backbone(model, backbone)
-    if recipe.surgery is None:
+    surgery = dict(recipe.surgery or {})
+    if recipe.form == "attached":
+        surgery = {"mode": "none", "transplants": surgery.get("transplants")}
+        return convert(model, config=surgery, inplace=True) if surgery["transplants"] else model
+    if not surgery:
         return model
     model = convert(
         model,
-        config=recipe.surgery,
+        config=surgery,
         init=recipe.training.init,
         start="paused" if recipe.training.excite_from else "on",
-        # Shift-fed convs are found by what the data does.
-        example_inputs=next(iter(loaders.validation))[0][:2],
+        example_inputs=inputs,  # shift-fed convs are found by what the data does
         inplace=True,
     )
     return initialize_excitations(model, recipe.training.excitation_init)
+
+
+def _plan(recipe: Recipe, model: nn.Module, inputs: Tensor) -> Plan | None:
+    """What is attached to the optimizer, if anything."""
+    if recipe.form == "converted" or recipe.surgery is None:
+        return None
+    config = {key: value for key, value in recipe.surgery.items() if key != "transplants"}
+    found = plan(model, config=config, example_inputs=inputs, form="attached")
+    return found if found.excited else None
 
 
 def _load_backbone(model: nn.Module, file: Path) -> None:
@@ -215,7 +236,7 @@ def _train(
     saver = None
     history = output / "history.json"
     metrics: list[dict[str, float]] = []
-    if run.place.rank == 0:
+    if run.process.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         saver = run.saver(output)
         if resume:
@@ -226,7 +247,7 @@ def _train(
                 )
             saver.load_state_dict_from_checkpoint(str(output / LAST))
             metrics = json.loads(history.read_text(encoding="utf-8"))[:first]
-    board = _tensorboard(output) if run.place.rank == 0 else None
+    board = _tensorboard(output) if run.process.rank == 0 else None
     for epoch in range(first, run.epochs):
         trained = run.train_epoch(loaders.train, epoch, progress)
         found = run.evaluate(run.evaluated, loaders.validation, progress)
@@ -263,18 +284,16 @@ def _finish(
     last: dict[str, float],
     progress: Progress,
 ) -> RunResult | None:
-    excited = run.evaluated
-    excited.eval()
-    stripped, difference = excited, None
-    if is_converted(excited):
-        inputs = next(iter(loaders.validation))[0].to(run.place.device)
-        stripped, report = strip_with_report(excited, example_inputs=inputs)
+    deployed, difference = run.evaluated.eval(), None
+    if is_converted(deployed):
+        inputs = next(iter(loaders.validation))[0].to(run.process.device)
+        deployed, report = strip_with_report(deployed, example_inputs=inputs)
         difference = report.output_difference
-    found = run.evaluate(stripped, loaders.validation, progress)
-    if run.place.rank != 0:
+    found = run.evaluate(deployed, loaders.validation, progress)
+    if run.process.rank != 0:
         return None
     file = output / "stripped.pt"
-    checkpoint.write_state_dict(stripped.state_dict(), file, metadata=None, force=True)
+    checkpoint.write_state_dict(deployed.state_dict(), file, metadata=None, force=True)
     result = RunResult(
         recipe=run.recipe.name,
         source=run.recipe.source,
@@ -283,9 +302,9 @@ def _finish(
         best=best,
         stripped=found,
         output_difference=difference,
-        training_parameters=_parameters(run.model),
-        deployed_parameters=_parameters(stripped),
-        zeros=_zeros(stripped),
+        training_parameters=run.training_parameters,
+        deployed_parameters=_parameters(deployed),
+        zeros=_zeros(deployed),
         file=str(file),
     )
     (output / "result.json").write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")

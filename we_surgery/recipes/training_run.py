@@ -17,10 +17,13 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from we_surgery.analysis.variants import initialize_excitations
+from we_surgery.attached import AttachedExcitation, attach
+from we_surgery.converted.sites import Start
 from we_surgery.errors import SurgeryError
 from we_surgery.excitations import sparsity_loss
-from we_surgery.recipes.loaders import Batches
-from we_surgery.recipes.place import Place
+from we_surgery.planning.plans import Plan
+from we_surgery.recipes.loaders import Batches, ProcessInfo
 from we_surgery.recipes.recipe import Recipe
 from we_surgery.recipes.tasks import loss_of, main_output, make_metric
 from we_surgery.training import WESchedule
@@ -31,34 +34,33 @@ Progress = Callable[[str, int, int], None]
 
 
 class TrainingRun:
-    """A model in training.
+    """A model in training, vanilla or converted, on its device.
 
-    Args:
-        recipe: its settings.
-        model: converted or vanilla, on the device.
-        place: where it runs.
-        steps: batches of this process in an epoch.
-        accumulation: batches whose gradients make one update.
-        seed: each epoch's random numbers follow from it and the epoch, so that a run that is
-            resumed goes on as it would have.
+    ``plan`` is attached to the optimizer; it is None where there is nothing to attach. ``steps``
+    are the batches of this process in an epoch, ``accumulation`` those that make one update. The
+    random numbers of an epoch follow from the seed and its number, so that a run that is resumed
+    goes on as it would have.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         model: nn.Module,
-        place: Place,
+        plan: Plan | None,
+        process: ProcessInfo,
         steps: int,
         accumulation: int,
         seed: int,
     ) -> None:
         settings = recipe.training
-        self.recipe, self.place, self.seed = recipe, place, seed
+        self.recipe, self.process, self.seed = recipe, process, seed
         self.accumulation = accumulation
         self.model = model
         self.optimizer = create_optimizer_v2(
             model, filter_bias_and_bn=not settings.decay_all, **settings.optimizer
         )
+        # Before averages are made of the weights, and before DDP.
+        self.attached = None if plan is None else self._attach(plan)
         self.updates = max(steps // accumulation, 1)
         schedule = dict(settings.schedule)
         self.steps_schedule = bool(schedule.pop("per_update", False))
@@ -73,15 +75,27 @@ class TrainingRun:
         if settings.ema_decay is not None:
             self.average = ModelEmaV3(model, decay=settings.ema_decay)
         averages = [] if self.average is None else [self.average.module]
-        self.excitation = WESchedule(model, settings.excite_from, *averages)
+        self.excitation = WESchedule(self.attached or model, settings.excite_from, *averages)
         self.scaler: Any = None
         if settings.precision == "float16":
-            self.scaler = NativeScaler(device=place.device.type)
+            self.scaler = NativeScaler(device=process.device.type)
         self.trained: nn.Module = model
-        if place.processes > 1:
+        if process.processes > 1:
             self.trained = DistributedDataParallel(
-                model, device_ids=None if place.device.type == "cpu" else [place.device]
+                model, device_ids=None if process.device.type == "cpu" else [process.device]
             )
+
+    def _attach(self, plan: Plan) -> AttachedExcitation:
+        settings = self.recipe.training
+        start: Start = "paused" if settings.excite_from else "on"
+        found = attach(self.model, self.optimizer, plan=plan, init=settings.init, start=start)
+        return initialize_excitations(found, settings.excitation_init)
+
+    @property
+    def training_parameters(self) -> int:
+        """Parameters of the network and of what is attached to it."""
+        own = sum(parameter.numel() for parameter in self.model.parameters())
+        return own + (self.attached.plan.added_parameters if self.attached is not None else 0)
 
     def leave_group(self) -> None:
         """Lets go of DDP, before the group of processes is destroyed.
@@ -121,7 +135,7 @@ class TrainingRun:
         Raises:
             SurgeryError: the loss is not finite.
         """
-        random_seed(self.seed + epoch, self.place.rank)
+        random_seed(self.seed + epoch, self.process.rank)
         sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -146,7 +160,7 @@ class TrainingRun:
         return {"loss": loss}
 
     def _step(self, images: Tensor, labels: Tensor, is_last: bool) -> Tensor:
-        device = self.place.device
+        device = self.process.device
         images, labels = images.to(device), labels.to(device)
         settings = self.recipe.training
         is_parallel = isinstance(self.trained, DistributedDataParallel)
@@ -174,18 +188,18 @@ class TrainingRun:
         precision = self.recipe.training.precision
         if precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.place.device.type, getattr(torch, precision))
+        return torch.autocast(self.process.device.type, getattr(torch, precision))
 
     def evaluate(self, model: nn.Module, batches: Batches, progress: Progress) -> dict[str, float]:
         """The task's metrics of a model, over all processes."""
-        metric = make_metric(self.recipe.task, self.recipe.data.classes, self.place.device)
+        metric = make_metric(self.recipe.task, self.recipe.data.classes, self.process.device)
         total = len(batches)  # type: ignore[arg-type]
         model.eval()
         with torch.no_grad(), self._autocast():
             for step, (images, labels) in enumerate(batches):
-                outputs = main_output(model(images.to(self.place.device)))
-                metric.update(outputs.float(), labels.to(self.place.device))
+                outputs = main_output(model(images.to(self.process.device)))
+                metric.update(outputs.float(), labels.to(self.process.device))
                 progress("evaluating", step + 1, total)
-        if self.place.processes > 1:
+        if self.process.processes > 1:
             torch.distributed.all_reduce(metric.counts)
         return metric.result()
