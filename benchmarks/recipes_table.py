@@ -55,8 +55,12 @@ Each row is a file below [configs/recipes/](../configs/recipes), whose name is e
 beside the published ones. The figures here are the published ones. What a source leaves open, and
 how it was settled, stands in the file's `notes`.
 
-All of them are tried on synthetic images by the tests, at a reduced size. **None has been trained
-to its end by us**, for want of the images and of a GPU.
+The excitation of a recipe is [attached](how_attach_works.md) to the optimizer. `--form converted`
+puts it into the layers and trains the same weights; a moving average (`ema_decay`) is then one of raw
+weights. A run leaves `stripped.pt`, the vanilla state dict, in both forms.
+
+The tests build every recipe and run one of each task on synthetic images. **We have not run any of
+them to completion**: we lack the images and the GPU time.
 
 *EFLOP* is what training takes, in 10^18 floating-point operations: three times the vanilla
 network's forward pass, over all images and epochs.

@@ -93,7 +93,7 @@ def initialize_excitations(model: Excited, initialization: Initialization) -> Ex
     return model
 
 
-def _linear_weights(model: nn.Module | AttachedExcitation) -> Iterator[nn.Parameter]:
+def _linear_weights(model: nn.Module | AttachedExcitation) -> Iterator[Tensor]:
     if isinstance(model, AttachedExcitation):
         for name, parameter in model.named_parameters().items():
             if ":" in name and name.endswith(".weight") and parameter.ndim == 2:
