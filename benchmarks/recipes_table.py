@@ -56,8 +56,8 @@ beside the published ones. The figures here are the published ones. What a sourc
 how it was settled, stands in the file's `notes`.
 
 The excitation of a recipe is [attached](how_attach_works.md) to the optimizer. `--form converted`
-puts it into the layers and trains the same weights; a moving average (`ema_decay`) is then one of raw
-weights. A run leaves `stripped.pt`, the vanilla state dict, in both forms.
+puts it into the layers and trains the same weights; a moving average (`ema_decay`) is then one of
+raw weights. A run leaves `stripped.pt`, the vanilla state dict, in both forms.
 
 The tests build every recipe and run one of each task on synthetic images. **We have not run any of
 them to completion**: we lack the images and the GPU time.
