@@ -12,7 +12,7 @@ from we_surgery.recipes import load_recipe, run_recipe
 from we_surgery.recipes.loaders import ProcessInfo
 from we_surgery.recipes.training_run import TrainingRun
 
-RECIPES = Path(__file__).parents[2] / "we_surgery" / "configs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 EXPERIMENTS = sorted(
     path.relative_to(RECIPES).as_posix()
     for path in RECIPES.rglob("*.yaml")
