@@ -215,6 +215,43 @@ def test_the_converted_twin_computes_the_models_weights_and_trains_on(halfway):
     assert torch.equal(model.eval()(x), deployed.eval()(x))
 
 
+@pytest.mark.parametrize("mode", ["lwe+mwe", "thesis"])
+def test_a_converted_run_goes_on_attached_and_an_attached_one_converted(mode):
+    def plain_sgd(model):  # which has no state that would have to be translated
+        return torch.optim.SGD(model.parameters(), 0.1)
+
+    torch.manual_seed(0)
+    converted = ws.convert(Net(), mode, inplace=True)
+    trained(converted, plain_sgd(converted), batches(6)[:2])
+    saved = through_a_file(converted.state_dict())
+    expected = trained(converted, plain_sgd(converted), batches(6)[2:])
+
+    model = Net()
+    model.load_state_dict(ws.strip_state_dict(saved))
+    optimizer = plain_sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    excitation = ws.attach(model, optimizer, mode, resume=saved)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    twin = excitation.converted().state_dict()
+    assert list(twin) == list(saved)
+    assert all(torch.equal(value, twin[name]) for name, value in saved.items())
+    assert trained(model, optimizer, batches(6)[2:4]) == expected[:2]
+
+    twin = excitation.converted()
+    assert trained(twin, plain_sgd(twin), batches(6)[4:]) == expected[2:]
+
+
+@pytest.mark.parametrize(("there", "here"), [("lwe+mwe", "lwe"), ("lwe", "mwe")])
+def test_a_converted_run_of_another_mode_is_refused(there, here):
+    saved = ws.convert(Net(), there).state_dict()
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ws.AttachmentError, match=r"not excited here|other stages|weights"):
+        ws.attach(model, adamw(model), here, resume=saved)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("make", [adamw, lambda m: torch.optim.SGD(m.parameters(), 0.1)])
 def test_paused_runs_resume_paused_or_excited(make):
     for resumed_at in (1, 4):

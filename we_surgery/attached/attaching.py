@@ -71,7 +71,8 @@ def attach(
         backend: who computes E; see :func:`we_surgery.set_backend`.
         resume: True continues with the state that the optimizer has loaded, where there is one;
             False starts anew, also on a run that has made steps without excitation. A mapping is
-            a state that ``excitation.state_dict()`` returned.
+            a state that ``excitation.state_dict()`` returned, or the state dict of a converted
+            model: both go on from its raw weights and excitations.
         state: where the optimizer's state dict carries the state of the excitation. ``optimizer``:
             in an entry of its own; for a sharded model as with ``parameter``. ``parameter``: in
             the states of the Parameters, as ``torch.distributed.checkpoint`` needs it; attach

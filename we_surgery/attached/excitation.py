@@ -20,7 +20,7 @@ from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
 from we_surgery.attached.registry import AttachedDefaults, register, unregister
 from we_surgery.attached.riding import ride
 from we_surgery.attached.shards import put, share_again, whole
-from we_surgery.attached.state import check_state, load_state, state_of
+from we_surgery.attached.state import check_state, from_converted, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
 from we_surgery.attached.transform import follow, is_current, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
@@ -111,12 +111,15 @@ class AttachedExcitation:
         """Copies a state into this excitation, and W' of it into the model.
 
         Args:
-            state: of an excitation of the same plan.
+            state: of an excitation of the same plan: what :meth:`state_dict` returned, or the state
+                dict of a converted model. The latter has no optimizer state, and of the model's
+                other tensors nothing is loaded.
 
         Raises:
             InputError: it is not the state of an excitation.
             AttachmentError: it is of other weights or another excitation. Nothing was changed.
         """
+        state = from_converted(state, self.state_dict(), self._weights) or state
         check_state(state, self._weights, self._parameters)
         self._load(state, self._steps)
 
