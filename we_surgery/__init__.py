@@ -1,54 +1,85 @@
 """Train any PyTorch model with weight excitation, and deploy the vanilla architecture."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from we_surgery._util.version import __version__ as __version__
-from we_surgery.attached import AttachedExcitation as AttachedExcitation
-from we_surgery.attached import attach as attach
-from we_surgery.checkpoint import Architecture as Architecture
-from we_surgery.checkpoint import load as load
-from we_surgery.checkpoint import save as save
-from we_surgery.checkpoint import strip_sharded as strip_sharded
-from we_surgery.checkpoint import strip_state_dict as strip_state_dict
-from we_surgery.converted.backends import set_backend as set_backend
-from we_surgery.converted.grouping import set_grouped as set_grouped
-from we_surgery.converted.layer import set_recompute as set_recompute
-from we_surgery.converted.proof import StripReport as StripReport
-from we_surgery.converted.surgery import convert as convert
-from we_surgery.converted.surgery import strip as strip
-from we_surgery.converted.surgery import strip_with_report as strip_with_report
-from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
-from we_surgery.errors import AttachmentError as AttachmentError
-from we_surgery.errors import ExcitationError as ExcitationError
-from we_surgery.errors import InputError as InputError
-from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning
-from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
-from we_surgery.errors import NotStrippedWarning as NotStrippedWarning
-from we_surgery.errors import OldFormatWarning as OldFormatWarning
-from we_surgery.errors import SurgeryError as SurgeryError
-from we_surgery.errors import ThawedLayerWarning as ThawedLayerWarning
-from we_surgery.errors import WESurgeryError as WESurgeryError
-from we_surgery.excitations import EXCITATIONS as EXCITATIONS
-from we_surgery.excitations import Excitation as Excitation
-from we_surgery.excitations import WeightLayout as WeightLayout
-from we_surgery.excitations import average_location_nets as average_location_nets
-from we_surgery.excitations import harden as harden
-from we_surgery.excitations import register_excitation as register_excitation
-from we_surgery.excitations import sparsity_loss as sparsity_loss
-from we_surgery.planning.config import make_policy as make_policy
-from we_surgery.planning.decide import plan as plan
-from we_surgery.planning.plans import Decision as Decision
-from we_surgery.planning.plans import Plan as Plan
-from we_surgery.planning.policy import MODES as MODES
-from we_surgery.planning.policy import Mode as Mode
-from we_surgery.planning.policy import Policy as Policy
-from we_surgery.planning.rules import Rule as Rule
-from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
-from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
-from we_surgery.training import WESchedule as WESchedule
-from we_surgery.training import add_to_optimizer as add_to_optimizer
-from we_surgery.training import norm_loss as norm_loss
-from we_surgery.training import param_groups as param_groups
-from we_surgery.training import remove_from_optimizer as remove_from_optimizer
-from we_surgery.training import resume as resume
-from we_surgery.training import shift_attention_words as shift_attention_words
-from we_surgery.transplants import TRANSPLANTS as TRANSPLANTS
-from we_surgery.transplants import Transplant as Transplant
+
+__all__ = [
+    "EXCITATIONS",
+    "MODES",
+    "TRANSPLANTS",
+    "AlreadyConvertedWarning",
+    "Architecture",
+    "AttachedExcitation",
+    "AttachmentError",
+    "Decision",
+    "Excitation",
+    "ExcitationError",
+    "InputError",
+    "Mode",
+    "NotStrippedWarning",
+    "NothingToConvertWarning",
+    "NothingToStripWarning",
+    "OldFormatWarning",
+    "Plan",
+    "Policy",
+    "Rule",
+    "ShiftAttentionSchedule",
+    "StaleOptimizerWarning",
+    "StripReport",
+    "SurgeryError",
+    "ThawedLayerWarning",
+    "Transplant",
+    "WESchedule",
+    "WESurgeryError",
+    "WeightLayout",
+    "add_to_optimizer",
+    "attach",
+    "average_location_nets",
+    "convert",
+    "harden",
+    "load",
+    "make_policy",
+    "norm_loss",
+    "param_groups",
+    "plan",
+    "register_excitation",
+    "remove_from_optimizer",
+    "resume",
+    "save",
+    "set_backend",
+    "set_grouped",
+    "set_recompute",
+    "shift_attention_words",
+    "sparsity_loss",
+    "strip",
+    "strip_sharded",
+    "strip_state_dict",
+    "strip_with_report",
+]
+
+if TYPE_CHECKING:
+    from we_surgery.api import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package, imported when it is first used.
+
+        So the command line parses, helps and completes without importing torch.
+        """
+        if name in __all__:
+            value = getattr(import_module("we_surgery.api"), name)
+            globals()[name] = value
+            return value
+        module = f"{__name__}.{name}"
+        if not name.startswith("_"):
+            try:
+                return import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

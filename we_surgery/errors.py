@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class WESurgeryError(Exception):
@@ -76,3 +77,12 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """The ``choices`` that look like ``word``, as the end of a sentence ("" when none does)."""
     found = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.4)
     return f"; did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
+
+
+def no_such_file(path: Path) -> InputError:
+    """The error for a file that is not there, with the names beside it that look like its own."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return InputError(
+        f"there is no file {path}{near_matches(path.name, beside)}",
+        "Check the name; an architecture is written as torchvision:NAME or timm:NAME.",
+    )

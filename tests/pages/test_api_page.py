@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import we_surgery
-from we_surgery import analysis
+from we_surgery import analysis, api
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (`.*`) \| (.+) \|$", PAGE, re.M)
@@ -23,7 +23,7 @@ def exported(module: ModuleType) -> set[str]:
     return set(re.findall(r"import \(?\s*\w+ as ([A-Za-z]\w*)", source))
 
 
-@pytest.mark.parametrize(("module", "prefix"), [(we_surgery, "ws"), (analysis, "analysis")])
+@pytest.mark.parametrize(("module", "prefix"), [(api, "ws"), (analysis, "analysis")])
 def test_each_exported_name_has_a_row_and_each_row_is_exported(
     module: ModuleType, prefix: str
 ) -> None:
@@ -33,11 +33,16 @@ def test_each_exported_name_has_a_row_and_each_row_is_exported(
 
 def test_the_reading_of_exports_finds_those_over_several_lines() -> None:
     assert "normalization_free_variants" in exported(analysis)
-    assert exported(we_surgery) == {
-        name
-        for name, value in vars(we_surgery).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
+    assert exported(api) == {name for name in vars(api) if not name.startswith("_")}
+
+
+def test_the_package_has_the_names_of_its_list() -> None:
+    assert set(we_surgery.__all__) == exported(api)
+    for name in we_surgery.__all__:
+        assert getattr(we_surgery, name) is getattr(api, name)
+    # A module of the same name would take its place once it is imported.
+    package = Path(we_surgery.__file__).parent
+    assert not {path.stem for path in package.iterdir()} & set(we_surgery.__all__)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("we_surgery.")])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from we_surgery.errors import InputError, near_matches
+
 _IN_PACKAGE = Path(__file__).parents[1] / "configs"
 # A link in a clone; where git makes no links, the folder itself.
 CONFIGS = _IN_PACKAGE if _IN_PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
@@ -24,3 +26,18 @@ def find(name: str | Path, folder: Path) -> Path:
     if path.is_file() or path.as_posix() not in names_in(folder):
         return path
     return folder / f"{path.as_posix()}.yaml"
+
+
+def check_recipe(name: str | Path) -> Path:
+    """The recipe's file.
+
+    Raises:
+        InputError: there is no such file, and no recipe of that name.
+    """
+    path = find(name, RECIPES)
+    if not path.is_file():
+        raise InputError(
+            f"there is no recipe {path}{near_matches(str(path), names_in(RECIPES))}",
+            "Give a YAML file, or the name of a recipe: docs/recipes.md lists them.",
+        )
+    return path

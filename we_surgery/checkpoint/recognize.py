@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, no_such_file
 
 _EAGER = (
     "Give the eager model saved with `torch.save(model, ...)`, or its state_dict with --arch "
@@ -47,11 +47,7 @@ def recognize(path: Path) -> FileKind:
             start = file.read(64)
         size = path.stat().st_size
     except FileNotFoundError as error:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(
-            f"there is no file {path}{near_matches(path.name, beside)}",
-            "Check the name; an architecture is written as torchvision:NAME or timm:NAME.",
-        ) from error
+        raise no_such_file(path) from error
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.table import Table
 
-from we_surgery.analysis.importance import location_maps, magnitude_curve
-from we_surgery.analysis.multipliers import GRANULARITIES, multiplier_validity
-from we_surgery.analysis.progress import progress_bar
-from we_surgery.analysis.pruning import CRITERIA, pruning_curve
-from we_surgery.analysis.results import Result, Sweep
-from we_surgery.analysis.saving import check_result, save_result, to_json
-from we_surgery.analysis.scores import SCORES
-from we_surgery.analysis.sweeps import sweep
-from we_surgery.analysis.variants import (
-    Variant,
-    epsilon_variants,
-    initialization_variants,
-    normalization_free_variants,
-    reduction_variants,
-)
+from we_surgery._util.version import __version__
+from we_surgery.cli.choices import CRITERIA, GRANULARITIES, SCORES, SWEEPS
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
@@ -35,15 +21,19 @@ from we_surgery.cli.common import (
     say_written,
     source_options,
 )
-from we_surgery.cli.user_functions import imported, imported_metric
-from we_surgery.converted.surgery import is_converted
 from we_surgery.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from we_surgery.analysis.results import Result, Sweep
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."
 
 
 @click.group("analyse")
+@click.version_option(__version__, package_name="we-surgery")
 def analyse_group() -> None:
     """Measure what a model's weights are worth, and draw it.
 
@@ -76,7 +66,7 @@ def measuring_options(command: Command) -> Command:
             ),
             click.option(
                 "--score",
-                type=click.Choice(list(SCORES)),
+                type=click.Choice(SCORES),
                 default="accuracy",
                 show_default=True,
                 help="Of a loader. log_likelihood moves where no prediction does.",
@@ -129,7 +119,7 @@ def importance_command(steps: int, **options: Any) -> None:
       we-surgery analyse importance model.pt --loader my_data:test_loader -o out/importance
     """
     positions = sorted({round(100 * (step + 1) / steps) for step in range(steps)})
-    _analyse(magnitude_curve, options, positions=positions)
+    _analyse("magnitude_curve", options, positions=positions)
 
 
 @analyse_group.command("location", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -151,7 +141,7 @@ def location_command(samples: tuple[int, int], **options: Any) -> None:
     Example:
       we-surgery analyse location model.pt --loader my_data:test_loader -o out/location
     """
-    _analyse(location_maps, options, samples=samples)
+    _analyse("location_maps", options, samples=samples)
 
 
 @analyse_group.command("multipliers", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -185,7 +175,7 @@ def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
     Example:
       we-surgery analyse multipliers trained.we.pt --loader my_data:test_loader -o out/multipliers
     """
-    _analyse(multiplier_validity, options, granularities=granularities or GRANULARITIES)
+    _analyse("multiplier_validity", options, granularities=granularities or GRANULARITIES)
 
 
 @analyse_group.command("prune", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -216,22 +206,14 @@ def prune_command(criteria: Sequence[str], **options: Any) -> None:
     Example:
       we-surgery analyse prune trained.we.pt --loader my_data:test_loader --share 0.1 -o out/prune
     """
-    _analyse(pruning_curve, options, criteria=criteria or CRITERIA)
-
-
-_SWEEPS: dict[str, Callable[[], dict[str, Variant]]] = {
-    "epsilon": epsilon_variants,
-    "reduction": reduction_variants,
-    "initialization": initialization_variants,
-    "no-normalization": normalization_free_variants,
-}
+    _analyse("pruning_curve", options, criteria=criteria or CRITERIA)
 
 
 @analyse_group.command("sensitivity", cls=SurgeryCommand, epilog=_EXIT_CODES)
 @source_options
 @click.option(
     "--vary",
-    type=click.Choice(list(_SWEEPS)),
+    type=click.Choice(SWEEPS),
     required=True,
     help="epsilon of MWE, reduction of LWE, how LWE's layers start, or training without norms.",
 )
@@ -255,15 +237,25 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
       we-surgery analyse sensitivity torchvision:resnet18 --arch-arg num_classes=10 \\
         --vary epsilon --train my_code:train --loader my_data:test_loader -o out/epsilon
     """
+    source = _source(options)
+
+    from we_surgery.analysis import sweeps, variants
+    from we_surgery.cli.user_functions import imported
+
+    make_variants: dict[str, Callable[[], dict[str, variants.Variant]]] = {
+        "epsilon": variants.epsilon_variants,
+        "reduction": variants.reduction_variants,
+        "initialization": variants.initialization_variants,
+        "no-normalization": variants.normalization_free_variants,
+    }
     train_fn = imported(train, "--train")
 
     def analysis(_: Any, metric: Any, **rest: Any) -> Sweep:
         def make_model() -> Any:
             return source.load(source.read())
 
-        return sweep(make_model, _SWEEPS[vary](), train_fn, metric, title=vary, **rest)
+        return sweeps.sweep(make_model, make_variants[vary](), train_fn, metric, title=vary, **rest)
 
-    source = _source(options)
     _analyse(analysis, options, seeds=range(seeds), vanilla=True)
 
 
@@ -273,14 +265,21 @@ def _source(options: dict[str, Any]) -> Any:
 
 
 def _analyse(
-    analysis: Callable[..., Result],
+    analysis: str | Callable[..., Result],
     options: dict[str, Any],
     *,
     vanilla: bool = False,
     **arguments: Any,
 ) -> None:
-    """Runs one analysis, with all that the commands share around it."""
+    """Runs one analysis, a name of ``we_surgery.analysis`` or a function, and shows its result."""
     source = _source(options)
+
+    from we_surgery import analysis as analyses
+    from we_surgery.analysis.saving import check_result, save_result, to_json
+    from we_surgery.cli.user_functions import imported_metric
+    from we_surgery.converted.surgery import is_converted
+
+    run = getattr(analyses, analysis) if isinstance(analysis, str) else analysis
     for name in ("source", "arch", "arch_args", "key", "allow", "trust"):
         del options[name]
     output, picture = options.pop("output"), not options.pop("no_picture")
@@ -298,8 +297,8 @@ def _analyse(
     progress_file = output.with_name(f"{output.name}.progress.jsonl")
     if progress_file.exists():
         say(f"going on from {progress_file}")
-    with progress_bar() as monitor:
-        result = analysis(
+    with analyses.progress_bar() as monitor:
+        result = run(
             model,
             metric,
             progress_file=progress_file,
@@ -316,6 +315,10 @@ def _analyse(
 
 
 def _table(result: Result) -> Table:
+    from rich.table import Table
+
+    from we_surgery.analysis.results import Sweep
+
     rows = result.summary() if isinstance(result, Sweep) else list(result.rows())
     table = Table(*(str(key).replace("_", " ") for key in rows[0]), header_style="bold")
     for row in rows:

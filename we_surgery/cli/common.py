@@ -1,4 +1,7 @@
-"""What the commands share: options, errors with exit codes, the console, progress."""
+"""What the commands share: options, errors with exit codes, the console, progress.
+
+Nothing here may import torch before a command has checked what it was given.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,36 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
-import torch
-import yaml
+from click.shell_completion import CompletionItem
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from we_surgery._util import shipped
 from we_surgery._util.text import SafeConsole, printable
 from we_surgery._util.version import __version__
-from we_surgery.checkpoint.imports import import_package
-from we_surgery.errors import InputError, SurgeryError, WESurgeryError
-from we_surgery.jobs.convert import Source
-from we_surgery.jobs.targets import KINDS
+from we_surgery.cli.choices import KINDS
+from we_surgery.errors import InputError, SurgeryError, WESurgeryError, no_such_file
+
+if TYPE_CHECKING:
+    from we_surgery.jobs.convert import Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _FileName(click.ParamType):
+    """Text as it was given, a slash at its end included; shells complete files."""
+
+    name = "file"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+FILE = _FileName()
 
 SEED = click.IntRange(0, 2**32 - 1)
 """Seeds that torch takes, also where a command multiplies them."""
@@ -140,8 +157,10 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU torch has no class of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
-        error
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
     )
 
 
@@ -170,7 +189,7 @@ _LONGEST_LINE = 1000
 
 def source_options(command: Command) -> Command:
     """The argument and options that say where a model comes from."""
-    return click.argument("source")(opening_options(command))
+    return click.argument("source", type=FILE)(opening_options(command))
 
 
 def opening_options(command: Command) -> Command:
@@ -214,13 +233,28 @@ def opening_options(command: Command) -> Command:
     return command
 
 
+def complete_names(
+    folder: Path,
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Completes the names of the configs or recipes in a folder of the package, and files."""
+
+    def complete(
+        context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        names = [name for name in shipped.names_in(folder) if name.startswith(incomplete)]
+        files = FILE.shell_complete(context, parameter, incomplete)
+        return [*map(CompletionItem, names), *files]
+
+    return complete
+
+
 def output_options(what: str) -> Callable[[Command], Command]:
     """The options that say what is written where; ``what`` is what ``-o`` may name."""
     options = [
         click.option(
             "-o",
             "--output",
-            # Not a Path, which forgets a slash at the end.
+            type=FILE,
             metavar="FILE",
             help=f"{what} to write; by default beside the input.",
         ),
@@ -250,12 +284,27 @@ def make_source(
     trust: bool,
 ) -> Source:
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.convert.Source`."""
-    if not source:
-        raise InputError("SOURCE is empty", "Give a file, a folder or an architecture.")
+    check_exists(source)
     arguments = dict(_key_value(text) for text in arch_args)
+    from we_surgery.checkpoint.imports import import_package
+    from we_surgery.jobs.convert import Source
+
     for package in allow:
         import_package(package)
     return Source(source, arch, arguments, key, allow=tuple(allow), trust=trust)
+
+
+def check_exists(source: str) -> None:
+    """Raises where a source is neither an architecture nor there, without importing torch."""
+    if not source:
+        raise InputError("SOURCE is empty", "Give a file, a folder or an architecture.")
+    if ":" not in source:
+        try:
+            Path(source).stat()
+        except FileNotFoundError as error:
+            raise no_such_file(Path(source)) from error
+        except (OSError, ValueError):
+            pass  # reading it says what is wrong
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -264,6 +313,8 @@ def _key_value(text: str) -> tuple[str, Any]:
         raise InputError(
             f"--arch-arg takes KEY=VALUE, not {text!r}", "Write for example num_classes=10."
         )
+    import yaml
+
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -332,6 +383,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         # A bar that is disabled leaves an empty line.
         yield lambda done, total: None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     bar = Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), console=stderr, transient=True
     )

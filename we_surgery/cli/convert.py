@@ -6,14 +6,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
+from we_surgery._util import shipped
+from we_surgery.cli.choices import DEFAULT_MODE, INITS, MODES, STARTS
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
+    complete_names,
     make_source,
     output_options,
     parse_shape,
@@ -25,22 +27,20 @@ from we_surgery.cli.common import (
     source_options,
     telling_errors,
 )
-from we_surgery.converted.sites import Init, Start
 from we_surgery.errors import InputError
-from we_surgery.excitations.stage_text import RECIPE_PATTERN, SKIP, YAMLLoader
-from we_surgery.jobs.convert import Converted, convert_file, plan_file
-from we_surgery.jobs.methods import family, family_table
-from we_surgery.planning.config import make_policy
-from we_surgery.planning.plans import Plan
-from we_surgery.planning.policy import DEFAULT_MODE, MODES, Policy
-from we_surgery.planning.rules import Rule
-from we_surgery.planning.table import plan_summary, plan_table
+
+if TYPE_CHECKING:
+    from we_surgery.converted.sites import Init, Start
+    from we_surgery.jobs.convert import Converted
+    from we_surgery.planning.rules import Rule
 
 
 class _ConvertCommand(SurgeryCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # It needs no SOURCE, and says the same before and after --json.
         if "--list-modes" in args:
+            from we_surgery.jobs.methods import family, family_table
+
             with telling_errors(ctx):
                 if "--json" in args:
                     print_text(json.dumps([method.to_dict() for method in family()], indent=2))
@@ -54,7 +54,7 @@ class _ConvertCommand(SurgeryCommand):
 @source_options
 @click.option(
     "--mode",
-    type=click.Choice(list(MODES)),
+    type=click.Choice(MODES),
     help="lwe: LWE on convs, MWE on linear layers. mwe: MWE on all. we: as lwe, and MWE on "
     "depthwise and shift-fed convs. lwe+mwe: both on convs. --list-modes tells of all.  "
     f"[default: {DEFAULT_MODE}]",
@@ -69,6 +69,7 @@ class _ConvertCommand(SurgeryCommand):
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
+    shell_complete=complete_names(shipped.CONFIGS),
     help="A YAML file, or the name of one that comes with the package: lwe, mwe, vit, ...",
 )
 @click.option(
@@ -111,7 +112,7 @@ class _ConvertCommand(SurgeryCommand):
 )
 @click.option(
     "--init",
-    type=click.Choice(get_args(Init)),
+    type=click.Choice(INITS),
     default="paper",
     show_default=True,
     help="paper: excitations start as new layers do, for models that were never trained. "
@@ -119,7 +120,7 @@ class _ConvertCommand(SurgeryCommand):
 )
 @click.option(
     "--start",
-    type=click.Choice(get_args(Start)),
+    type=click.Choice(STARTS),
     default="on",
     show_default=True,
     help="paused: the model trains as the vanilla one until ws.resume or a WESchedule switches "
@@ -174,20 +175,32 @@ def convert_command(
     \b
     Exit codes: 0 done, 1 the surgery failed, 2 bad usage or unreadable input.
     """
-    source = make_source(**source_arguments)
-    # The last match wins: what is named to be left alone is left alone.
-    rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
-    options = _options(option_texts)
-    if plan_path is not None and (mode or config or rules or options or transplants):
+    texts = (mode, config, skip, rule_texts, option_texts, transplants)
+    if plan_path is not None and any(texts):
         raise InputError(
             "--plan was given together with --mode, --config, --skip, --rule, --option or "
             "--transplant",
             "Give the plan alone; edit its rows to change it.",
         )
+    for text in rule_texts:
+        _check_rule(text)
+    option_parts = [_split_option(text) for text in option_texts]
+    shape = parse_shape(input_shape)
+    source = make_source(**source_arguments)
+
+    from we_surgery.excitations.stage_text import SKIP
+    from we_surgery.jobs.convert import convert_file, plan_file
+    from we_surgery.planning.config import make_policy
+    from we_surgery.planning.plans import Plan
+    from we_surgery.planning.policy import Policy
+    from we_surgery.planning.rules import Rule
+
+    # The last match wins: what is named to be left alone is left alone.
+    rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
+    options = _options(option_parts)
     recipe: Path | Policy | None = config
     if options:
         recipe, mode = make_policy(mode, config).with_options(options), None
-    shape = parse_shape(input_shape)
     plan = None if plan_path is None else Plan.from_file(plan_path)
     if dry_run:
         planned = plan_file(
@@ -219,36 +232,55 @@ def convert_command(
     _show_result(result, as_json)
 
 
+_RULE = "Write for example 'layer4.*=mwe' or 'layer4.*=lwe(attention=cbam)+mwe'."
+
+
+def _check_rule(text: str) -> None:
+    if not re.fullmatch(r"(?s).+=.+", text):
+        raise InputError(f"--rule takes PATTERN=STAGES, not {text!r}", _RULE)
+
+
 def _rule(text: str) -> Rule:
+    from we_surgery.excitations.stage_text import RECIPE_PATTERN
+    from we_surgery.planning.rules import Rule
+
     # The last '=' before something that can be a recipe: a pattern may hold others.
     found = re.fullmatch(rf"(.+)=({RECIPE_PATTERN})", text)
     if found is None:
-        raise InputError(
-            f"--rule takes PATTERN=STAGES, not {text!r}",
-            "Write for example 'layer4.*=mwe' or 'layer4.*=lwe(attention=cbam)+mwe'.",
-        )
+        raise InputError(f"--rule takes PATTERN=STAGES, not {text!r}", _RULE)
     return Rule(found[1], found[2])
 
 
-def _options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _split_option(text: str) -> tuple[str, str, str]:
+    found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
+    if found is None:
+        raise InputError(
+            f"--option takes STAGE.NAME=VALUE, not {text!r}",
+            "Write for example lwe.attention=cbam.",
+        )
+    return found[1], found[2], found[3]
+
+
+def _options(texts: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    from we_surgery.excitations.stage_text import YAMLLoader
+
     options: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
-        if found is None:
-            raise InputError(
-                f"--option takes STAGE.NAME=VALUE, not {text!r}",
-                "Write for example lwe.attention=cbam.",
-            )
+    for stage, name, value in texts:
         try:
-            options.setdefault(found[1], {})[found[2]] = yaml.load(found[3], YAMLLoader)
+            options.setdefault(stage, {})[name] = yaml.load(value, YAMLLoader)
         except yaml.YAMLError as error:
             raise InputError(
-                f"the value of --option {text!r} cannot be read", "Quote it as a YAML value."
+                f"the value of --option '{stage}.{name}={value}' cannot be read",
+                "Quote it as a YAML value.",
             ) from error
     return options
 
 
 def _show_plan(result: Converted, as_json: bool) -> None:
+    from we_surgery.planning.table import plan_table
+
     say_notes(result.notes)
     if as_json:
         print_text(result.plan.to_json())
@@ -257,6 +289,8 @@ def _show_plan(result: Converted, as_json: bool) -> None:
 
 
 def _show_result(result: Converted, as_json: bool) -> None:
+    from we_surgery.planning.table import plan_summary
+
     say_notes(result.notes)
     say(plan_summary(result.plan))
     assert result.target is not None

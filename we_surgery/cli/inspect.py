@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
-from we_surgery.analysis.learned import WeightStatistics
-from we_surgery.analysis.results import LocationMaps
-from we_surgery.analysis.saving import to_json
-from we_surgery.checkpoint import check_target, write_bytes
 from we_surgery.cli.common import (
+    FILE,
     SurgeryCommand,
+    check_exists,
     console,
     make_source,
     opening_options,
@@ -26,9 +22,13 @@ from we_surgery.cli.common import (
     say_written,
 )
 from we_surgery.errors import InputError
-from we_surgery.jobs.convert import Source
-from we_surgery.jobs.html_report import html_report
-from we_surgery.jobs.inspect import Comparison, Inspection, compare_files, inspect_file
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from we_surgery.analysis.learned import WeightStatistics
+    from we_surgery.analysis.results import LocationMaps
+    from we_surgery.jobs.inspect import Comparison, Inspection
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _PLAIN_BLOCKS = " .:-=+*#@"
@@ -37,10 +37,11 @@ _PLAIN_BLOCKS = " .:-=+*#@"
 @click.command(
     "inspect", cls=SurgeryCommand, short_help="Tell what files hold and what they learned."
 )
-@click.argument("sources", nargs=-1, required=True)
+@click.argument("sources", nargs=-1, required=True, type=FILE)
 @opening_options
 @click.option(
     "--start",
+    type=FILE,
     metavar="FILE",
     help="The same model before training; tells how far each weight and excitation has come.",
 )
@@ -85,6 +86,15 @@ def inspect_command(
     """
     if maps_path is not None and html is None:
         raise InputError("--maps was given without --html", "Add --html FILE.")
+    for source in (*sources, *([] if start is None else [start])):
+        check_exists(source)
+
+    from we_surgery.analysis.saving import to_json
+    from we_surgery.checkpoint import check_target, write_bytes
+    from we_surgery.jobs.convert import Source
+    from we_surgery.jobs.html_report import html_report
+    from we_surgery.jobs.inspect import Comparison, compare_files, inspect_file
+
     if html is not None:
         check_target(html, force=force)
     maps = None if maps_path is None else _read_maps(maps_path)
@@ -114,6 +124,8 @@ def inspect_command(
 
 
 def _read_maps(path: Path) -> LocationMaps:
+    from we_surgery.analysis.results import LocationMaps
+
     try:
         return LocationMaps.from_dict(json.loads(path.read_text()), str(path))
     except (OSError, ValueError) as error:
@@ -124,6 +136,9 @@ def _read_maps(path: Path) -> LocationMaps:
 
 
 def _table(found: Inspection) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     rows = [layer.statistics for layer in found.layers]
     columns: dict[str, list[str]] = {
         "layer": [layer.name for layer in found.layers],
@@ -173,6 +188,9 @@ def _moved(row: WeightStatistics) -> str:
 
 
 def _side_by_side(found: Comparison) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(header_style="bold")
     table.add_column("layer", no_wrap=True)
     for number, _ in enumerate(found.inspections, 1):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.table import Table
 
+from we_surgery._util import shipped
 from we_surgery.cli.common import (
     SurgeryCommand,
+    complete_names,
     print_table,
     print_text,
     progress_bar,
@@ -24,7 +25,11 @@ _SEED = click.IntRange(0, 2**31 - 1)
 
 
 @click.command("run", cls=SurgeryCommand, short_help="Train and strip an experiment of the papers.")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument(
+    "recipe",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_names(shipped.RECIPES),
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -108,6 +113,7 @@ def run_command(
     \b
     Exit codes: 0 done, 1 training or the proof failed, 2 bad usage or missing images.
     """
+    shipped.check_recipe(recipe)
     from we_surgery.recipes import load_recipe, run_recipe
 
     settings = load_recipe(recipe).replace(form=form)
@@ -133,6 +139,8 @@ def run_command(
     if as_json:
         print_text(json.dumps(asdict(result), indent=2))
         return
+    from rich.table import Table
+
     table = Table("metric", "published", "best epoch", "last epoch", "stripped")
     for name in result.stripped:
         figures = (result.published, result.best, result.last, result.stripped)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from we_surgery.checkpoint import Weights
+from we_surgery.cli.choices import DEPLOY_FORMS, DTYPES
 from we_surgery.cli.common import (
     SurgeryCommand,
     make_source,
@@ -21,10 +21,11 @@ from we_surgery.cli.common import (
     say_written,
     source_options,
 )
-from we_surgery.converted.surgery import DEPLOY_FORMS
 from we_surgery.errors import InputError
-from we_surgery.jobs.strip import Stripped, strip_both, strip_file
-from we_surgery.jobs.verify import DTYPES
+
+if TYPE_CHECKING:
+    from we_surgery.checkpoint import Weights
+    from we_surgery.jobs.strip import Stripped
 
 
 @click.command(
@@ -45,7 +46,7 @@ from we_surgery.jobs.verify import DTYPES
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(DTYPES),
     help="Fold in float32, then cast all floating-point tensors. By default each keeps its own.",
 )
 @click.option(
@@ -62,7 +63,7 @@ from we_surgery.jobs.verify import DTYPES
 )
 @click.option(
     "--deploy",
-    type=click.Choice(list(DEPLOY_FORMS)),
+    type=click.Choice(DEPLOY_FORMS),
     default="dense",
     show_default=True,
     help="shift: a shift and a 1x1 conv in the place of each conv with one weight a kernel, as "
@@ -110,15 +111,21 @@ def strip_command(
             "more than one of --raw, --ema and --both was given",
             "Give one of them; --both strips the trained weights and their average.",
         )
+    shape = parse_shape(input_shape)
     source = make_source(**source_arguments)
+
+    import torch
+
+    from we_surgery.jobs.strip import strip_both, strip_file
+
     with progress_bar("folding") as progress:
         options: dict[str, Any] = {
             "output": output,
             "to": to,
             "force": force,
-            "dtype": None if dtype is None else DTYPES[dtype],
+            "dtype": None if dtype is None else getattr(torch, dtype),
             "verify": verify,
-            "input_shape": parse_shape(input_shape),
+            "input_shape": shape,
             "deploy": deploy,
             "progress": progress,
         }

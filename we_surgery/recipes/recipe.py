@@ -143,13 +143,7 @@ def load_recipe(path: str | Path) -> Recipe:
         InputError: the file cannot be read, a key is unknown or missing, or a value is not of
             its type.
     """
-    path = shipped.find(path, shipped.RECIPES)
-    if not path.is_file():
-        names = shipped.names_in(shipped.RECIPES)
-        raise InputError(
-            f"there is no recipe {path}{near_matches(str(path), names)}",
-            "Give a YAML file, or the name of a recipe: docs/recipes.md lists them.",
-        )
+    path = shipped.check_recipe(path)
     settings = _merged(path, ())
     where = f"the recipe {path}"
     model = settings.pop("model", None)

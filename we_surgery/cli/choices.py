@@ -1,0 +1,16 @@
+"""Words that options take, written out: the rooms that define them import torch.
+
+A test holds each against its definition.
+"""
+
+DEFAULT_MODE = "lwe"
+MODES = ("lwe", "mwe", "we", "lwe+mwe", "thesis", "none")
+INITS = ("paper", "preserve")
+STARTS = ("on", "paused")
+KINDS = ("module", "state_dict", "safetensors")
+DTYPES = ("float32", "float16", "bfloat16")
+DEPLOY_FORMS = ("dense", "shift")
+SCORES = ("accuracy", "log_likelihood")
+GRANULARITIES = ("kernel", "channel_per_filter", "channel")
+CRITERIA = ("multiplier", "magnitude", "random")
+SWEEPS = ("epsilon", "reduction", "initialization", "no-normalization")
