@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _FileName(click.ParamType):
+class _FileName(click.types.StringParamType):
     """Text as it was given, a slash at its end included; shells complete files."""
 
     name = "file"
