@@ -13,7 +13,7 @@ from we_surgery._util.settings import filled, refuse_unknown
 from we_surgery.analysis.variants import Initialization
 from we_surgery.checkpoint import Architecture
 from we_surgery.converted.sites import Init
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError
 from we_surgery.planning.config import make_policy, read_yaml
 
 Task = Literal["classification", "segmentation", "video"]
