@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-docs lint lint-files types format fuzz fuzz-guided interrupts test-torch \
+.PHONY: demo docs test test-docs lint lint-files types format fuzz fuzz-guided interrupts test-torch \
 	test-oldest release-check
 
 demo: $(READY)
@@ -11,6 +11,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+# The pages as a site, in site/index.html.
+docs: $(READY)
+	$(BIN)/python docs/build_site.py
 
 # The pages, and that what they show runs.
 test-docs: $(READY)
