@@ -28,10 +28,7 @@ from we_surgery.errors import WESurgeryError as WESurgeryError
 from we_surgery.excitations import EXCITATIONS as EXCITATIONS
 from we_surgery.excitations import Excitation as Excitation
 from we_surgery.excitations import WeightLayout as WeightLayout
-from we_surgery.excitations import average_location_nets as average_location_nets
-from we_surgery.excitations import harden as harden
 from we_surgery.excitations import register_excitation as register_excitation
-from we_surgery.excitations import sparsity_loss as sparsity_loss
 from we_surgery.planning.config import make_policy as make_policy
 from we_surgery.planning.decide import plan as plan
 from we_surgery.planning.plans import Decision as Decision
@@ -44,10 +41,13 @@ from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning
 from we_surgery.training import WESchedule as WESchedule
 from we_surgery.training import add_to_optimizer as add_to_optimizer
+from we_surgery.training import average_location_nets as average_location_nets
+from we_surgery.training import harden as harden
 from we_surgery.training import norm_loss as norm_loss
 from we_surgery.training import param_groups as param_groups
 from we_surgery.training import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training import resume as resume
 from we_surgery.training import shift_attention_words as shift_attention_words
+from we_surgery.training import sparsity_loss as sparsity_loss
 from we_surgery.transplants import TRANSPLANTS as TRANSPLANTS
 from we_surgery.transplants import Transplant as Transplant

@@ -166,8 +166,8 @@ def test_a_step_of_the_schedule_is_seen_by_what_is_kept_in_eval_mode() -> None:
     ("make", "message"),
     [
         (lambda: ws.ShiftAttentionSchedule(Net(), 4), "has no shift attention"),
-        (lambda: ws.ShiftAttentionSchedule(trained(), 0), "a schedule of 0 steps"),
-        (lambda: ws.ShiftAttentionSchedule(trained(), 2, 5, 3), "from 5 to 3 is none"),
+        (lambda: ws.ShiftAttentionSchedule(trained(), 0), "`steps` must be at least 1"),
+        (lambda: ws.ShiftAttentionSchedule(trained(), 2, 5, 3), "got 2, 5 and 3"),
         (lambda: ws.plan(Net(), config=CONFIG | {NAME: {"shared": 1}}), "shared"),
         (
             lambda: ws.plan(

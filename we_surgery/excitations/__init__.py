@@ -4,13 +4,11 @@ from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.composition import Composition as Composition
 from we_surgery.excitations.compute.backends import Backend as Backend
 from we_surgery.excitations.dynamic_sparse import DynamicSparse as DynamicSparse
-from we_surgery.excitations.dynamic_sparse import sparsity_loss as sparsity_loss
 from we_surgery.excitations.layout import WeightLayout as WeightLayout
 from we_surgery.excitations.lwe import LWE as LWE
 from we_surgery.excitations.lwe_bam import BAMLWE as BAMLWE
 from we_surgery.excitations.lwe_cbam import CBAMLWE as CBAMLWE
 from we_surgery.excitations.lwe_global import GlobalLWE as GlobalLWE
-from we_surgery.excitations.lwe_global import average_location_nets as average_location_nets
 from we_surgery.excitations.lwe_triplet import TripletLWE as TripletLWE
 from we_surgery.excitations.mwe import MWE as MWE
 from we_surgery.excitations.registry import EXCITATIONS as EXCITATIONS
@@ -21,9 +19,7 @@ from we_surgery.excitations.registry import excitation_record as excitation_reco
 from we_surgery.excitations.registry import rebuild_excitation as rebuild_excitation
 from we_surgery.excitations.registry import register_excitation as register_excitation
 from we_surgery.excitations.rescale import Rescale as Rescale
-from we_surgery.excitations.shift_attention import Hardening as Hardening
 from we_surgery.excitations.shift_attention import ShiftAttention as ShiftAttention
-from we_surgery.excitations.shift_attention import harden as harden
 from we_surgery.excitations.spectral_norm import SpectralNorm as SpectralNorm
 from we_surgery.excitations.standardize import Standardize as Standardize
 from we_surgery.excitations.weight_align import WeightAlign as WeightAlign

@@ -21,8 +21,8 @@ class DynamicSparse(Excitation):
 
     Liu et al. (ICLR 2020), which the WE paper's supplement combines with LWE. The step's
     gradient is the paper's long-tailed estimate, :func:`long_tailed_slope`; it reaches W, besides
-    what the mask lets through, and t. Add :func:`sparsity_loss` to the loss, which drives the
-    thresholds up. Where 1 % of a layer's weights or less would be left, its thresholds are
+    what the mask lets through, and t. Add ``ws.sparsity_loss(model)`` to the loss, which drives
+    the thresholds up. Where 1 % of a layer's weights or less would be left, its thresholds are
     taken for 0; in training they are set to 0. After other stages it masks what those make, so
     that the stripped weight is the sparse one; standardized weights are about 1 in size, which
     is another scale for the thresholds than that of raw ones.
@@ -100,17 +100,3 @@ def long_tailed_slope(over: Tensor) -> Tensor:
     distance = over.abs()
     tail = torch.where(distance <= 1, 0.4, 0.0).to(over.dtype)
     return torch.where(distance <= 0.4, 2 - 4 * distance, tail)
-
-
-def sparsity_loss(model: nn.Module) -> Tensor:
-    """The sum of ``exp(-t)`` over all thresholds of a model; 0-d, 0 where there are none.
-
-    To be added to the loss, times 1e-6 to 5e-4 in the public code: the larger, the sparser. It
-    holds until the model is stripped.
-
-    Example:
-        >>> loss = criterion(model(x), y) + 5e-6 * ws.sparsity_loss(model)
-    """
-    stages = [m for m in model.modules() if isinstance(m, DynamicSparse)]
-    terms = [torch.exp(-stage.threshold).sum() for stage in stages]
-    return torch.stack(terms).sum() if terms else torch.zeros(())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +51,7 @@ class GlobalLWE(LWE, attention="global"):
         kernel_size: of the layer's weight; not used.
         resize: ``linear`` interpolation as in the thesis' code, which from 256 channels on sees
             only some of them, or ``area``, the mean over all.
-        averaged: each layer has a net of its own, and :func:`average_location_nets` makes their
+        averaged: each layer has a net of its own, and ``ws.average_location_nets`` makes their
             weights one, but not their biases, after each optimizer step: that is what the
             thesis' code does.
     """
@@ -139,27 +139,3 @@ class GlobalLWE(LWE, attention="global"):
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
         weight = state["net.fc1.weight"]
         self.net = LocationNet(weight.shape[0], torch.device("meta"), weight.dtype)
-
-
-@torch.no_grad()
-def average_location_nets(model: nn.Module) -> int:
-    """Makes the weights of all ``averaged`` location nets of a model their mean; biases stay.
-
-    To be called after each optimizer step, as by
-    ``optimizer.register_step_post_hook(lambda *_: ws.average_location_nets(model))``.
-
-    Returns:
-        How many nets there are.
-    """
-    nets = [m.net for m in model.modules() if isinstance(m, GlobalLWE) and m.averaged]
-    for weights in ([net.fc1.weight for net in nets], [net.fc2.weight for net in nets]):
-        if weights:
-            _average(weights)
-    return len(nets)
-
-
-def _average(weights: Iterable[Tensor]) -> None:
-    weights = list(weights)
-    mean = torch.stack([weight.float() for weight in weights]).mean(0)
-    for weight in weights:
-        weight.copy_(mean)

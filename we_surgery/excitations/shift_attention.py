@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Excitation
 from we_surgery.excitations.functions import check_choice, check_flag
 from we_surgery.excitations.layout import WeightLayout
@@ -188,47 +186,3 @@ class ShiftAttention(Excitation):
 
 def _one_hot(scores: Tensor) -> Tensor:
     return torch.zeros_like(scores).scatter(2, scores.argmax(2, keepdim=True), 1.0)
-
-
-@dataclass(frozen=True)
-class Hardening:
-    """What :func:`harden` did.
-
-    Attributes:
-        layers: layers hardened.
-        kernels: their kernels; of shared positions one for each input channel.
-        undecided: those without a position over one half, which ``round`` makes zero as a whole.
-    """
-
-    layers: int
-    kernels: int
-    undecided: int
-
-
-def harden(model: nn.Module, how: str = "argmax") -> Hardening:
-    """Leaves each kernel of a model's shift attention its largest position, with a factor of 1.
-
-    Training may go on, of the weights that are left. Strip then gives a dense conv with one
-    weight a kernel.
-
-    Args:
-        model: with shift attention layers.
-        how: ``argmax``; or ``round``, which is the public code's: the same but that a kernel with
-            no position over one half becomes zero; or ``soft``, which takes it back.
-
-    Raises:
-        InputError: there is no such way.
-    """
-    if how not in HARDENINGS:
-        raise InputError(
-            f"there is no hardening {how!r}{near_matches(how, HARDENINGS)}",
-            f"Use one of: {', '.join(HARDENINGS)}.",
-        )
-    stages = [m for m in model.modules() if isinstance(m, ShiftAttention)]
-    for stage in stages:
-        stage.set_hardening(how)
-    return Hardening(
-        layers=len(stages),
-        kernels=sum(stage.attention.flatten(2).shape[:2].numel() for stage in stages),
-        undecided=sum(stage.undecided() for stage in stages),
-    )

@@ -21,12 +21,11 @@ from we_surgery.analysis.variants import initialize_excitations
 from we_surgery.attached import AttachedExcitation, attach
 from we_surgery.converted.sites import Start
 from we_surgery.errors import SurgeryError
-from we_surgery.excitations import sparsity_loss
 from we_surgery.planning.plans import Plan
 from we_surgery.recipes.loaders import Batches, ProcessInfo
 from we_surgery.recipes.recipe import Recipe
 from we_surgery.recipes.tasks import loss_of, main_output, make_metric
-from we_surgery.training import WESchedule
+from we_surgery.training import WESchedule, sparsity_loss
 
 logger = logging.getLogger(__name__)
 

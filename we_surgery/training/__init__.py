@@ -15,3 +15,7 @@ from we_surgery.training.shift_attention import (
     ShiftAttentionSchedule as ShiftAttentionSchedule,
 )
 from we_surgery.training.shift_attention import shift_attention_words as shift_attention_words
+from we_surgery.training.stages import Hardening as Hardening
+from we_surgery.training.stages import average_location_nets as average_location_nets
+from we_surgery.training.stages import harden as harden
+from we_surgery.training.stages import sparsity_loss as sparsity_loss

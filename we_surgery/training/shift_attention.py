@@ -10,6 +10,7 @@ from torch import nn
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError
 from we_surgery.excitations import ShiftAttention
+from we_surgery.training.stages import stages_of
 from we_surgery.training.vanilla_view import inside_wrappers
 
 
@@ -50,11 +51,11 @@ class ShiftAttentionSchedule:
     ) -> None:
         if steps < 1 or not 0 < start <= end < math.inf:
             raise InputError(
-                f"a schedule of {steps} steps from {start} to {end} is none",
-                "Give at least one step, and temperatures over 0 that do not fall.",
+                "`steps` must be at least 1, and 0 < `start` <= `end`, got "
+                f"{steps}, {start} and {end}",
+                "Correct them.",
             )
-        modules = inside_wrappers(model).modules()
-        self.stages = [module for module in modules if isinstance(module, ShiftAttention)]
+        self.stages = stages_of(model, ShiftAttention, "ShiftAttentionSchedule")
         if not self.stages:
             raise InputError(
                 "the model has no shift attention", "Convert it with `conv: shift_attention`."
