@@ -188,3 +188,41 @@ def test_quantization_aware_training_to_int8():
     assert any("quantized" in type(module).__module__ for module in deployed.modules())
     assert (got - expected).abs().max() < 0.25 * expected.abs().max()
     assert loss_of(deployed, batches(1)[0]) < losses[0]
+
+
+def with_torchscript(compiled):
+    torch.manual_seed(0)
+    inner = nn.Sequential(
+        *(nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to drop it
+        inner = torch.jit.script(inner) if compiled else inner
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), inner)
+
+
+@pytest.mark.parametrize("inputs", [None, batches(1)[0][0]], ids=["symbolic", "recorded"])
+def test_torchscript_within_a_model_trains_as_the_eager_layers(inputs):
+    config = {"conv": "lwe", "linear": "lwe+mwe", "standardize": "off"}
+    found = []
+    for compiled in (False, True):
+        model = with_torchscript(compiled)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        torch.manual_seed(1)
+        excitation = ws.attach(model, optimizer, config=config, example_inputs=inputs)
+        assert len(excitation.plan.excited) == 3
+        found.append([plain_step(optimizer, model, batch, 0) for batch in batches(4)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    with pytest.raises(ws.InputError, match=r"'2.0', which is TorchScript"):
+        excitation.converted()
+
+
+def test_a_traced_conv_is_left_alone_with_the_reason():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner = torch.jit.trace(nn.Sequential(nn.Conv2d(8, 8, 3)).eval(), torch.randn(2, 8, 6, 6))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), inner)
+    excitation = ws.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    reasons = {row.layer: row.reason for row in excitation.plan.decisions}
+    assert "does not say how many groups" in reasons["1.0"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from we_surgery._util.copies import copy_model
+from we_surgery._util.scripted import own_parameters
 from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
@@ -376,7 +377,7 @@ class AttachedExcitation:
     def _watch_frozen(self) -> None:
         frozen = {}
         for row in self.plan.decisions:
-            parameter = self._modules[row.module]._parameters.get(row.parameter)
+            parameter = own_parameters(self._modules[row.module]).get(row.parameter)
             if row.reason.startswith("frozen") and parameter is not None:
                 frozen[row.layer] = parameter
         for step in self._steps:
@@ -417,10 +418,11 @@ class AttachedExcitation:
         return self._holds(weight)
 
     def _holds(self, weight: AttachedWeight) -> bool:
-        return all(
-            self._modules[module]._parameters.get(name) is weight.parameter
-            for module, name in weight.places
-        )
+        for module, name in weight.places:
+            own = self._modules[module]._parameters  # of TorchScript it has no `get`
+            if name not in own or own[name] is not weight.parameter:
+                return False
+        return True
 
     @torch.no_grad()
     def report(self, weights: Sequence[AttachedWeight]) -> None:

@@ -134,7 +134,10 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     if parametrize.is_parametrized(module):
         return "carries a torch.nn.utils.parametrize parametrization"
     if is_scripted(module):
-        return "is TorchScript, which cannot be changed"
+        is_conv = (kind_of(module) or "").startswith("conv")
+        if is_conv and not hasattr(module, "groups"):
+            return "is a conv in traced TorchScript, which does not say how many groups it has"
+        return None
     if f"{parameter}_g" in module._parameters:
         return "carries a torch.nn.utils.weight_norm hook"
     if f"{parameter}_orig" in module._parameters:
@@ -160,6 +163,8 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
 
 def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
     """Why no excitation of the parameter can stand in the module."""
+    if is_scripted(module):
+        return "is TorchScript, which cannot be changed"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return "belongs to a container, which would run an excitation as one of its layers"
     if parameter in excited_names(module):
