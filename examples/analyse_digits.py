@@ -139,9 +139,9 @@ def main(folder: Path, output: Path, only: str | None, quick: bool) -> None:
             continue
         console.print(f"[bold]{name}")
         stem = output / name
-        with analysis.progress_bar(name) as monitor:
+        with analysis.progress_bar(name) as progress:
             result = measurement(
-                progress_file=stem.with_name(f"{name}.progress.jsonl"), monitor=monitor
+                progress_file=stem.with_name(f"{name}.progress.jsonl"), progress=progress
             )
         analysis.save_result(result, stem, force=True)
         rows = result.summary() if isinstance(result, analysis.Sweep) else list(result.rows())

@@ -225,21 +225,19 @@ def test_a_run_over_batches_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         location_maps(model, stopping(batches()), samples=(2, 2), progress_file=path)
-    seen: list[int] = []
-
-    class Watching:
-        def start(self, evaluations: int | None, seconds: float | None) -> None:
-            seen.append(evaluations or 0)
-
-        def advance(self, evaluations: int) -> None:
-            seen.append(evaluations)
-
+    seen: list[tuple[int, int | None]] = []
     other = batches()
     with pytest.raises(ws.InputError, match="batch 0 differs"):
         location_maps(model, other[::-1], samples=(2, 2), progress_file=path)
-    resumed = location_maps(model, other, samples=(2, 2), progress_file=path, monitor=Watching())
+    resumed = location_maps(
+        model,
+        other,
+        samples=(2, 2),
+        progress_file=path,
+        progress=lambda *numbers: seen.append(numbers),
+    )
     assert resumed == location_maps(model, batches(), samples=(2, 2))
-    assert seen == [16] + 16 * [1]  # the second batch
+    assert seen == [(done, 16) for done in range(17)]  # the second batch
     assert not path.exists()
 
 
@@ -271,16 +269,9 @@ def test_the_progress_of_something_else_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "something of mine\n"
 
 
-def test_an_estimate_comes_before_the_first_change() -> None:
-    order: list[str] = []
-
-    class Watching:
-        def start(self, evaluations: int | None, seconds: float | None) -> None:
-            assert seconds is not None
-            order.append(f"{evaluations} {seconds > 0}")
-
-        def advance(self, evaluations: int) -> None:
-            order.append("done")
-
-    location_maps(Residual(), batches(), samples=(1, 1), monitor=Watching())
-    assert order == ["8 True", *["done"] * 8]
+def test_progress_is_told_from_the_first_change_on() -> None:
+    seen: list[tuple[int, int | None]] = []
+    location_maps(
+        Residual(), iter(batches()), samples=(1, 1), progress=lambda *numbers: seen.append(numbers)
+    )
+    assert seen == [(done, None) for done in range(9)]  # an iterator has no length

@@ -6,14 +6,14 @@ room. To add an analysis of weights, write its changes and hand them to `measuri
 a result, write its record in `results` and its picture in `pictures`.
 """
 
+from we_surgery._util.progress import Progress as Progress
+from we_surgery._util.progress import progress_bar as progress_bar
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
 from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
 from we_surgery.analysis.pictures import draw as draw
-from we_surgery.analysis.progress import Monitor as Monitor
-from we_surgery.analysis.progress import progress_bar as progress_bar
 from we_surgery.analysis.pruning import apply_masks as apply_masks
 from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks
 from we_surgery.analysis.pruning import pruning_curve as pruning_curve

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import Cells, Change, measure
-from we_surgery.analysis.progress import Monitor
 from we_surgery.analysis.results import LocationMap, LocationMaps, MagnitudeCurve
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import (
@@ -32,7 +32,7 @@ def magnitude_curve(
     layers: Sequence[str] = (),
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> MagnitudeCurve:
     """Zeroes the weight at each percentile of magnitude, in all conv layers at once.
 
@@ -49,7 +49,8 @@ def magnitude_curve(
         score: of a loader: ``accuracy``, or ``log_likelihood``, which moves where no prediction
             does.
         progress_file: keeps results while the run lasts, and resumes from it if it is there.
-        monitor: such as :func:`we_surgery.analysis.progress_bar` gives.
+        progress: called with (evaluations done, evaluations in all), as by the bar that
+            :func:`we_surgery.analysis.progress_bar` gives.
 
     Raises:
         InputError: there is no such layer, or the metric cannot be used.
@@ -80,7 +81,7 @@ def magnitude_curve(
         score=score,
         job={"analysis": "magnitude", "layers": names},
         progress_file=progress_file,
-        monitor=monitor,
+        progress=progress,
     )
     drops = [measured.drop(change.name) for change in changes]
     return MagnitudeCurve(measured.score, measured.baseline, names, list(positions), drops)
@@ -100,7 +101,7 @@ def location_maps(
     layers: Sequence[str] = (),
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> LocationMaps:
     """Zeroes single kernels of each conv with a kernel larger than 1, but for depthwise ones.
 
@@ -116,7 +117,7 @@ def location_maps(
             one input channel per filter. Layers named here may be any conv.
         score: as in :func:`magnitude_curve`.
         progress_file: as there.
-        monitor: as there.
+        progress: as there.
 
     Raises:
         InputError: there is no such layer, or the metric cannot be used.
@@ -148,7 +149,7 @@ def location_maps(
         score=score,
         job={"analysis": "location"},
         progress_file=progress_file,
-        monitor=monitor,
+        progress=progress,
     )
     for one in maps:
         for o in one.out_channels:

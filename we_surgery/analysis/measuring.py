@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from we_surgery._util.progress import Progress
 from we_surgery._util.scripted import is_scripted
-from we_surgery.analysis.progress import Monitor, ProgressFile, fingerprint, fingerprint_of_model
+from we_surgery.analysis.progress import ProgressFile, fingerprint, fingerprint_of_model
 from we_surgery.analysis.scores import (
     LabelledBatches,
     Metric,
@@ -75,7 +75,7 @@ def measure(
     score: str = "accuracy",
     job: Mapping[str, Any] | None = None,
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> Measured:
     """The metric of ``model``, and its metric under each change.
 
@@ -88,7 +88,7 @@ def measure(
         job: what a progress file is checked against besides the model and the changes.
         progress_file: keeps results while the run lasts; taken up if it is there, removed at the
             end.
-        monitor: told how the run gets on.
+        progress: called with (measurements done, measurements in all).
 
     Raises:
         InputError: the metric is neither of the two, does not run the model, or does not give a
@@ -96,7 +96,7 @@ def measure(
     """
     check_score(score)
     label = "metric_fn" if callable(metric) else score
-    progress = ProgressFile(
+    kept = ProgressFile(
         progress_file,
         {
             **(job or {}),
@@ -109,51 +109,47 @@ def measure(
         measurements: Iterable[Measurement] = [lambda: (_value(model, metric), 1)]
         length: int | None = 1
     else:
-        measurements, length = _batches(model, metric, score, progress), _length(metric)
-    index = -1
+        measurements, length = _batches(model, metric, score, kept), _length(metric)
+    left = None if length is None else _left(changes, length, kept)
+    index, done = -1, 0
     for index, measurement in enumerate(measurements):
-        seconds = _measure_baseline(index, measurement, progress)
-        if monitor is not None and index == 0:
-            left = None if length is None else _left(changes, length, progress)
-            monitor.start(left, None if left is None else left * seconds)
+        _measure_baseline(index, measurement, kept)
+        if progress is not None and index == 0:
+            progress(0, left)
         for change in changes:
             key = f"{index}:{change.name}"
-            if key in progress:
+            if key in kept:
                 continue
             with _zeroed(change.cells()):
-                progress.add(key, measurement())
-            if monitor is not None:
-                monitor.advance(1)
+                kept.add(key, measurement())
+            done += 1
+            if progress is not None:
+                progress(done, left)
     if index < 0:
         raise InputError("the loader gives no batch", "Give a loader of (inputs, labels).")
     values = {}
     for name in (_BASELINE, *(change.name for change in changes)):
-        results = [progress[f"{number}:{name}"] for number in range(index + 1)]
+        results = [kept[f"{number}:{name}"] for number in range(index + 1)]
         total = sum(count for _, count in results)
         values[name] = sum(value for value, _ in results) / total if total else float("nan")
-    progress.remove()
+    kept.remove()
     return Measured(label, values.pop(_BASELINE), values)
 
 
-def _measure_baseline(index: int, measurement: Measurement, progress: ProgressFile) -> float:
-    """Measures the unchanged model; returns how long that took."""
-    start = time.perf_counter()
-    result = measurement()
-    seconds = time.perf_counter() - start
-    key = f"{index}:{_BASELINE}"
-    if key not in progress:
-        progress.add(key, result)
-    elif not math.isclose(progress[key][0], result[0], rel_tol=1e-6):
+def _measure_baseline(index: int, measurement: Measurement, kept: ProgressFile) -> None:
+    result, key = measurement(), f"{index}:{_BASELINE}"
+    if key not in kept:
+        kept.add(key, result)
+    elif not math.isclose(kept[key][0], result[0], rel_tol=1e-6):
         raise InputError(
-            f"the metric is {result[0]!r}, but was {progress[key][0]!r} in the run to be resumed",
+            f"the metric is {result[0]!r}, but was {kept[key][0]!r} in the run to be resumed",
             "Give the same data and metric, or remove the progress file.",
         )
-    return seconds
 
 
-def _left(changes: Sequence[Change], length: int, progress: ProgressFile) -> int:
+def _left(changes: Sequence[Change], length: int, kept: ProgressFile) -> int:
     keys = (f"{index}:{change.name}" for index in range(length) for change in changes)
-    return sum(key not in progress for key in keys)
+    return sum(key not in kept for key in keys)
 
 
 @contextlib.contextmanager
@@ -169,7 +165,7 @@ def _zeroed(cells: Cells) -> Iterator[None]:
 
 
 def _batches(
-    model: nn.Module, batches: LabelledBatches, score: str, progress: ProgressFile
+    model: nn.Module, batches: LabelledBatches, score: str, kept: ProgressFile
 ) -> Iterator[Measurement]:
     """A measurement for each batch of a loader, which is gone through once."""
     if not isinstance(batches, Iterable):
@@ -181,7 +177,7 @@ def _batches(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for index, batch in enumerate(batches):
         inputs, labels = inputs_and_labels(batch, device)
-        _check_batch(index, inputs, labels, progress)
+        _check_batch(index, inputs, labels, kept)
 
         def measurement(inputs: Any = inputs, labels: Tensor = labels) -> tuple[float, int]:
             devices = [device] if device.type == "cuda" else []
@@ -190,18 +186,16 @@ def _batches(
                 torch.manual_seed(0)
                 return score_of(class_scores(call(model, inputs)), labels)
 
-        if index == 0:
-            measurement()  # the first run of all is a slow one, and the next one is timed
         yield measurement
 
 
-def _check_batch(index: int, inputs: Any, labels: Tensor, progress: ProgressFile) -> None:
-    if progress.path is None:
+def _check_batch(index: int, inputs: Any, labels: Tensor, kept: ProgressFile) -> None:
+    if kept.path is None:
         return
     key, found = f"batch {index}", fingerprint(inputs, labels)
-    if key not in progress:
-        progress.add(key, found)
-    elif progress[key] != found:
+    if key not in kept:
+        kept.add(key, found)
+    elif kept[key] != found:
         raise InputError(
             f"batch {index} differs from that of the run to be resumed",
             "Give a loader that does not shuffle or augment, or remove the progress file.",

@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import Cells, Change, measure
-from we_surgery.analysis.progress import Monitor
 from we_surgery.analysis.results import MultiplierValidity, ValidityRow
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
@@ -95,7 +95,7 @@ def multiplier_validity(
     layers: Sequence[str] = (),
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> MultiplierValidity:
     """Removes what has the lowest multipliers in each layer, then what has the highest.
 
@@ -119,7 +119,7 @@ def multiplier_validity(
         layers: patterns; by default all layers that have multipliers.
         score: as in :func:`~we_surgery.analysis.magnitude_curve`.
         progress_file: as there.
-        monitor: as there.
+        progress: as there.
 
     Raises:
         InputError: the model has no multipliers, there is no such granularity or layer, or the
@@ -144,7 +144,7 @@ def multiplier_validity(
         score=score,
         job={"analysis": "multipliers", "share": share, "seed": seed},
         progress_file=progress_file,
-        monitor=monitor,
+        progress=progress,
     )
     total = sum(weight.parameter.numel() for weight in maps)
     rows = [

@@ -1,94 +1,21 @@
-"""How a long run gets on: a bar for the user, and a file from which it can be taken up again."""
+"""What a long run has done so far, on disk, so that it can be stopped and taken up again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
 from we_surgery.converted.proof import bits_of
 from we_surgery.errors import InputError
 
 _SCHEMA = 2
-
-
-class Monitor(Protocol):
-    """Progress callback for long analyses; see :func:`we_surgery.analysis.progress_bar`."""
-
-    def start(self, evaluations: int | None, seconds: float | None) -> None:
-        """Called before the first change: how much there is to do, and about how long it takes.
-
-        Both are None where a loader does not say its length.
-        """
-
-    def advance(self, evaluations: int) -> None:
-        """Called with the number of evaluations that were just done."""
-
-
-@contextmanager
-def progress_bar(what: str = "measuring") -> Iterator[Bar]:
-    """A monitor for any analysis, on stderr: an estimate at the start, a bar in a terminal.
-
-    Example:
-        >>> with progress_bar() as monitor:
-        ...     maps = location_maps(model, loader, monitor=monitor)
-    """
-    console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        yield Bar(progress, progress.add_task(what, total=None))
-
-
-class Bar:
-    """What :func:`progress_bar` yields."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def start(self, evaluations: int | None, seconds: float | None) -> None:
-        self._progress.update(self._task, total=evaluations)
-        if seconds is not None:
-            self._progress.console.print(
-                f"{evaluations:,} evaluations, about {_duration(seconds)}", highlight=False
-            )
-
-    def advance(self, evaluations: int) -> None:
-        self._progress.advance(self._task, evaluations)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "under a second"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 class ProgressFile:

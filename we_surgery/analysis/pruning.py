@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import Cells, Change, measure
 from we_surgery.analysis.multipliers import (
     check_choices,
@@ -19,7 +20,6 @@ from we_surgery.analysis.multipliers import (
     masked,
     with_multipliers,
 )
-from we_surgery.analysis.progress import Monitor
 from we_surgery.analysis.results import PruningCurve, PruningRow
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, find_weights, kernel_mask
@@ -40,7 +40,7 @@ def pruning_curve(
     layers: Sequence[str] = (),
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> PruningCurve:
     """Removes a share of the kernels of each layer, by one criterion and another.
 
@@ -57,7 +57,7 @@ def pruning_curve(
         layers: patterns; by default all layers that have multipliers.
         score: as in :func:`~we_surgery.analysis.magnitude_curve`.
         progress_file: as there.
-        monitor: as there.
+        progress: as there.
 
     Raises:
         InputError: the model has no multipliers, or an argument cannot be used.
@@ -89,7 +89,7 @@ def pruning_curve(
         score=score,
         job={"analysis": "prune", "seed": seed},
         progress_file=progress_file,
-        monitor=monitor,
+        progress=progress,
     )
     pruned = sum(weight.parameter.numel() for weight in maps)
     total = sum(parameter.numel() for parameter in copied.parameters())

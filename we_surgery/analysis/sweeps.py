@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import measure
-from we_surgery.analysis.progress import Monitor, ProgressFile
+from we_surgery.analysis.progress import ProgressFile
 from we_surgery.analysis.results import SparseRow, SparseTraining, Sweep, SweepRow
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.analysis.variants import Variant
@@ -40,7 +41,7 @@ def sweep(
     title: str = "variants",
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> Sweep:
     """Trains each variant with each seed and measures the models as they would be deployed.
 
@@ -57,7 +58,7 @@ def sweep(
         title: of the table and picture.
         score: of a loader.
         progress_file: keeps finished runs, and resumes from them.
-        monitor: told of each finished run.
+        progress: called with (runs done, runs in all).
 
     Raises:
         InputError: there is nothing to vary, or the metric cannot be used.
@@ -80,7 +81,7 @@ def sweep(
     # A whole seed after the other, so that what is there of a stopped sweep is paired.
     runs = {f"{seed}:{name}": (name, seed) for seed in seeds for name in variants}
     job = {"analysis": "sensitivity", "title": title, "variants": list(variants)}
-    found = _all_runs(runs, train, job, score, progress_file, monitor)
+    found = _all_runs(runs, train, job, score, progress_file, progress)
     rows = []
     for key, (name, seed) in runs.items():
         value, failure = found[key]
@@ -101,7 +102,7 @@ def sparse_training(
     seeds: Sequence[int] = (0, 1, 2),
     score: str = "accuracy",
     progress_file: str | Path | None = None,
-    monitor: Monitor | None = None,
+    progress: Progress | None = None,
 ) -> SparseTraining:
     """Trains each variant at each strength, strips it, and counts zeros beside the metric.
 
@@ -119,7 +120,7 @@ def sparse_training(
         seeds: one run each.
         score: of a loader.
         progress_file: keeps finished runs, and resumes from them.
-        monitor: told of each finished run.
+        progress: called with (runs done, runs in all).
 
     Raises:
         InputError: there is nothing to train, or the metric cannot be used.
@@ -140,7 +141,7 @@ def sparse_training(
         for strength in strengths
     }
     job = {"analysis": "sparse_training", "variants": list(variants)}
-    found = _all_runs(runs, train, job, score, progress_file, monitor)
+    found = _all_runs(runs, train, job, score, progress_file, progress)
     rows = [SparseRow(*run, *found[key]) for key, run in runs.items()]
     return SparseTraining(_label(metric, score), rows)
 
@@ -158,20 +159,20 @@ def _all_runs(
     job: Mapping[str, Any],
     score: str,
     progress_file: str | Path | None,
-    monitor: Monitor | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """What ``train`` returns for each run, those of a stopped sweep from its progress file."""
     check_score(score)
-    progress = ProgressFile(progress_file, {**job, "score": score})
-    if monitor is not None:
-        monitor.start(len(runs), None)
-    for key, run in runs.items():
-        if key not in progress:
-            progress.add(key, train(*run))
-        if monitor is not None:
-            monitor.advance(1)
-    progress.remove()
-    return {key: progress[key] for key in runs}
+    kept = ProgressFile(progress_file, {**job, "score": score})
+    todo = [key for key in runs if key not in kept]
+    for done, key in enumerate(todo):
+        if progress is not None:
+            progress(done, len(todo))
+        kept.add(key, train(*runs[key]))
+    if progress is not None:
+        progress(len(todo), len(todo))
+    kept.remove()
+    return {key: kept[key] for key in runs}
 
 
 def _trained(

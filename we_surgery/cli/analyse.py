@@ -297,12 +297,12 @@ def _analyse(
     progress_file = output.with_name(f"{output.name}.progress.jsonl")
     if progress_file.exists():
         say(f"going on from {progress_file}")
-    with analyses.progress_bar() as monitor:
+    with analyses.progress_bar() as progress:
         result = run(
             model,
             metric,
             progress_file=progress_file,
-            monitor=monitor,
+            progress=progress,
             **arguments,
             **options,
         )

@@ -373,21 +373,3 @@ def say_notes(notes: Iterable[str]) -> None:
     """What is worth knowing of a file, a line each."""
     for note in notes:
         say(f"note: {one_line(note)}")
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, shown in a terminal alone; yields ``update(done, total)``."""
-    stderr = Console(stderr=True)
-    if not stderr.is_terminal:
-        # A bar that is disabled leaves an empty line.
-        yield lambda done, total: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    bar = Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), console=stderr, transient=True
-    )
-    with bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

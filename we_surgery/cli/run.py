@@ -10,12 +10,12 @@ from typing import Literal
 import click
 
 from we_surgery._util import shipped
+from we_surgery._util.progress import progress_bar
 from we_surgery.cli.common import (
     SurgeryCommand,
     complete_names,
     print_table,
     print_text,
-    progress_bar,
     say,
     say_written,
 )
@@ -119,7 +119,7 @@ def run_command(
     settings = load_recipe(recipe).replace(form=form)
     if precision is not None:
         settings = settings.replace(precision=precision)
-    with progress_bar(settings.title) as update:
+    with progress_bar(settings.title, unit="") as progress:
         result = run_recipe(
             settings,
             data,
@@ -131,7 +131,7 @@ def run_command(
             workers=workers,
             step_batch=step_batch,
             seed=seed,
-            progress=lambda what, done, total: update(done, total),
+            progress=progress,
         )
     if result is None:
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from we_surgery._util.progress import progress_bar
 from we_surgery.cli.choices import DEPLOY_FORMS, DTYPES
 from we_surgery.cli.common import (
     SurgeryCommand,
@@ -15,7 +16,6 @@ from we_surgery.cli.common import (
     output_options,
     parse_shape,
     print_text,
-    progress_bar,
     say,
     say_notes,
     say_written,
@@ -118,7 +118,7 @@ def strip_command(
 
     from we_surgery.jobs.strip import strip_both, strip_file
 
-    with progress_bar("folding") as progress:
+    with progress_bar("folding", unit="") as progress:
         options: dict[str, Any] = {
             "output": output,
             "to": to,

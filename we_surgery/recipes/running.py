@@ -15,6 +15,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 
 from we_surgery import checkpoint
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.variants import initialize_excitations
 from we_surgery.converted.surgery import convert, is_converted, strip_with_report
 from we_surgery.errors import InputError
@@ -22,7 +23,7 @@ from we_surgery.planning.decide import plan
 from we_surgery.planning.plans import Plan
 from we_surgery.recipes.loaders import Loaders, ProcessInfo, make_loaders, synthetic_loaders
 from we_surgery.recipes.recipe import Recipe
-from we_surgery.recipes.training_run import Progress, TrainingRun
+from we_surgery.recipes.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def run_recipe(
     workers: int = 4,
     step_batch: int | None = None,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> RunResult | None:
     """Trains, strips and verifies what a recipe says; under ``torchrun`` on several devices.
 
@@ -90,7 +91,7 @@ def run_recipe(
         step_batch: images of one process in one step; the recipe's batch is reached by
             accumulating gradients. By default there is nothing to accumulate.
         seed: of initialization and of each epoch.
-        progress: called with what is done, how much of it, and of how much.
+        progress: called with (batches done, batches in all) of each pass over the data.
 
     Returns:
         The result; None in every process but the first.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, random_seed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from we_surgery._util.progress import Progress
 from we_surgery.analysis.variants import initialize_excitations
 from we_surgery.attached import AttachedExcitation, attach
 from we_surgery.converted.sites import Start
@@ -28,8 +28,6 @@ from we_surgery.recipes.tasks import loss_of, main_output, make_metric
 from we_surgery.training import WESchedule, sparsity_loss
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 
 class TrainingRun:
@@ -149,7 +147,7 @@ class TrainingRun:
             losses.append(self._step(images, labels, is_last))
             if is_last and self.steps_schedule:
                 self.scheduler.step_update(epoch * self.updates + step // self.accumulation + 1)
-            progress(f"epoch {epoch + 1} of {self.epochs}", step + 1, total)
+            progress(step + 1, total)
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
             raise SurgeryError(
@@ -198,7 +196,7 @@ class TrainingRun:
             for step, (images, labels) in enumerate(batches):
                 outputs = main_output(model(images.to(self.process.device)))
                 metric.update(outputs.float(), labels.to(self.process.device))
-                progress("evaluating", step + 1, total)
+                progress(step + 1, total)
         if self.process.processes > 1:
             torch.distributed.all_reduce(metric.counts)
         return metric.result()
