@@ -110,6 +110,7 @@ def make_transform(data: Data, task: Task, *, is_training: bool) -> Callable[...
             is_training=is_training and data.crop == "resized",
             color_jitter=data.color_jitter or None,
             interpolation="bilinear",
+            hflip=0.5 if data.flip else 0.0,
             mean=data.mean,
             std=data.std,
             crop_pct=data.crop_pct,
@@ -118,14 +119,16 @@ def make_transform(data: Data, task: Task, *, is_training: bool) -> Callable[...
     size = list(data.input_size[1:])
     steps: list[Any] = [v2.ToImage()]
     if task == "segmentation":
-        steps += _around_masks(size, is_training)
+        steps += _around_masks(data) if is_training else []  # whole images, one at a time
     elif is_training and data.crop == "padded":
-        steps += [v2.RandomCrop(size, padding=_PADDING), v2.RandomHorizontalFlip()]
+        steps.append(v2.RandomCrop(size, padding=_PADDING))
     elif is_training:
-        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        steps.append(v2.RandomResizedCrop(size, antialias=True))
     else:
         shorter = round(min(size) / data.crop_pct)
         steps += [v2.Resize(shorter, antialias=True), v2.CenterCrop(size)]
+    if is_training and data.flip:
+        steps.append(v2.RandomHorizontalFlip())
     steps += [v2.ToDtype({tv_tensors.Mask: torch.int64, "others": torch.float32}, scale=True)]
     steps += [v2.Normalize(list(data.mean), list(data.std)), v2.ToPureTensor()]
     if task == "video":
@@ -134,15 +137,16 @@ def make_transform(data: Data, task: Task, *, is_training: bool) -> Callable[...
     return composed
 
 
-def _around_masks(size: list[int], is_training: bool) -> list[Any]:
-    if not is_training:
-        return []  # whole images, one at a time
+def _around_masks(data: Data) -> list[Any]:
+    size = list(data.input_size[1:])
     fill = {tv_tensors.Mask: IGNORED_LABEL, "others": 0}
-    return [
-        v2.RandomHorizontalFlip(),
-        v2.ScaleJitter(size, _SCALES, InterpolationMode.BILINEAR, antialias=True),
-        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-    ]
+    steps: list[Any] = [v2.RandomCrop(size, pad_if_needed=True, fill=fill)]
+    if data.crop == "scaled":
+        scale = v2.ScaleJitter(size, _SCALES, InterpolationMode.BILINEAR, antialias=True)
+        steps.insert(0, scale)
+    if data.color_jitter:
+        steps.append(v2.ColorJitter(*3 * [data.color_jitter]))
+    return steps
 
 
 def _frames_second(clip: torch.Tensor) -> torch.Tensor:

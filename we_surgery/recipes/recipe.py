@@ -20,7 +20,7 @@ Task = Literal["classification", "segmentation", "video"]
 Layout = Literal[
     "imagefolder", "cifar10", "cifar100", "tiny-imagenet", "voc", "cityscapes", "frames"
 ]
-Crop = Literal["resized", "padded", "scaled", "center"]
+Crop = Literal["resized", "padded", "scaled", "random", "center"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Form = Literal["attached", "converted"]
 
@@ -38,7 +38,9 @@ class Data:
         train: name of the training split.
         validation: name of the split that is evaluated.
         crop: training crops: ``resized`` (random area and ratio), ``padded`` (4 pixels around),
-            ``scaled`` (random scale, for segmentation), ``center`` (none at random).
+            ``scaled`` (random scale relative to the crop, for segmentation), ``random`` (no
+            scaling, for segmentation), ``center`` (none at random).
+        flip: whether training mirrors images left to right, in half of the cases.
         crop_pct: share of the resized image's side that the evaluation's centre crop keeps.
         color_jitter: strength of brightness, contrast and saturation changes.
         mean: of each channel, subtracted.
@@ -53,6 +55,7 @@ class Data:
     train: str = "train"
     validation: str = "val"
     crop: Crop = "resized"
+    flip: bool = True
     crop_pct: float = 0.875
     color_jitter: float = 0.0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -78,6 +81,7 @@ class Training:
         excitation_init: of the excitations' linear layers; ``default`` is torch's.
         ema_decay: of a moving average of the weights; None keeps none.
         precision: of the forward pass; half precision is mixed (AMP).
+        backbone_lr_scale: what the learning rate of `model.backbone` is multiplied by.
     """
 
     epochs: int
@@ -92,6 +96,7 @@ class Training:
     excitation_init: Initialization = "default"
     ema_decay: float | None = None
     precision: Precision = "float32"
+    backbone_lr_scale: float = 1.0
 
 
 @dataclass(frozen=True)

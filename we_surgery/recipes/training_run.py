@@ -23,7 +23,7 @@ from we_surgery.converted.sites import Start
 from we_surgery.errors import SurgeryError
 from we_surgery.planning.plans import Plan
 from we_surgery.recipes.loaders import Batches, ProcessInfo
-from we_surgery.recipes.recipe import Recipe
+from we_surgery.recipes.recipe import Recipe, Training
 from we_surgery.recipes.tasks import loss_of, main_output, make_metric
 from we_surgery.training import WESchedule, sparsity_loss
 
@@ -54,7 +54,9 @@ class TrainingRun:
         self.accumulation = accumulation
         self.model = model
         self.optimizer = create_optimizer_v2(
-            model, filter_bias_and_bn=not settings.decay_all, **settings.optimizer
+            _parameters(model, settings),
+            filter_bias_and_bn=not settings.decay_all,
+            **settings.optimizer,
         )
         # Before averages are made of the weights, and before DDP.
         self.attached = None if plan is None else self._attach(plan)
@@ -200,3 +202,14 @@ class TrainingRun:
         if self.process.processes > 1:
             torch.distributed.all_reduce(metric.counts)
         return metric.result()
+
+
+def _parameters(model: nn.Module, settings: Training) -> Any:
+    """The model, or its parameters in two groups where its backbone learns more slowly."""
+    if settings.backbone_lr_scale == 1.0:
+        return model
+    backbone = list(model.get_submodule("backbone").parameters())
+    own = {id(parameter) for parameter in backbone}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    slower = settings.optimizer["lr"] * settings.backbone_lr_scale
+    return [{"params": backbone, "lr": slower}, {"params": rest}]
