@@ -1,7 +1,7 @@
 """A training step on a GPU: time, peak memory and kernel launches, excited over vanilla.
 
     python benchmarks/gpu.py                       # ResNet50, batch 256, 224 px: some minutes
-    python benchmarks/gpu.py --networks resnet18 resnet152 --forms eager attached --rounds 30
+    python benchmarks/gpu.py --networks resnet18 resnet152 --forms attached --rounds 30
     python benchmarks/gpu.py --device cpu --batch 2 --pixels 64 --rounds 1   # a rehearsal
 
 First the kernels are checked against eager on the device, on each weight of ResNet50 and for each
@@ -9,9 +9,8 @@ composition; a difference above 1e-3 ends the run. Then training steps are measu
 bf16 autocast, channels_last, SGD with momentum; forward, loss, backward, step. Models take turns
 and only ratios of one round are reported: median (smallest to largest). Times are those of CUDA
 events; the peak is ``torch.cuda.max_memory_allocated`` of one step; launches are the kernels that
-torch's profiler saw in one step, excited minus vanilla, over the excited layers. ``inductor``
-compiles for some minutes first; ``grouped`` is ``triton`` after ``set_grouped``; these are
-backends of the converted form. ``attached`` is :func:`we_surgery.attach` with the kernels. Writes
+torch's profiler saw in one step, excited minus vanilla, over the excited layers. ``converted``
+is the converted form, and ``attached`` is :func:`we_surgery.attach` with the kernels. Writes
 ``gpu.json`` and ``gpu.md`` into ``benchmarks/results``, or, for a rehearsal, nothing: a CPU's
 figures say nothing of a GPU's.
 """
@@ -44,8 +43,7 @@ from transform_forms import excitable_layouts, make_layer
 import we_surgery as ws
 from we_surgery.excitations import WeightLayout
 
-FORMS = ("attached", "eager", "inductor", "triton", "grouped")
-DEFAULT_FORMS = ("attached", "eager", "triton", "grouped")
+FORMS = ("attached", "converted")
 COMPOSITIONS = ("lwe", "mwe", "lwe+mwe")
 
 
@@ -151,14 +149,6 @@ def check_kernels(device: torch.device) -> dict[str, float]:
     return found
 
 
-def excited(vanilla: nn.Module, mode: str, backend: str) -> nn.Module:
-    """The network, excited by a backend."""
-    is_grouped = backend == "grouped"
-    model = ws.convert(vanilla, mode, backend="triton" if is_grouped else backend)  # type: ignore[arg-type]
-    ws.set_grouped(model, is_grouped)
-    return model
-
-
 def measure(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every form over vanilla, for one network."""
     torch.manual_seed(0)
@@ -168,7 +158,7 @@ def measure(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]
         if form == "attached":
             steps[form] = Step(copy.deepcopy(vanilla), options, attached=mode)
         else:
-            steps[form] = Step(excited(vanilla, mode, form), options)
+            steps[form] = Step(ws.convert(vanilla, mode), options)
     for step in steps.values():
         step.run()  # compiles, and makes the optimizer's state
 
@@ -220,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--networks", nargs="+", default=("resnet50",))
     parser.add_argument("--modes", nargs="+", default=("lwe", "lwe+mwe"))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=20)

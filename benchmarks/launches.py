@@ -4,10 +4,10 @@
 
 On a GPU each costs a launch of some microseconds, whatever the layer's size. Operations of torch
 are counted as they are dispatched, forward and backward, without those that only look at memory
-(views, allocations); kernels of Triton as they would be launched, by layer and for all layers of
-the model together (``set_grouped``). The sums into ``.grad`` are not counted, nor is the copy of a
-table to the GPU, which kernels need again only when a weight has moved. Writes ``launches.json``
-and ``launches.md`` into ``benchmarks/results``.
+(views, allocations); kernels of Triton as they would be launched, layer by layer. The attached
+form launches them for all layers together. The sums into ``.grad`` are not counted, nor is the
+copy of a table to the GPU, which kernels need again only when a weight has moved. Writes
+``launches.json`` and ``launches.md`` into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -76,19 +76,6 @@ def launches(composition: Composition, weight: Tensor, form: str) -> int:
     return count.launched + kernels.call_count
 
 
-def launches_of_group(model: nn.Module) -> int:
-    """Of all weights of a model, forward and backward, by kernels for all of its layers."""
-    ws.set_backend(model, "triton")
-    ws.set_grouped(model)
-    kernels = mock.Mock()
-    with mock.patch.object(triton_backend, "launch", kernels):
-        excited = [layer.weight for _, layer in excited_layers(model)]
-        upstream = [torch.ones_like(weight) for weight in excited]
-        torch.autograd.grad(excited, list(model.parameters()), upstream, allow_unused=True)
-    ws.set_grouped(model, False)
-    return kernels.call_count
-
-
 def count_network(name: str, mode: str) -> dict[str, Any]:
     """Launches a layer, and of all excited convs."""
     model: nn.Module = build_network(name)
@@ -105,7 +92,6 @@ def count_network(name: str, mode: str) -> dict[str, Any]:
                 known[key] = launches(layer.excitation, layer.raw_weight, form)
             counts.append(known[key])
         row[form] = {"most_a_layer": max(counts), "in_all": sum(counts)}
-    row["grouped"] = {"in_all": launches_of_group(excited)}
     return row
 
 
@@ -114,17 +100,15 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found["networks"]:
         counts = [f"{row[form]['most_a_layer']} ({row[form]['in_all']})" for form in FORMS]
-        counts.append(str(row["grouped"]["in_all"]))
         rows.append((row["network"], row["mode"], row["layers"], *counts))
     return "\n".join(
         [
             "# Launches\n",
             "Written by `benchmarks/launches.py`: operations and kernels of the excitation, "
-            "forward and backward together, the most of one layer (all layers of the network); "
-            "`grouped` are the kernels after `set_grouped`, for the whole network. Counted on a "
-            "CPU; nothing was measured on a GPU.\n",
+            "forward and backward together, the most of one layer (all layers of the network). "
+            "Counted on a CPU.\n",
             machine_line(found["machine"]),
-            table(("network", "mode", "layers", *FORMS, "grouped"), rows),
+            table(("network", "mode", "layers", *FORMS), rows),
         ]
     )
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -163,14 +162,10 @@ def kept_over_weights(name: str, mode: str) -> dict[str, float]:
     for form, excite in FORMS.items():
         with layers_run(excite):
             kept[form] = (kept_bytes(excited, images) - before) / weights
-    ws.set_recompute(excited)
-    kept["recomputed"] = (kept_bytes(excited, images) - before) / weights
     return kept
 
 
-def compare_training_steps(
-    rounds: int, batch: int = 8, pixels: int = 128, compiles: bool = False
-) -> dict[str, Spread]:
+def compare_training_steps(rounds: int, batch: int = 8, pixels: int = 128) -> dict[str, Spread]:
     """A whole step of ResNet50, excited over vanilla: forward, loss, backward, SGD."""
     torch.manual_seed(0)
     vanilla = build_network("resnet50").to(memory_format=torch.channels_last)
@@ -191,15 +186,8 @@ def compare_training_steps(
 
         return step
 
-    recomputing = copy.deepcopy(excited)
-    ws.set_recompute(recomputing)
     measures = {"vanilla": measure(vanilla, Composition.forward)}
     measures |= {form: measure(excited, excite) for form, excite in FORMS.items()}
-    measures["recomputed"] = measure(recomputing, Composition.forward)
-    if compiles:
-        compiled = copy.deepcopy(excited)
-        ws.set_backend(compiled, "inductor")
-        measures["backend inductor"] = measure(compiled, Composition.forward)
     return compare(measures, "vanilla", rounds)
 
 
@@ -225,7 +213,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             kept = kept_over_weights(name, mode)
             note(name, mode, kept)
             found["kept"].append({"network": name, "mode": mode} | kept)
-    steps = compare_training_steps(min(rounds, 7), compiles=options.compile)
+    steps = compare_training_steps(min(rounds, 7))
     note("step", {form: str(ratio) for form, ratio in steps.items()})
     found["step"] = {form: asdict(ratio) for form, ratio in steps.items()}
     if options.compile:
@@ -258,15 +246,15 @@ def as_markdown(found: Mapping[str, Any]) -> str:
             ],
         ),
         "## Bytes kept for the backward pass beyond vanilla (all conv weights = 1)\n",
-        "1.0 of it is the excited weight itself, which the conv keeps; *recomputed* is the closed "
-        "form after `set_recompute(model)`. Linear layers are left alone here.\n",
+        "1.0 of it is the excited weight itself, which the conv keeps. Linear layers are left "
+        "alone here.\n",
         table(
-            ("network", "mode", *FORMS, "recomputed"),
+            ("network", "mode", *FORMS),
             [
                 (
                     row["network"],
                     row["mode"],
-                    *tuple(f"{row[form]:.2f}" for form in (*FORMS, "recomputed")),
+                    *tuple(f"{row[form]:.2f}" for form in FORMS),
                 )
                 for row in found["kept"]
             ],

@@ -72,7 +72,7 @@ def staged(composition: Composition, weight: Tensor) -> Tensor:
 
 
 def by_inductor(composition: Composition, weight: Tensor) -> Tensor:
-    """The closed form by another backend; see `we_surgery.set_backend`."""
+    """The closed form by another backend."""
     composition.backend = "inductor"
     try:
         return composition(weight)  # type: ignore[no-any-return]

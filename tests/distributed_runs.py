@@ -116,31 +116,13 @@ def wrap_fsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def grouped(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    def wrap_grouped(model: nn.Module) -> nn.Module:
-        ws.set_grouped(model)
-        return wrap(model)
-
-    return wrap_grouped
+WRAPPINGS = {"ddp": wrap_ddp, "fsdp": wrap_fsdp}
+SPECIAL = [(method, name) for method in ("global", "spectral") for name in WRAPPINGS]
 
 
-WRAPPINGS = {
-    "ddp": wrap_ddp,
-    "fsdp": wrap_fsdp,
-    "ddp, grouped": grouped(wrap_ddp),
-    "fsdp, grouped": grouped(wrap_fsdp),
-}
-SPECIAL = [
-    (method, name, recomputes)
-    for method in ("global", "spectral")
-    for name, recomputes in (("ddp", False), ("ddp", True), ("fsdp", False))
-]
-
-
-def special_run(method: str, name: str, recomputes: bool) -> dict[str, Any]:
+def special_run(method: str, name: str) -> dict[str, Any]:
     """What a method with more than a layer's own parameters computes and becomes, in training."""
     model = converted(method)
-    ws.set_recompute(model, recomputes)
     return trained(WRAPPINGS[name](model), training=True)
 
 

@@ -7,9 +7,6 @@ from we_surgery.checkpoint import load as load
 from we_surgery.checkpoint import save as save
 from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
-from we_surgery.converted.backends import set_backend as set_backend
-from we_surgery.converted.grouping import set_grouped as set_grouped
-from we_surgery.converted.layer import set_recompute as set_recompute
 from we_surgery.converted.proof import StripReport as StripReport
 from we_surgery.converted.surgery import convert as convert
 from we_surgery.converted.surgery import strip as strip
@@ -29,6 +26,7 @@ from we_surgery.excitations import EXCITATIONS as EXCITATIONS
 from we_surgery.excitations import Excitation as Excitation
 from we_surgery.excitations import WeightLayout as WeightLayout
 from we_surgery.excitations import register_excitation as register_excitation
+from we_surgery.excitations.cached import cached as cached
 from we_surgery.planning.config import make_policy as make_policy
 from we_surgery.planning.decide import plan as plan
 from we_surgery.planning.plans import Decision as Decision

@@ -34,7 +34,7 @@ class ExcitePass(PassBase):
     Args:
         mode: as in :func:`we_surgery.convert`.
         **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``,
-            ``transplants``, ``init``, ``start``, ``backend``, ``example_inputs``. In
+            ``transplants``, ``init``, ``start``, ``example_inputs``. In
             rules, a weight that a call reads goes by the name of its module or, where that name
             is not ``weight``, by its own.
 

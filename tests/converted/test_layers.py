@@ -1,6 +1,7 @@
 """The excited layer: what is where, what it answers, what it refuses."""
 
 import copy
+import importlib
 import re
 from collections.abc import Callable
 
@@ -46,7 +47,7 @@ def test_a_layer_becomes_an_importable_subclass_and_computes_with_the_excited_we
     layer = ws.convert(vanilla, config=EVERYTHING)
     cls = type(layer)
     assert cls.__name__ == f"WE{name}"
-    assert getattr(__import__("we_surgery.converted.layer").layers, cls.__name__) is cls
+    assert getattr(importlib.import_module("we_surgery.converted.layer"), cls.__name__) is cls
     assert isinstance(layer, type(vanilla))
     rank = int(name[-2]) if name[-1] == "d" else 0
     x = torch.randn(2, 8, *[7] * rank)

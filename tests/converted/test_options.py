@@ -25,7 +25,6 @@ def test_they_are_the_keyword_arguments_of_convert() -> None:
         (None, {"confg": {}}, "no option 'confg'; did you mean 'config'"),
         (None, {"init": "preserved"}, "no init 'preserved'; did you mean 'preserve'"),
         (None, {"start": "pause"}, "no start 'pause'; did you mean 'paused'"),
-        (None, {"backend": "eagre"}, "no backend 'eagre'; did you mean 'eager'"),
         ("lve", {}, "no mode called 'lve'"),
         ("mwe", {"config": {"mode": "lwe"}}, "contradicts"),
         ("lwe", {"plan": ws.plan(ConvNet())}, "both a plan and a mode"),

@@ -58,11 +58,10 @@ def test_a_layer_that_would_lose_all_its_weights_starts_anew(mode: str) -> None:
     assert excitation.dynamic_sparse.threshold.unique().item() == (0 if mode == "train" else 9)
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "twice", "recompute", "looked at"])
+@pytest.mark.parametrize("way", ["checkpoint", "twice", "looked at"])
 def test_a_weight_may_be_computed_more_than_once_before_the_backward_pass(way: str) -> None:
     torch.manual_seed(0)
     model = ws.convert(nn.Sequential(nn.Conv2d(4, 6, 3)), config={"conv": "dynamic_sparse"})
-    ws.set_recompute(model, way == "recompute")
     x = torch.randn(2, 4, 6, 6)
     if way == "checkpoint":
         loss = checkpoint(model, x, use_reentrant=False).sum()

@@ -19,6 +19,7 @@ from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.surgery import is_converted, refuse_wrappers
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
+from we_surgery.excitations.compute.backends import check_backend
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
@@ -68,7 +69,10 @@ def attach(
             they are.
         start: ``paused`` leaves each weight as it is until ``excitation.resume()``.
         example_inputs: as in :func:`we_surgery.plan`.
-        backend: who computes E; see :func:`we_surgery.set_backend`.
+        backend: what computes E. ``eager`` runs torch's operations one by one, ``triton`` has
+            kernels for all layers at once on a GPU, ``inductor`` compiles the operations for each
+            shape. ``auto`` takes the kernels on a GPU where they run and agree with eager, and
+            eager everywhere else.
         resume: True continues with the state that the optimizer has loaded, where there is one;
             False starts anew, also on a run that has made steps without excitation. A mapping is
             a state that ``excitation.state_dict()`` returned, or the state dict of a converted
@@ -107,9 +111,9 @@ def attach(
     _refuse_model(root)
     options = resolve_options(
         mode,
-        {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
-        | {"backend": backend},  # type: ignore[arg-type]
+        {"config": config, "rules": rules, "plan": plan, "init": init, "start": start},
     )
+    check_backend(backend)
     policy = options.get("config")
     _refuse_transplants(plan.transplants if plan else policy.transplants)  # type: ignore[union-attr]
     building = Building(root, optimizers, init, start, backend)

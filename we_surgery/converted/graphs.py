@@ -21,6 +21,7 @@ from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.converted.views import own_memory
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import Composition
+from we_surgery.excitations.cached import uncached
 from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
 from we_surgery.reading.fetches import Fetch, excited_names, fetches, graph_modules
 
@@ -56,14 +57,10 @@ class ExcitedWeight:
 
     def excited(self) -> Tensor:
         """The excited weight, computed now: what is proven must not have been kept."""
-        excitation = self.excitation
-        excitation.forget()
-        try:
+        with uncached():
             if isinstance(self.owner, ExcitedLayer):
                 return getattr(self.owner, self.parameter)  # type: ignore[no-any-return]
-            return excitation(self.raw)  # type: ignore[no-any-return]
-        finally:
-            excitation.forget()
+            return self.excitation(self.raw)  # type: ignore[no-any-return]
 
     def folded(self) -> Tensor:
         """The excited weight in memory of its own."""

@@ -9,11 +9,9 @@ a vanilla model instead of being loaded with the wrong meaning.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,10 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from we_surgery.converted.compute_once import excited_weight
 from we_surgery.converted.fresh_layers import item_or_slice, vanilla_initializer
 from we_surgery.converted.own_state import has_own_state, load_raw, save_raw
-from we_surgery.converted.recomputation import HandedWeight, can_recompute, recomputed_in_backward
 from we_surgery.converted.views import drop_own_attributes, folded_parameters, vanilla_view
 from we_surgery.converted.weight_readers import REPLACING, refuse_offloaded, refused
 from we_surgery.errors import ExcitationError, InputError
@@ -47,28 +43,16 @@ class ExcitedLayer(_ModuleBase):
     Attributes:
         vanilla_class: the class the layer had and gets back.
         excited_parameters: the parameters that are computed from raw ones.
-        recompute: whether the layer's forward pass keeps no excited weight for the backward
-            pass, which then computes it again.
     """
 
     vanilla_class: ClassVar[type[nn.Module]]
     excited_parameters: ClassVar[tuple[str, ...]]
     layer_name: str
-    recompute: bool = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.recompute or not can_recompute():
-            return super().forward(*args, **kwargs)
-        return forward_with_recomputation(self, super().forward, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.excited_parameters:
             assign_excited(self, name, value)
             return
-        for parameter in self.excited_parameters:
-            # FSDP2 writes into a weight without a new version, and assigns it before and after.
-            if name == raw_name(parameter):
-                getattr(self, excitation_name(parameter)).forget()
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -132,17 +116,13 @@ def excited_property(parameter: str) -> property:
             reader = sys._getframe(1).f_globals.get("__name__", "")
             if reader in REPLACING:
                 raise refused(reader, describe(self), parameter)
-            if self.recompute:
-                handed: dict[str, Tensor] = self.__dict__.get(_handed_here(), {})
-                if parameter in handed:
-                    return handed[parameter]
         try:
             # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
             # same: torch.fx puts a proxy there while it traces.
             own: Any = self._modules.get(excitation)
             if own is None:
                 own = getattr(self, excitation)
-            return excited_weight(own, getattr(self, raw), may_hold=not self.recompute)
+            return own(getattr(self, raw))  # type: ignore[no-any-return]
         except AttributeError as error:
             # Left as it is, it would send Python on to nn.Module.__getattr__, which denies
             # that there is a `weight` and hides the cause.
@@ -156,61 +136,6 @@ def excited_property(parameter: str) -> property:
             raise
 
     return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
-
-
-def _handed_here() -> str:
-    """Where the weights of a forward pass lie that this thread is in, and no other."""
-    return f"_handed_weights_{threading.get_ident()}"
-
-
-def forward_with_recomputation(
-    layer: ExcitedLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """The layer's forward pass, keeping none of its excited weights.
-
-    Each weight is computed once and handed to whatever reads it, already cast where autocast
-    would cast it: its copy could not be told from other tensors.
-    """
-    handed: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        for name in layer.excited_parameters:
-            excited: Tensor = getattr(layer, name)
-            device_type = excited.device.type
-            if type(layer) in _WRITTEN_OUT.values() and torch.is_autocast_enabled(device_type):
-                excited = excited.to(torch.get_autocast_dtype(device_type))
-            handed[name] = excited
-        weights = [
-            HandedWeight(
-                getattr(layer, excitation_name(name)), getattr(layer, raw_name(name)), excited
-            )
-            for name, excited in handed.items()
-        ]
-        stack.enter_context(recomputed_in_backward(weights))
-        layer.__dict__[_handed_here()] = handed
-        stack.callback(layer.__dict__.pop, _handed_here(), None)
-        return forward(*args, **kwargs)
-
-
-def set_recompute(model: nn.Module, recompute: bool = True) -> None:
-    """Chooses between memory and time for the excited layers of a model.
-
-    By default a conv keeps its excited weight for the backward pass, as it would keep an
-    ordinary weight: all of them together take as much memory as the weights. With
-    ``recompute`` they are computed a second time in the backward pass instead. It holds for
-    layers that read their own weight; where a parent reads it, and under activation
-    checkpointing or ``torch.compile``, which decide themselves, nothing changes. What is not
-    kept is computed at each read: in training, spectral norm then takes a step of its iteration
-    for each of several tied layers, and not one for all.
-
-    Example:
-        >>> model = ws.convert(model, mode="lwe")
-        >>> ws.set_recompute(model)
-    """
-    for _, layer in excited_layers(model):
-        if recompute:
-            layer.__dict__["recompute"] = True
-        else:
-            layer.__dict__.pop("recompute", None)
 
 
 def raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:

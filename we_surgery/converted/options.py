@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
-from we_surgery.converted.backends import check_backend
 from we_surgery.converted.sites import Init, Start
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations import Backend
 from we_surgery.planning.config import make_policy
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
@@ -25,7 +23,6 @@ class ConvertOptions(TypedDict, total=False):
     plan: Plan | None
     init: Init
     start: Start
-    backend: Backend
     example_inputs: Any
 
 
@@ -58,7 +55,6 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
                 f"there is no {name} {value!r}{near_matches(str(value), choices)}",
                 f"Use one of: {', '.join(choices)}.",
             )
-    check_backend(options.get("backend", "auto"))
     resolved = options.copy()
     config, rules = resolved.pop("config", None), resolved.pop("rules", ())
     transplants = resolved.pop("transplants", ())

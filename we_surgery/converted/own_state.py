@@ -66,7 +66,6 @@ def load_raw(
         self._parameters[own_name] = value
     for name in self.excited_parameters:
         excitation = getattr(self, excitation_name(name))
-        excitation.forget()
         if name in not_raw and prefix + name not in missing:
             # A vanilla checkpoint: the excitation keeps its values but those that it takes from
             # the weight.

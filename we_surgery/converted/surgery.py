@@ -16,7 +16,6 @@ from torch.nn.parameter import UninitializedParameter
 from we_surgery._util.copies import copy_model
 from we_surgery._util.scripted import is_scripted, own_parameters
 from we_surgery._util.transaction import AllOrNothing
-from we_surgery.converted.backends import set_backend
 from we_surgery.converted.bypass import prove_excited
 from we_surgery.converted.fold_in_place import fold_layer_by_layer
 from we_surgery.converted.graphs import excited_weights
@@ -32,7 +31,6 @@ from we_surgery.errors import (
     NothingToStripWarning,
     near_matches,
 )
-from we_surgery.excitations import Backend
 from we_surgery.planning import transplant_rows
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
@@ -60,7 +58,6 @@ def convert(
     plan: Plan | None = None,
     init: Init = "paper",
     start: Start = "on",
-    backend: Backend = "auto",
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -84,7 +81,6 @@ def convert(
             what it did, within rounding: for pretrained models.
         start: ``paused`` makes each excited weight the raw weight itself until
             :func:`we_surgery.resume` (thesis, section 3.4); ``init`` then says nothing.
-        backend: who computes the excited weights; see :func:`we_surgery.set_backend`.
         example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
             model is read by recording a forward, and recorded again once converted, which
             proves that no operation reads a converted weight raw.
@@ -120,7 +116,6 @@ def convert(
             "plan": plan,
             "init": init,
             "start": start,
-            "backend": backend,
         },
     )
     # The model itself is read, with or without inputs, also where a copy is changed.
@@ -131,7 +126,6 @@ def convert(
         target = model if inplace else copy_model(model)
         for operation in OPERATIONS:
             plan = operation.attach(target, plan, init, start)
-        set_backend(target, backend)
         if example_inputs is not None:
             ran_in_both = plan.rung == "recorded" and not plan.rung_reason
             prove_excited(target, example_inputs, ran_in_both=ran_in_both)

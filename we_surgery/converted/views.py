@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from we_surgery.excitations.cached import uncached
 from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
 
 def drop_own_attributes(module: nn.Module) -> None:
     """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
-    for name in ("layer_name", "recompute", "__module__"):
+    for name in ("layer_name", "__module__"):
         module.__dict__.pop(name, None)
 
 
@@ -46,15 +47,9 @@ def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
 
 def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
     """One excited weight of the layer, in memory of its own."""
-    excitation, raw = (
-        getattr(layer, excitation_name(parameter)),
-        getattr(layer, raw_name(parameter)),
-    )
-    excitation.forget()
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), uncached():
         excited: Tensor = getattr(layer, parameter)
-        excitation.forget()
-        return own_memory(excited.detach(), raw)
+        return own_memory(excited.detach(), getattr(layer, raw_name(parameter)))
 
 
 def own_memory(excited: Tensor, raw: Tensor) -> Tensor:

@@ -73,10 +73,6 @@ class Excitation(nn.Module, ABC):
     """
     is_part: bool = False
     """Whether it is a stage of a composition, whose record says what it is."""
-    kept: Any = None
-    """What is kept between two reads; not part of any copy or file."""
-    group: Any = None
-    """The group of layers it is computed with; not part of any copy either."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""
@@ -283,12 +279,10 @@ class Excitation(nn.Module, ABC):
         self.check_options(options)
         for name in self.adjustable:
             setattr(self, name, options[name])
-        self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casting a model to half precision, or materializing it with `to_empty`, must move a
         # buffer and never change its value: a temperature of 0.1 is not 0.09998 in fp16.
-        self.forget()
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in buffers.items():
@@ -300,21 +294,9 @@ class Excitation(nn.Module, ABC):
                 self._buffers[name] = kept.to(target, before.dtype)
         return self
 
-    def forget(self) -> None:
-        """Drops what is kept between two reads, so that the next one computes."""
-        self.__dict__.pop("kept", None)
-
-    def train(self, mode: bool = True) -> Self:
-        self.forget()
-        return super().train(mode)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         upgrade_attributes(self, self.name, self.__dict__)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("kept", "group")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     @staticmethod
     def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from we_surgery.errors import ExcitationError, InputError, NotStrippedWarning
 from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
+from we_surgery.excitations.cached import block_of
 from we_surgery.excitations.compute.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.compute.closed_form import excite_in_closed_form, excite_in_place
 from we_surgery.excitations.compute.rerun import excite_and_rerun
@@ -48,8 +49,8 @@ class Composition(Excitation):
     transposed_groups: int | None
     paused: Tensor | None
     """Of length 1 in a pause and 0 after it, so that no average goes on over the end of one."""
-    backend: Backend = "auto"
-    """Who computes the closed form; see :func:`we_surgery.set_backend`."""
+    backend: Backend = "eager"
+    """Which backend computes the closed form; the attached form sets it."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -80,7 +81,6 @@ class Composition(Excitation):
 
     def set_paused(self, paused: bool, device: torch.device | str = "cpu") -> None:
         """Says that this is paused or is not, and changes nothing else."""
-        self.forget()
         if paused != self.is_paused:
             held = torch.zeros(1, dtype=torch.uint8, device=device)
             self.paused = held if paused else held[:0]
@@ -178,6 +178,11 @@ class Composition(Excitation):
         )
 
     def forward(self, weight: Tensor) -> Tensor:
+        block = block_of(self, weight)
+        return self.compute(weight) if block is None else block.excited(self, weight, self.compute)
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """:meth:`forward`, also where it would return what was computed before."""
         warn_if_exported()
         if self.is_paused:
             return idle(weight, list(self.parameters()))

@@ -25,7 +25,7 @@ def excitation_name(parameter: str) -> str:
 
 def names_taken(parameter: str) -> tuple[str, ...]:
     """The attributes that exciting ``parameter`` adds to a layer."""
-    return raw_name(parameter), excitation_name(parameter), "layer_name", "recompute"
+    return raw_name(parameter), excitation_name(parameter), "layer_name"
 
 
 _SEPARATOR = ":"

@@ -135,7 +135,6 @@ class ShiftAttention(Excitation):
 
     def set_hardening(self, how: str) -> None:
         """Makes it ``soft``, ``argmax`` or ``round``, which the state dict then says."""
-        self.forget()
         self.hardening = how
 
     @classmethod

@@ -98,7 +98,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if is_scripted(module):
                     continue
                 if isinstance(module, Composition):
-                    # No hooks: an excitation that carries some computes at each read.
                     module.__dict__["forward"] = partial(self._excite, name)
                     stack.callback(module.__dict__.pop, "forward")
                     continue

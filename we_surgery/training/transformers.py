@@ -42,7 +42,7 @@ class WeightExcitation(TrainerCallback):
             ``start="paused"``.
         strip_checkpoints: whether to write the stripped models; of converted models alone.
         **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``transplants``,
-            ``init``, ``start``, ``backend``, ``example_inputs``.
+            ``init``, ``start``, ``example_inputs``.
 
     Attributes:
         excitation: what :func:`~we_surgery.attach` returned; None before, and when converting.

@@ -12,11 +12,12 @@ import itertools
 import logging
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import formulas
 from we_surgery.excitations.compute.terms import Kept, Pullback, Terms
 
@@ -74,6 +75,21 @@ def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
         return EAGER
     kernels: Arithmetic = _with_kernels().ARITHMETIC
     return kernels
+
+
+def check_backend(backend: str) -> None:
+    """Raises an :class:`InputError` for a backend that does not exist here."""
+    known = get_args(Backend)
+    if backend not in known:
+        raise InputError(
+            f"there is no backend {backend!r}{near_matches(str(backend), known)}",
+            f"Use one of: {', '.join(known)}.",
+        )
+    if backend == "triton" and not has_triton():
+        raise InputError(
+            "Triton is not installed, so its kernels cannot run",
+            "Use `auto`, `eager` or `inductor`; Triton comes with torch on Linux.",
+        )
 
 
 @functools.cache
