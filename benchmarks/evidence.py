@@ -1,129 +1,113 @@
-"""Does it help? Paired runs of small networks, with and without weight excitation.
+"""Does it help? Paired training runs of small networks on Fashion-MNIST, by a fixed protocol.
 
-    python benchmarks/evidence.py digits        # about half an hour of one core
-    python benchmarks/evidence.py strokes       # about an hour of one core a condition
-    python benchmarks/evidence.py strokes --conditions 'SGD, 0.05' --seeds 3
-    python benchmarks/evidence.py --report      # only write the tables and curves anew
+    python benchmarks/evidence.py run resnet_bn --jobs 2      # tuning, then the counted pairs
+    python benchmarks/evidence.py run mixer --arms plain mwe  # some arms
+    python benchmarks/evidence.py report                      # tables and figures anew
 
-A pair has the same initial weights, batches and noise; methods differ by their surgery alone.
-What a run is: `evidence_tasks.py` and `evidence_methods.py`. Each finished run is a line of
-`results/evidence.jsonl`, and a command that was stopped goes on where it was. Writes
-`results/evidence.md` and a picture of learning curves for each task.
+`evidence_protocol.md` says what is run and how it is judged. Each finished run is a line of
+`results/evidence_NETWORK.jsonl`; a command that was stopped goes on where it was. `report` writes
+the figures and a section of `docs/does_it_help.md`. To repeat a row of its tables, give the
+network, `--arms plain ARM` and `--output FOLDER`: the settings are those that the committed tuning
+chose.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import multiprocessing
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from evidence_methods import CONDITIONS, build
-from evidence_report import write_report
-from evidence_tasks import Task, make_task
+import evidence_data
+from evidence_arms import COUNTED, EXPERIMENTS, TUNING
+from evidence_lines import RESULTS, Lines, Row, choose, origin
+from evidence_training import Run, perform
 from rich.progress import track
-
-RESULTS = Path(__file__).parent / "results"
-RUNS = RESULTS / "evidence.jsonl"
-WIDTHS = {"digits": 16, "strokes": 8}
-_CURVE_POINTS = 10
 
 
 def main() -> None:
-    """Runs what was asked for and writes the report."""
+    """Runs what is missing, or writes the report."""
     options = _options()
-    torch.set_num_threads(1)
-    rows = read_rows(options.runs)
-    if not options.report:
-        for name in options.tasks or list(WIDTHS):
-            run_missing(name, options, rows)
-    write_report(list(rows.values()), RESULTS)
+    if options.command == "report":
+        from evidence_report import write_report
+
+        write_report(RESULTS)
+        return
+    evidence_data.load(options.data)  # an early word if it is absent
+    for network in options.networks:
+        run_network(network, options)
 
 
-def run_missing(name: str, options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """Runs whatever of a task is not in ``rows``, and adds it."""
-    wanted = [
-        (condition, method, seed)
-        for condition in options.conditions or CONDITIONS
-        for seed in range(options.seeds)
-        for method in CONDITIONS[condition].methods
+def run_network(network: str, options: argparse.Namespace) -> None:
+    """Tunes the arms that are not tuned, then runs the pairs."""
+    lines = Lines(options.output / f"evidence_{network}.jsonl")
+    committed = Lines(RESULTS / f"evidence_{network}.jsonl")
+    with lines.locked():
+        arms = options.arms or list(EXPERIMENTS[network].arms)
+        known = lines.rows() + committed.rows()
+        tuned = choose(known, network)
+        tuning = tuning_runs(network, [arm for arm in arms if arm not in tuned])
+        _perform(tuning, lines, options)
+        if options.phase == "tune":
+            return
+        tuned = choose(lines.rows() + committed.rows(), network)
+        _perform(counted_runs(network, arms, options.seeds, tuned), lines, options)
+
+
+def tuning_runs(network: str, arms: list[str]) -> list[Run]:
+    """Every setting of every arm for each tuning seed."""
+    return [
+        Run(network, "tune", arm, seed, lr, decay)
+        for seed in TUNING
+        for arm in arms
+        for lr, decay in EXPERIMENTS[network].settings(arm)
     ]
-    missing = [run for run in wanted if _key(name, *run) not in rows]
+
+
+def counted_runs(
+    network: str, arms: list[str], seeds: list[int], tuned: dict[str, tuple[float, float]]
+) -> list[Run]:
+    """Pair after pair, so that all arms of a seed are done before the next begins."""
+    return [Run(network, "count", arm, seed, *tuned[arm]) for seed in seeds for arm in arms]
+
+
+def _perform(runs: list[Run], lines: Lines, options: argparse.Namespace) -> None:
+    done = lines.runs()
+    missing = [run for run in runs if run not in done]
     if not missing:
         return
-    task = make_task(name)
-    options.runs.parent.mkdir(exist_ok=True)
-    for condition, method, seed in track(missing, description=name):
-        row = train(task, condition, method, seed)
-        rows[_key(name, condition, method, seed)] = row
-        with options.runs.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    source = origin()
+    label = f"{missing[0].network}, {missing[0].phase}"
+    for run, measured in track(_results(missing, options), label, total=len(missing)):
+        lines.append(run, measured, source)
 
 
-def train(task: Task, condition: str, method: str, seed: int) -> dict[str, Any]:
-    """One run: test accuracy in percent at ten places of training, and CPU seconds of it."""
-    settings = CONDITIONS[condition]
-    model = build(method, settings, task.classes, WIDTHS[task.name], seed)
-    optimizer = settings.make_optimizer(model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
-    places = {round(task.steps * (n + 1) / _CURVE_POINTS) for n in range(_CURVE_POINTS)}
-    curve, spent = [], 0.0
-    for step, (images, labels) in enumerate(task.batches(seed), start=1):
-        start = time.process_time()
-        model.train()
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        spent += time.process_time() - start
-        if step in places:
-            curve.append(accuracy(model, task))
-    return {
-        "task": task.name,
-        "condition": condition,
-        "method": method,
-        "seed": seed,
-        "accuracy": curve[-1],
-        "curve": curve,
-        "cpu_seconds": round(spent, 2),
-    }
+def _results(runs: list[Run], options: argparse.Namespace) -> Iterator[tuple[Run, Row]]:
+    act = partial(_perform_one, folder=options.data)
+    if options.jobs == 1:
+        yield from map(act, runs)
+        return
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        yield from pool.imap_unordered(act, runs)
 
 
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, task: Task) -> float:
-    """Test accuracy in percent."""
-    model.eval()
-    hits = [
-        (model(images).argmax(1) == labels).sum()
-        for images, labels in zip(
-            task.test_images.split(1000), task.test_labels.split(1000), strict=True
-        )
-    ]
-    return round(100 * torch.stack(hits).sum().item() / len(task.test_labels), 3)
-
-
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished runs by what they were."""
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {_key(r["task"], r["condition"], r["method"], r["seed"]): r for r in rows}
-
-
-def _key(task: str, condition: str, method: str, seed: int) -> str:
-    return f"{task} | {condition} | {method} | {seed}"
+def _perform_one(run: Run, folder: Path) -> tuple[Run, Row]:
+    return run, perform(run, folder)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("tasks", nargs="*", choices=[*WIDTHS, []], help="all by default")
-    parser.add_argument("--conditions", nargs="*", choices=list(CONDITIONS), help="all by default")
-    parser.add_argument("--seeds", type=int, default=10, help="pairs of each comparison (10)")
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where finished runs go")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="write tables and figures from the lines")
+    run = commands.add_parser("run", help="run whatever is missing")
+    run.add_argument("networks", nargs="+", choices=list(EXPERIMENTS))
+    run.add_argument("--arms", nargs="+", help="all of the network by default")
+    run.add_argument("--phase", choices=["all", "tune"], default="all")
+    run.add_argument("--seeds", nargs="+", type=int, default=list(COUNTED))
+    run.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    run.add_argument("--data", type=Path, default=evidence_data.FOLDER, help="IDX files")
+    run.add_argument("--output", type=Path, default=RESULTS, help="where the lines go")
     return parser.parse_args()
 
 

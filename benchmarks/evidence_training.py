@@ -1,0 +1,196 @@
+"""One run: training, and what is measured of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import evidence_data as data
+import torch
+import torch.nn.functional as F
+from evidence_arms import EXPERIMENTS, Experiment, scale_gradients
+from evidence_data import Data, Split
+from torch import Tensor, nn
+
+import we_surgery as ws
+
+BINS = 15
+_PRETRAINING = {"lr": 0.1, "decay": 5e-4, "images": 4000, "steps": 300}
+_HALF = data.CLASSES // 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run; equal ones have equal curves on one machine."""
+
+    network: str
+    phase: str
+    arm: str
+    seed: int
+    lr: float
+    decay: float
+
+
+@cache
+def _loaded(folder: Path) -> Data:
+    return data.load(folder)
+
+
+def perform(run: Run, folder: Path) -> dict[str, Any]:
+    """Trains and measures; a tuning run does not see the test images."""
+    torch.set_num_threads(1)
+    images = _loaded(folder)
+    experiment = EXPERIMENTS[run.network]
+    model, optimizer = prepare(experiment, run, images)
+    training = data.draw(images.pool, experiment.images, run.seed)
+    measured = _train(experiment, run, model, optimizer, training, images.validation)
+    measured["train_accuracy"] = measure(model, training.part(slice(0, data.CURVE)))["accuracy"]
+    measured["validation_accuracy"] = measure(model, images.validation)["accuracy"]
+    if run.phase == "count":
+        measured |= {f"test_{name}": value for name, value in measure(model, images.test).items()}
+    measured["parameters"] = sum(weight.numel() for weight in model.parameters())
+    return measured
+
+
+def prepare(
+    experiment: Experiment, run: Run, images: Data
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model, its optimizer, and what the arm adds to them.
+
+    All arms of a seed begin with the same weights, but for those that have other layers.
+    """
+    arm = experiment.arms[run.arm]
+    torch.manual_seed(run.seed)
+    model = experiment.build(**arm.options)
+    if experiment.pretrained:
+        model.load_state_dict(_pretrained(run.network, run.seed, images))
+        torch.manual_seed(run.seed + 1)
+        model.fc.reset_parameters()
+    if arm.se:
+        ws.convert(model, config={"mode": "none", "transplants": ["se"]}, inplace=True)
+    model.to(memory_format=torch.channels_last)
+    optimizer = experiment.make_optimizer(model, run.lr, run.decay)
+    if arm.scales_gradients:
+        scale_gradients(model, optimizer, experiment.epsilon, experiment.gain_from)
+    if arm.config is not None:
+        init = "preserve" if experiment.pretrained else "paper"
+        ws.attach(model, optimizer, config=arm.config, init=init)
+    return model, optimizer
+
+
+@lru_cache(maxsize=2)
+def _pretrained(network: str, seed: int, images: Data) -> dict[str, Tensor]:
+    """Weights of the plain network after training on the first half of the classes."""
+    experiment = EXPERIMENTS[network]
+    model = experiment.build()
+    optimizer = experiment.make_optimizer(model, _PRETRAINING["lr"], _PRETRAINING["decay"])
+    training = data.draw(images.pool, int(_PRETRAINING["images"]), seed, _HALF)
+    steps = int(_PRETRAINING["steps"])
+    schedule = _schedule(optimizer, steps)
+    for inputs, labels in data.batches(training, experiment.batch, steps, seed):
+        _step(model, optimizer, schedule, inputs, labels)
+    return model.state_dict()
+
+
+def _train(
+    experiment: Experiment,
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    training: Split,
+    validation: Split,
+) -> dict[str, Any]:
+    steps = experiment.steps(run.arm)
+    schedule = _schedule(optimizer, steps)
+    shown = validation.part(slice(0, data.CURVE))
+    curve: list[float] = []
+    losses: list[float] = []
+    changes: list[float] = []
+    before, spent, total = _weights(model), 0.0, 0.0
+    feed = data.batches(training, experiment.batch, steps, run.seed)
+    for step, (inputs, labels) in enumerate(feed, start=1):
+        start = time.process_time()
+        loss = _step(model, optimizer, schedule, inputs, labels)
+        spent += time.process_time() - start
+        total += loss
+        if step % experiment.steps_per_epoch == 0 or step == steps or not math.isfinite(loss):
+            curve.append(measure(model, shown)["accuracy"])
+            since = (step - 1) % experiment.steps_per_epoch + 1
+            losses.append(round(total / since, 4))
+            after = _weights(model)
+            changes.append(_relative_change(before, after))
+            before, total = after, 0.0
+        if not math.isfinite(loss):
+            break
+    return {
+        "diverged": not math.isfinite(loss),
+        "cpu_seconds": round(spent, 2),
+        "validation_curve": curve,
+        "train_loss": losses,
+        "weight_change": changes,
+        "weight_norm": round(sum(w.square().sum().item() for w in before) ** 0.5, 3),
+    }
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    inputs: Tensor,
+    labels: Tensor,
+) -> float:
+    model.train()
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(inputs), labels)
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    return loss.item()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over 5 % of the steps, then a cosine to 0."""
+    warm = max(1, round(0.05 * steps))
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in model.parameters() if weight.dim() > 1]
+
+
+def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Median over layers of how far a weight went in an epoch, over its norm at the beginning."""
+    ratios = [(new - old).norm() / old.norm() for old, new in zip(before, after, strict=True)]
+    return round(torch.stack(ratios).median().item(), 4)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, split: Split) -> dict[str, float]:
+    """Accuracy and ECE in percent, and loss."""
+    model.eval()
+    logits = torch.cat([model(images) for images in split.images.split(500)])
+    loss = F.cross_entropy(logits, split.labels).item()
+    hits = logits.argmax(1) == split.labels
+    return {
+        "accuracy": round(100 * hits.double().mean().item(), 3),
+        "loss": round(loss, 5),
+        "ece": round(100 * calibration_error(logits.softmax(1).amax(1), hits), 3),
+    }
+
+
+def calibration_error(confidence: Tensor, hits: Tensor) -> float:
+    """Expected calibration error over 15 equal bins of the confidence."""
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64)
+    gaps.index_add_(0, bins.clamp(min=0), hits.double() - confidence.double())
+    return (gaps.abs().sum() / len(hits)).item()
