@@ -1,0 +1,224 @@
+"""Tables and figures of the evidence, from the lines alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+
+from evidence_arms import COUNTED, EXPERIMENTS, TUNING, Arm
+from evidence_figures import draw
+from evidence_lines import Lines, Row, choose
+from evidence_statistics import CONFIDENCE, Comparison, compare, holm
+
+PAGE = Path(__file__).parents[1] / "docs" / "does_it_help.md"
+BEGIN = "<!-- evidence: written by `python benchmarks/evidence.py report`; do not edit -->\n"
+END = "<!-- end of evidence -->"
+
+FEWEST_PAIRS = 5
+"""Fewer say nothing about the spread."""
+
+_SIMPLER = ("longer", "wider", "standardize", "dropout", "decay")
+SECOND_FAMILY = [(arm, other) for arm in ("lwe", "mwe", "default") for other in _SIMPLER] + [
+    ("mwe", "mwe-gradient"),
+    ("lwe", "lwe-raw"),
+    ("lwe+mwe", "lwe"),
+    ("default", "lwe"),
+]
+"""What is it that gains or loses: the arm, and what it is compared with."""
+
+ByArm = dict[str, dict[int, Row]]
+
+
+def write_report(results: Path, page: Path = PAGE) -> None:
+    """Replaces the marked section of the page, and draws a figure for each network."""
+    parts = []
+    for network in EXPERIMENTS:
+        rows = Lines(results / f"evidence_{network}.jsonl").rows()
+        if rows:
+            parts.append(_section(network, rows, results))
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    body = "\n".join(parts) or "No run has been made yet.\n"
+    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def _section(network: str, rows: list[Row], results: Path) -> str:
+    experiment = EXPERIMENTS[network]
+    title = f"### {experiment.title}\n"
+    tuned = choose(rows, network)
+    wanted = sum(len(experiment.settings(arm)) for arm in experiment.arms) * len(TUNING)
+    done = sum(row["phase"] == "tune" for row in rows)
+    lines = [title]
+    if done < wanted:
+        lines.append(f"Incomplete: {done} of {wanted} tuning runs are done.\n")
+    counted = by_arm(rows)
+    if len(counted.get("plain", {})) < FEWEST_PAIRS:
+        lines.append(f"Fewer than {FEWEST_PAIRS} pairs are done, so nothing is compared yet.\n")
+        return "\n".join(lines)
+    compared = compare_with_plain(counted)
+    figure = f"evidence_{network}.svg"
+    draw(experiment, counted, compared, results / figure)
+    lines += [
+        f"`python benchmarks/evidence.py run {network} --arms plain ARM --output FOLDER` repeats a",
+        "row.\n",
+        f"![curves and differences](../benchmarks/results/{figure})\n",
+        *_main_table(experiment.arms, counted, compared, tuned),
+        "",
+        *_other_table(experiment.arms, counted),
+        "",
+        *_second_table(counted),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def by_arm(rows: list[Row]) -> ByArm:
+    """The counted runs by arm and seed."""
+    found: ByArm = {}
+    for row in rows:
+        if row["phase"] == "count" and row["seed"] in COUNTED:
+            found.setdefault(row["arm"], {})[row["seed"]] = row
+    return found
+
+
+def differences(first: Mapping[int, Row], second: Mapping[int, Row], name: str) -> list[float]:
+    """Those of the pairs that both arms have."""
+    return [first[seed][name] - second[seed][name] for seed in sorted(first.keys() & second.keys())]
+
+
+def compare_with_plain(counted: ByArm) -> dict[str, tuple[Comparison, float]]:
+    """Each arm's comparison and adjusted p."""
+    return _family(
+        {arm: (counted[arm], counted["plain"]) for arm in counted if arm != "plain"},
+    )
+
+
+def _family(
+    pairs: Mapping[str, tuple[Mapping[int, Row], Mapping[int, Row]]],
+) -> dict[str, tuple[Comparison, float]]:
+    found = {}
+    for name, (first, second) in pairs.items():
+        values = differences(first, second, "test_accuracy")
+        if len(values) >= FEWEST_PAIRS:
+            found[name] = compare(values)
+    adjusted = holm({name: comparison.p for name, comparison in found.items()})
+    return {name: (comparison, adjusted[name]) for name, comparison in found.items()}
+
+
+def _shown(comparison: Comparison) -> str:
+    return f"{comparison.mean:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}]"
+
+
+def _main_table(
+    arms: Mapping[str, Arm],
+    counted: ByArm,
+    compared: Mapping[str, tuple[Comparison, float]],
+    tuned: Mapping[str, tuple[float, float]],
+) -> list[str]:
+    level = (1 - CONFIDENCE) / max(1, len(compared))
+    lines = [
+        f"Differences are in points of test accuracy over plain, with {CONFIDENCE:.0%} intervals.",
+        "p is adjusted over the arms. The last column is what the pairs could see, at p = 0.05 and",
+        "at Holm's first step.\n",
+        "| arm | | pairs | rate, decay | accuracy | difference | p | verdict | could see |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, runs in _ordered(arms, counted):
+        accuracy = mean(row["test_accuracy"] for row in runs.values())
+        cells = [f"`{arm}`", arms[arm].title, _pairs(runs), _setting(tuned, arm), f"{accuracy:.2f}"]
+        if arm in compared:
+            comparison, p = compared[arm]
+            sight = f"{comparison.detectable(0.05):.2f}, {comparison.detectable(level):.2f}"
+            cells += [_shown(comparison), f"{p:.4f}", f"**{comparison.verdict(p)}**", sight]
+        else:
+            cells += [""] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ordered(arms: Mapping[str, Arm], counted: ByArm) -> list[tuple[str, dict[int, Row]]]:
+    return [(arm, counted[arm]) for arm in arms if arm in counted]
+
+
+def _pairs(runs: Mapping[int, Row]) -> str:
+    missing = "" if len(runs) == len(COUNTED) else f" of {len(COUNTED)}, incomplete"
+    diverged = sum(row["diverged"] for row in runs.values())
+    return f"{len(runs)}{missing}" + (f", {diverged} diverged" if diverged else "")
+
+
+def _setting(tuned: Mapping[str, tuple[float, float]], arm: str) -> str:
+    return "{:g}, {:g}".format(*tuned[arm]) if arm in tuned else "not tuned"
+
+
+def _other_table(arms: Mapping[str, Arm], counted: ByArm) -> list[str]:
+    plain = counted["plain"]
+    target = mean(row["validation_curve"][-1] for row in plain.values())
+    measures: dict[str, Callable[[Row], float]] = {
+        "test loss": lambda row: _number(row["test_loss"]),
+        "ECE": lambda row: _number(row["test_ece"]),
+        "gap": lambda row: row["train_accuracy"] - row["test_accuracy"],
+        "roughness": roughness,
+        "change of weights": lambda row: _number(row["weight_change"][min(1, _last(row))]),
+    }
+    lines = [
+        "Means of the runs; nan where one diverged. Epochs: the median until the validation curve",
+        "reaches plain's mean final value; inf is never. Change of weights: in the second epoch,",
+        "relative to their norm. Time: CPU time over plain's, beside other processes.\n",
+        f"| arm | {' | '.join(measures)} | epochs | time |",
+        f"| --- |{' --- |' * (len(measures) + 2)}",
+    ]
+    for arm, runs in _ordered(arms, counted):
+        cells = [
+            f"{mean(measure(row) for row in runs.values()):.3f}" for measure in measures.values()
+        ]
+        epochs = median(epochs_to(row["validation_curve"], target) for row in runs.values())
+        ratios = [
+            runs[seed]["cpu_seconds"] / plain[seed]["cpu_seconds"]
+            for seed in runs.keys() & plain.keys()
+        ]
+        time = f"{median(ratios):.2f}" if ratios else ""
+        lines.append(f"| `{arm}` | {' | '.join(cells)} | {epochs:g} | {time} |")
+    return lines
+
+
+def _last(row: Row) -> int:
+    return len(row["weight_change"]) - 1
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def roughness(row: Row) -> float:
+    """The sum of the falls of the validation curve, in points."""
+    curve = row["validation_curve"]
+    return sum(max(0.0, a - b) for a, b in pairwise(curve))
+
+
+def epochs_to(curve: list[float], target: float) -> float:
+    """The first epoch that reaches a value."""
+    return next((n for n, value in enumerate(curve, 1) if value >= target), math.inf)
+
+
+def _second_table(counted: ByArm) -> list[str]:
+    found = _family(
+        {
+            f"`{arm}` over `{other}`": (counted[arm], counted[other])
+            for arm, other in SECOND_FAMILY
+            if arm in counted and other in counted
+        }
+    )
+    if not found:
+        return []
+    lines = [
+        "What does it: differences between arms, p adjusted over this table.\n",
+        "| | difference | p | verdict |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (comparison, p) in found.items():
+        lines.append(f"| {name} | {_shown(comparison)} | {p:.4f} | {comparison.verdict(p)} |")
+    return lines
