@@ -86,3 +86,15 @@ def no_such_file(path: Path) -> InputError:
         f"there is no file {path}{near_matches(path.name, beside)}",
         "Check the name; an architecture is written as torchvision:NAME or timm:NAME.",
     )
+
+
+def listed(texts: Iterable[str], limit: int = 8) -> str:
+    """The texts with commas, the number of those left out, and "none" for none."""
+    texts = list(texts)
+    more = [f"{len(texts) - limit} more"] if len(texts) > limit else []
+    return ", ".join([*texts[:limit], *more]) or "none"
+
+
+def quoted(names: Iterable[object], limit: int = 8) -> str:
+    """:func:`listed`, each name in quotes."""
+    return listed((repr(str(name)) for name in names), limit)

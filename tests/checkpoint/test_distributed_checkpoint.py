@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 import we_surgery as ws
 from we_surgery.checkpoint import read
-from we_surgery.checkpoint.locating import open_sharded
+from we_surgery.checkpoint.shards.dcp import DistributedCheckpoint
 
 PROCESSES = 2
 pytestmark = pytest.mark.skipif(
@@ -81,8 +81,7 @@ def test_it_strips_to_the_fold_of_the_gathered_weights(name: str, folder: Path) 
 
 @pytest.mark.parametrize("name", WRAPPINGS)
 def test_it_is_read_in_the_state_dicts_own_order(name: str, folder: Path) -> None:
-    files = open_sharded(folder / name)
-    assert files is not None
+    files = DistributedCheckpoint(folder / name)
     pieces = [len(files._pieces[f"model.{key}"]) for key in ("stem.raw_weight", "norm.weight")]
     assert pieces == ([PROCESSES] * 2 if name.startswith("fsdp") else [1, 1])
     state = read(folder / name).state_dict

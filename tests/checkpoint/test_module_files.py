@@ -15,8 +15,8 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 import we_surgery as ws
 from we_surgery.checkpoint import read, write_module
-from we_surgery.checkpoint.permissions import permit
-from we_surgery.checkpoint.pickle_scan import Actions, Name
+from we_surgery.checkpoint.safe_pickle.permissions import permit
+from we_surgery.checkpoint.safe_pickle.scan import Actions, Name
 from we_surgery.errors import InputError
 
 MODELS = {

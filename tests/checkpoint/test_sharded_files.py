@@ -124,7 +124,7 @@ def test_nothing_is_left_where_a_shard_fails(converted, tmp_path):
 
 
 def test_what_the_disk_gives_back_is_compared(converted, tmp_path, monkeypatch):
-    from we_surgery.checkpoint.streaming import SafetensorsWriter
+    from we_surgery.checkpoint.shards.safetensors_file import SafetensorsWriter
 
     write = SafetensorsWriter.write
 
@@ -167,10 +167,13 @@ def test_a_vanilla_one_has_nothing_to_strip(tmp_path):
 
 
 BROKEN_INDICES = {
-    "no json": (b"{", "no index of shards"),
+    "no json": (b"{", "not an index of shards"),
     "no map": (b"{}", "no 'weight_map'"),
-    "a path": (b'{"weight_map": {"a": "../model.safetensors"}}', "no file beside it"),
-    "no name": (b'{"weight_map": {"a": 3}}', "no file beside it"),
+    "a path": (
+        b'{"weight_map": {"a": "../model.safetensors"}}',
+        "not the name of a file",
+    ),
+    "no name": (b'{"weight_map": {"a": 3}}', "not the name of a file"),
     "missing": (b'{"weight_map": {"a": "b.safetensors"}}', "which is missing"),
     "elsewhere": (b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "does not"),
 }

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sharded_files import SOURCES, assert_holds, write_dcp, write_shards
 
 import we_surgery as ws
-from we_surgery.checkpoint import indexed_shards
+from we_surgery.checkpoint.shards import indexed
 from we_surgery.excitations import formulas
 
 
@@ -23,7 +23,7 @@ def test_one_shard_is_open_at_a_time_and_each_tensor_is_read_by_itself(
     state = converted.state_dict()
     shuffled = {name: state[name] for name in sorted(state, key=lambda name: name[::-1])}
     source = write_shards(shuffled, tmp_path / "in", 5)
-    opened, open_file = [], indexed_shards._open_file
+    opened, open_file = [], indexed._open_file
 
     @contextlib.contextmanager
     def watch(file, kind):
@@ -33,7 +33,7 @@ def test_one_shard_is_open_at_a_time_and_each_tensor_is_read_by_itself(
             yield result
         opened.clear()
 
-    monkeypatch.setattr(indexed_shards, "_open_file", watch)
+    monkeypatch.setattr(indexed, "_open_file", watch)
     ws.strip_sharded(source, tmp_path / "out.safetensors")
     assert_holds(load_file(tmp_path / "out.safetensors"), ws.strip(converted).state_dict())
 

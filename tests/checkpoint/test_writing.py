@@ -15,15 +15,15 @@ from we_surgery.checkpoint import (
     Architecture,
     Metadata,
     check_target,
+    disk,
     read,
     staged,
-    target_checks,
     write_module,
     write_safetensors,
     write_state_dict,
 )
-from we_surgery.checkpoint import renaming as renaming_module
 from we_surgery.checkpoint import staging as staging_module
+from we_surgery.checkpoint.shards.safetensors_file import SafetensorsWriter
 from we_surgery.errors import InputError, SurgeryError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -80,7 +80,7 @@ def test_a_failure_midway_leaves_the_target_as_it_was(write, step, tmp_path, mon
 
     if step == "write":
         monkeypatch.setattr(torch, "save", fail)
-        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        monkeypatch.setattr(SafetensorsWriter, "write", fail)
     elif step == "sync":
         monkeypatch.setattr(staging_module, "sync", fail)
     else:
@@ -130,7 +130,7 @@ def test_targets_that_cannot_be_written_are_refused_beforehand(tmp_path):
         check_target(tmp_path)
     with pytest.raises(InputError, match="there is no folder"):
         check_target(tmp_path / "missing" / "out.pt", force=True)
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         check_target("/dev/null", force=True)
     with pytest.raises(InputError, match="cannot be written"):
         check_target(tmp_path / ("a" * 5000))
@@ -141,7 +141,7 @@ def test_a_pipe_or_device_is_refused_and_so_is_a_link_to_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "link"):
-        with pytest.raises(InputError, match="no regular file"):
+        with pytest.raises(InputError, match="not a regular file"):
             check_target(tmp_path / name, force=True)
 
 
@@ -150,8 +150,8 @@ def test_a_link_among_the_systems_files_is_never_replaced(write, tmp_path, monke
     system = tmp_path / "dev"
     system.mkdir()
     (system / "stdout").symlink_to(tmp_path / "file")
-    monkeypatch.setattr(target_checks, "_SYSTEM_FOLDERS", (system,))
-    with pytest.raises(InputError, match="no regular file"):
+    monkeypatch.setattr(staging_module, "_SYSTEM_FOLDERS", (system,))
+    with pytest.raises(InputError, match="not a regular file"):
         write(system / "stdout", force=True)
     assert (system / "stdout").is_symlink()
     assert (tmp_path / "file").read_text() == "before"
@@ -187,7 +187,7 @@ def system(request, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     if request.param != "exchanges":
-        monkeypatch.setattr(renaming_module, "_renamed", lambda *args: False)
+        monkeypatch.setattr(disk, "_renamed", lambda *args: False)
     if request.param == "plain":
         monkeypatch.setattr(Path, "hardlink_to", refuse)
     return request.param
@@ -209,7 +209,7 @@ def test_a_folder_is_replaced_on_any_file_system(system, shards, tmp_path):
 
 def test_a_folder_that_is_replaced_always_has_its_name(shards, monkeypatch):
     """Where the system can exchange two names: nothing else is called between two states."""
-    if not renaming_module._renamed(shards, shards, renaming_module._EXCHANGE):
+    if not disk._renamed(shards, shards, disk._EXCHANGE):
         pytest.skip("the file system cannot exchange names")
     for method in ("rename", "replace"):
         monkeypatch.setattr(Path, method, lambda *args: pytest.fail("a name was given up"))
@@ -254,7 +254,7 @@ def test_a_link_to_a_folder_is_refused(shards, tmp_path):
 @pytest.mark.parametrize("after", range(1, 4))
 @pytest.mark.parametrize("done", [False, True])
 def test_a_signal_during_a_swap_leaves_one_whole_folder(after, done, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(renaming_module, "_renamed", lambda *args: False)
+    monkeypatch.setattr(disk, "_renamed", lambda *args: False)
     calls = []
 
     def interrupted(method):
@@ -478,7 +478,7 @@ def test_an_object_among_the_tensors_is_named(tmp_path):
         write_safetensors(
             {"0._extra_state": {"scale": 2}}, tmp_path / "out.safetensors", metadata=None
         )
-    assert caught.value.cause.startswith("safetensors holds tensors alone")
+    assert caught.value.cause.startswith("safetensors holds only tensors")
     assert "--to state_dict, or --to module" in caught.value.cure
     assert names(tmp_path) == []
 

@@ -18,7 +18,7 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery.checkpoint.streaming import SafetensorsWriter
+from we_surgery.checkpoint.shards.safetensors_file import SafetensorsWriter
 from we_surgery.cli import convert_command, inspect_command, strip_command
 from we_surgery.errors import SurgeryError
 from we_surgery.jobs import strip as stripping

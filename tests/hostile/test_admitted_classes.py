@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from we_surgery.checkpoint import permissions
+from we_surgery.checkpoint.safe_pickle import permissions
 
 FUNCTIONS = {"open", "eval", "exec", "compile", "__import__"}
 METHODS = set(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.checkpoint import renaming as renaming_module
+from we_surgery.checkpoint import disk
 from we_surgery.cli import strip_command
 
 CALLS = ["fsync", "rename", "replace", "link", "mkdir", "chmod", "unlink", "rmdir", "lstat"]
@@ -82,9 +82,9 @@ def test_both_or_none(
             for name in CALLS:
                 patch.setattr(os, name, failing.of(getattr(os, name)))
             if exchanges:
-                patch.setattr(renaming_module, "_renamed", failing.of(renaming_module._renamed))
+                patch.setattr(disk, "_renamed", failing.of(disk._renamed))
             else:
-                patch.setattr(renaming_module, "_renamed", lambda *_: False)
+                patch.setattr(disk, "_renamed", lambda *_: False)
             result = CliRunner().invoke(strip_command, arguments)
         ran_through = failing.calls < n
         after = pair(folder)
@@ -101,14 +101,14 @@ def test_both_or_none(
 def test_a_file_that_appears_meanwhile_leaves_none(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    renamed = renaming_module._renamed
+    renamed = disk._renamed
 
     def late(source: Path, target: Path, flags: int) -> bool:
         if target.name == FILES[1]:
             target.write_bytes(b"precious")
         return renamed(source, target, flags)
 
-    monkeypatch.setattr(renaming_module, "_renamed", late)
+    monkeypatch.setattr(disk, "_renamed", late)
     arguments = [str(source), "--both", "-o", str(tmp_path / FILES[0])]
     result = CliRunner().invoke(strip_command, arguments)
     assert result.exit_code == 2

@@ -21,7 +21,7 @@ from toys import EVERYTHING, ZOO_INPUT, Zoo
 
 import we_surgery as ws
 from we_surgery.checkpoint import staging as staging_module
-from we_surgery.checkpoint import unpickle as unpickle_module
+from we_surgery.checkpoint.safe_pickle import unpickle as unpickle_module
 from we_surgery.cli import convert_command, strip_command
 from we_surgery.converted import operations
 from we_surgery.converted import sites as grafting

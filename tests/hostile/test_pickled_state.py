@@ -144,29 +144,29 @@ ATTACKS: dict[str, tuple[Callable[[], Any], str]] = {
     "a ring below": (lambda: nn.Sequential(nn.Linear(2, 2), cycle(2)), "contains itself"),
     "a model class to call": (
         lambda: with_attribute("activation", torchvision.models.ResNet),
-        "ResNet .is no layer",
+        "ResNet .a callable that is not a layer",
     ),
     "a model class in a list": (
         lambda: with_attribute("blocks", [timm.models.VisionTransformer]),
-        "VisionTransformer .is no layer",
+        "VisionTransformer .a callable that is not a layer",
     ),
     "a tracer's class": (
         lambda: with_attribute("activation", timm.models.GraphExtractNet),
-        "GraphExtractNet .is no layer",
+        "GraphExtractNet .a callable that is not a layer",
     ),
     "a model class in a transform": (
         lambda: v2.Lambda(timm.models.VisionTransformer, Tensor),
-        "VisionTransformer .is no layer",
+        "VisionTransformer .a callable that is not a layer",
     ),
     "a class in a partial's arguments": (
         lambda: with_attribute(
             "layer", functools.partial(timm.layers.ConvNormAct, norm_layer=torchvision.models.VGG)
         ),
-        "VGG .is no layer",
+        "VGG .a callable that is not a layer",
     ),
     "a lazy layer that becomes a model": (
         lambda: with_attribute("cls_to_become", torchvision.models.ResNet),
-        "ResNet .is no layer",
+        "ResNet .a callable that is not a layer",
     ),
     "a module's name of its own": (
         lambda: with_attribute("__module__", "os"),

@@ -312,8 +312,8 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "you can only change requires_grad flags of leaf variables": lambda: ws.convert(net())[
         0
     ].weight.requires_grad_(False),
-    "... names what a file may not name: ... (is of another package)": lambda: saved(Random()),
-    "... names what a file may not name: ... (is no nn.Module class)": lambda: saved(eval),
+    "... is refused: it refers to ... (from another package)": lambda: saved(Random()),
+    "... is refused: it refers to ... (not an nn.Module class)": lambda: saved(eval),
     "... holds weights and does not say of which architecture": lambda: saved(net().state_dict()),
     "the state dict does not fit ...": lambda: saved(
         net().state_dict(), architecture="torchvision:alexnet"

@@ -10,21 +10,22 @@ from we_surgery.checkpoint.excited_entry import find_excited as find_excited
 from we_surgery.checkpoint.excited_entry import is_excited_state_dict as is_excited_state_dict
 from we_surgery.checkpoint.excited_entry import tensor_identity as tensor_identity
 from we_surgery.checkpoint.folding import StateDictReport as StateDictReport
+from we_surgery.checkpoint.folding import nothing_to_strip as nothing_to_strip
+from we_surgery.checkpoint.folding import save_stripped as save_stripped
+from we_surgery.checkpoint.folding import strip_sharded as strip_sharded
 from we_surgery.checkpoint.folding import strip_state_dict as strip_state_dict
 from we_surgery.checkpoint.folding import (
     strip_state_dict_with_report as strip_state_dict_with_report,
 )
-from we_surgery.checkpoint.folding_shards import save_stripped as save_stripped
-from we_surgery.checkpoint.folding_shards import strip_sharded as strip_sharded
 from we_surgery.checkpoint.metadata import Metadata as Metadata
 from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
 from we_surgery.checkpoint.settling import settled as settled
 from we_surgery.checkpoint.staging import Staging as Staging
+from we_surgery.checkpoint.staging import check_target as check_target
 from we_surgery.checkpoint.staging import staged as staged
 from we_surgery.checkpoint.staging import staged_together as staged_together
-from we_surgery.checkpoint.target_checks import check_target as check_target
 from we_surgery.checkpoint.unwrap import Weights as Weights
 from we_surgery.checkpoint.writing import save_module as save_module
 from we_surgery.checkpoint.writing import save_safetensors as save_safetensors

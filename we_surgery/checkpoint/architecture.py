@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery._util.imports import working_folder_importable
 from we_surgery.errors import InputError, near_matches
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"

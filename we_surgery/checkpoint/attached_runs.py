@@ -35,6 +35,14 @@ class AttachedRun:
     plan: Plan
     steps: int
 
+    @property
+    def note(self) -> str:
+        """What it means for the file, as a sentence."""
+        return (
+            f"excitation attached to the optimizer, after {self.steps} steps; the model's weights "
+            "are the excited ones, ready to deploy"
+        )
+
     def misfit(self, state: Mapping[str, Tensor]) -> str | None:
         """The first weight that the model does not have in this shape."""
         for key, entry in self.weights.items():

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from we_surgery.checkpoint.wording import quoted
 from we_surgery.converted.proof import is_finite, refuse_non_finite
-from we_surgery.errors import InputError, SurgeryError
+from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.legacy import has_marks, read_legacy

@@ -14,7 +14,7 @@ from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.checkpoint.contents import Contents, read
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
 from we_surgery.checkpoint.metadata import Metadata
-from we_surgery.checkpoint.settling import is_legacy, settled
+from we_surgery.checkpoint.settling import settled
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
 from we_surgery.converted.sites import Graft, graft
@@ -23,6 +23,11 @@ from we_surgery.errors import InputError, OldFormatWarning, near_matches
 from we_surgery.excitations import Composition
 from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.planning.transplant_rows import attach
+
+_FIT = (
+    "Give the architecture and the arguments it was trained with (--arch, --arch-arg "
+    "num_classes=10; in Python, `Architecture.parse`)."
+)
 
 
 def save(
@@ -82,11 +87,12 @@ def load(
         trust: as there.
 
     Raises:
-        InputError: the file cannot be read or names what it may not name, no architecture is
-            known, or the weights do not fit it.
+        InputError: the file cannot be read or is refused, no architecture is known, or the
+            weights do not fit it.
     """
     contents = settled(read(path, key=key, allow=allow, trust=trust), str(path))
-    if is_legacy(contents.state_dict or {}, contents.notes):
+    is_legacy = any(entry.is_legacy for entry in find_excited(contents.state_dict or {}))
+    if is_legacy or any(LEGACY_NOTE in note for note in contents.notes):
         warnings.warn(f"{path} {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     return model_from(contents, architecture=architecture, allow=allow)
 
@@ -97,14 +103,11 @@ def model_from(
     architecture: str | Architecture | None = None,
     allow: Sequence[str] = (),
 ) -> nn.Module:
-    """The model of what :func:`~we_surgery.checkpoint.read` returned; see :func:`load`.
-
-    Raises:
-        InputError: no architecture is known, or the weights do not fit it.
-    """
+    """The model of what :func:`~we_surgery.checkpoint.read` returned; see :func:`load`."""
     if contents.model is not None:
         return contents.model
-    assert contents.state_dict is not None
+    state = contents.state_dict
+    assert state is not None
     if isinstance(architecture, str):
         architecture = Architecture.parse(architecture)
     if architecture is None and contents.metadata is not None:
@@ -121,7 +124,7 @@ def model_from(
         plan = None if contents.metadata is None else contents.metadata.stored_plan
         if plan is not None:
             attach(model, plan.transplants, loading=True)
-    _fill(model, contents.state_dict, architecture)
+    _fill(model, state, architecture)
     if plan is not None:
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     return model
@@ -132,7 +135,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise InputError(
-            f"the state dict of the model holds {others[0]!r}, which is no tensor",
+            f"the state dict of the model holds {others[0]!r}, which is not a tensor",
             "Save the whole module: a file without .safetensors, and no architecture.",
         )
     return state
@@ -141,9 +144,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _fill(model: nn.Module, state: dict[str, Tensor], architecture: Architecture) -> None:
     """Excites a vanilla model as ``state`` says, and loads ``state`` into it."""
     entries = list(find_excited(state))
-    _match_dtypes(model, state)
-    grafts = _grafts(model, entries, architecture)
-    graft(model, grafts)
+    _match_dtypes(model, state, entries)
+    graft(model, _grafts(model, entries, architecture))
     _match_layouts(model, state)
     versions = getattr(model.state_dict(), VERSIONS, None)
     if not hasattr(state, VERSIONS) and versions and state.keys() == model.state_dict().keys():
@@ -155,12 +157,14 @@ def _fill(model: nn.Module, state: dict[str, Tensor], architecture: Architecture
         raise _misfit(model, state, architecture, error) from error
 
 
-def _match_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _match_dtypes(
+    model: nn.Module, state: Mapping[str, Tensor], entries: Sequence[ExcitedEntry]
+) -> None:
     """Casts the model as its owner did, where all weights in the file have one dtype.
 
     Buffers that the file does not hold follow then as well.
     """
-    kept = {e.excitation_prefix + k for e in find_excited(state) for k in e.excitation}
+    kept = {entry.excitation_prefix + key for entry in entries for key in entry.excitation}
     dtypes = {
         value.dtype for key, value in state.items() if key not in kept and value.is_floating_point()
     }
@@ -200,14 +204,7 @@ def _grafts(
         owner = modules.get(entry.layer)
         parameter = None if owner is None else owner._parameters.get(entry.parameter)
         if parameter is None or parameter.shape != entry.raw.shape:
-            known = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-            has = "another shape" if parameter is not None else "no such weight"
-            raise InputError(
-                f"the file excites {entry.vanilla_key!r} {tuple(entry.raw.shape)}, and "
-                f"{architecture.name} has {has}"
-                f"{'' if parameter is not None else near_matches(entry.vanilla_key, known)}",
-                _FIT,
-            )
+            raise _no_such_weight(model, entry, architecture, exists=parameter is not None)
         if id(parameter) in by_parameter:
             first, excitation = by_parameter[id(parameter)]
             _refuse_different(first, entry)
@@ -220,6 +217,18 @@ def _grafts(
             grafts.append(Graft(entry.layer, entry.parameter, excitation))
             grafted.add((id(owner), entry.parameter))
     return grafts
+
+
+def _no_such_weight(
+    model: nn.Module, entry: ExcitedEntry, architecture: Architecture, *, exists: bool
+) -> InputError:
+    known = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    has = "another shape" if exists else "no such weight" + near_matches(entry.vanilla_key, known)
+    return InputError(
+        f"the file excites {entry.vanilla_key!r} {tuple(entry.raw.shape)}, but "
+        f"{architecture.name} has {has}",
+        _FIT,
+    )
 
 
 def _owned(excitation: Composition) -> Composition:
@@ -238,7 +247,7 @@ def _refuse_different(first: ExcitedEntry, second: ExcitedEntry) -> None:
     ):
         raise InputError(
             f"{first.vanilla_key!r} and {second.vanilla_key!r} are one Parameter in this "
-            "architecture and differ in the file",
+            "architecture but differ in the file",
             _FIT,
         )
 
@@ -261,9 +270,3 @@ def _misfit(
     ]
     reason = "; ".join(found) or f"{type(error).__name__}: {error}"
     return InputError(f"the state dict does not fit {architecture.name}: {reason}", _FIT)
-
-
-_FIT = (
-    "Give the architecture and the arguments it was trained with (--arch, --arch-arg "
-    "num_classes=10; in Python, `Architecture.parse`)."
-)

@@ -11,35 +11,28 @@ from torch import Tensor
 from we_surgery.checkpoint.contents import Contents
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
-from we_surgery.checkpoint.wording import quoted
-from we_surgery.errors import InputError
+from we_surgery.errors import InputError, quoted
 from we_surgery.excitations import Rescale, check_stage
 from we_surgery.excitations.legacy import LEGACY_NOTE, read_legacy, upgraded
 from we_surgery.excitations.record import RECORD_KEY, Record, outline
 from we_surgery.planning.plans import Decision, Plan
 
-_CURE = "The file is damaged or was edited; give the checkpoint that it was made from."
+_HINT = "The file is damaged or was edited; give the checkpoint that it was made from."
 
 
 def settled(contents: Contents, name: str) -> Contents:
     """The contents, their excited weights being those of the file's own plan.
 
     A state dict in the old form gets records where the plan agrees with its tensors.
-
-    Args:
-        contents: of a model or a state dict, with or without a plan.
-        name: of the file, for messages.
-
-    Raises:
-        InputError: the plan excites a weight that the tensors do not, or in another way.
     """
     plan = None if contents.metadata is None else contents.metadata.stored_plan
-    if plan is None or contents.sharded is not None:
+    if plan is None:
         return contents
-    state = contents.state_dict
-    if state is None:
-        model = contents.model
-        state = {} if model is None else _tensors(model.state_dict())
+    weights = contents.weights
+    if weights is not None:
+        state = weights.with_excitations()
+    else:
+        state = {} if contents.model is None else _tensors(contents.model.state_dict())
     entries = {(entry.layer, entry.parameter): entry for entry in find_excited(state)}
     _refuse_lost(entries, plan, name)
     old: list[ExcitedEntry] = []
@@ -53,16 +46,15 @@ def settled(contents: Contents, name: str) -> Contents:
             record = read_legacy(entry.excitation)[0]
             old.append(entry)
         _refuse_other(row, record, name)
-    if not old:
+    if weights is None or not old:
         return contents
-    note = f"{name} {LEGACY_NOTE}"
-    return replace(contents, state_dict=_upgraded(state, old), notes=[*contents.notes, note])
-
-
-def is_legacy(state: Mapping[str, Tensor], notes: Iterable[str]) -> bool:
-    """Whether a state dict is, or was before :func:`settled`, in the old form."""
-    return any(LEGACY_NOTE in note for note in notes) or any(
-        entry.is_legacy for entry in find_excited(state)
+    state = _upgraded(state, old)
+    in_files = {key for key, value in state.items() if value.is_meta}
+    stored = {key: place for key, place in weights.stored.items() if key in in_files}
+    return replace(
+        contents,
+        weights=replace(weights, tensors=state, stored=stored),
+        notes=[*contents.notes, f"{name} {LEGACY_NOTE}"],
     )
 
 
@@ -75,9 +67,9 @@ def _refuse_lost(entries: Iterable[tuple[str, str]], plan: Plan, name: str) -> N
     lost = [row.layer for row in plan.excited if (row.module, row.parameter) not in found]
     if lost:
         raise InputError(
-            f"{name} was converted by a plan that excites {quoted(lost)}, and holds no excited "
+            f"{name} was converted by a plan that excites {quoted(lost)}, but holds no excited "
             "weight of these",
-            _CURE,
+            _HINT,
         )
 
 
@@ -97,13 +89,13 @@ def _refuse_other(row: Decision, record: Record, name: str) -> None:
     ):
         raise InputError(
             f"{name}: the file's plan gives layer {row.layer!r} {'+'.join(planned) or 'nothing'} "
-            f"with the options {planned}, and its tensors say {outline(record)} with {said}",
-            _CURE,
+            f"with the options {planned}, but its tensors say {outline(record)} with {said}",
+            _HINT,
         )
 
 
 def _differ(stage: str, planned: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
-    """Whether an option differs that both name, and that no checkpoint may change."""
+    """Whether an option differs that both have, and that no checkpoint may change."""
     excitation = check_stage(stage)
     for option, value in {**excitation.options(), **planned}.items():
         own = said.get(option)

@@ -1,7 +1,4 @@
-"""Files that are written beside their targets, and take their places all or none.
-
-What is written lies in a hidden folder until then (:mod:`we_surgery.checkpoint.hidden_folder`).
-"""
+"""Files are written in a hidden folder beside their targets, and take their places all or none."""
 
 from __future__ import annotations
 
@@ -15,31 +12,98 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from we_surgery.checkpoint.hidden_folder import NEW, OLD, HiddenFolder, remove_left_over
-from we_surgery.checkpoint.renaming import exchange, rename_to_free
-from we_surgery.checkpoint.syncing import sync, sync_folder
-from we_surgery.checkpoint.target_checks import (
-    check_target,
-    exists_already,
-    refuse_other_files,
+from we_surgery.checkpoint.disk import (
+    NEW,
+    OLD,
+    HiddenFolder,
+    exchange,
+    remove_left_over,
+    rename_to_free,
+    sync,
+    sync_folder,
 )
-from we_surgery.checkpoint.wording import listed
-from we_surgery.errors import SurgeryError, WESurgeryError
+from we_surgery.errors import InputError, SurgeryError, WESurgeryError, listed, quoted
 
 logger = logging.getLogger(__name__)
+
+_ELSEWHERE = "Give another file to write (-o FILE)."
+
+# The system makes what has a name here; a link in these folders is not a file of the user's.
+_SYSTEM_FOLDERS = (Path("/dev"), Path("/proc"), Path("/sys"))
+_MEMORY_FOLDER = Path("/dev/shm")
+
+
+def check_target(path: str | Path, *, force: bool = False, folder: bool = False) -> None:
+    """Raises InputError if a file, or a folder of shards, cannot be written at ``path``."""
+    path = Path(path)
+    try:
+        _refuse_system_folders(path)
+        if folder:
+            _check_folder(path)
+        elif path.is_dir():
+            raise InputError(f"{path} is a folder", _ELSEWHERE)
+        elif path.exists() and not path.is_file():
+            raise InputError(f"{path} is not a regular file", _ELSEWHERE)
+        if (path.exists() or path.is_symlink()) and not force:
+            raise _exists_already(path)
+        folder_exists = path.parent.is_dir()
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}", _ELSEWHERE) from error
+    if not folder_exists:
+        raise InputError(f"there is no folder {path.parent}", "Create it, or give another file.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {path.parent} is not writable", _ELSEWHERE)
+
+
+def _exists_already(path: Path) -> InputError:
+    return InputError(
+        f"{path} exists already",
+        "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
+    )
+
+
+def _refuse_system_folders(path: Path) -> None:
+    # The path itself is not resolved: /dev/stdout is a link, and the link would be replaced.
+    place = path.parent.resolve()
+    if place.is_relative_to(_MEMORY_FOLDER):
+        return
+    if any(place.is_relative_to(folder) for folder in _SYSTEM_FOLDERS):
+        raise InputError(f"{path} is not a regular file", _ELSEWHERE)
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError(
+            f"{path} is a symbolic link, and only a folder can be replaced by a folder",
+            "Give the folder itself (-o FOLDER).",
+        )
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder", "Give another folder (-o FOLDER).")
+    if path.is_dir():
+        _refuse_other_files(path, path)
+
+
+def _refuse_other_files(folder: Path, called: Path) -> None:
+    """Raises unless a folder holds only shards, since one that is replaced is deleted."""
+    others = [
+        file.name
+        for file in folder.iterdir()
+        if file.is_dir() or not file.name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    if others:
+        raise InputError(
+            f"the folder {called} holds other things than shards: {quoted(sorted(others))}",
+            "Give a new folder (-o FOLDER); only a folder of shards is ever replaced.",
+        )
 
 
 @dataclass
 class _Staged:
     """One file or folder that is to take its place.
 
-    Attributes:
-        path: the target.
-        place: a hidden folder, of its own.
-        force: whether an existing target is replaced.
-        folder: whether the target is a folder of files.
-        mode: the target's permissions.
-        identity: of what was written, by which it is known under any name.
+    ``identity`` is of what was written, by which it is known under any name.
     """
 
     path: Path
@@ -51,7 +115,7 @@ class _Staged:
 
     @property
     def new(self) -> Path:
-        """Where it is written to, and what it replaces lies in the end."""
+        """Where it is written, and where what it replaces ends."""
         return self.place / NEW / self.path.name
 
     @property
@@ -74,11 +138,11 @@ class _Staged:
             rename_to_free(self.new, self.path)
         except FileExistsError as error:
             if not self.force:
-                raise exists_already(self.path) from error
+                raise _exists_already(self.path) from error
             exchange(self.new, self.path, self.old)
             if self.folder:
                 # What came at the last moment is not deleted either.
-                refuse_other_files(self.new, self.path)
+                _refuse_other_files(self.new, self.path)
 
     def give_back(self) -> None:
         """Undoes :meth:`take_place`, however far it came."""
@@ -102,7 +166,7 @@ class Staging:
     """Targets that are written together; see :func:`staged_together`."""
 
     def __init__(self) -> None:
-        self._targets: list[Path] = []
+        self.paths: list[str] = []
         self._staged: list[_Staged] = []
         self._places: list[HiddenFolder] = []
 
@@ -118,16 +182,13 @@ class Staging:
 
         Args:
             path: the target.
-            force: whether an existing target is replaced, which keeps its permissions.
+            force: replace an existing target, which keeps its permissions.
             folder: stage a folder of files instead of one file. An existing folder is only
                 replaced if it holds a sharded state dict and nothing else.
-            like: what a new target is made from: who cannot read this cannot read the target.
-
-        Raises:
-            InputError: the target cannot be written to, or exists without ``force``.
+            like: the source. Who cannot read it cannot read a new target.
         """
         path = Path(path)
-        self._targets.append(path)
+        self.paths.append(str(path))
         check_target(path, force=force, folder=folder)
         remove_left_over(path.parent)
         self._places.append(HiddenFolder(path.parent))
@@ -136,18 +197,13 @@ class Staging:
             staged.new.mkdir()
         else:
             staged.new.touch(exist_ok=False)
-        # Remembered for it follows the umask; safetensors gives 0600 to all it writes.
+        # Taken now, for it follows the umask; safetensors gives 0600 to all it writes.
         staged.mode = _mode(staged.new, path, like)
         self._staged.append(staged)
         return staged.new
 
     def take_places(self) -> None:
-        """Gives all that was written the names of the targets, or none.
-
-        Raises:
-            InputError: a target came into being meanwhile.
-            SurgeryError: all have their names, and the disk failed to note them.
-        """
+        """Gives all that was written the names of the targets, or none."""
         for staged in self._staged:
             staged.finish()
         for staged in self._staged:
@@ -169,11 +225,6 @@ class Staging:
             place.remove()
         self._places.clear()
 
-    @property
-    def paths(self) -> list[str]:
-        """The targets, for messages."""
-        return [str(path) for path in self._targets]
-
     def _give_back(self, error: BaseException) -> None:
         stuck: list[str] = []
         for staged in reversed(self._staged):
@@ -193,8 +244,8 @@ class Staging:
 def staged_together() -> Iterator[Staging]:
     """New names beside targets; what stands under them at the end is synced and takes its place.
 
-    When the block raises, nothing is left and the targets are as they were. So it is if one of
-    them cannot take its place.
+    When the block raises, or one of them cannot take its place, nothing is left and the targets are
+    as they were.
 
     Raises:
         InputError: a target cannot be written to, or exists without ``force``.
@@ -208,11 +259,11 @@ def staged_together() -> Iterator[Staging]:
         raise
     # Nothing wider: what folds and proves in the block has errors of its own.
     except (OSError, SafetensorError) as error:
-        names = stage.paths
+        single = len(stage.paths) < 2
         raise SurgeryError(
-            f"{listed(names)} could not be written: {type(error).__name__}: {error}",
+            f"{listed(stage.paths)} could not be written: {type(error).__name__}: {error}",
             "Look at the disk's space and permissions; "
-            f"{'the target is as it was' if len(names) < 2 else 'the targets are as they were'}.",
+            f"{'the target is as it was' if single else 'the targets are as they were'}.",
         ) from error
     finally:
         stage.close()
@@ -222,7 +273,7 @@ def staged_together() -> Iterator[Staging]:
 def staged(
     path: str | Path, *, force: bool = False, folder: bool = False, like: Path | None = None
 ) -> Iterator[Path]:
-    """:func:`staged_together` for one target; its arguments are those of :meth:`Staging.add`."""
+    """:func:`staged_together` for one target, with the arguments of :meth:`Staging.add`."""
     with staged_together() as stage:
         yield stage.add(path, force=force, folder=folder, like=like)
 
@@ -244,11 +295,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _sync_names(paths: list[Path]) -> None:
-    """Makes sure that the new names are on the disk.
-
-    Raises:
-        SurgeryError: the disk failed; the files have their names all the same.
-    """
+    """Makes sure that the new names are on the disk; the files have them in any case."""
     try:
         for parent in dict.fromkeys(path.parent for path in paths):
             sync_folder(parent)

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from we_surgery.checkpoint import parametrized, public_code
+from we_surgery.checkpoint.foreign_forms import read_parametrized, read_public_code
 from we_surgery.checkpoint.metadata import METADATA_KEY
-from we_surgery.checkpoint.wording import listed, quoted
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, listed, near_matches, quoted
 
 WRAPPER_KEYS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema")
 """Where trainers put the state dict; the first that is there is taken."""
@@ -115,14 +114,16 @@ def unwrap(
         else _found(checkpoint, places, averages=weights != "raw")
     )
     cleaned = _clean(state, notes)
-    for read_as_ours in (public_code.read_as_ours, parametrized.read_as_ours):
+    for read_as_ours in (read_public_code, read_parametrized):
         versions = getattr(cleaned, VERSIONS, None)
-        renamed, ours, note = read_as_ours(cleaned, versions or ())
-        if note and versions is not None:
-            ours = with_versions(ours, {renamed.get(k, k): v for k, v in versions.items()})
-        if note:
-            cleaned = ours
-            notes = [*notes, note]
+        ours = read_as_ours(cleaned, versions or ())
+        if ours is None:
+            continue
+        cleaned = ours.state
+        if versions is not None:
+            own = {ours.modules.get(name, name): v for name, v in versions.items()}
+            cleaned = with_versions(cleaned, own)
+        notes = [*notes, ours.note]
     return cleaned, notes
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from we_surgery.checkpoint.imports import working_folder_importable
+from we_surgery._util.imports import working_folder_importable
 from we_surgery.errors import InputError, near_matches
 
 _LOADER_CURE = (

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery._util.copies import drawing_nothing
 from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
-from we_surgery.checkpoint.wording import quoted
 from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.surgery import PLAN_ATTRIBUTE, convert, is_converted
-from we_surgery.errors import InputError, SurgeryError
+from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.jobs.targets import check_extension, choose_target
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
@@ -46,13 +45,12 @@ class Source:
     allow: Sequence[str] = ()
     trust: bool = False
 
-    def read(self, *, values: bool = True, with_excitation: bool = False) -> Contents:
+    def read(self, *, with_excitation: bool = False) -> Contents:
         """The file's or architecture's contents; see :func:`we_surgery.checkpoint.read`."""
         return checkpoint.read(
             self.name,
             key=self.key,
             weights=self.weights,
-            values=values,
             with_excitation=with_excitation,
             allow=self.allow,
             trust=self.trust,

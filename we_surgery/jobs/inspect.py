@@ -20,7 +20,6 @@ from we_surgery.analysis.learned import (
 from we_surgery.analysis.multipliers import multiplier_map
 from we_surgery.converted.surgery import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
-from we_surgery.excitations.names import EXCITATION, raw_name
 from we_surgery.excitations.record import is_record
 from we_surgery.jobs.convert import Source
 
@@ -183,16 +182,13 @@ def _read(
     source: Source, starts: Mapping[str, Start] | None
 ) -> tuple[Inspection, Callable[[str], checkpoint.ExcitedEntry | None]]:
     """The inspection, and what gives each excited weight with its values."""
-    contents = source.read(values=False, with_excitation=True)
-    state = contents.state_dict
-    if contents.sharded is not None:
-        # Of the weights the shapes are known; their values are read one by one below.
-        state = contents.sharded.load(lambda name: f"{EXCITATION}." in name)
+    contents = source.read(with_excitation=True)
+    # Of the weights the shapes are known; their values are read one by one below.
+    state = {} if contents.weights is None else contents.weights.with_excitations()
     plan = contents.metadata.plan if contents.metadata is not None else None
     if contents.model is not None:
         state = _tensors(contents.model)
         plan = contents.model.__dict__.get(PLAN_ATTRIBUTE, plan)
-    state = state or {}
     entries = {entry.vanilla_key: entry for entry in checkpoint.find_excited(state)}
     if starts is not None and entries:
         _refuse_other_start(entries, starts, source.name)
@@ -246,11 +242,11 @@ def _read(
 def _in_memory(
     contents: checkpoint.Contents, entry: checkpoint.ExcitedEntry
 ) -> checkpoint.ExcitedEntry:
-    """The entry with its raw weight, which of a sharded checkpoint is still in its file."""
-    if contents.sharded is None:
+    """The entry with its raw weight, which may still be in its file."""
+    if contents.weights is None or not entry.raw.is_meta:
         return entry
-    key = f"{entry.layer}.{raw_name(entry.parameter)}".removeprefix(".")
-    return replace(entry, raw=contents.sharded.load(lambda name: name == key)[key])
+    key = entry.raw_key
+    return replace(entry, raw=contents.weights.load(lambda name: name == key)[key])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery._util.copies import copy_model
 from we_surgery.checkpoint import Contents, Metadata
-from we_surgery.checkpoint.wording import quoted
 from we_surgery.converted.proof import StripReport, same_bits
 from we_surgery.converted.surgery import (
     Progress,
@@ -22,7 +21,7 @@ from we_surgery.converted.surgery import (
     stored_plan,
     strip_with_report,
 )
-from we_surgery.errors import InputError, SurgeryError
+from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.jobs.convert import Source
 from we_surgery.jobs.targets import Target, check_extension, choose_target
 from we_surgery.jobs.verify import (
@@ -161,21 +160,21 @@ def _strip_all(
     done: list[Stripped] = []
     with checkpoint.staged_together() as stage:
         for source, mark in sources:
-            contents = checkpoint.settled(source.read(values=False), source.name)
+            contents = checkpoint.settled(source.read(), source.name)
             target = choose_target(
                 source.name, contents.kind, output, to, ".stripped", keep_shards=True
             )
             target = target.marked(mark) if mark else target
             target.check(force=force)
             needs_model = target.kind == "module" or how.deploy != "dense"
-            strip = _strip_model if needs_model or contents.model else _strip_state
+            strip = _strip_model if needs_model or contents.model else _strip_weights
             temporary = target.stage(stage, force=force, like=contents.path)
             stripped = strip(source, contents, target, temporary, how)
             done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
     return done
 
 
-def _strip_state(
+def _strip_weights(
     source: Source, contents: Contents, target: Target, temporary: Path, how: _How
 ) -> Stripped:
     architecture = source.architecture_of(contents)
@@ -187,39 +186,21 @@ def _strip_state(
             "Name it with --arch, or leave out --verify and --input-shape: the weights are "
             "compared in any case.",
         )
-    notes = list(contents.notes)
+    assert contents.weights is not None
     plan = None if contents.metadata is None else contents.metadata.stored_plan
+    excites = checkpoint.is_excited_state_dict(contents.weights.tensors)
+    if not excites and not (plan is not None and plan.changes):
+        raise checkpoint.nothing_to_strip(source.name)
     kept = None if plan is None else plan.kept
-    if contents.sharded is not None and target.kind in ("sharded", "safetensors"):
-        found = checkpoint.save_stripped(
-            contents.sharded,
-            temporary,
-            folder=target.is_folder,
-            dtype=how.dtype,
-            progress=how.progress,
-        )
-        notes = list(found.notes)
-    else:
-        contents = _in_memory(contents)
-        state = contents.state_dict
-        assert state is not None
-        stripped, found = checkpoint.strip_state_dict_with_report(
-            state, dtype=how.dtype, progress=how.progress
-        )
-        _refuse_vanilla(found.layers > 0 or (plan is not None and plan.changes), source.name)
-        target.save(temporary, None, stripped, _kept_metadata(kept, source, contents))
-        # Folded anew: a fold that is not deterministic is caught too.
-        again, _ = checkpoint.strip_state_dict_with_report(state, dtype=how.dtype)
-        _check_written(checkpoint.read(temporary).state_dict, again)
-        notes += found.notes
     transplants = 0 if plan is None or kept is None else _attached(plan) - _attached(kept)
+    metadata = _kept_metadata(kept, source, contents)
+    found = _fold(contents, target, temporary, how, metadata)
+    notes = list(dict.fromkeys([*contents.notes, *found.notes]))
     report = StripReport(found.layers, found.removed_values, found.values, transplants=transplants)
     done = Stripped(target.path, target.kind, report, found.tensors, {}, None, notes)
     if not compares:
         return done
-    excited = checkpoint.model_from(
-        _in_memory(contents), architecture=architecture, allow=source.allow
-    )
+    excited = checkpoint.model_from(contents, architecture=architecture, allow=source.allow)
     vanilla = checkpoint.load(temporary, architecture=architecture, allow=source.allow)
     shape, note = _shape(excited, source, contents, how)
     differences = compare_outputs(excited, vanilla, shape, how.dtype)
@@ -231,11 +212,41 @@ def _strip_state(
     )
 
 
+def _fold(
+    contents: Contents,
+    target: Target,
+    temporary: Path,
+    how: _How,
+    metadata: Metadata | None,
+) -> checkpoint.StateDictReport:
+    """Writes the folded weights, and compares what was written with a second fold."""
+    if target.kind != "state_dict":
+        assert contents.weights is not None
+        return checkpoint.save_stripped(
+            contents.weights,
+            temporary,
+            folder=target.is_folder,
+            dtype=how.dtype,
+            metadata=metadata,
+            progress=how.progress,
+        )
+    state = contents.state_dict
+    assert state is not None
+    stripped, found = checkpoint.strip_state_dict_with_report(
+        state, dtype=how.dtype, progress=how.progress
+    )
+    checkpoint.save_state_dict(stripped, temporary, metadata)
+    again, _ = checkpoint.strip_state_dict_with_report(state, dtype=how.dtype)
+    _check_written(checkpoint.read(temporary).state_dict, again)
+    return found
+
+
 def _strip_model(
     source: Source, contents: Contents, target: Target, temporary: Path, how: _How
 ) -> Stripped:
-    model = source.load(_in_memory(contents))
-    _refuse_vanilla(is_converted(model), source.name)
+    model = source.load(contents)
+    if not is_converted(model):
+        raise checkpoint.nothing_to_strip(source.name)
     notes = list(contents.notes)
     shape: tuple[int, ...] | None = None
     inputs = None
@@ -280,12 +291,6 @@ def _with_differences(report: StripReport, differences: tuple[float, float]) -> 
     return replace(report, output_difference=absolute, relative_difference=relative)
 
 
-def _in_memory(contents: Contents) -> Contents:
-    if contents.sharded is None:
-        return contents
-    return replace(contents, state_dict=contents.sharded.load(), sharded=None)
-
-
 def _shape(
     model: nn.Module, source: Source, contents: Contents, how: _How
 ) -> tuple[tuple[int, ...], list[str]]:
@@ -293,14 +298,6 @@ def _shape(
     if how.input_shape is not None:
         return tuple(how.input_shape), []
     return input_shape_of(model, source.architecture_of(contents))
-
-
-def _refuse_vanilla(excited: bool, name: str) -> None:
-    if not excited:
-        raise SurgeryError(
-            f"{name} holds no excited weights, so there is nothing to strip",
-            "Give the checkpoint of a converted model; `we-inspect FILE` tells what a file is.",
-        )
 
 
 def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def recognize(path: Path) -> FileKind:
             raise InputError(f"{path} is a folder", "Give a file in it.")
         # A pipe would never begin, and a device never end.
         if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no regular file", "Give a file that was written whole.")
+            raise InputError(f"{path} is not a regular file", "Give a file that was written whole.")
         with path.open("rb") as file:
             start = file.read(64)
         size = path.stat().st_size

@@ -1,38 +1,37 @@
-"""State dicts in several files, read tensor by tensor.
-
-Two layouts: an index of shards (:mod:`we_surgery.checkpoint.indexed_shards`) and a folder of
-torch.distributed.checkpoint (:mod:`we_surgery.checkpoint.dcp`).
-"""
+"""State dicts that lie in files, and are read tensor by tensor."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.unwrap import Weights, unwrap
 from we_surgery.errors import InputError
+from we_surgery.excitations.names import EXCITATION
 
 SAVE_AGAIN = "Save or fetch all of it again."
-"""The cure for files that do not fit together."""
+"""The hint for files that do not fit together."""
 
 Load = Callable[[str], Tensor]
 
 
-class ShardedFiles(ABC):
-    """Tensors that lie in several files, known by shape and dtype before any is read.
+class TensorFiles(ABC):
+    """Tensors in one or several files, known by shape and dtype before any is read.
 
     Attributes:
-        path: the index or the folder.
+        path: the file, the index or the folder.
         tensors: each tensor by its name in the files, on the meta device.
         shards: the names in groups that are read together, each at most as large as the
             largest file.
         notes: what in the files is left out, as sentences.
+        metadata: ours, where a file carries it.
     """
 
     kind: ClassVar[str]
@@ -40,6 +39,7 @@ class ShardedFiles(ABC):
     tensors: dict[str, Tensor]
     shards: list[list[str]]
     notes: Sequence[str] = ()
+    metadata: Metadata | None = None
 
     def checkpoint(self) -> Mapping[str, Any]:
         """What was saved, with tensors of the meta device; wrappers and all."""
@@ -50,25 +50,12 @@ class ShardedFiles(ABC):
     def open(self, shard: int) -> Iterator[Load]:
         """Reads tensors of one shard by name, each once.
 
-        They may be overwritten, and be used until it closes: one may be a view of the file, mapped
+        They may be overwritten, and used until it closes: one may be a view of the file, mapped
         so that what is written to it stays in memory.
-
-        Raises:
-            InputError: a file is missing, damaged, or does not hold what the index says.
         """
 
-    def state_dict(
-        self, key: str | None = None, weights: Weights | None = None
-    ) -> ShardedStateDict:
-        """The state dict in the files, without wrappers, with vanilla names.
-
-        Args:
-            key: as in :func:`~we_surgery.checkpoint.unwrap.unwrap`.
-            weights: as there.
-
-        Raises:
-            InputError: there is none, or several and no ``key``.
-        """
+    def state_dict(self, key: str | None = None, weights: Weights | None = None) -> StateDict:
+        """The state dict in the files, without wrappers, with vanilla names."""
         try:
             state, notes = unwrap(self.checkpoint(), key, weights)
         except InputError as error:
@@ -80,42 +67,45 @@ class ShardedFiles(ABC):
             base = tensor if tensor._base is None else tensor._base
             if base.is_meta:
                 stored[name] = stored_as[id(base)]
-        return ShardedStateDict(self, state, stored, [*self.notes, *notes])
+        return StateDict(state, [*self.notes, *notes], self, stored)
 
 
 @dataclass(frozen=True)
-class ShardedStateDict:
-    """A state dict whose tensors are still in their files.
+class StateDict:
+    """A state dict in memory, or one whose tensors are still in their files.
 
     Attributes:
-        files: where they are.
-        tensors: of the meta device, but for constants that are in no file.
+        tensors: of the meta device where they are in files.
+        notes: what was chosen and dropped on the way to it, as sentences.
+        files: None where everything is in memory.
         stored: the names in the files by the names here.
-        notes: what was chosen and dropped, as sentences.
     """
 
-    files: ShardedFiles
     tensors: dict[str, Tensor]
-    stored: dict[str, str]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    files: TensorFiles | None = None
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     def shard_of(self) -> dict[str, int]:
-        """The number of the shard that holds each tensor, by name."""
-        shard_of = {key: i for i, keys in enumerate(self.files.shards) for key in keys}
+        """The number of the shard that holds each tensor in the files, by name."""
+        shards = [] if self.files is None else self.files.shards
+        shard_of = {key: i for i, keys in enumerate(shards) for key in keys}
         return {name: shard_of[key] for name, key in self.stored.items()}
 
     @contextmanager
     def open(self, shard: int) -> Iterator[Load]:
-        """As :meth:`ShardedFiles.open`, by the names here; checked against the index."""
-        with self.files.open(shard) as load_stored:
+        """As :meth:`TensorFiles.open`, by the names here; checked against the index."""
+        assert self.files is not None
+        files = self.files
+        with files.open(shard) as load_stored:
 
             def load(name: str) -> Tensor:
                 expected = self.tensors[name]
-                stored = self.files.tensors[self.stored[name]]
+                stored = files.tensors[self.stored[name]]
                 tensor = load_stored(self.stored[name])
                 if (tensor.shape, tensor.dtype) != (stored.shape, stored.dtype):
                     raise InputError(
-                        f"{self.files.path} says that {name!r} is {_form(stored)}, and the file "
+                        f"{files.path} says that {name!r} is {_form(stored)}, but the file "
                         f"has {_form(tensor)}",
                         SAVE_AGAIN,
                     )
@@ -124,8 +114,14 @@ class ShardedStateDict:
 
             yield load
 
+    def with_excitations(self) -> dict[str, Tensor]:
+        """The state dict with the excitations in memory, which are small, and records readable."""
+        return self.load(lambda name: f"{EXCITATION}." in name)
+
     def load(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
         """The state dict with the wanted tensors in memory; by default all."""
+        if self.files is None:
+            return self.tensors
         loaded = dict(self.tensors)
         by_shard: dict[int, list[str]] = {}
         for name, shard in self.shard_of().items():
@@ -138,13 +134,12 @@ class ShardedStateDict:
 
 
 def check_file_name(path: Path, name: object) -> str:
-    """The name, if it is that of a file beside or in ``path``.
-
-    Raises:
-        InputError: it leads elsewhere.
-    """
+    """The name, if it is that of a file beside or in ``path``."""
     if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
-        raise InputError(f"{path} names a shard {name!r}, which is no file beside it", SAVE_AGAIN)
+        raise InputError(
+            f"{path} refers to a shard {name!r}, which is not the name of a file beside it",
+            SAVE_AGAIN,
+        )
     return name
 
 

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint (DCP), read without a process group.
 
-A folder holds one file a process, each a row of ``torch.save``'d pieces of tensors, and
+A folder holds one file per process, each a row of ``torch.save``'d pieces of tensors, and
 ``.metadata``, a pickle that says which piece is where. DCP itself unpickles that file as it is;
-here it is read with stand-ins in place of the classes it names, so that nothing of it runs.
+here it may only make DCP's own records, so that no code of the file runs.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from we_surgery.checkpoint.recognize import FileKind, check_archive
-from we_surgery.checkpoint.sharded import Load, ShardedFiles, check_file_name
-from we_surgery.checkpoint.unpickle import unpickle
-from we_surgery.checkpoint.wording import quoted
-from we_surgery.errors import InputError
+from we_surgery.checkpoint.safe_pickle.recognize import FileKind, check_archive
+from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
+from we_surgery.checkpoint.shards.files import Load, TensorFiles, check_file_name
+from we_surgery.errors import InputError, quoted
 
+_Record = TypeVar("_Record")
 _SAVE_AGAIN = "Save or fetch the whole folder again."
 
-# What DCP writes, under the modules of several versions of torch.
-_RECORDS = {
-    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-    "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_StorageInfo",
-    "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING",
-}  # fmt: skip
-_OTHERS = {
+# Plain dataclasses of DCP, by name alone: several versions of torch have them in other modules.
+_RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")
+# What else the metadata refers to; nothing of it is read but the dtype among the properties.
+_UNREAD = {"BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING"}
+_OTHERS_UNREAD = {
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
@@ -42,20 +40,11 @@ _OTHERS = {
     ("pathlib._local", "WindowsPath"),
     ("builtins", "getattr"),  # by which Python 3.11 pickles a member of an enum
 }
-_DATA = {("torch", "Size"): torch.Size, ("collections", "OrderedDict"): OrderedDict}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor, and where in which file it lies.
-
-    Attributes:
-        offsets: its first index in each dimension.
-        sizes: its shape.
-        file: the file's name.
-        start: its first byte there.
-        length: in bytes.
-    """
+    """A box of a tensor, and where in which file it lies, in bytes."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -64,18 +53,15 @@ class Piece:
     length: int
 
 
-class DistributedCheckpoint(ShardedFiles):
-    """A folder that torch.distributed.checkpoint wrote.
-
-    Raises:
-        InputError: its metadata is damaged, names what it may not name, or does not fit
-            together.
-    """
+class DistributedCheckpoint(TensorFiles):
+    """A folder that torch.distributed.checkpoint wrote."""
 
     kind = "dcp"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tensors = {}
+        self._pieces: dict[str, list[Piece]] = {}
         try:
             self._read(path / ".metadata")
         except InputError:
@@ -85,28 +71,27 @@ class DistributedCheckpoint(ShardedFiles):
             raise InputError(
                 f"{path / '.metadata'} is damaged: {type(error).__name__}: {error}", _SAVE_AGAIN
             ) from error
+        self._check_files()
+        self.shards = self._grouped()
 
     def _read(self, file: Path) -> None:
-        metadata = _fields(_unpickled(file.read_bytes()), "Metadata")
-        described: dict[str, Any] = metadata["state_dict_metadata"]
-        stored = {_index_key(index): info for index, info in metadata["storage_data"].items()}
-        paths = metadata.get("planner_data") or {name: (name,) for name in described}
+        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+        metadata = _checked(_Unpickler(io.BytesIO(file.read_bytes())).load(), Metadata)
+        described, stored = metadata.state_dict_metadata, metadata.storage_data
+        paths = metadata.planner_data or {name: (name,) for name in described}
         # The planner's names are in the state dict's own order; the others in that of the files.
         order = [name for name in paths if name in described]
         order += [name for name in described if name not in paths]
         self._paths = {name: tuple(map(str, paths.get(name, (name,)))) for name in order}
-        self.tensors = {}
-        self._pieces: dict[str, list[Piece]] = {}
         for name in order:
-            if type(described[name]).__name__ == "TensorStorageMetadata":
-                fields = _fields(described[name], "TensorStorageMetadata")
-                size, dtype = _numbers(fields["size"]), _dtype(fields["properties"])
-                pieces = [_piece(self.path, name, box, stored) for box in fields["chunks"]]
+            tensor = described[name]
+            if isinstance(tensor, TensorStorageMetadata):
+                size, dtype = _numbers(tensor.size), _dtype(tensor.properties)
+                pieces = [_piece(self.path, name, chunk, stored) for chunk in tensor.chunks]
                 _check_pieces(self.path, name, size, pieces)
                 self.tensors[name] = torch.empty(size, dtype=dtype, device="meta")
                 self._pieces[name] = pieces
-        self._check_files()
-        self.shards = self._grouped()
 
     def _check_files(self) -> None:
         for name, pieces in self._pieces.items():
@@ -138,7 +123,7 @@ class DistributedCheckpoint(ShardedFiles):
             holder = nested
             for key in path[:-1]:
                 holder = holder.setdefault(key, {})
-            # What is no tensor is not read: bytes stand for it.
+            # What is not a tensor is not read: bytes stand for it.
             holder[path[-1]] = self.tensors.get(name, b"")
         return nested
 
@@ -155,7 +140,7 @@ class DistributedCheckpoint(ShardedFiles):
             if (tuple(part.shape), part.dtype) != (piece.sizes, expected.dtype):
                 raise InputError(
                     f"the piece of {name!r} in {self.path / piece.file} is {tuple(part.shape)} of "
-                    f"{part.dtype}, and .metadata says {piece.sizes} of {expected.dtype}",
+                    f"{part.dtype}, but .metadata says {piece.sizes} of {expected.dtype}",
                     _SAVE_AGAIN,
                 )
             if part.shape == expected.shape:
@@ -184,14 +169,13 @@ class DistributedCheckpoint(ShardedFiles):
             ) from error
         if not isinstance(part, Tensor):
             raise InputError(
-                f"{self.path / piece.file} holds {type(part).__name__} where {name!r} should be",
-                _SAVE_AGAIN,
+                f"{path} holds {type(part).__name__} where {name!r} should be", _SAVE_AGAIN
             )
         return part.detach()
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, so that nothing is read twice."""
+    """A part of a file as a file of its own; torch's own view of one seeks wrongly from its end."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length
@@ -219,11 +203,13 @@ class _Window(io.RawIOBase):
         return read
 
 
-class _Record:
-    """Stands for any object of a class that the metadata names; keeps what it is given."""
+class _Unread:
+    """Stands for what the metadata holds and nobody reads; keeps the state it is given."""
+
+    state: Any = None
 
     def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -232,35 +218,37 @@ class _Record:
 # The one in Python: the one in C reserves memory for any memo index that a file names.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _DATA:
-            return _DATA[module, name]
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        is_dcp = module.startswith("torch.distributed.") and name in _RECORDS
-        if is_dcp or (module, name) in _OTHERS:
-            return type(name, (_Record,), {})
+        if module.startswith("torch.distributed."):
+            if name in _RECORDS:
+                return vars(metadata)[name]
+            if name == "_StorageInfo":
+                return filesystem._StorageInfo
+            if name == "TensorProperties" or name in _UNREAD:
+                return _Unread
+        if (module, name) in _OTHERS_UNREAD:
+            return _Unread
         raise InputError(
-            f"the .metadata names what a file may not name: {module}.{name}",
+            f"the .metadata is refused: it refers to {module}.{name}, which is not on the list of "
+            "allowed classes",
             "Give a folder that torch.distributed.checkpoint wrote with its own planner.",
         )
 
 
-def _unpickled(content: bytes) -> Any:
-    return _Unpickler(io.BytesIO(content)).load()
-
-
-def _fields(record: Any, kind: str) -> dict[str, Any]:
-    """The fields of a stand-in.
-
-    Raises:
-        InputError: it stands for another class.
-    """
-    fields = getattr(record, "state", None)
-    if type(record).__name__ != kind or not isinstance(fields, dict):
+def _checked(found: Any, kind: type[_Record]) -> _Record:
+    if not isinstance(found, kind):
         raise InputError(
-            f"the .metadata holds {type(record).__name__} where {kind} should be", _SAVE_AGAIN
+            f"the .metadata holds {type(found).__name__} where {kind.__name__} should be",
+            _SAVE_AGAIN,
         )
-    return fields
+    return found
 
 
 def _numbers(sizes: Any) -> tuple[int, ...]:
@@ -271,31 +259,29 @@ def _numbers(sizes: Any) -> tuple[int, ...]:
 
 
 def _dtype(properties: Any) -> torch.dtype:
-    state = getattr(properties, "state", None)
+    state = properties.state if isinstance(properties, _Unread) else None
     if not isinstance(state, tuple) or not isinstance(state[0], torch.dtype):
         raise InputError("the .metadata has a tensor without a dtype", _SAVE_AGAIN)
     return state[0]
 
 
-def _index_key(index: Any) -> tuple[str, tuple[int, ...] | None]:
-    fields = _fields(index, "MetadataIndex")
-    offset = fields.get("offset")
-    return fields["fqn"], None if offset is None else _numbers(offset)
+def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Piece:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-
-def _piece(folder: Path, name: str, box: Any, stored: Mapping[Any, Any]) -> Piece:
-    fields = _fields(box, "ChunkStorageMetadata")
-    offsets, sizes = _numbers(fields["offsets"]), _numbers(fields["sizes"])
-    if (name, offsets) not in stored:
+    chunk = _checked(chunk, ChunkStorageMetadata)
+    offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+    index = MetadataIndex(name, offsets)
+    if index not in stored:
         raise InputError(f"{folder} does not say where {name!r} is", _SAVE_AGAIN)
-    info = _fields(stored[name, offsets], "_StorageInfo")
-    if info.get("transform_descriptors"):
+    info = _checked(stored[index], _StorageInfo)
+    if info.transform_descriptors:
         raise InputError(
-            f"{name!r} in {folder} is stored through {quoted(info['transform_descriptors'])}",
+            f"{name!r} in {folder} is stored through {quoted(info.transform_descriptors)}",
             "Save it without extensions (`FileSystemWriter(..., _extensions=None)`).",
         )
-    start, length = _numbers((info["offset"], info["length"]))
-    return Piece(offsets, sizes, check_file_name(folder, info["relative_path"]), start, length)
+    start, length = _numbers((info.offset, info.length))
+    return Piece(offsets, sizes, check_file_name(folder, info.relative_path), start, length)
 
 
 def _check_pieces(folder: Path, name: str, size: tuple[int, ...], pieces: Sequence[Piece]) -> None:

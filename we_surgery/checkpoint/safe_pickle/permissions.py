@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from we_surgery.checkpoint import inert
-from we_surgery.checkpoint.imports import working_folder_importable
-from we_surgery.checkpoint.pickle_scan import Actions, Call, Made, Name
+from we_surgery._util.imports import working_folder_importable
+from we_surgery.checkpoint.safe_pickle import inert
+from we_surgery.checkpoint.safe_pickle.scan import Actions, Call, Made, Name
 from we_surgery.converted import layer as layers
 from we_surgery.excitations.names import MadeClass
 
@@ -88,13 +88,13 @@ _CALLS_ITS_ARGUMENT = "torch._tensor._rebuild_from_type_v2"
 class Why(Enum):
     """Why a name is refused; decides on the cure."""
 
-    OTHER_PACKAGE = "is of another package"
+    OTHER_PACKAGE = "from another package"
     NOT_INSTALLED = "cannot be imported here"
-    NO_MODULE = "is no nn.Module class"
-    MAIN = "was defined in the script that saved it"
-    WRAPPER = "is a wrapper"
-    MISUSED = "is called in a way that torch.save never writes"
-    HELD = "is no layer, and held where a model would call it"
+    NO_MODULE = "not an nn.Module class"
+    MAIN = "defined in the script that saved it"
+    WRAPPER = "a wrapper"
+    MISUSED = "called in a way that torch.save never writes"
+    HELD = "a callable that is not a layer, stored where the model would call it"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from we_surgery.errors import InputError
 
 @contextmanager
 def working_folder_importable() -> Iterator[None]:
-    """Lets modules in the current folder be imported; installed packages go first."""
+    """Lets modules in the current folder be imported; installed packages come first."""
     # A console script has its own folder on the path, not the one it is started in.
     folder = str(Path.cwd())
     if folder in sys.path or "" in sys.path:
@@ -28,11 +28,7 @@ def working_folder_importable() -> Iterator[None]:
 
 
 def import_package(name: str) -> None:
-    """Imports a package for what it registers, such as an excitation of the user's own.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
+    """Imports a package for what it registers, such as an excitation of the user's own."""
     try:
         with working_folder_importable():
             importlib.import_module(name)

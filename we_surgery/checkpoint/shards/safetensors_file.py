@@ -1,15 +1,16 @@
 """Safetensors files read and written one tensor at a time, so that one alone is in memory.
 
-safetensors' own writer takes all tensors of a file at once, and its reader maps the file, of which
-whatever was read stays in memory, at addresses of any alignment. The format: eight bytes with the
-length of a header of JSON, which gives each tensor's dtype, shape and place; then the values.
+safetensors' own writer takes all tensors of a file at once. Its reader maps the file, which stays
+in memory where it was read, at addresses of any alignment. The format: eight bytes with the length
+of a header of JSON, which gives each tensor's dtype, shape and place; then the values.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -22,7 +23,7 @@ from we_surgery.errors import InputError
 # The values begin at a multiple of this, so that every dtype is aligned.
 _ALIGNMENT = 64
 _PIECE = 2**22
-_CURE = "Write a state dict by torch.save instead (--to state_dict)."
+_HINT = "Write a state dict by torch.save instead (--to state_dict)."
 
 _DTYPES = {
     torch.float64: "F64",
@@ -30,7 +31,9 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
@@ -42,6 +45,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class SafetensorsWriter:
@@ -49,23 +53,23 @@ class SafetensorsWriter:
 
     Args:
         path: the file to write.
-        tensors: all that will be written, by name, for their shapes and dtypes alone: tensors
-            of the meta device will do. In the file they stand in this order, wider dtypes first.
-
-    Raises:
-        InputError: the format has no such dtype.
+        tensors: all that will be written, by name; only their shapes and dtypes are used, so
+            they may be meta tensors. They stand in the file in this order, wider dtypes first.
+        metadata: texts of the header.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def __init__(
+        self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
         self._spans: dict[str, tuple[int, int]] = {}
         end = 0
         for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
             tensor = tensors[name]
             if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
                 what = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-                raise InputError(f"safetensors cannot hold {name!r} of {what}", _CURE)
-            start, end = end, end + tensor.nbytes
+                raise InputError(f"safetensors cannot hold {name!r} of {what}", _HINT)
+            start, end = end, end + tensor.numel() * tensor.element_size()
             header[name] = {
                 "dtype": _DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
@@ -80,15 +84,11 @@ class SafetensorsWriter:
         self._file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one of the tensors.
-
-        Raises:
-            InputError: it has no values.
-        """
+        """Writes one of the tensors."""
         if tensor.is_meta:
-            raise InputError(f"safetensors cannot hold {name!r}, which has no values", _CURE)
+            raise InputError(f"safetensors cannot hold {name!r}, which has no values", _HINT)
         start, end = self._spans[name]
-        values = _bytes_of(tensor.detach().contiguous())
+        values = _bytes_of(tensor)
         assert values.numel() == end - start
         self._file.seek(self._start + start)
         self._file.write(values.numpy().data)
@@ -96,7 +96,7 @@ class SafetensorsWriter:
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Whether the file now holds the tensor, in every bit, NaNs too; read in pieces."""
         start, end = self._spans[name]
-        values = _bytes_of(tensor.detach().contiguous())
+        values = _bytes_of(tensor)
         if values.numel() != end - start:
             return False
         self._file.seek(self._start + start)
@@ -124,37 +124,60 @@ class SafetensorsWriter:
 class SafetensorsReader:
     """Reads tensors of a safetensors file into memory of their own.
 
-    Args:
-        path: a file whose header safetensors has found right.
+    Attributes:
+        metadata: the texts of the header.
+        tensors: all of them, in the order of the file, on the meta device.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        length = int.from_bytes(self._file.read(8), "little")
-        self._header: dict[str, Any] = json.loads(self._file.read(length))
-        self._start = 8 + length
+        from safetensors import safe_open
 
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """One of the tensors.
+        self._path = path
+        with _readable(path):
+            # It checks the header: that all places lie in the file, without gaps or overlaps.
+            with safe_open(path, framework="pt", device="cpu") as checked:
+                names = checked.offset_keys()
+            self._file = path.open("rb")
+            length = int.from_bytes(self._file.read(8), "little")
+            header: dict[str, Any] = json.loads(self._file.read(length))
+            self._start = 8 + length
+            self.metadata: dict[str, str] = header.get("__metadata__") or {}
+            self._spans = {name: header[name]["data_offsets"] for name in names}
+            self.tensors = {name: _described(header[name]) for name in names}
 
-        Args:
-            name: its name.
-            like: its shape and dtype; of the meta device.
-
-        Raises:
-            ValueError: the file changed since, or ends too early.
-        """
-        start, end = self._header[name]["data_offsets"]
-        tensor = _mapped(like)
-        self._file.seek(self._start + start)
-        read = self._file.readinto(_bytes_of(tensor).numpy().data) if tensor.nbytes else 0
-        if not read == tensor.nbytes == end - start:
-            raise ValueError(f"it has {read} bytes where {name!r} should be")
+    def read(self, name: str) -> Tensor:
+        """One of the tensors."""
+        start, end = self._spans[name]
+        with _readable(self._path):
+            tensor = _mapped(self.tensors[name])
+            self._file.seek(self._start + start)
+            read = self._file.readinto(_bytes_of(tensor).numpy().data) if tensor.nbytes else 0
+            if not read == tensor.nbytes == end - start:
+                raise ValueError(f"it has {read} bytes where {name!r} should be")
         return tensor
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is a damaged or cut short safetensors file: {error}",
+            "Save or fetch it again.",
+        ) from error
+
+
+def _described(entry: Mapping[str, Any]) -> Tensor:
+    if entry["dtype"] not in _BY_NAME:
+        raise ValueError(f"the dtype {entry['dtype']} is not supported")
+    return torch.empty(entry["shape"], dtype=_BY_NAME[entry["dtype"]], device="meta")
 
 
 def _mapped(like: Tensor) -> Tensor:
@@ -170,6 +193,7 @@ def _mapped(like: Tensor) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as numbers of one byte."""
+    """The tensor's values as numbers of one byte, in its own memory where it is contiguous."""
     # Where a view is conjugated or negated lazily, its memory does not say so.
-    return tensor.resolve_conj().resolve_neg().view(-1).view(torch.uint8)
+    plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    return plain.view(-1).view(torch.uint8)

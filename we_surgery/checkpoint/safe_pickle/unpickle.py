@@ -15,14 +15,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from we_surgery.checkpoint.imports import working_folder_importable
-from we_surgery.checkpoint.inert import holds_only_weights_aside
-from we_surgery.checkpoint.permissions import WRAPPERS, Refusal, Why, covers, permit
-from we_surgery.checkpoint.pickle_scan import Actions, scan
-from we_surgery.checkpoint.recognize import FileKind
-from we_surgery.checkpoint.soundness import refuse_unsound
-from we_surgery.checkpoint.wording import listed
-from we_surgery.errors import InputError
+from we_surgery._util.imports import working_folder_importable
+from we_surgery.checkpoint.safe_pickle.inert import holds_only_weights_aside
+from we_surgery.checkpoint.safe_pickle.permissions import WRAPPERS, Refusal, Why, covers, permit
+from we_surgery.checkpoint.safe_pickle.recognize import FileKind
+from we_surgery.checkpoint.safe_pickle.scan import Actions, scan
+from we_surgery.checkpoint.safe_pickle.soundness import refuse_unsound
+from we_surgery.errors import InputError, listed
 
 # Magic number, protocol, system, the object, the keys of its storages.
 _LEGACY_PICKLES = 5
@@ -178,10 +177,10 @@ def _refused(path: Path, refusals: Sequence[Refusal], allow: Sequence[str]) -> I
     for refusal in refusals:
         by_reason.setdefault(refusal.why, []).append(refusal.name)
     found = "; ".join(f"{listed(names)} ({why.value})" for why, names in by_reason.items())
-    return InputError(f"{path} names what a file may not name: {found}", _cure(refusals, allow))
+    return InputError(f"{path} is refused: it refers to {found}", _hint(refusals, allow))
 
 
-def _cure(refusals: Sequence[Refusal], allow: Sequence[str]) -> str:
+def _hint(refusals: Sequence[Refusal], allow: Sequence[str]) -> str:
     for refusal in refusals:
         if refusal.name in WRAPPERS:
             return WRAPPERS[refusal.name]

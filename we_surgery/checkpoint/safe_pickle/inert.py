@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from we_surgery.checkpoint.pickle_scan import Actions, Made, Name
-from we_surgery.checkpoint.soundness import held_by
+from we_surgery.checkpoint.safe_pickle.scan import Actions, Made, Name
+from we_surgery.checkpoint.safe_pickle.soundness import held_by
 
 # By this, pickle finds a method of a class; of a stand-in alone.
 GETATTR = "builtins.getattr"
@@ -76,7 +76,7 @@ def is_inert(value: Any, names: Collection[str]) -> bool:
     """Whether what a pickle has here is a stand-in, or made by one.
 
     Args:
-        value: of :mod:`we_surgery.checkpoint.pickle_scan`.
+        value: of :mod:`we_surgery.checkpoint.safe_pickle.scan`.
         names: the paths for which there are stand-ins.
     """
     while isinstance(value, Made):

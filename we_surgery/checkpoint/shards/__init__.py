@@ -1,14 +1,19 @@
-"""Which files a path means: one, an index and its shards, or a folder."""
+"""Tensors in files, read one by one: a safetensors file, shards with an index, or a DCP folder.
+
+May import: ``metadata``, ``unwrap`` and ``safe_pickle`` of this room, and what lies below. To add a
+layout, write a :class:`~we_surgery.checkpoint.shards.files.TensorFiles` and name it in
+:func:`open_files`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from we_surgery.checkpoint.dcp import DistributedCheckpoint
-from we_surgery.checkpoint.indexed_shards import INDEX_ENDING, IndexedShards
-from we_surgery.checkpoint.sharded import ShardedFiles
-from we_surgery.checkpoint.wording import quoted
-from we_surgery.errors import InputError
+from we_surgery.checkpoint.safe_pickle.recognize import FileKind, recognize
+from we_surgery.checkpoint.shards.dcp import DistributedCheckpoint
+from we_surgery.checkpoint.shards.files import TensorFiles
+from we_surgery.checkpoint.shards.indexed import INDEX_ENDING, IndexedShards, SafetensorsFile
+from we_surgery.errors import InputError, quoted
 
 # What a folder of weights holds, in the order transformers and accelerate look for it.
 _IN_FOLDERS = (
@@ -19,30 +24,19 @@ _IN_FOLDERS = (
 )
 
 
-def open_sharded(source: str | Path) -> ShardedFiles | None:
-    """The files of a sharded state dict; None where ``source`` is a single file or none.
-
-    Raises:
-        InputError: an index or a file of it is missing or damaged.
-    """
-    path = Path(source)
-    if not _is_folder(path) and not path.name.endswith(INDEX_ENDING):
-        return None
-    path = resolve(path)
+def open_files(path: Path) -> TensorFiles | FileKind:
+    """The tensors that a path means; for a file of torch.save only its kind."""
     if _is_folder(path):
         return DistributedCheckpoint(path)
-    return IndexedShards(path) if path.name.endswith(INDEX_ENDING) else None
+    if path.name.endswith(INDEX_ENDING):
+        return IndexedShards(path)
+    kind = recognize(path)
+    return SafetensorsFile(path) if kind is FileKind.SAFETENSORS else kind
 
 
 def resolve(path: Path) -> Path:
-    """A file as it is; of a folder the weights in it, or itself if it is one checkpoint.
-
-    Raises:
-        InputError: the folder holds no weights under a usual name.
-    """
-    if not _is_folder(path):
-        return path
-    if (path / ".metadata").is_file():
+    """A file as it is; of a folder the weights in it, or itself if it is one checkpoint."""
+    if not _is_folder(path) or (path / ".metadata").is_file():
         return path
     usual = [path / name for name in _IN_FOLDERS if (path / name).is_file()]
     indices = list(path.glob(f"*{INDEX_ENDING}"))
