@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from equal_forms import Net, batches, plain_step
+from sharded_files import write_dcp
 from torch import nn
 
 import we_surgery as ws
@@ -77,6 +78,25 @@ def test_inspect_tells_of_an_attached_run_what_it_tells_of_the_converted_one(
     run(tmp_path / "run.pt", "--html", page, "--start", tmp_path / "twin.pt")
     assert "tied_too" in page.read_text()
     assert "attached in mode lwe+mwe" in page.read_text()
+
+
+@pytest.mark.parametrize("form", ["in the optimizer's state", "separate"])
+def test_inspect_tells_the_same_of_a_distributed_checkpoint(
+    trained: Trained, form: str, tmp_path: Path
+) -> None:
+    model, optimizer, excitation = trained
+    saved = {"model": model.state_dict(), "epoch": 3}
+    if form == "separate":
+        saved["excitation"] = excitation.state_dict()
+    else:
+        saved["optimizer"] = optimizer.state_dict()
+    write_dcp(saved, tmp_path / "folder")
+    torch.save(saved, tmp_path / "run.pt")
+    folder = json.loads(run(tmp_path / "folder", "--json").stdout)
+    file = json.loads(run(tmp_path / "run.pt", "--json").stdout)
+    assert folder["kind"] == "dcp"
+    for key in ("is_attached", "layers", "plan", "learned", "tensors", "values", "stripped_size"):
+        assert folder[key] == file[key], key
 
 
 def test_an_average_beside_an_attached_run_is_vanilla(trained: Trained, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_value_beyond_the_dtype_is_named(converted: nn.Module, tmp_path: Path)
     torch.save(converted.state_dict(), tmp_path / "model.pt")
     done = strip(tmp_path / "model.pt", "--dtype", "float16")
     assert done.exit_code == 1
-    assert "'norm.running_var' has a value of 1e+06, beyond the numbers of float16" in done.stderr
+    assert "'norm.running_var' has a value of 1e+06, beyond the range of float16" in done.stderr
     assert names(tmp_path) == ["model.pt"]
     assert strip(tmp_path / "model.pt", "--dtype", "bfloat16").exit_code == 0
 

@@ -49,7 +49,7 @@ class Architecture:
         """
         if not _is_named_like_architecture(name):
             raise InputError(
-                f"{name!r} is no architecture{_qualified_matches(name)}", f"Give {_FORMS}."
+                f"{name!r} is not an architecture{_qualified_matches(name)}", f"Give {_FORMS}."
             )
         return Architecture(name, dict(arguments or {}))
 
@@ -66,7 +66,7 @@ class Architecture:
 
         Raises:
             InputError: there is no such architecture, it does not take these arguments, or a
-                file names a factory or weights that it may not name.
+                file names a factory or weights that it must not name.
         """
         source, _, name = self.name.partition(":")
         architecture = self
@@ -99,11 +99,7 @@ class Architecture:
         return model
 
     def to_dict(self) -> dict[str, Any]:
-        """The architecture as JSON types.
-
-        Raises:
-            InputError: an argument is of no JSON type.
-        """
+        """The architecture as JSON types."""
         try:
             arguments = json.loads(json.dumps(dict(self.arguments)))
         except (TypeError, ValueError) as error:
@@ -116,11 +112,7 @@ class Architecture:
 
     @staticmethod
     def from_dict(data: Any) -> Architecture:
-        """The inverse of :meth:`to_dict`, marked as the word of a file.
-
-        Raises:
-            InputError: the data does not describe an architecture.
-        """
+        """The inverse of :meth:`to_dict`, marked as the word of a file."""
         name = data.get("name") if isinstance(data, Mapping) else None
         arguments = data.get("arguments", {}) if isinstance(data, Mapping) else None
         if (

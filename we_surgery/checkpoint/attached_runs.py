@@ -11,11 +11,14 @@ from torch import Tensor
 
 from we_surgery.attached.riding import parts_in
 from we_surgery.attached.state import joined
-from we_surgery.checkpoint.excited_entry import ExcitedEntry, tensor_identity
+from we_surgery.checkpoint.excited_entry import ExcitedEntry
 from we_surgery.errors import InputError
 from we_surgery.planning.plans import Plan
 
-_KEYS = frozenset({"version", "plan", "steps", "weights"})
+RUN_OBJECTS = ("version", "plan", "steps")
+"""The entries of a run's state that are not tensors."""
+
+_KEYS = frozenset({*RUN_OBJECTS, "weights"})
 _DEEPEST = 5
 _MOST_ENTRIES = 100
 """Of a list: trainers keep a few optimizers in one, and other lists may be long."""
@@ -51,15 +54,18 @@ class AttachedRun:
         return None
 
     def converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of the converted form, in the order of the vanilla one.
-
-        Args:
-            state: of the model, with the excited weights. Tied weights share their memory.
-        """
-        entries = {tensor_identity(state[key]): entry for key, entry in self.weights.items()}
+        """The state dict of the converted form, in the order of the model's own ``state``."""
+        entries = dict(self.weights)
+        rows = self.plan.excited
+        keys = {row.layer: f"{row.module}.{row.parameter}".removeprefix(".") for row in rows}
+        for row in rows:
+            # The run has one entry for tied weights.
+            first = entries.get(keys.get(row.shared_with or "", ""))
+            if first is not None:
+                entries.setdefault(keys[row.layer], first)
         converted: dict[str, Tensor] = {}
         for key, value in state.items():
-            first = entries.get(tensor_identity(value))
+            first = entries.get(key)
             if first is None:
                 converted[key] = value
                 continue
@@ -75,14 +81,7 @@ def find_attached_run(
 ) -> AttachedRun | None:
     """The state of the excitation of a model, wherever a trainer put it; None if there is none.
 
-    Each of several optimizers holds a part of it.
-
-    Args:
-        checkpoint: what the trainer saved.
-        state: that of the model in it.
-
-    Raises:
-        InputError: it is damaged, or of another model.
+    Each of several optimizers holds a part of it. ``state`` is the state dict of the model.
     """
     runs = [_read(found) for found in _search(checkpoint, 0)]
     fitting = [run for run in runs if run.misfit(state) is None]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
-from we_surgery.checkpoint.attached_runs import find_attached_run
+from we_surgery.checkpoint.attached_runs import RUN_OBJECTS, AttachedRun, find_attached_run
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards import open_files, resolve
@@ -98,7 +98,7 @@ def read(
             "Name it (--arch; `architecture=`).",
         )
     if isinstance(files, TensorFiles):
-        return _from_files(files, key, weights)
+        return _from_files(files, key, weights, with_excitation=with_excitation)
     found = unpickle(path, files, allow=allow, trust=trust)
     if isinstance(found, nn.Module):
         return _from_module(found, path, key or weights)
@@ -110,16 +110,44 @@ def read(
     )
 
 
-def _from_files(files: TensorFiles, key: str | None, weights: Weights | None) -> Contents:
+def _from_files(
+    files: TensorFiles, key: str | None, weights: Weights | None, *, with_excitation: bool
+) -> Contents:
     if files.kind == "safetensors" and key is not None:
         raise InputError(
             f"{files.path} is a safetensors file, which has no key {key!r} around its tensors",
             "Leave out --key (`key=`).",
         )
-    state = files.state_dict(key, weights)
+    try:
+        saved = files.checkpoint(RUN_OBJECTS if with_excitation else ())
+        state, notes, run = _unwrapped(saved, key, weights, with_excitation=with_excitation)
+    except InputError as error:
+        raise InputError(f"{files.path}: {error.cause}", error.cure) from error
+    found = files.located(state, notes)
     return Contents(
-        files.kind, weights=state, metadata=files.metadata, notes=state.notes, path=files.path
+        files.kind,
+        weights=found,
+        metadata=files.metadata or _metadata_of(run),
+        notes=found.notes,
+        path=files.path,
+        is_attached=run is not None,
     )
+
+
+def _unwrapped(
+    saved: Mapping[str, Any], key: str | None, weights: Weights | None, *, with_excitation: bool
+) -> tuple[dict[str, Tensor], list[str], AttachedRun | None]:
+    """The state dict in what a trainer saved, and the attached run that it is of."""
+    state, notes = unwrap(saved, key, weights)
+    is_average = weights == "ema" or (key is not None and speaks_of_average(key))
+    run = find_attached_run(saved, state) if with_excitation and not is_average else None
+    if run is None:
+        return state, notes, None
+    return run.converted(state), [*notes, run.note], run
+
+
+def _metadata_of(run: AttachedRun | None) -> Metadata | None:
+    return None if run is None else Metadata(plan=run.plan.to_dict())
 
 
 def _from_module(model: nn.Module, path: Path, key: str | None) -> Contents:
@@ -152,18 +180,10 @@ def _from_mapping(
     with_excitation: bool,
 ) -> Contents:
     metadata = None
-    run = None
-    is_average = weights == "ema" or (key is not None and speaks_of_average(key))
     try:
         if METADATA_KEY in found:
             metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
-        state, notes = unwrap(found, key, weights)
-        if with_excitation and not is_average:
-            run = find_attached_run(found, state)
-        if run is not None:
-            state = run.converted(state)
-            metadata = metadata or Metadata(plan=run.plan.to_dict())
-            notes.append(run.note)
+        state, notes, run = _unwrapped(found, key, weights, with_excitation=with_excitation)
     except InputError as error:
         raise InputError(f"{path}: {error.cause}", error.cure) from error
     # A doctored file can give a mapping attributes that hide its methods.
@@ -176,7 +196,7 @@ def _from_mapping(
     return Contents(
         "state_dict",
         weights=StateDict(state, notes),
-        metadata=metadata,
+        metadata=metadata or _metadata_of(run),
         notes=notes,
         path=path,
         is_attached=run is not None,

@@ -31,7 +31,7 @@ class ExcitedEntry:
         parameter: the weight's name in it.
         raw: the raw weight.
         excitation: the excitation's entries, named from the excitation on.
-        is_legacy: whether its state dict is of the time before records.
+        is_legacy: whether its state dict is older than records.
     """
 
     layer: str
@@ -42,7 +42,7 @@ class ExcitedEntry:
 
     @property
     def vanilla_key(self) -> str:
-        """The key that the folded weight gets."""
+        """The key of the folded weight."""
         return _join(self.layer, self.parameter)
 
     @property
@@ -73,11 +73,7 @@ class ExcitedEntry:
         return {key: value for key, value in self.excitation.items() if not is_record(key)}
 
     def record(self) -> Record:
-        """What the excitation is, in words.
-
-        Raises:
-            InputError: there is no record, or none that can be read.
-        """
+        """What the excitation is, in words."""
         with self._named():
             if RECORD_KEY in self.excitation:
                 return read_record(self.excitation[RECORD_KEY])
@@ -93,11 +89,7 @@ class ExcitedEntry:
             raise InputError(f"layer {self.display_name!r}: {error.cause}", error.cure) from error
 
     def rebuild(self) -> Composition:
-        """The excitation, sharing memory with the state dict where that is aligned.
-
-        Raises:
-            InputError: an unknown or incomplete excitation.
-        """
+        """The excitation, sharing memory with the state dict where that is aligned."""
         record = self.record()
         tensors = read_legacy(self.tensors)[1] if self.is_legacy else self.tensors
         with self._named():
@@ -106,15 +98,8 @@ class ExcitedEntry:
     def fold(self, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
         """The excited weight, in the raw one's memory format.
 
-        Args:
-            dtype: of the result; half precision is then excited in float32 and rounded once. By
-                default the raw weight's.
-            in_place: the raw weight's memory may be used for the result.
-
-        Raises:
-            InputError: an unknown or incomplete excitation, or a raw weight that is none.
-            SurgeryError: the weight cannot be computed, is not finite, or too large for
-                ``dtype``.
+        With a ``dtype`` for the result, half precision is excited in float32 and rounded once.
+        ``in_place`` allows the use of the raw weight's memory.
         """
         if self.raw.is_meta:
             raise InputError(
@@ -146,19 +131,15 @@ class ExcitedEntry:
         return cast(self.vanilla_key, folded, dtype)
 
     def refuse_no_weight(self) -> None:
-        """Raises unless the raw weight is a tensor that can be excited; it needs no values.
-
-        Raises:
-            InputError: it is of integers, sparse, or a single number.
-        """
+        """Raises unless the raw weight is a tensor that can be excited; it needs no values."""
         raw = self.raw
         if raw.layout == torch.strided and raw.is_floating_point() and raw.dim() > 0:
             return
         layout = "" if raw.layout == torch.strided else f", {raw.layout}"
         raise InputError(
             f"the raw {self.parameter} of layer {self.display_name!r} is of shape "
-            f"{tuple(raw.shape)} and {raw.dtype}{layout}, and a weight is a dense tensor of "
-            "floating point with at least one axis",
+            f"{tuple(raw.shape)} and {raw.dtype}{layout}; a weight must be a dense floating-point "
+            "tensor with at least one axis",
             "The file is damaged or was edited; give the checkpoint that training saved.",
         )
 
@@ -183,10 +164,7 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
     """Each excited weight of a state dict, in its order.
 
     A ``raw_...`` entry without an excitation beside it is not one. Without any record, but with
-    the marks that stood for them, the state dict is read as one of the time before records.
-
-    Raises:
-        InputError: a weight is there both excited and vanilla.
+    the marks that stood for them, the state dict is read in the old form.
     """
     entries: dict[str, ExcitedEntry] = {}
     for key, value in state.items():
@@ -274,21 +252,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether each value has a place of its own, without gaps between them."""
-    # Of any other tensor torch does not keep the strides.
+    # torch does not keep the strides of any other tensor.
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in ``dtype`` if it is of floating point and a dtype is given.
-
-    Args:
-        name: its key, for the message.
-        tensor: any tensor.
-        dtype: the wished one.
-
-    Raises:
-        SurgeryError: a finite value is beyond the numbers of ``dtype``.
-    """
+    """The tensor in ``dtype`` if it is floating-point; ``name`` is its key, for the message."""
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     rounded = tensor.to(dtype)
@@ -297,7 +266,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if bool((rounded.isinf() & tensor.isfinite()).any()):
         largest = tensor[tensor.isfinite()].abs().max()
         raise SurgeryError(
-            f"{name!r} has a value of {largest:g}, beyond the numbers of "
+            f"{name!r} has a value of {largest:g}, beyond the range of "
             f"{str(dtype).removeprefix('torch.')}",
             "Choose --dtype bfloat16 or float32 (`dtype=`).",
         )

@@ -207,20 +207,25 @@ def save_stripped(
     entries = vanilla_entries(state.tensors)
     report = _report(entries, state.notes)
     forms = {name: _form(entry, dtype) for name, entry in entries.items()}
-    steps = _Steps(2 * len(entries), progress)
+    done = itertools.count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(done), 2 * len(entries))
+
     header = header_texts(metadata)
     groups = _by_shard(state, entries)
     if not folder:
         with SafetensorsWriter(temporary, forms, header) as writer:
             for shard, names in groups:
-                _write(writer, state, shard, {n: entries[n] for n in names}, dtype, steps)
+                _write(writer, state, shard, {n: entries[n] for n in names}, dtype, step)
         return report
     stem = "model" if state.files is None else _stem(state.files.path)
     places: dict[str, str] = {}
     for number, (shard, names) in enumerate(groups, 1):
         file = f"{stem}-{number:05}-of-{len(groups):05}{_SAFETENSORS}"
         with SafetensorsWriter(temporary / file, {n: forms[n] for n in names}, header) as writer:
-            _write(writer, state, shard, {n: entries[n] for n in names}, dtype, steps)
+            _write(writer, state, shard, {n: entries[n] for n in names}, dtype, step)
         places |= dict.fromkeys(names, file)
     size = sum(form.nbytes for form in forms.values())
     index = {"metadata": {"total_size": size}, "weight_map": places}
@@ -236,25 +241,13 @@ def nothing_to_strip(name: str) -> SurgeryError:
     )
 
 
-class _Steps:
-    """Counts steps for a progress callback."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def step(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
 def _write(
     writer: SafetensorsWriter,
     state: StateDict,
     shard: int,
     entries: Mapping[str, Tensor | ExcitedEntry],
     dtype: torch.dtype | None,
-    steps: _Steps,
+    step: Callable[[], None],
 ) -> None:
     """Writes a shard's entries, then reads and computes all anew: no bit may differ."""
 
@@ -269,8 +262,8 @@ def _write(
     for act in (writer.write, check):
         with _open(state, shard, entries.values()) as load:
             for name, entry in entries.items():
-                act(name, _computed(name, entry, load, dtype))
-                steps.step()
+                act(name, _computed(name, entry, load, dtype, in_place=state.files is not None))
+                step()
 
 
 def _form(entry: Tensor | ExcitedEntry, dtype: torch.dtype | None) -> Tensor:
@@ -287,19 +280,14 @@ def _by_shard(
     shard_of = state.shard_of()
     groups: dict[int, list[str]] = {}
     for name, entry in entries.items():
-        home = shard_of.get(entry.raw_key if isinstance(entry, ExcitedEntry) else name, 0)
+        home = shard_of[entry.raw_key if isinstance(entry, ExcitedEntry) else name]
         groups.setdefault(home, []).append(name)
     return sorted(groups.items())
 
 
 @contextmanager
-def _open(
-    state: StateDict, shard: int, entries: Iterable[Tensor | ExcitedEntry]
-) -> Iterator[Load | None]:
+def _open(state: StateDict, shard: int, entries: Iterable[Tensor | ExcitedEntry]) -> Iterator[Load]:
     """Reads a shard's tensors, and those of its layers' excitations that lie in others."""
-    if state.files is None:
-        yield None
-        return
     shard_of = state.shard_of()
     elsewhere: dict[int, list[str]] = {}
     excited = [entry for entry in entries if isinstance(entry, ExcitedEntry)]
@@ -316,15 +304,18 @@ def _open(
 
 
 def _computed(
-    name: str, entry: Tensor | ExcitedEntry, load: Load | None, dtype: torch.dtype | None
+    name: str,
+    entry: Tensor | ExcitedEntry,
+    load: Load,
+    dtype: torch.dtype | None,
+    *,
+    in_place: bool,
 ) -> Tensor:
     """The value of a vanilla entry, folded where it is excited."""
-    if load is None:
-        return entry.fold(dtype) if isinstance(entry, ExcitedEntry) else cast(name, entry, dtype)
     if isinstance(entry, ExcitedEntry):
         # What is not of the meta device is not in a file.
         read = entry.replaced(lambda key, own: load(key) if own.is_meta else own)
-        return read.fold(dtype, in_place=True)
+        return read.fold(dtype, in_place=in_place)
     return cast(name, load(name), dtype)
 
 

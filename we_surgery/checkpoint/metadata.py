@@ -20,31 +20,18 @@ _MOST_VALUES = 300_000
 
 @dataclass(frozen=True)
 class Metadata:
-    """The plan a file was converted by, and what builds its model.
-
-    Attributes:
-        plan: ``Plan.to_dict()``, or None.
-        architecture: or None where it is not known.
-    """
+    """The plan a file was converted by (``Plan.to_dict()``), and what builds its model."""
 
     plan: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
 
     @property
     def stored_plan(self) -> Plan | None:
-        """The plan as one.
-
-        Raises:
-            InputError: it cannot be read.
-        """
+        """The plan as one."""
         return None if self.plan is None else Plan.from_dict(self.plan, "the plan in the file")
 
     def to_dict(self) -> dict[str, Any]:
-        """The metadata as JSON types, with the schema's version.
-
-        Raises:
-            InputError: the architecture has an argument of no JSON type.
-        """
+        """The metadata as JSON types, with the schema's version."""
         return {
             "schema": SCHEMA_VERSION,
             "we_surgery": __version__,
@@ -54,11 +41,7 @@ class Metadata:
 
     @staticmethod
     def from_dict(data: Any, source: str = "the file") -> Metadata:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: a newer schema, or a value of the wrong type.
-        """
+        """The inverse of :meth:`to_dict`."""
         _refuse_unreadable(data, source)
         schema = data.get("schema") if isinstance(data, Mapping) else None
         if type(schema) is int and schema > SCHEMA_VERSION:
@@ -83,11 +66,7 @@ class Metadata:
         )
 
     def to_json(self) -> str:
-        """The metadata as one line of JSON, as safetensors headers hold it.
-
-        Raises:
-            InputError: it holds what JSON cannot.
-        """
+        """The metadata as one line of JSON, as safetensors headers hold it."""
         try:
             return json.dumps(self.to_dict())
         except (TypeError, ValueError) as error:
@@ -98,11 +77,7 @@ class Metadata:
 
     @staticmethod
     def from_json(text: str, source: str = "the file") -> Metadata:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            InputError: as :meth:`from_dict`, or the text is no JSON.
-        """
+        """The inverse of :meth:`to_json`."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -132,6 +107,6 @@ def _refuse_unreadable(data: Any, source: str) -> None:
         elif not (value is None or isinstance(value, str | int | float)):
             break
     raise InputError(
-        f"the metadata of {source} is no plain data of a readable size",
+        f"the metadata of {source} is too large or not plain JSON",
         "The file is damaged; save it again.",
     )

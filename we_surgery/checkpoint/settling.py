@@ -48,12 +48,12 @@ def settled(contents: Contents, name: str) -> Contents:
         _refuse_other(row, record, name)
     if weights is None or not old:
         return contents
-    state = _upgraded(state, old)
-    in_files = {key for key, value in state.items() if value.is_meta}
+    tensors = _upgraded(weights.tensors, old)
+    in_files = {key for key, value in tensors.items() if value.is_meta}
     stored = {key: place for key, place in weights.stored.items() if key in in_files}
     return replace(
         contents,
-        weights=replace(weights, tensors=state, stored=stored),
+        weights=replace(weights, tensors=tensors, stored=stored),
         notes=[*contents.notes, f"{name} {LEGACY_NOTE}"],
     )
 

@@ -37,14 +37,7 @@ _DEEPEST = 3
 
 @dataclass(frozen=True)
 class _Averaged:
-    """How a class keeps an averaged model in its state dict.
-
-    Attributes:
-        of: the class, for notes.
-        counters: what it counts beside the model.
-        model: the name of the average in it.
-        others: of further copies of the model.
-    """
+    """How a class keeps an averaged model in its state dict, beside counters and other copies."""
 
     of: str
     counters: frozenset[str]
@@ -64,12 +57,9 @@ _AVERAGED_MODELS = (
 
 @dataclass(frozen=True)
 class _Places:
-    """The keys under which a trainer keeps which weights, the first that fits before the others.
+    """The keys under which a trainer keeps trained weights and their average, the likeliest first.
 
-    Attributes:
-        raw: the trained weights.
-        ema: their average.
-        note: what a user would not expect of them.
+    The note says what a user would not expect of them.
     """
 
     raw: tuple[str, ...]
@@ -86,23 +76,17 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
 
-    One of the WE paper's public code, or of our excitations registered by
-    ``torch.nn.utils.parametrize``, comes under our names and in our shapes.
-
     Args:
-        checkpoint: a state dict, or a mapping that holds one.
+        checkpoint: a state dict, or a mapping that holds one; one in a form of
+            :mod:`we_surgery.checkpoint.foreign_forms` comes as ours.
         key: where in the mapping it is, dotted for a mapping in a mapping; by default the first
             of :data:`WRAPPER_KEYS`, or else the one entry that is a state dict.
         weights: the trained weights or their average, wherever the trainer put them; instead of
             ``key``.
-
-    Raises:
-        InputError: no state dict is found, or several and no ``key``; or both ``key`` and
-            ``weights`` are given.
     """
     if not isinstance(checkpoint, Mapping):
         raise InputError(
-            f"the checkpoint is no mapping but {type(checkpoint).__name__}",
+            f"the checkpoint is {type(checkpoint).__name__} and not a mapping",
             "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
         )
     places = _places(checkpoint)
@@ -163,7 +147,7 @@ def _key_of(
     if found is None and averages:
         raise InputError(
             f"the checkpoint holds no EMA weights under a usual name ({quoted(names)})",
-            _key_cure(checkpoint),
+            _key_hint(checkpoint),
         )
     return found
 
@@ -191,8 +175,8 @@ def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any],
     state = _as_state_dict(value)
     if state is None:
         raise InputError(
-            f"what the checkpoint holds under {key!r} is no state dict but {_described(value)}",
-            _key_cure(value, f"{key}.") if isinstance(value, Mapping) else _key_cure(checkpoint),
+            f"what the checkpoint holds under {key!r} is {_described(value)} and not a state dict",
+            _key_hint(value, f"{key}.") if isinstance(value, Mapping) else _key_hint(checkpoint),
         )
     return state, [f"used {key!r}"]
 
@@ -221,7 +205,7 @@ def _found(
         but = "" if allowed else f", but {_described(checkpoint)}: {quoted(checkpoint)}"
         if states and not allowed:
             found, but = "no trained weights", f", but their average: {quoted(states)}"
-        raise InputError(f"the checkpoint holds {found}{but}", _key_cure(checkpoint))
+        raise InputError(f"the checkpoint holds {found}{but}", _key_hint(checkpoint))
     notes = [f"used {chosen!r}", *([places.note] if places.note else [])]
     for name in states:
         if name != chosen:
@@ -245,10 +229,7 @@ def _as_state_dict(
 ) -> Mapping[str, Any] | None:
     """The state dict that ``value`` is or holds, at most a few mappings deep.
 
-    Args:
-        value: anything.
-        depth: the number of mappings around it.
-        averages: whether that under the usual name of an average counts.
+    Without ``averages`` one under the usual name of an average does not count.
     """
     if isinstance(value, nn.Module):
         return value.state_dict()
@@ -276,7 +257,7 @@ def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
             for key, value in state.items()
             if key not in tensors
         ]
-        notes.append(f"dropped what is no tensor: {listed(others)}")
+        notes.append(f"dropped what is not a tensor: {listed(others)}")
     versions = getattr(state, VERSIONS, None)
     averaged = _averaged_in(tensors)
     if averaged is not None:
@@ -350,7 +331,7 @@ def speaks_of_average(name: str) -> bool:
     return any(word.lower() == "ema" for word in words)
 
 
-def _key_cure(checkpoint: Mapping[Any, Any], path: str = "") -> str:
+def _key_hint(checkpoint: Mapping[Any, Any], path: str = "") -> str:
     if states := list(_keys_of_states(checkpoint, path)):
         return f"Choose one with --key (`key=`): {quoted(states)}."
     return "Give a file that holds a model or its state dict."

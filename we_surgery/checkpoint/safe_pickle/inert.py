@@ -42,11 +42,7 @@ _NEVER_LAYERS = (
 
 
 class Inert:
-    """Whatever stood in the file; it keeps nothing of it.
-
-    Attributes:
-        was_module: whether it was given the state of an ``nn.Module``.
-    """
+    """Whatever stood in the file; of it only whether it had the state of an ``nn.Module``."""
 
     was_module = False
 
@@ -73,12 +69,7 @@ def may_stand_in(name: Name | None) -> bool:
 
 
 def is_inert(value: Any, names: Collection[str]) -> bool:
-    """Whether what a pickle has here is a stand-in, or made by one.
-
-    Args:
-        value: of :mod:`we_surgery.checkpoint.safe_pickle.scan`.
-        names: the paths for which there are stand-ins.
-    """
+    """Whether what a pickle has here is a stand-in, or made by one; ``names`` are theirs."""
     while isinstance(value, Made):
         value = value.by
     return isinstance(value, Name) and value.path in names

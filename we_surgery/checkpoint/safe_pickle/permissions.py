@@ -109,11 +109,9 @@ class Refusal:
 class Permitted:
     """What a pickle's names stand for, by their paths, and what was refused.
 
-    Attributes:
-        objects: by path.
-        refusals: for which the file is not opened.
-        stood_in: names that are refused too, and have stand-ins among ``objects``: the file may be
-            opened as a checkpoint that holds such objects beside its weights.
+    The file is not opened if there are ``refusals``. Names in ``stood_in`` are refused too, but
+    have stand-ins among ``objects``: the file may be opened as a checkpoint that holds such
+    objects beside its weights.
     """
 
     objects: dict[str, Any]
@@ -124,10 +122,8 @@ class Permitted:
 def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Permitted:
     """Looks up the names a pickle wants, and checks each of its calls.
 
-    Args:
-        actions: what the pickle would do.
-        unsafe: the paths among its names that torch does not allow by itself.
-        allow: further packages whose ``nn.Module`` classes are allowed; they are imported.
+    ``unsafe`` are the paths among its names that torch does not allow by itself; ``allow`` are
+    further packages whose ``nn.Module`` classes are allowed, and are imported.
     """
     objects: dict[str, Any] = {}
     refusals: dict[str, Refusal] = {}

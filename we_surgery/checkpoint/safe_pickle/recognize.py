@@ -32,11 +32,7 @@ class FileKind(enum.Enum):
 
 
 def recognize(path: Path) -> FileKind:
-    """The format of a file.
-
-    Raises:
-        InputError: there is no such file, or it is none that holds an eager model or weights.
-    """
+    """The format of a file that may hold an eager model or weights."""
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder", "Give a file in it.")
@@ -74,7 +70,7 @@ def recognize(path: Path) -> FileKind:
     if start[:1] == b"\x80":
         raise InputError(f"{path} is a pickle that torch.save did not write", _KNOWN_FORMATS)
     raise InputError(
-        f"{path} holds no model and no weights: it begins with {start[:24]!r}", _KNOWN_FORMATS
+        f"{path} does not hold a model or weights: it begins with {start[:24]!r}", _KNOWN_FORMATS
     )
 
 
@@ -88,11 +84,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def check_archive(content: IO[bytes], path: Path) -> None:
-    """Raises unless the bytes, which lie somewhere in a file, are an archive that holds no trap.
-
-    Raises:
-        InputError: they are damaged, or have records that are packed, repeat or overlap.
-    """
+    """Raises if the bytes, which lie somewhere in a file, are not an archive or set a trap."""
     size = content.seek(0, io.SEEK_END)
     _refuse_traps(_records(content, path), size, path)
     content.seek(0)

@@ -19,12 +19,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle asks for.
+    """A class or function that a pickle asks for, by Python 3's name of its module.
 
-    Attributes:
-        module: its module, by Python 3's name.
-        name: its name in it.
-        written: the path as the pickle has it; protocol 2 writes Python 2's names.
+    ``written`` is the path as the pickle has it; protocol 2 writes Python 2's names.
     """
 
     module: str
@@ -50,12 +47,10 @@ class Opaque:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call that the pickle would make.
+    """A call that the pickle would make; only of ``function.__new__`` where it ``constructs``.
 
-    Attributes:
-        function: a :class:`Name`, or what an earlier call made.
-        arguments: a tuple of constants and of values of this module, where it is written as one.
-        constructs: whether only ``function.__new__`` is called and no ``__init__``.
+    The function is a :class:`Name`, or what an earlier call made. The arguments are a tuple of
+    constants and of values of this module, where they are written as one.
     """
 
     function: Any
@@ -89,9 +84,7 @@ def scan(stream: IO[bytes], actions: Actions) -> None:
 
     The stack and memo are kept as the unpickler would keep them, with stand-ins for objects, so
     a call is seen with the function and arguments it would have, however these got there.
-
-    Raises:
-        ValueError: the pickle is damaged, or has an instruction that torch.save never writes.
+    Raises ValueError if it is damaged or has an instruction that torch.save never writes.
     """
     try:
         _follow(stream, actions)

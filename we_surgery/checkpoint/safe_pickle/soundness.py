@@ -38,13 +38,10 @@ _NOT_MADE = (type, Enum, FunctionType)
 def refuse_unsound(found: Any, path: Path) -> None:
     """Raises if a file's object could make torch's or our code do what its classes do not.
 
-    No method of any object in it is called.
-
-    Raises:
-        InputError: a module hides a method, has a hook, contains itself, was never initialized
-            or has a name that no program gives; a tensor hides a method, has a hook, or says
-            to be vastly larger than its memory; any other object hides a method, or has a name
-            that Python itself looks up.
+    A module must not hide a method, have a hook, contain itself, be uninitialized or have a name
+    that no program gives; a tensor must not hide a method, have a hook, or claim to be vastly
+    larger than its memory; any other object must not hide a method, or have a name that Python
+    itself looks up. No method of any object is called.
     """
     fault = _fault(found)
     if fault is not None:

@@ -28,15 +28,11 @@ _LEGACY_PICKLES = 5
 
 
 def map_tensors(path: Path, kind: FileKind) -> dict[str, Tensor]:
-    """The tensors of a state dict in a file of torch.save, each read where it is used.
-
-    Raises:
-        InputError: the file is damaged, names what it may not name, or holds no state dict.
-    """
+    """The tensors of a state dict in a file of torch.save, each read where it is used."""
     found = unpickle(path, kind, mapped=kind is FileKind.ZIP)
     if not isinstance(found, Mapping):
         raise InputError(
-            f"{path} holds no state dict but {type(found).__name__}", "Save or fetch it again."
+            f"{path} holds {type(found).__name__} and not a state dict", "Save or fetch it again."
         )
     return {key: value.detach() for key, value in found.items() if isinstance(value, Tensor)}
 
@@ -55,7 +51,7 @@ def unpickle(
     Args:
         path: the file.
         kind: ``ZIP`` or ``LEGACY``.
-        allow: packages whose ``nn.Module`` classes the file may name beside those of torch,
+        allow: packages whose ``nn.Module`` classes the file may refer to beside those of torch,
             torchvision, timm and we_surgery.
         trust: unpickle whatever the file says.
         mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
@@ -63,60 +59,60 @@ def unpickle(
         content: what torch.save wrote, where it is a part of the file; at its start.
 
     Raises:
-        InputError: the file is damaged, or names what it may not name.
+        InputError: the file is damaged or refused.
     """
     stood_in: list[Refusal] = []
     try:
         opened = path.open("rb") if content is None else nullcontext(content)
         with opened as file, warnings.catch_warnings():
-            # Whoever opens a file can do nothing about the age of what is in it.
+            # Who opens a file can do nothing about the age of what is in it.
             warnings.simplefilter("ignore")
             if trust:
                 with working_folder_importable():
                     return torch.load(file, map_location="cpu", weights_only=False)
             safe, stood_in = _safe_globals(path, file, kind, allow)
             file.seek(0)
-            with torch.serialization.safe_globals(safe):
-                # Torch maps files by their path alone.
-                place = str(path) if mapped else file
-                # Asked for by name: torch 2.8 believes the indices of a sparse tensor otherwise.
-                sound: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
-                with _private_maps(), sound:
-                    found = torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
+            # torch maps files by their path alone.
+            found = _load_weights_only(str(path) if mapped else file, safe, mapped=mapped)
         refuse_unsound(found, path)
         if stood_in and not holds_only_weights_aside(found):
             raise _refused(path, stood_in, allow)
         return found
     except InputError:
         raise
-    # A damaged file can raise anything from inside the unpickler and the classes it names.
+    # A damaged file can raise anything from inside the unpickler and the classes it refers to.
     except Exception as error:
         if stood_in:
             raise _refused(path, stood_in, allow) from error
+        first_line = str(error).strip().partition("\n")[0] or "no further details"
         raise InputError(
-            f"{path} cannot be read: {type(error).__name__}: {_first_line(error)}",
+            f"{path} cannot be read: {type(error).__name__}: {first_line}",
             "Save or fetch it again, or save it with the installed versions of its packages.",
         ) from error
 
 
-def _private_maps() -> AbstractContextManager[Any]:
-    """What is written to a mapped tensor stays in memory and out of its file."""
-    if sys.platform == "win32":  # always so, and torch refuses to be told
-        return nullcontext()
-    return torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+def _load_weights_only(place: str | IO[bytes], safe: list[Any], *, mapped: bool) -> Any:
+    # Asked for by name: torch 2.8 believes the indices of a sparse tensor otherwise.
+    sound: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
+    private: AbstractContextManager[Any] = nullcontext()
+    if sys.platform != "win32":  # always private there, and torch refuses to be told
+        # What is written to a mapped tensor stays in memory and out of its file.
+        private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+    with torch.serialization.safe_globals(safe), private, sound:
+        return torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _safe_globals(
     path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]
 ) -> tuple[list[Any], list[Refusal]]:
-    """What the file names and may name, as ``torch.serialization.safe_globals`` takes it.
+    """What the file may refer to, as ``torch.serialization.safe_globals`` takes it.
 
     And what of it are stand-ins, as :attr:`Permitted.stood_in`.
     """
     actions = Actions()
     unsafe: set[str] = set()
     for content in _pickles(path, file, kind):
-        _scan(path, content, actions)
+        _scan(path, io.BytesIO(content), actions)
         unsafe |= _unsafe_paths(content)
     permitted = permit(actions, unsafe, allow)
     if permitted.refusals:
@@ -143,9 +139,9 @@ def _pickles(path: Path, file: IO[bytes], kind: FileKind) -> list[bytes]:
     return found
 
 
-def _scan(path: Path, content: bytes | IO[bytes], actions: Actions) -> None:
+def _scan(path: Path, stream: IO[bytes], actions: Actions) -> None:
     try:
-        scan(io.BytesIO(content) if isinstance(content, bytes) else content, actions)
+        scan(stream, actions)
     except ValueError as error:
         raise InputError(
             f"{path} cannot be read safely: {error}",
@@ -204,7 +200,3 @@ def _hint(refusals: Sequence[Refusal], allow: Sequence[str]) -> str:
             f"nn.Module classes of that package; {trust}."
         )
     return f"Only if you trust where the file is from: {trust}."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or "no further details"

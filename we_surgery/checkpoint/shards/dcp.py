@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ class DistributedCheckpoint(TensorFiles):
         self.path = path
         self.tensors = {}
         self._pieces: dict[str, list[Piece]] = {}
+        self._objects: dict[str, Piece] = {}
         try:
             self._read(path / ".metadata")
         except InputError:
@@ -75,7 +76,11 @@ class DistributedCheckpoint(TensorFiles):
         self.shards = self._grouped()
 
     def _read(self, file: Path) -> None:
-        from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+        from torch.distributed.checkpoint.metadata import (
+            Metadata,
+            MetadataIndex,
+            TensorStorageMetadata,
+        )
 
         metadata = _checked(_Unpickler(io.BytesIO(file.read_bytes())).load(), Metadata)
         described, stored = metadata.state_dict_metadata, metadata.storage_data
@@ -92,6 +97,8 @@ class DistributedCheckpoint(TensorFiles):
                 _check_pieces(self.path, name, size, pieces)
                 self.tensors[name] = torch.empty(size, dtype=dtype, device="meta")
                 self._pieces[name] = pieces
+            elif (index := MetadataIndex(name)) in stored:
+                self._objects[name] = _place(self.path, name, stored[index])
 
     def _check_files(self) -> None:
         for name, pieces in self._pieces.items():
@@ -117,14 +124,17 @@ class DistributedCheckpoint(TensorFiles):
             size += tensor.nbytes
         return groups
 
-    def checkpoint(self) -> Mapping[str, Any]:
+    def checkpoint(self, objects: Collection[str] = ()) -> Mapping[str, Any]:
         nested: dict[str, Any] = {}
         for name, path in self._paths.items():
             holder = nested
             for key in path[:-1]:
                 holder = holder.setdefault(key, {})
-            # What is not a tensor is not read: bytes stand for it.
-            holder[path[-1]] = self.tensors.get(name, b"")
+            if name in self._objects and path[-1] in objects:
+                holder[path[-1]] = self._open_piece(name, self._objects[name])
+            else:
+                # Bytes stand for what is not a tensor, and is not read.
+                holder[path[-1]] = self.tensors.get(name, b"")
         return nested
 
     @contextmanager
@@ -156,22 +166,26 @@ class DistributedCheckpoint(TensorFiles):
         return whole
 
     def _load_piece(self, name: str, piece: Piece) -> Tensor:
+        part = self._open_piece(name, piece)
+        if not isinstance(part, Tensor):
+            raise InputError(
+                f"{self.path / piece.file} holds {type(part).__name__} where {name!r} should be",
+                _SAVE_AGAIN,
+            )
+        return part.detach()
+
+    def _open_piece(self, name: str, piece: Piece) -> Any:
         path = self.path / piece.file
         try:
             with path.open("rb") as file:
                 content = io.BufferedReader(_Window(file, piece.start, piece.length))
                 check_archive(content, path)
-                part = unpickle(path, FileKind.ZIP, content=content)
+                return unpickle(path, FileKind.ZIP, content=content)
         except (InputError, OSError, MemoryError) as error:
             cause = error.cause if isinstance(error, InputError) else str(error)
             raise InputError(
                 f"{path} cannot be read where it holds {name!r}: {cause}", _SAVE_AGAIN
             ) from error
-        if not isinstance(part, Tensor):
-            raise InputError(
-                f"{path} holds {type(part).__name__} where {name!r} should be", _SAVE_AGAIN
-            )
-        return part.detach()
 
 
 class _Window(io.RawIOBase):
@@ -266,7 +280,6 @@ def _dtype(properties: Any) -> torch.dtype:
 
 
 def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Piece:
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
     chunk = _checked(chunk, ChunkStorageMetadata)
@@ -274,7 +287,19 @@ def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Pi
     index = MetadataIndex(name, offsets)
     if index not in stored:
         raise InputError(f"{folder} does not say where {name!r} is", _SAVE_AGAIN)
-    info = _checked(stored[index], _StorageInfo)
+    return _place(folder, name, stored[index], offsets, sizes)
+
+
+def _place(
+    folder: Path,
+    name: str,
+    stored: Any,
+    offsets: tuple[int, ...] = (),
+    sizes: tuple[int, ...] = (),
+) -> Piece:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    info = _checked(stored, _StorageInfo)
     if info.transform_descriptors:
         raise InputError(
             f"{name!r} in {folder} is stored through {quoted(info.transform_descriptors)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,11 @@ class TensorFiles(ABC):
     notes: Sequence[str] = ()
     metadata: Metadata | None = None
 
-    def checkpoint(self) -> Mapping[str, Any]:
-        """What was saved, with tensors of the meta device; wrappers and all."""
+    def checkpoint(self, objects: Collection[str] = ()) -> Mapping[str, Any]:
+        """What was saved, with tensors of the meta device; wrappers and all.
+
+        Of other objects only those are read whose last key is among ``objects``.
+        """
         return self.tensors
 
     @abstractmethod
@@ -60,6 +63,10 @@ class TensorFiles(ABC):
             state, notes = unwrap(self.checkpoint(), key, weights)
         except InputError as error:
             raise InputError(f"{self.path}: {error.cause}", error.cure) from error
+        return self.located(state, notes)
+
+    def located(self, state: dict[str, Tensor], notes: Sequence[str]) -> StateDict:
+        """A state dict that was found in :meth:`checkpoint`, and where its values are."""
         stored_as = {id(tensor): name for name, tensor in self.tensors.items()}
         stored = {}
         for name, tensor in state.items():
@@ -87,16 +94,19 @@ class StateDict:
     stored: Mapping[str, str] = field(default_factory=dict)
 
     def shard_of(self) -> dict[str, int]:
-        """The number of the shard that holds each tensor in the files, by name."""
-        shards = [] if self.files is None else self.files.shards
-        shard_of = {key: i for i, keys in enumerate(shards) for key in keys}
+        """The number of the shard that holds each tensor, by name; 0 for what is in memory."""
+        if self.files is None:
+            return dict.fromkeys(self.tensors, 0)
+        shard_of = {key: i for i, keys in enumerate(self.files.shards) for key in keys}
         return {name: shard_of[key] for name, key in self.stored.items()}
 
     @contextmanager
     def open(self, shard: int) -> Iterator[Load]:
         """As :meth:`TensorFiles.open`, by the names here; checked against the index."""
-        assert self.files is not None
         files = self.files
+        if files is None:
+            yield self.tensors.__getitem__
+            return
         with files.open(shard) as load_stored:
 
             def load(name: str) -> Tensor:
