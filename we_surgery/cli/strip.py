@@ -116,24 +116,24 @@ def strip_command(
 
     import torch
 
-    from we_surgery.jobs.strip import strip_both, strip_file
+    from we_surgery.jobs.strip import StripOptions, strip_both, strip_file
 
     with progress_bar("folding", unit="") as progress:
-        options: dict[str, Any] = {
-            "output": output,
-            "to": to,
-            "force": force,
-            "dtype": None if dtype is None else getattr(torch, dtype),
-            "verify": verify,
-            "input_shape": shape,
-            "deploy": deploy,
-            "progress": progress,
-        }
+        options = StripOptions(
+            output=output,
+            to=to,
+            force=force,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            verify=verify,
+            input_shape=shape,
+            deploy=deploy,
+            progress=progress,
+        )
         if both:
-            results = strip_both(source, **options)
+            results = strip_both(source, options)
         else:
             weights: Weights | None = "raw" if raw else "ema" if ema else None
-            results = [strip_file(replace(source, weights=weights), **options)]
+            results = [strip_file(replace(source, weights=weights), options)]
     for result in results:
         _say(result)
     if as_json:

@@ -59,29 +59,14 @@ class Stripped:
     notes: list[str]
 
 
-def strip_file(
-    source: Source,
-    *,
-    output: str | Path | None = None,
-    to: str | None = None,
-    force: bool = False,
-    dtype: torch.dtype | None = None,
-    verify: bool = False,
-    input_shape: Sequence[int] | None = None,
-    deploy: str = "dense",
-    progress: Progress | None = None,
-) -> Stripped:
-    """Reads a converted model or checkpoint, folds it, writes it, and proves what was written.
+@dataclass(frozen=True)
+class StripOptions:
+    """How to strip a file, and where the result goes.
 
-    A state dict needs no model: it says itself what was excited. One in several files is
-    stripped tensor by tensor. What was written is read back and compared bit for bit with a
-    second fold before it gets its name.
-
-    Args:
-        source: the model or checkpoint.
+    Attributes:
         output: the file to write; by default beside the input, ``model.stripped.pt``, or
-            ``model.stripped.ema.pt`` where the average was asked for. For an input of several
-            files a name without an ending of a file gives a folder of shards.
+            ``model.stripped.ema.pt`` for the average. For an input of several files a name
+            without the ending of a file gives a folder of shards.
         to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
         force: overwrite what is there.
         dtype: of all floating-point values; by default each tensor keeps its own. Weights are
@@ -92,94 +77,78 @@ def strip_file(
         deploy: as in :func:`we_surgery.strip`; another form than ``dense`` needs a module, or an
             architecture.
         progress: called with (steps done, steps in all).
+    """
+
+    output: str | Path | None = None
+    to: str | None = None
+    force: bool = False
+    dtype: torch.dtype | None = None
+    verify: bool = False
+    input_shape: Sequence[int] | None = None
+    deploy: str = "dense"
+    progress: Progress | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether outputs are compared."""
+        return self.verify or self.input_shape is not None
+
+
+def strip_file(source: Source, options: StripOptions) -> Stripped:
+    """Reads a converted model or checkpoint, folds it, writes it, and proves what was written.
+
+    A state dict needs no model: it says itself what was excited. To safetensors it is stripped
+    tensor by tensor. What was written is read back and compared bit for bit with a second fold
+    before it gets its name.
 
     Raises:
         InputError: bad usage, an unreadable input, or nothing to compare outputs with.
         SurgeryError: there is nothing to strip, or a proof failed; nothing is written.
     """
-    mark = ".ema" if source.weights == "ema" and output is None else ""
-    return _strip_all(
-        [(source, mark)], output, to, force, _How(dtype, verify, input_shape, deploy, progress)
-    )[0]
+    mark = ".ema" if source.weights == "ema" and options.output is None else ""
+    return _strip_all([(source, mark)], options)[0]
 
 
-def strip_both(
-    source: Source,
-    *,
-    output: str | Path | None = None,
-    to: str | None = None,
-    force: bool = False,
-    dtype: torch.dtype | None = None,
-    verify: bool = False,
-    input_shape: Sequence[int] | None = None,
-    deploy: str = "dense",
-    progress: Progress | None = None,
-) -> list[Stripped]:
+def strip_both(source: Source, options: StripOptions) -> list[Stripped]:
     """:func:`strip_file` for the trained weights of a checkpoint and for their average.
 
     The averaged ones go to a second file, ``model.stripped.ema.pt``. Both files are proven
     before either gets its name.
-
-    Args:
-        source: a checkpoint that holds both.
-        output: as in :func:`strip_file`, and so are the others.
-        to: as there.
-        force: as there.
-        dtype: as there.
-        verify: as there.
-        input_shape: as there.
-        deploy: as there.
-        progress: as there.
     """
-    sources = [(replace(source, weights="raw"), ""), (replace(source, weights="ema"), ".ema")]
-    return _strip_all(
-        sources, output, to, force, _How(dtype, verify, input_shape, deploy, progress)
-    )
+    trained, averaged = replace(source, weights="raw"), replace(source, weights="ema")
+    return _strip_all([(trained, ""), (averaged, ".ema")], options)
 
 
-@dataclass(frozen=True)
-class _How:
-    """What :func:`strip_file` takes beside places."""
-
-    dtype: torch.dtype | None
-    verify: bool
-    input_shape: Sequence[int] | None
-    deploy: str
-    progress: Progress | None
-
-
-def _strip_all(
-    sources: Sequence[tuple[Source, str]],
-    output: str | Path | None,
-    to: str | None,
-    force: bool,
-    how: _How,
-) -> list[Stripped]:
+def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> list[Stripped]:
     # Usage first: a slip in -o must not cost reading a large file.
-    check_extension(output, to)
+    check_extension(options.output, options.to)
     done: list[Stripped] = []
     with checkpoint.staged_together() as stage:
         for source, mark in sources:
             contents = checkpoint.settled(source.read(), source.name)
             target = choose_target(
-                source.name, contents.kind, output, to, ".stripped", keep_shards=True
+                source.name,
+                contents.kind,
+                options.output,
+                options.to,
+                ".stripped",
+                keep_shards=True,
             )
             target = target.marked(mark) if mark else target
-            target.check(force=force)
-            needs_model = target.kind == "module" or how.deploy != "dense"
+            target.check(force=options.force)
+            needs_model = target.kind == "module" or options.deploy != "dense"
             strip = _strip_model if needs_model or contents.model else _strip_weights
-            temporary = target.stage(stage, force=force, like=contents.path)
-            stripped = strip(source, contents, target, temporary, how)
+            temporary = target.stage(stage, force=options.force, like=contents.path)
+            stripped = strip(source, contents, target, temporary, options)
             done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
     return done
 
 
 def _strip_weights(
-    source: Source, contents: Contents, target: Target, temporary: Path, how: _How
+    source: Source, contents: Contents, target: Target, temporary: Path, options: StripOptions
 ) -> Stripped:
     architecture = source.architecture_of(contents)
-    compares = how.verify or how.input_shape is not None
-    if compares and architecture is None:
+    if options.compares and architecture is None:
         raise InputError(
             f"{source.name} holds weights and does not say of which architecture, so there is no "
             "model to run",
@@ -194,16 +163,16 @@ def _strip_weights(
     kept = None if plan is None else plan.kept
     transplants = 0 if plan is None or kept is None else _attached(plan) - _attached(kept)
     metadata = _kept_metadata(kept, source, contents)
-    found = _fold(contents, target, temporary, how, metadata)
+    found = _fold(contents, target, temporary, options, metadata)
     notes = list(dict.fromkeys([*contents.notes, *found.notes]))
     report = StripReport(found.layers, found.removed_values, found.values, transplants=transplants)
     done = Stripped(target.path, target.kind, report, found.tensors, {}, None, notes)
-    if not compares:
+    if not options.compares:
         return done
     excited = checkpoint.model_from(contents, architecture=architecture, allow=source.allow)
     vanilla = checkpoint.load(temporary, architecture=architecture, allow=source.allow)
-    shape, note = _shape(excited, source, contents, how)
-    differences = compare_outputs(excited, vanilla, shape, how.dtype)
+    shape, note = _shape(excited, source, contents, options)
+    differences = compare_outputs(excited, vanilla, shape, options.dtype)
     return replace(
         done,
         report=_with_differences(report, differences),
@@ -216,7 +185,7 @@ def _fold(
     contents: Contents,
     target: Target,
     temporary: Path,
-    how: _How,
+    options: StripOptions,
     metadata: Metadata | None,
 ) -> checkpoint.StateDictReport:
     """Writes the folded weights, and compares what was written with a second fold."""
@@ -226,23 +195,23 @@ def _fold(
             contents.weights,
             temporary,
             folder=target.is_folder,
-            dtype=how.dtype,
+            dtype=options.dtype,
             metadata=metadata,
-            progress=how.progress,
+            progress=options.progress,
         )
     state = contents.state_dict
     assert state is not None
     stripped, found = checkpoint.strip_state_dict_with_report(
-        state, dtype=how.dtype, progress=how.progress
+        state, dtype=options.dtype, progress=options.progress
     )
     checkpoint.save_state_dict(stripped, temporary, metadata)
-    again, _ = checkpoint.strip_state_dict_with_report(state, dtype=how.dtype)
+    again, _ = checkpoint.strip_state_dict_with_report(state, dtype=options.dtype)
     _check_written(checkpoint.read(temporary).state_dict, again)
     return found
 
 
 def _strip_model(
-    source: Source, contents: Contents, target: Target, temporary: Path, how: _How
+    source: Source, contents: Contents, target: Target, temporary: Path, options: StripOptions
 ) -> Stripped:
     model = source.load(contents)
     if not is_converted(model):
@@ -250,19 +219,19 @@ def _strip_model(
     notes = list(contents.notes)
     shape: tuple[int, ...] | None = None
     inputs = None
-    if how.verify or how.input_shape is not None:
-        shape, note = _shape(model, source, contents, how)
+    if options.compares:
+        shape, note = _shape(model, source, contents, options)
         notes += note
-    if how.dtype is not None and any(is_half(tensor) for tensor in model.state_dict().values()):
+    if options.dtype is not None and any(is_half(tensor) for tensor in model.state_dict().values()):
         model = model.float()
     if shape is not None:
         inputs = inputs_for(model, shape)
     # Not in place: the fold is then compared with the excited model itself.
     stripped, report = strip_with_report(
-        model, example_inputs=inputs, deploy=how.deploy, progress=how.progress
+        model, example_inputs=inputs, deploy=options.deploy, progress=options.progress
     )
-    if how.dtype is not None:
-        cast_model(stripped, how.dtype)
+    if options.dtype is not None:
+        cast_model(stripped, options.dtype)
         if shape is not None:
             differences = rounding_effect(model, copy_model(stripped), shape)
             report = _with_differences(report, differences)
@@ -292,11 +261,11 @@ def _with_differences(report: StripReport, differences: tuple[float, float]) -> 
 
 
 def _shape(
-    model: nn.Module, source: Source, contents: Contents, how: _How
+    model: nn.Module, source: Source, contents: Contents, options: StripOptions
 ) -> tuple[tuple[int, ...], list[str]]:
     """The shape to compare on, and a sentence on where it is from if the user did not say."""
-    if how.input_shape is not None:
-        return tuple(how.input_shape), []
+    if options.input_shape is not None:
+        return tuple(options.input_shape), []
     return input_shape_of(model, source.architecture_of(contents))
 
 
