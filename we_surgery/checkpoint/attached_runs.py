@@ -114,8 +114,9 @@ def _read(found: Mapping[str, Any]) -> AttachedRun:
 
 
 def _is_part(value: Any) -> bool:
+    # DCP writes no empty mappings, as of a weight without trained parameters.
     return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), Mapping) for key in ("weights", "optimizer")
+        isinstance(value.get(key, {}), Mapping) for key in ("weights", "optimizer")
     )
 
 
