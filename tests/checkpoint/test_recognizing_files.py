@@ -119,8 +119,8 @@ UNREADABLE = {
     ),
     "zip start": (lambda path: path.write_bytes(b"PK\x03\x04rest"), "damaged", "again"),
     "folder": (lambda path: path.mkdir(), "is a folder", "file in it"),
-    "list": (lambda path: torch.save([1], path), "but list", "state dict"),
-    "tensor": (lambda path: torch.save(torch.ones(2), path), "but Tensor", "state dict"),
+    "list": (lambda path: torch.save([1], path), "holds list", "state dict"),
+    "tensor": (lambda path: torch.save(torch.ones(2), path), "holds Tensor", "state dict"),
 }
 
 

@@ -11,6 +11,7 @@ from we_surgery.checkpoint.excited_entry import is_excited_state_dict as is_exci
 from we_surgery.checkpoint.excited_entry import tensor_identity as tensor_identity
 from we_surgery.checkpoint.folding import StateDictReport as StateDictReport
 from we_surgery.checkpoint.folding import nothing_to_strip as nothing_to_strip
+from we_surgery.checkpoint.folding import refuse_vanilla as refuse_vanilla
 from we_surgery.checkpoint.folding import save_stripped as save_stripped
 from we_surgery.checkpoint.folding import strip_sharded as strip_sharded
 from we_surgery.checkpoint.folding import strip_state_dict as strip_state_dict

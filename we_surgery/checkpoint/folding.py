@@ -19,7 +19,6 @@ from we_surgery.checkpoint.excited_entry import (
     cast,
     excitation_of,
     find_excited,
-    is_excited_state_dict,
     is_of_excitation,
     is_raw_weight,
     no_record,
@@ -186,8 +185,7 @@ def strip_sharded(
             f"{source} is a single file", "Strip it with `strip_state_dict`, or we-strip."
         )
     state = files.state_dict(key, weights)
-    if not is_excited_state_dict(state.tensors):
-        raise nothing_to_strip(str(files.path))
+    refuse_vanilla(state, str(files.path))
     target = Path(target)
     folder = target.suffix != _SAFETENSORS
     with staged(target, force=force, folder=folder) as temporary:
@@ -231,6 +229,13 @@ def save_stripped(
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (temporary / f"{stem}{_SAFETENSORS}{INDEX_ENDING}").write_text(json.dumps(index, indent=2))
     return report
+
+
+def refuse_vanilla(state: StateDict, name: str) -> None:
+    """Raises if a state dict holds no excited weights, or one that cannot be folded."""
+    entries = vanilla_entries(state.tensors)
+    if not any(isinstance(entry, ExcitedEntry) for entry in entries.values()):
+        raise nothing_to_strip(name)
 
 
 def nothing_to_strip(name: str) -> SurgeryError:

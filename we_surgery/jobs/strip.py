@@ -157,9 +157,8 @@ def _strip_weights(
         )
     assert contents.weights is not None
     plan = None if contents.metadata is None else contents.metadata.stored_plan
-    excites = checkpoint.is_excited_state_dict(contents.weights.tensors)
-    if not excites and not (plan is not None and plan.changes):
-        raise checkpoint.nothing_to_strip(source.name)
+    if plan is None or not plan.changes:
+        checkpoint.refuse_vanilla(contents.weights, source.name)
     kept = None if plan is None else plan.kept
     transplants = 0 if plan is None or kept is None else _attached(plan) - _attached(kept)
     metadata = _kept_metadata(kept, source, contents)

@@ -80,8 +80,12 @@ class SafetensorsWriter:
         text += b" " * (-(len(text) + 8) % _ALIGNMENT)
         self._start = 8 + len(text)
         self._file: IO[bytes] = path.open("w+b")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._start + end)
+        try:
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(self._start + end)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes one of the tensors."""
