@@ -111,7 +111,7 @@ UNREADABLE = {
     "plain pickle": (make_plain_pickle, "pickle that torch.save did not write", "torch.save"),
     "empty": (lambda path: path.write_bytes(b""), "is empty", "again"),
     "one byte": (lambda path: path.write_bytes(b"\x80"), "cut short", "again"),
-    "garbage": (lambda path: path.write_bytes(b"garbage!" * 500), "no model", "fetch"),
+    "garbage": (lambda path: path.write_bytes(b"garbage!" * 500), "not hold a model", "fetch"),
     "lfs pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
         "begins with b'version https://git-lfs",
