@@ -61,10 +61,23 @@ def test_a_dry_run_prints_each_layer_with_its_reason_and_writes_nothing(
 ) -> None:
     result = run(model_file, "--dry-run")
     assert result.exit_code == 0
-    for word in ("layer", "decision", "reason", "LWE (standardized)", "'1' follows", "MWE"):
+    for word in ("layer", "decision", "why", "LWE (standardized)", "'1' follows", "MWE"):
         assert word in result.stdout
     assert "2 of 2 weights excited" in result.stdout
     assert [path.name for path in model_file.parent.iterdir()] == ["model.pt"]
+
+
+def test_the_plan_of_a_deep_network_fits_80_columns() -> None:
+    source = "torchvision:resnet50"
+    narrow, wide = run(source, "--dry-run").stdout, run(source, "--dry-run", "--wide").stdout
+    lines = narrow.splitlines()
+    assert len(lines) < 35
+    assert max(map(len, lines)) <= 80
+    assert "layer3.{0-5}.conv2" in narrow
+    names = [row.layer for row in ws.plan(torchvision.models.resnet50()).decisions]
+    shown = [line.split()[0] for line in wide.splitlines() if line.startswith(tuple(names))]
+    assert shown == names
+    assert "conv; standardized: 'layer3.5.bn2' follows" in wide
 
 
 def test_an_edited_plan_is_done_exactly(model_file: Path) -> None:

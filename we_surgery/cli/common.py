@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console, RenderableType
 
 from we_surgery._util import shipped
+from we_surgery._util.tables import NARROW
 from we_surgery._util.text import SafeConsole, printable
 from we_surgery._util.version import __version__
 from we_surgery.cli.choices import KINDS
@@ -354,7 +355,20 @@ def print_text(text: str) -> None:
 def print_table(content: RenderableType, **options: Any) -> None:
     """A command's result on stdout, for people; ``options`` are those of rich."""
     with _printing():
-        console().print(content, **options)
+        console().print(content, crop=False, **options)
+
+
+def table_width() -> int:
+    """How wide a table may be that is not ``--wide``."""
+    stdout = console()
+    return stdout.width if stdout.is_terminal else NARROW
+
+
+wide_option = click.option(
+    "--wide",
+    is_flag=True,
+    help="Show all columns, a line for each weight, and reasons in full, however long.",
+)
 
 
 def say_written(*paths: Path, kind: str = "") -> None:

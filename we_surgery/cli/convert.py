@@ -25,7 +25,9 @@ from we_surgery.cli.common import (
     say_notes,
     say_written,
     source_options,
+    table_width,
     telling_errors,
+    wide_option,
 )
 from we_surgery.errors import InputError
 
@@ -134,6 +136,7 @@ class _ConvertCommand(SurgeryCommand):
     "them that no converted weight is bypassed.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@wide_option
 @output_options("File")
 def convert_command(
     mode: str | None,
@@ -148,6 +151,7 @@ def convert_command(
     seed: int,
     input_shape: str | None,
     dry_run: bool,
+    wide: bool,
     output: str | None,
     to: str | None,
     force: bool,
@@ -212,7 +216,7 @@ def convert_command(
             plan=plan,
             input_shape=shape,
         )
-        _show_plan(planned, as_json)
+        _show_plan(planned, as_json, wide)
         return
     result = convert_file(
         source,
@@ -278,14 +282,14 @@ def _options(texts: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, Any]]
     return options
 
 
-def _show_plan(result: Converted, as_json: bool) -> None:
+def _show_plan(result: Converted, as_json: bool, wide: bool) -> None:
     from we_surgery.planning.table import plan_table
 
     say_notes(result.notes)
     if as_json:
         print_text(result.plan.to_json())
     else:
-        print_table(plan_table(result.plan))
+        print_table(plan_table(result.plan, wide=wide, width=table_width()))
 
 
 def _show_result(result: Converted, as_json: bool) -> None:

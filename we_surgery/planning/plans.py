@@ -206,11 +206,12 @@ class Plan:
         return cls.from_dict(data, str(path))
 
     def __str__(self) -> str:
+        from we_surgery._util.tables import NARROW
         from we_surgery._util.text import SafeConsole
         from we_surgery.planning.table import plan_table
 
         buffer = io.StringIO()
-        SafeConsole(file=buffer, width=140).print(plan_table(self))
+        SafeConsole(file=buffer, width=NARROW).print(plan_table(self), crop=False)
         return buffer.getvalue()
 
 

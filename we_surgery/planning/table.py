@@ -2,52 +2,98 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from we_surgery._util.tables import NARROW, Legend, merge_names, table_of
 
 if TYPE_CHECKING:  # a plan prints itself by this table
     from we_surgery.planning.plans import Plan
+    from we_surgery.planning.transplant_rows import TransplantDecision
+
+_EXPENDABLE = ("kind", "class", "added", "shape")
+_RIGHT = ("n", "added")
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """A row for each place of a transplant, one for each weight, totals below."""
-    table = Table(header_style="bold")
-    for heading in ("layer", "kind", "shape", "decision", "reason"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("added parameters", justify="right")
-    for row in plan.decisions:
-        kind = f"{row.kind} g{row.groups}" if row.groups > 1 else row.kind
-        table.add_row(
-            Text(row.layer or "(the model itself)"),
-            kind,
-            "x".join(map(str, row.shape)),
-            Text(row.verdict, style="green" if row.excitation else "dim"),
-            Text(row.reason),
-            f"{row.added_parameters:,}" if row.added_parameters else "",
-        )
-    tables = [_transplant_table(plan), table] if plan.transplants else [table]
+def plan_table(plan: Plan, *, wide: bool = False, width: int = NARROW) -> RenderableType:
+    """Transplants, weights and totals.
+
+    Args:
+        plan: what is shown.
+        wide: whether each weight gets a line with its reason in full; otherwise weights of which
+            the same is said share one, and letters stand for reasons.
+        width: characters in a line that is not wide.
+    """
+    weights = [
+        {
+            "layer": row.layer or "(the model itself)",
+            "kind": f"{row.kind} g{row.groups}" if row.groups > 1 else row.kind,
+            "shape": "x".join(map(str, row.shape)),
+            "decision": Text(row.verdict, style="green" if row.excitation else "dim"),
+            "added": row.added_parameters,
+            "why": row.reason,
+        }
+        for row in plan.decisions
+    ]
+    places = [
+        {
+            "place": row.place or "(the model itself)",
+            "class": row.type_name.rpartition(".")[2],
+            "transplant": _transplant(row),
+            "added": row.added_parameters,
+            "why": row.reason if row.attach else f"{row.transplant}: {row.reason}",
+        }
+        for row in plan.transplants
+    ]
+    tables: list[RenderableType] = []
+    for rows in (places, weights):
+        if rows:
+            tables += _wide(rows) if wide else _narrow(rows, width)
     return Group(*tables, Text(plan_summary(plan)))
 
 
-def _transplant_table(plan: Plan) -> Table:
-    table = Table(header_style="bold")
-    for heading in ("place", "class", "transplant", "reason"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("added parameters", justify="right")
-    for row in plan.transplants:
-        options = ", ".join(f"{k}={v}" for k, v in row.options.items() if v is not None)
-        verdict = f"{row.transplant} ({options})" if options else row.transplant
-        table.add_row(
-            Text(row.place or "(the model itself)"),
-            row.type_name.rpartition(".")[2],
-            Text(verdict, style="green") if row.attach else Text("skip", style="dim"),
-            Text(row.reason if row.attach else f"{row.transplant}: {row.reason}"),
-            f"{row.added_parameters:,}" if row.added_parameters else "",
-        )
-    return table
+def _transplant(row: TransplantDecision) -> Text:
+    options = ", ".join(f"{k}={v}" for k, v in row.options.items() if v is not None)
+    verdict = f"{row.transplant} ({options})" if options else row.transplant
+    return Text(verdict, style="green") if row.attach else Text("skip", style="dim")
+
+
+Row = Mapping[str, Any]
+"""A cell for each heading; the name comes first, "added" is a number, "why" a reason."""
+
+
+def _wide(rows: Sequence[Row]) -> list[RenderableType]:
+    return [table_of([{**row, "added": _number(row["added"])} for row in rows], right=_RIGHT)]
+
+
+def _narrow(rows: Sequence[Row], width: int) -> list[RenderableType]:
+    legend = Legend(row["why"] for row in rows)
+    name = next(iter(rows[0]))
+    alike: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        same = [str(cell) for key, cell in row.items() if key not in (name, "why")]
+        alike.setdefault((*same, legend.letter(row["why"])), []).append(row)
+    shown = []
+    for group in alike.values():
+        for pattern, names in merge_names([row[name] for row in group]).items():
+            shown.append(
+                {
+                    name: pattern,
+                    "n": str(len(names)) if len(names) > 1 else "",
+                    **{key: group[0][key] for key in group[0] if key != name},
+                    "added": _number(len(names) * group[0]["added"]),
+                    "why": legend.letter(group[0]["why"]),
+                }
+            )
+    table = table_of(shown, width=width, expendable=_EXPENDABLE, right=_RIGHT)
+    return [table, "", legend.table(), ""]
+
+
+def _number(value: int) -> str:
+    return f"{value:,}" if value else ""
 
 
 def plan_summary(plan: Plan) -> str:
@@ -56,8 +102,8 @@ def plan_summary(plan: Plan) -> str:
     lines = [
         f"mode {plan.mode}; read by {plan.rung}"
         + (f" ({plan.rung_reason})" if plan.rung_reason else ""),
-        f"{len(plan.excited)} of {len(plan.decisions)} weights excited; parameters: "
-        f"{train:,} in training ({plan.added_parameters:,} added), "
+        f"{len(plan.excited)} of {len(plan.decisions)} weights excited",
+        f"parameters: {train:,} in training ({plan.added_parameters:,} added), "
         f"{plan.model_parameters + plan.kept_parameters:,} after strip",
     ]
     for name in dict.fromkeys(row.transplant for row in plan.transplants):
