@@ -212,7 +212,7 @@ class Plan:
 
         buffer = io.StringIO()
         SafeConsole(file=buffer, width=NARROW).print(plan_table(self), crop=False)
-        return buffer.getvalue()
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def added_parameters(
