@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 _SHOWN = ("standardize", "lwe", "mwe", "default")
 _STYLES = ("-", "--", "-.", ":")
+_COLORS = ("0.4", "#0072b2", "#d55e00", "#009e73")
 _BAND = 1.96
 
 
@@ -37,8 +38,7 @@ def draw(
 
 def _curves(axis: plt.Axes, counted: Mapping[str, Mapping[int, Row]]) -> None:
     plain = counted["plain"]
-    colors = mpl.colormaps["cividis"](np.linspace(0, 0.85, len(_SHOWN)))
-    for arm, style, color in zip(_SHOWN, _STYLES, colors, strict=True):
+    for arm, style, color in zip(_SHOWN, _STYLES, _COLORS, strict=True):
         runs = counted.get(arm, {})
         seeds = [seed for seed in sorted(runs.keys() & plain.keys()) if not runs[seed]["diverged"]]
         if len(seeds) < 2:
@@ -48,9 +48,10 @@ def _curves(axis: plt.Axes, counted: Mapping[str, Mapping[int, Row]]) -> None:
         center, half = values.mean(0), _BAND * values.std(0, ddof=1) / len(seeds) ** 0.5
         epochs = np.arange(1, len(center) + 1)
         axis.plot(epochs, center, style, color=color, label=arm)
-        axis.fill_between(epochs, center - half, center + half, color=color, alpha=0.2, lw=0)
+        axis.fill_between(epochs, center - half, center + half, color=color, alpha=0.15, lw=0)
     axis.axhline(0, color="0.5", lw=0.8)
     axis.set(xlabel="epoch", ylabel="validation accuracy over plain, points")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8)
 
 
@@ -58,9 +59,9 @@ def _forest(axis: plt.Axes, compared: Mapping[str, tuple[Comparison, float]]) ->
     names = list(compared)[::-1]
     for place, name in enumerate(names):
         comparison, p = compared[name]
-        shown = "no" not in comparison.verdict(p)
+        shown = comparison.verdict(p) in ("gain", "loss")
         axis.plot([comparison.low, comparison.high], [place, place], "-", color="0.3")
         axis.plot(comparison.mean, place, "s", color="0.1", mfc="0.1" if shown else "white")
     axis.axvline(0, color="0.5", lw=0.8)
     axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("test accuracy over plain, points (filled: adjusted p below 0.05)")
+    axis.set_xlabel("test accuracy over plain, points; filled: gain or loss")
