@@ -205,11 +205,17 @@ def test_a_pattern_and_the_edited_plan_choose_the_places() -> None:
 @pytest.mark.parametrize(
     ("asked", "cause"),
     [
-        ({"se": {"reduction": True}}, "se: the reduction must be a positive integer, not True"),
+        (
+            {"se": {"reduction": True}},
+            "se in transplants cannot be True\nGive an integer",
+        ),
         ({"cbam": {"kernel_size": 4}}, "cbam: the kernel_size must be odd, not 4"),
-        ({"cbam": {"kernel_size": "x"}}, "cbam: the kernel_size must be a positive integer"),
+        ({"cbam": {"kernel_size": "x"}}, "kernel_size in cbam in transplants cannot be 'x'"),
         ({"bam": {"dilation": 0}}, "bam: the dilation must be a positive integer, not 0"),
-        ({"max_dropout": {"always_on": 3}}, "always_on must be true or false, not 3"),
+        (
+            {"max_dropout": {"always_on": 3}},
+            "max_dropout in transplants cannot be 3\nGive true",
+        ),
     ],
 )
 def test_an_option_out_of_range_is_refused(asked: dict[str, object], cause: str) -> None:

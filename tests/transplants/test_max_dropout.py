@@ -81,7 +81,7 @@ def test_the_plan_says_where_it_goes_and_where_not() -> None:
     assert rows == {
         "maps": (True, "dropout of 0.4, which is the rate"),
         "values": (True, "dropout of 0.3, which is the rate"),
-        "alpha": (False, "no plain dropout but a kind of its own"),
+        "alpha": (False, "is not a plain dropout"),
         "off": (False, "its probability is 0"),
     }
     assert type(model.maps) is nn.Dropout2d

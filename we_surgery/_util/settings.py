@@ -67,7 +67,17 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise InputError(f"{where} cannot be {value!r}", f"Give a {kind.__name__.lower()}.")
+    raise InputError(f"{where} cannot be {value!r}", f"Give {_IN_WORDS[kind]}.")
+
+
+_IN_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple: "a list of numbers",
+    Mapping: "a mapping",
+}
 
 
 def _is_number(value: object) -> bool:

@@ -152,8 +152,8 @@ def attached(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def detach(model: nn.Module) -> None:
     """Takes out what strip takes out."""
-    for transplant in TRANSPLANTS.values():
-        transplant.detach(model)
+    for name, place in list(attached(model)):
+        TRANSPLANTS[name].detach(model, place)
 
 
 def _matching(transplant: Transplant, sites: Sequence[Site], model: nn.Module) -> list[Site]:

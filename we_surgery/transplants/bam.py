@@ -25,15 +25,14 @@ FORMS = ("product", "sum")
 
 
 class BAM(nn.Module):
-    """The attention module.
+    """The attention module: ``[B, channels, H, W]`` to the same shape.
 
     Args:
-        channels: of its input ``[B, channels, H, W]``; it returns the same shape.
+        channels: of its input.
         reduction: channels over those inside, which are at least one.
         dilation: of the two 3x3 convs over positions.
         form: ``product`` or ``sum``.
-        device: of its parameters.
-        dtype: of its parameters.
+        device, dtype: of its parameters.
     """
 
     def __init__(

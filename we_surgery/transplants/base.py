@@ -85,8 +85,8 @@ class Transplant(ABC):
         return iter(())
 
     @classmethod  # noqa: B027
-    def detach(cls, model: nn.Module) -> None:
-        """Takes all of them out."""
+    def detach(cls, model: nn.Module, place: str) -> None:
+        """Takes it out of one of these places, as :meth:`attach` put it in."""
 
 
 def qualified_name(thing: Any) -> str:

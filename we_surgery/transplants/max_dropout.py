@@ -1,15 +1,14 @@
 """MaxDropout: drops the largest activations instead of random ones (Santos et al., ICPR 2020).
 
-Formula, of the authors' code, in training: ``u = (x - min x) / (max x - min x)`` over the whole
-tensor, batch included, and ``y = 0 where u > 1 - rate, else x``. Nothing is rescaled and nothing
-is random. In eval mode it is the identity.
+The authors' code computes, in training, ``u = (x - min x) / (max x - min x)`` over the whole
+tensor, batch included, and ``y = 0 where u > 1 - rate, else x``. Nothing is rescaled or random.
 
-Three things to know of it. The rate is no share: of rectified normal features at rate 0.3 it drops
-0.07 % for a batch of one and 0.012 % for a batch of 128, for the largest value decides; it
-differs between the processes of DDP. The paper's text tells it in another way (a rate drawn anew
-for each layer, and a tensor normalized by its Euclidean norm). And the authors' models make the
-layer anew in each forward, so that it drops at test time too, and their published figures, if
-they come from that code, include it: that is ``always_on``.
+The rate is not a share: of rectified normal features at rate 0.3 it drops 0.07 % for a batch of
+one and 0.012 % for a batch of 128, since the largest value decides; it differs between the ranks
+of DDP. The paper's text describes another method (a rate drawn anew for each layer, and a tensor
+normalized by its Euclidean norm). The authors' models make the layer anew in each forward pass, so
+that it drops at test time too, and their published figures, if they come from that code, include
+it: that is ``always_on``.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.ops.aten.dropout.default: "torch.ops.aten.dropout.default",
 }
 _FUNCTIONS_BY_NAME = {name: function for function, name in _FUNCTIONS.items()}
+_OWN_ARGUMENTS = ("rate", "always_on", "instead_of")
 
 
 def drop_largest(x: Tensor, rate: float) -> Tensor:
@@ -83,11 +83,12 @@ class MaxDropout(nn.Module):
 
 
 class SwappedDropout(MaxDropout):
-    """What a dropout layer becomes, in place; it keeps what the layer had and is given back."""
+    """What a dropout layer becomes, in place; it keeps what the layer had."""
 
     vanilla_class: ClassVar[type[nn.Module]]
 
 
+# A class for each kind, since pickles name it.
 class MaxDropoutOfDropout(SwappedDropout, nn.Dropout):
     """What an ``nn.Dropout`` becomes."""
 
@@ -113,13 +114,7 @@ class MaxDropoutOfDropout3d(SwappedDropout, nn.Dropout3d):
 
 
 _SWAPPED: dict[type[nn.Module], type[SwappedDropout]] = {
-    swapped.vanilla_class: swapped
-    for swapped in (
-        MaxDropoutOfDropout,
-        MaxDropoutOfDropout1d,
-        MaxDropoutOfDropout2d,
-        MaxDropoutOfDropout3d,
-    )
+    swapped.vanilla_class: swapped for swapped in SwappedDropout.__subclasses__()
 }
 
 
@@ -133,17 +128,7 @@ def max_dropout(
     always_on: bool = False,
     instead_of: str,
 ) -> Tensor:
-    """What a call of a dropout function in a graph becomes: the same arguments, and ours.
-
-    Args:
-        x: activations.
-        p: the dropout's own probability, which it gets back; unused.
-        training: as the call had it.
-        inplace: as the call had it; unused.
-        rate: see :func:`drop_largest`.
-        always_on: drop whatever ``training`` says.
-        instead_of: the name of the function that was called; unused.
-    """
+    """What a call of a dropout function in a graph becomes: the same arguments, and ours."""
     if has_torch_function_unary(x):  # as in F.dropout: a tracer keeps the call whole
         return handle_torch_function(
             max_dropout,
@@ -205,7 +190,7 @@ class MaxDropoutTransplant(Transplant):
         if isinstance(module, SwappedDropout):
             return Site(name, type_name, "is MaxDropout already", fits=False)
         if type(module) not in _SWAPPED:
-            return Site(name, type_name, "no plain dropout but a kind of its own", fits=False)
+            return Site(name, type_name, "is not a plain dropout", fits=False)
         return Site(name, type_name, *self._verdict(module.p))
 
     def _node_site(self, name: str, node: fx.Node) -> Site:
@@ -231,7 +216,7 @@ class MaxDropoutTransplant(Transplant):
         module = model.get_submodule(place)
         if type(module) not in _SWAPPED:
             raise InputError(
-                f"{place!r} is no dropout layer but {qualified_name(type(module))}",
+                f"{place!r} is not a dropout layer but {qualified_name(type(module))}",
                 'Give its row in the plan `"attach": false`.',
             )
         module.__dict__["rate"] = module.p if self.rate is None else self.rate
@@ -248,11 +233,10 @@ class MaxDropoutTransplant(Transplant):
             )
         node = nodes[name]
         arguments = _arguments(node)
-        own = {
-            "rate": arguments["p"] if self.rate is None else self.rate,
-            "always_on": self.always_on,
-            "instead_of": _FUNCTIONS[node.target],
-        }
+        rate = arguments["p"] if self.rate is None else self.rate
+        own = dict(
+            zip(_OWN_ARGUMENTS, (rate, self.always_on, _FUNCTIONS[node.target]), strict=True)
+        )
         node.target, node.kwargs = max_dropout, {**node.kwargs, **own}
         graph_module.recompile()
 
@@ -265,26 +249,20 @@ class MaxDropoutTransplant(Transplant):
                 yield from (f"{name}@{node.name}" for node in _swapped_nodes(module))
 
     @classmethod
-    def detach(cls, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, SwappedDropout) and not module.always_on:
-                _restore(module)
-            elif isinstance(module, fx.GraphModule):
-                for node in list(_swapped_nodes(module)):
-                    _restore_node(module, node)
-
-
-def _restore(module: SwappedDropout) -> None:
-    module.__class__ = module.vanilla_class  # type: ignore[assignment]
-    del module.__dict__["rate"], module.__dict__["always_on"]
-
-
-def _restore_node(module: fx.GraphModule, node: fx.Node) -> None:
-    kwargs = dict(node.kwargs)
-    own = ("rate", "always_on", "instead_of")
-    node.target = _FUNCTIONS_BY_NAME[str(kwargs["instead_of"])]
-    node.kwargs = {name: value for name, value in kwargs.items() if name not in own}
-    module.recompile()
+    def detach(cls, model: nn.Module, place: str) -> None:
+        name, at, node_name = place.partition("@")
+        module = model.get_submodule(name)
+        if not at:
+            assert isinstance(module, SwappedDropout)
+            module.__class__ = module.vanilla_class  # type: ignore[assignment]
+            del module.__dict__["rate"], module.__dict__["always_on"]
+            return
+        assert isinstance(module, fx.GraphModule)
+        node = next(node for node in _swapped_nodes(module) if node.name == node_name)
+        kwargs = {key: value for key, value in node.kwargs.items() if key not in _OWN_ARGUMENTS}
+        node.target = _FUNCTIONS_BY_NAME[str(node.kwargs["instead_of"])]
+        node.kwargs = kwargs
+        module.recompile()
 
 
 def _dropout_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from we_surgery._util.settings import filled
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.stage_text import name_and_options
 from we_surgery.transplants.attention import CBAM, SqueezeExcitation
@@ -30,11 +31,6 @@ TRANSPLANTS: dict[str, type[Transplant]] = {
 def build_transplant(name: object, options: object = None, where: str = "") -> Transplant:
     """A transplant from its name and options.
 
-    Args:
-        name: one of :data:`TRANSPLANTS`.
-        options: a mapping of its options, or None.
-        where: what asks for it, for messages.
-
     Raises:
         InputError: there is no such transplant or option, or a value is out of range.
     """
@@ -45,25 +41,14 @@ def build_transplant(name: object, options: object = None, where: str = "") -> T
             f"Use one of: {', '.join(TRANSPLANTS)}.",
         )
     transplant = TRANSPLANTS[name]
-    known = {field.name: field.default for field in fields(transplant)}
-    shown = ", ".join(f"{option}: {default}" for option, default in known.items())
-    if options is not None and not isinstance(options, Mapping):
-        raise InputError(
-            f"{prefix}the options of {name} must be a mapping, not {options!r}",
-            f"Write them as {{{shown}}}.",
-        )
-    for option in options or {}:
-        if option not in known:
-            raise InputError(
-                f"{prefix}{name} has no option {option!r}{near_matches(str(option), known)}",
-                f"Its options are: {', '.join(known)}.",
-            )
+    shown = ", ".join(f"{field.name}: {field.default}" for field in fields(transplant))
+    hint = f"Its options are {{{shown}}}."
     try:
-        return transplant(**(options or {}))
+        return filled(transplant, options or {}, f"{name} in {where}" if where else name, hint)
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{prefix}{name}: {error}", f"Its options are {{{shown}}}.") from error
+    except ValueError as error:
+        raise InputError(f"{prefix}{name}: {error}", hint) from error
 
 
 def parse_transplants(asked: Any, where: str = "transplants") -> tuple[Transplant, ...]:

@@ -24,18 +24,9 @@ from we_surgery.transplants.base import Site, Transplant, qualified_name, replac
 class Shift(nn.Module):
     """Moves each channel of ``[B, C, H, W]`` by an offset of its own, with zeros from outside.
 
-    The result is what a depthwise conv computes whose kernels hold a single one.
-
-    Args:
-        channels: C.
-        kernel_size: of that conv.
-        padding: of that conv.
-        dilation: of that conv.
-        device: of the positions.
-
-    Attributes:
-        positions: ``[C]``, int64: where in its kernel each channel has its one, in row-major
-            order.
+    The result is what a depthwise conv with this kernel size, padding and dilation computes whose
+    kernels hold a single one. ``positions``, ``[C]`` and int64, says where in its kernel each
+    channel has its one, in row-major order.
     """
 
     positions: Tensor
@@ -73,10 +64,9 @@ class Shift(nn.Module):
 
 
 class ShiftConv2d(nn.Module):
-    """A shift of each input channel and a 1x1 conv: a conv with one weight a kernel.
+    """A shift of each input channel and a 1x1 conv: a conv with one weight per kernel.
 
-    Args:
-        conv: the conv it takes the place of; its weights are not read.
+    The weights of the conv that it replaces are not read.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -104,11 +94,11 @@ class ShiftConv2d(nn.Module):
             InputError: its kernels have several weights, or at different places; or the conv
                 has groups or pads with something else than zeros.
         """
-        reason = misfit(conv)
+        reason = unsupported_reason(conv)
         positions = None if reason else shared_positions(conv.weight)
         if positions is None:
             raise InputError(
-                f"the conv {reason or _SEVERAL} and is no shift and 1x1 conv",
+                f"the conv {reason or _SEVERAL}, so it is not a shift and 1x1 conv",
                 "Deploy it as the dense conv it is.",
             )
         converted = ShiftConv2d(conv)
@@ -138,7 +128,7 @@ class ShiftConv2d(nn.Module):
 
     @property
     def stored_words(self) -> float:
-        """The 32-bit words it needs: a weight a kernel, and a position an input channel.
+        """The 32-bit words it needs: a weight per kernel, and a position per input channel.
 
         A position takes as many bits as tell all of a kernel apart, 4 for 3x3. A bias is not
         counted, as in the authors' code.
@@ -152,7 +142,7 @@ _SEVERAL = "has kernels with several weights, or at different places in its filt
 
 @dataclass(frozen=True)
 class ShiftTransplant(Transplant):
-    """:class:`ShiftConv2d` for each conv of which it can be said."""
+    """:class:`ShiftConv2d` in the place of each conv that computes the same."""
 
     name: ClassVar[str] = "shift"
     summary: ClassVar[str] = "convs with one weight a kernel, at shared places, as shift and 1x1"
@@ -175,7 +165,7 @@ class ShiftTransplant(Transplant):
         ]
 
     def _site(self, name: str, conv: nn.Conv2d) -> Site:
-        reason = misfit(conv)
+        reason = unsupported_reason(conv)
         if reason is None and shared_positions(conv.weight) is None:
             reason = _SEVERAL
         why = reason or "has one weight a kernel, at the same place in all filters"
@@ -190,7 +180,7 @@ class ShiftTransplant(Transplant):
 
 def _conv_at(model: nn.Module, place: str) -> nn.Conv2d:
     module = model.get_submodule(place)
-    reason = misfit(module) if isinstance(module, nn.Conv2d) else "is no conv"
+    reason = unsupported_reason(module) if isinstance(module, nn.Conv2d) else "is not a conv"
     if not isinstance(module, nn.Conv2d) or reason is not None:
         raise InputError(
             f"shift goes in the place of a conv, and {place!r} {reason}",
@@ -199,7 +189,7 @@ def _conv_at(model: nn.Module, place: str) -> nn.Conv2d:
     return module
 
 
-def misfit(conv: nn.Conv2d) -> str | None:
+def unsupported_reason(conv: nn.Conv2d) -> str | None:
     """Why the conv cannot be a shift and a 1x1 conv, whatever its weights; or None."""
     if type(conv) is not nn.Conv2d:
         return "is of a class of its own"
@@ -226,12 +216,8 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
 def shared_positions(weight: Tensor) -> Tensor | None:
     """Where the one weight of each input channel's kernels stands, ``[I]`` in row-major order.
 
-    Args:
-        weight: ``[O, I, kH, kW]``.
-
-    Returns:
-        int64 positions, or None if a channel's kernels have weights at several places. A channel
-        without any weight has position 0.
+    None if the kernels of a channel, in a weight ``[O, I, kH, kW]``, have weights at several
+    places. A channel without any weight has position 0.
     """
     if weight.is_meta:
         return None
