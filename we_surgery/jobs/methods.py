@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -82,22 +82,19 @@ def family() -> list[Method]:
 
 
 def family_table() -> RenderableType:
-    """The listing as tables for people."""
-    modes = Table(title="modes", title_justify="left", header_style="bold")
-    for heading in ("mode", "what it does", "source"):
-        modes.add_column(heading, overflow="fold")
-    tables = {
-        kind: Table(title=f"{kind}s", title_justify="left", header_style="bold")
-        for kind in ("excitation", "transplant")
-    }
-    for kind, table in tables.items():
-        for heading in (kind, "what it does", "options", "source", "after strip"):
-            table.add_column(heading, overflow="fold")
+    """The listing for people: a name, and beside it what is to be said."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    kind = ""
     for row in family():
-        if row.kind == "mode":
-            modes.add_row(row.name, Text(row.summary), Text(row.source))
-        else:
-            options = ", ".join(f"{key}={value}" for key, value in row.options.items())
-            cells = (row.summary, options, row.source, row.deploys_to)
-            tables[row.kind].add_row(row.name, *map(Text, cells))
-    return Group(modes, *tables.values())
+        if row.kind != kind:
+            table.add_row("", "")
+            table.add_row(Text(f"{row.kind}s", style="underline"), "")
+            kind = row.kind
+        lines = [row.summary]
+        if row.options and kind != "mode":
+            lines.append("options: " + ", ".join(f"{k}={v}" for k, v in row.options.items()))
+        lines.append(row.source + (f"; after strip: {row.deploys_to}" if row.deploys_to else ""))
+        table.add_row(row.name, Text("\n".join(lines)))
+    return table
