@@ -186,7 +186,7 @@ def test_each_yaml_block_is_a_config(page: str, block: str) -> None:
 def test_every_block_says_what_it_is() -> None:
     commands = re.compile(r"^ *(\$ )?(we-\w+|torchrun|python\d?|pip|make|git) ", re.M)
     for page, kind, text in BLOCKS:
-        assert kind in ("python", "sh", "yaml", ""), (page, kind)
+        assert kind in ("python", "sh", "toml", "yaml", ""), (page, kind)
         assert kind in ("python", "sh") or not commands.search(text), (page, text)
 
 

@@ -16,6 +16,7 @@ from we_surgery.excitations.registry import Recipe as Recipe
 from we_surgery.excitations.registry import build_excitation as build_excitation
 from we_surgery.excitations.registry import check_stage as check_stage
 from we_surgery.excitations.registry import excitation_record as excitation_record
+from we_surgery.excitations.registry import load_plugins as load_plugins
 from we_surgery.excitations.registry import rebuild_excitation as rebuild_excitation
 from we_surgery.excitations.registry import register_excitation as register_excitation
 from we_surgery.excitations.rescale import Rescale as Rescale

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
@@ -96,12 +97,43 @@ def register_excitation(excitation: _Class) -> _Class:
     return excitation
 
 
+_PLUGINS = "we_surgery.excitations"
+"""The group of entry points by which an installed package brings excitations."""
+
+
+def load_plugins(names: Container[object] | None = None) -> None:
+    """Registers excitations of installed packages: those of the given names, or all.
+
+    Raises:
+        InputError: a package cannot be imported, or its class does not fit its entry point.
+    """
+    for point in metadata.entry_points(group=_PLUGINS):
+        if point.name in EXCITATIONS or (names is not None and point.name not in names):
+            continue
+        try:
+            excitation = point.load()
+        except Exception as error:
+            raise InputError(
+                f"the excitation {point.name!r} of the entry point {point.value!r} cannot be "
+                f"imported: {type(error).__name__}: {error}",
+                "Repair or uninstall the package that brings it.",
+            ) from error
+        if getattr(excitation, "name", None) != point.name:
+            raise InputError(
+                f"the entry point {point.value!r} is called {point.name!r}, but its class is not",
+                "Give the entry point the `name` of its class.",
+            )
+        register_excitation(excitation)
+
+
 def check_stage(name: object, options: object = None) -> type[Excitation]:
     """The class of the stage ``name``, its option names checked.
 
     Raises:
         InputError: there is no such stage, or it has no such option.
     """
+    if isinstance(name, str) and name not in EXCITATIONS:
+        load_plugins([name])
     if not isinstance(name, str) or name not in EXCITATIONS:
         raise InputError(
             f"there is no excitation called {name!r}{near_matches(str(name), EXCITATIONS)}",

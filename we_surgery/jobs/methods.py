@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from we_surgery.excitations import EXCITATIONS
+from we_surgery.excitations import EXCITATIONS, load_plugins
 from we_surgery.planning.policy import MODES
 from we_surgery.transplants import TRANSPLANTS
 
@@ -54,6 +54,7 @@ def family() -> list[Method]:
         )
         for name, mode in MODES.items()
     ]
+    load_plugins()
     excitations = [
         Method(
             name=name,

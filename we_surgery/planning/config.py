@@ -11,7 +11,7 @@ import yaml
 from we_surgery._util import shipped
 from we_surgery._util.settings import refuse_unknown
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations import EXCITATIONS, Standardize, check_stage
+from we_surgery.excitations import EXCITATIONS, Standardize, check_stage, load_plugins
 from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_recipe
 from we_surgery.planning.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
 from we_surgery.planning.rules import Rule, check_standardize
@@ -81,6 +81,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
             f"{source} is not a mapping but {type(config).__name__}",
             "Write for example `mode: lwe`.",
         )
+    load_plugins(config)
     known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules", "transplants")
     refuse_unknown(config, known, source)
     mode = _check_mode(config.get("mode", DEFAULT_MODE))
@@ -181,6 +182,7 @@ def _rule_from_config(rule: object, source: str) -> Rule:
             f"{where} has no `match`: {rule!r}",
             "Write `- match: PATTERN` with a glob, `re:...` or `type:...`.",
         )
+    load_plugins(rule)
     refuse_unknown(rule, ("match", "excite", Standardize.name, *EXCITATIONS), where)
     standardize, options = _split_options(rule, where)
     return Rule(rule["match"], rule.get("excite"), standardize, options)
