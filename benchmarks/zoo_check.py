@@ -208,9 +208,9 @@ def _read(row: ZooRow, model: nn.Module, mode: str) -> tuple[Candidate, Reading,
             plan = _decide(model, mode, reading)
         row.input_shape = candidate.shape
         row.note_plan(plan)
-        if plan.rung == "recorded" and not plan.rung_reason:
+        if plan.read_by == "recorded" and not plan.read_by_reason:
             return candidate, reading, outputs
-        refusals.append(_refusal(candidate, plan.rung_reason))
+        refusals.append(_refusal(candidate, plan.read_by_reason))
     raise ZooError("no input was recorded in eval and train: " + "; ".join(refusals))
 
 
@@ -218,8 +218,8 @@ def _decide(model: nn.Module, mode: str, reading: Reading) -> ws.Plan:
     """:func:`we_surgery.plan` of what was read already."""
     return ws.Plan(
         mode=mode,
-        rung=reading.rung,
-        rung_reason=reading.rung_reason,
+        read_by=reading.read_by,
+        read_by_reason=reading.read_by_reason,
         decisions=decide_layers(model, make_policy(mode), reading),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -337,7 +337,7 @@ def read_without_memory(name: str, mode: str = "we") -> dict[str, Any]:
     return {
         "name": name,
         "parameters": plan.model_parameters,
-        "rung": plan.rung,
+        "read_by": plan.read_by,
         "converted": len(plan.excited),
         "weights": len(plan.decisions),
         "read_s": round(seconds, 3),

@@ -77,7 +77,7 @@ def write_page(json_file: Path, third_party: Path, markdown_file: Path) -> None:
 
 
 def as_markdown(rows: Sequence[Row], head: Row) -> str:
-    """The summary: totals, rungs, reasons, exceptions with their cause, speed."""
+    """The summary: totals, readings, reasons, exceptions with their cause, speed."""
     passed = [row for row in rows if row["passed"]]
     weights = sum(row["weights"] for row in rows)
     converted = sum(row["converted"] for row in rows)
@@ -104,7 +104,9 @@ def as_markdown(rows: Sequence[Row], head: Row) -> str:
         f"and the stripped outputs, over the larger of 1 and the largest output: "
         f"{max((row['difference'] or 0.0 for row in rows), default=0.0):.2g}.\n",
         "## How they were read\n",
-        _table(("rung", "models"), Counter(row["rung"] or "not read" for row in rows).items()),
+        _table(
+            ("reading", "models"), Counter(row["read_by"] or "not read" for row in rows).items()
+        ),
         "## Weights left alone\n",
         _table(("reason", "weights", "models"), _reasons(rows)),
         "## Exceptions\n",
@@ -210,7 +212,7 @@ def _speed(rows: Sequence[Row]) -> list[tuple[object, ...]]:
         "proof": "prove_s",
         "strip": "strip_s",
     }
-    read = [row for row in rows if row["rung"] and not row.get("earlier", False)]
+    read = [row for row in rows if row["read_by"] and not row.get("earlier", False)]
     found: list[tuple[object, ...]] = []
     for step, key in steps.items():
         times = sorted(row[key] for row in read) or [0.0]
@@ -227,7 +229,7 @@ def _at(ordered: Sequence[float], part: float) -> float:
 def _large(large: Row) -> str:
     return (
         f"On the meta device, {large['name']} with {large['parameters']:,} parameters is read in "
-        f"{large['read_s']:.2f} s ({large['rung']}; {large['converted']} of {large['weights']} "
+        f"{large['read_s']:.2f} s ({large['read_by']}; {large['converted']} of {large['weights']} "
         f"weights to convert); the process's peak memory grew by "
         f"{large['peak_memory_grew_by_mib']:.0f} MiB.\n"
     )

@@ -34,8 +34,8 @@ class ZooRow:
         cause: which one was not, and why; "" for a pass.
         parameters: of the vanilla model.
         input_shape: of the first picture or clip it ran on.
-        rung: how the model was read.
-        rung_reason: what the reading says of itself.
+        read_by: how the model was read.
+        read_by_reason: what the reading says of itself.
         weights: rows of the plan.
         converted: rows that are excited.
         alone: rows left alone, by reason.
@@ -61,8 +61,8 @@ class ZooRow:
     cause: str = ""
     parameters: int = 0
     input_shape: tuple[int, ...] = ()
-    rung: str = ""
-    rung_reason: str = ""
+    read_by: str = ""
+    read_by_reason: str = ""
     weights: int = 0
     converted: int = 0
     alone: dict[str, int] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class ZooRow:
 
     def note_plan(self, plan: ws.Plan) -> None:
         """Takes down how the model was read and what is left alone."""
-        self.rung, self.rung_reason = plan.rung, plan.rung_reason
+        self.read_by, self.read_by_reason = plan.read_by, plan.read_by_reason
         self.weights, self.converted = len(plan.decisions), len(plan.excited)
         left = [decision for decision in plan.decisions if not decision.excitation]
         self.alone = dict(Counter(short_reason(decision.reason) for decision in left))

@@ -93,7 +93,7 @@ def test_an_edited_plan_is_done_exactly(model_file: Path) -> None:
     assert converted[0].excitation.mwe.epsilon == 0.2
 
 
-def test_a_recorded_dry_run_names_its_rung(model_file: Path) -> None:
+def test_a_recorded_dry_run_names_its_reading(model_file: Path) -> None:
     result = run(model_file, "--dry-run", "--input-shape", "2,4,8,8")
     assert "read by recorded" in result.stdout
 

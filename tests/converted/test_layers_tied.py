@@ -80,7 +80,7 @@ def test_an_embedding_tied_to_a_linear_layer_leaves_both_alone() -> None:
     model[2].weight = model[0].weight
     plan = ws.plan(model)
     assert [row.stages for row in plan.decisions] == [("mwe",), ()]
-    assert "is tied to '0.weight', which is no conv or linear weight" in plan.decisions[1].reason
+    assert "is tied to '0.weight', which is not a conv or linear weight" in plan.decisions[1].reason
     converted = ws.convert(model)
     assert converted[2].weight is converted[0].weight
     x = torch.tensor([[1, 2, 3]])

@@ -60,4 +60,4 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 def fits(recipe: Recipe, layout: WeightLayout) -> bool:
     ((name, _),) = recipe[0].items()
-    return EXCITATIONS[name].misfit(layout) is None
+    return EXCITATIONS[name].unsupported_reason(layout) is None

@@ -267,7 +267,7 @@ def test_a_weight_that_is_computed_in_a_way_of_its_own_is_left_alone() -> None:
     layer.__class__ = Doubled
     (row,) = ws.plan(layer).decisions
     assert not row.excitation
-    assert "computes its weight in a way of its own" in row.reason
+    assert "is computed by its module" in row.reason
 
 
 def test_layers_of_an_excitation_are_no_layers_of_the_model() -> None:
@@ -280,6 +280,9 @@ def test_a_plan_goes_through_json_unchanged(tmp_path: Path) -> None:
     rules = [Rule("head", "mwe", options={"mwe": {"epsilon": 0.05, "detach_max": False}})]
     plan = ws.plan(Zoo(), config=EVERYTHING, rules=rules)
     assert Plan.from_dict(plan.to_dict()) == plan
+    older = plan.to_dict()
+    older["rung"], older["rung_reason"] = older.pop("read_by"), older.pop("read_by_reason")
+    assert Plan.from_dict(older) == plan
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json(), encoding="utf-8")
     assert Plan.from_file(path) == plan

@@ -218,10 +218,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+@pytest.mark.parametrize("read_by", ["recorded", "symbolic"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_gates_are_told_from_the_network_they_stand_in(name: str, rung: str) -> None:
+def test_gates_are_told_from_the_network_they_stand_in(name: str, read_by: str) -> None:
     build, gates = NETWORKS[name]
-    found = read(build(), torch.randn(2, 3, 16, 16) if rung == "recorded" else None)
-    assert found.rung == rung
+    found = read(build(), torch.randn(2, 3, 16, 16) if read_by == "recorded" else None)
+    assert found.read_by == read_by
     assert {layer.name for layer in found.layers if layer.gate is not None} == gates

@@ -116,37 +116,37 @@ OTHERS: dict[str, Callable[[], Unit]] = {
 }
 
 
-def gates_of(model: nn.Module, rung: str) -> set[str]:
-    reading = read(model, torch.randn(2, 3, 6, 6) if rung == "recorded" else None)
-    assert reading.rung == rung
+def gates_of(model: nn.Module, read_by: str) -> set[str]:
+    reading = read(model, torch.randn(2, 3, 6, 6) if read_by == "recorded" else None)
+    assert reading.read_by == read_by
     return {layer.name for layer in reading.layers if layer.gate is not None}
 
 
-both_rungs = pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+both_readings = pytest.mark.parametrize("read_by", ["recorded", "symbolic"])
 
 
-@both_rungs
+@both_readings
 @pytest.mark.parametrize("name", GATES)
-def test_layers_inside_a_gate_are_marked_and_the_gated_conv_is_not(name: str, rung: str) -> None:
+def test_layers_inside_a_gate_are_marked_and_the_gated_conv_is_not(name: str, read_by: str) -> None:
     model = GATES[name]()
     layers = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     outside = {"stem"} | ({"inner.0"} if name == "split attention" else set())
-    assert gates_of(model, rung) == layers - outside
+    assert gates_of(model, read_by) == layers - outside
 
 
-@both_rungs
+@both_readings
 @pytest.mark.parametrize("name", OTHERS)
-def test_products_and_sigmoids_alone_are_no_gate(name: str, rung: str) -> None:
-    assert not gates_of(OTHERS[name](), rung)
+def test_products_and_sigmoids_alone_are_no_gate(name: str, read_by: str) -> None:
+    assert not gates_of(OTHERS[name](), read_by)
 
 
-@both_rungs
-def test_what_the_main_network_uses_as_well_is_not_in_the_gate(rung: str) -> None:
+@both_readings
+def test_what_the_main_network_uses_as_well_is_not_in_the_gate(read_by: str) -> None:
     def block(x: Tensor, deeper: nn.Module, score: nn.Module) -> Tensor:
         y = deeper(x).relu()
         return torch.cat([x * score(y).sigmoid(), y], 1)
 
-    assert gates_of(Unit(block, pointwise(), pointwise()), rung) == {"inner.1"}
+    assert gates_of(Unit(block, pointwise(), pointwise()), read_by) == {"inner.1"}
 
 
 def test_weights_that_a_graph_reads_itself_are_found_in_gates() -> None:

@@ -121,15 +121,33 @@ def test_a_product_with_a_transposed_weight_is_a_linear_call(
     assert (facts.kind, facts.layout.shape, facts.obstacle) == ("linear", (4, 3), None)
 
 
-NOT_WEIGHTS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
+PRODUCTS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
     "x @ W": lambda graph, x, w: graph.call_function(torch.matmul, (x, w)),
     "W.T @ x": lambda graph, x, w: graph.call_function(torch.mm, (graph.call_method("t", (w,)), x)),
     "x @ permute(W, 0, 1)": lambda graph, x, w: graph.call_function(
         torch.mm, (x, graph.call_method("permute", (w, 0, 1)))
     ),
-    "scaled first": lambda graph, x, w: graph.call_function(
-        F.linear, (x, graph.call_function(operator.mul, (w, 2)))
-    ),
+}
+
+
+@pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_whose_filters_come_last_is_excited_in_the_attached_form_alone(
+    call: Callable[[fx.Graph, fx.Node, fx.Node], fx.Node],
+) -> None:
+    (facts,) = read_tree(graph_reading((3, 3), call))
+    assert (facts.kind, facts.obstacle) == ("linear_transpose", None)
+    assert "x @ W" in str(facts.obstacle_for("converted"))
+
+
+def test_a_weight_that_is_scaled_first_is_left_alone() -> None:
+    def call(graph: fx.Graph, x: fx.Node, w: fx.Node) -> fx.Node:
+        return graph.call_function(F.linear, (x, graph.call_function(operator.mul, (w, 2))))
+
+    (facts,) = read_tree(graph_reading((3, 3), call))
+    assert facts.obstacle == "is one part of a weight that its module computes"
+
+
+NOT_WEIGHTS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
     "added": lambda graph, x, w: graph.call_function(operator.add, (x, w)),
     "the data": lambda graph, x, w: graph.call_function(F.linear, (w, x)),
 }
@@ -153,7 +171,7 @@ def test_a_weight_that_something_else_reads_too_is_left_alone() -> None:
 
     (row,) = ws.plan(fx.symbolic_trace(Tied())).decisions
     assert not row.excitation
-    assert row.reason == "is also read by 'embedding', which is no conv or linear call"
+    assert row.reason == "is also read by embedding, which is not a conv or linear call"
 
 
 def test_calls_that_read_a_weight_in_two_ways_leave_it_alone() -> None:
@@ -166,7 +184,7 @@ def test_calls_that_read_a_weight_in_two_ways_leave_it_alone() -> None:
             return F.conv2d(F.conv2d(x, self.w), self.w, groups=2)
 
     (row,) = ws.plan(fx.symbolic_trace(Regrouped())).decisions
-    assert row.reason == "is read by 'conv2d' and, in another way, by 'conv2d_1'"
+    assert row.reason == "is read in different ways by 'conv2d' and 'conv2d_1'"
 
 
 def test_a_question_about_a_weights_shape_is_no_read() -> None:
@@ -221,7 +239,7 @@ def test_two_weights_whose_excitations_would_have_one_name_do_not_both_get_one()
     first, second = ws.plan(graph_module).decisions
     assert first.excitation
     assert not second.excitation
-    assert second.reason == "would have its excitation where that of 'fc' is"
+    assert second.reason == "would have an excitation of the same name as 'fc'"
     converted = ws.convert(graph_module)
     assert list(ws.strip(converted).state_dict()) == ["fc", "fc_weight"]
 
@@ -254,7 +272,7 @@ def test_a_recorded_forward_finds_the_gates_and_shifts_of_calls() -> None:
     x = torch.randn(2, 4, 8, 8)
     for graph_module in (fx.symbolic_trace(Gated()), torch.export.export(Gated(), (x,)).module()):
         plan = ws.plan(graph_module, example_inputs=x)
-        assert plan.rung == "recorded"
+        assert plan.read_by == "recorded"
         rows: dict[str, Decision] = {row.layer: row for row in plan.decisions}
         assert rows["squeeze"].reason.startswith("inside an attention gate")
         assert rows["expand"].reason.startswith("inside an attention gate")

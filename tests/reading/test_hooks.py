@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.reading.recorded_facts import record_both_modes
+from we_surgery.reading.recorded import record_both_modes
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -48,7 +48,7 @@ def test_hooks_that_are_methods_are_part_of_the_model(bound: bool, has_run: bool
             model(X)
     maps = dict(model.maps)
     plan = ws.plan(model, example_inputs=X)
-    assert (plan.rung, plan.rung_reason) == ("recorded", "")
+    assert (plan.read_by, plan.read_by_reason) == ("recorded", "")
     assert [row.layer for row in plan.excited] == ["body.0", "head"]
     converted = ws.convert(model, example_inputs=X)
     ws.strip(converted, example_inputs=X)
@@ -63,7 +63,7 @@ def test_functions_are_run_where_the_model_fails_without_them() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     model.register_forward_pre_hook(pad)
     plan = ws.plan(model, example_inputs=X)
-    assert (plan.rung, plan.rung_reason) == ("recorded", "")
+    assert (plan.read_by, plan.read_by_reason) == ("recorded", "")
     ws.strip(ws.convert(model, example_inputs=X), example_inputs=X)
 
 
@@ -84,7 +84,7 @@ def test_segformer_is_read_as_well_once_it_has_run() -> None:
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
     before = ws.plan(model, example_inputs=inputs)
     model(**inputs)
-    assert before.rung == "recorded"
+    assert before.read_by == "recorded"
     assert ws.plan(model, example_inputs=inputs) == before
     ws.convert(model, example_inputs=inputs)
 
@@ -112,7 +112,7 @@ def test_functions_are_not_run_where_the_model_runs_without_them(model: nn.Modul
     model.register_forward_hook(logger_of(seen))
     model.register_forward_pre_hook(seen.append)
     model.register_full_backward_hook(logger_of(seen))
-    assert ws.plan(model, example_inputs=X).rung == "recorded"
+    assert ws.plan(model, example_inputs=X).read_by == "recorded"
     assert not seen
 
 

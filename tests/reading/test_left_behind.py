@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import we_surgery as ws
-from we_surgery.reading.replay import Replay
+from we_surgery.reading.fakes import Replay
 
 _BY_SIZE: dict[Any, Tensor] = {}
 _last: Tensor | None = None
@@ -191,7 +191,7 @@ def test_nothing_outlives_a_trace(kind: type[Kept]) -> None:
     fresh = kind().eval()
     fresh.load_state_dict(model.state_dict())
     try:
-        assert ws.plan(fresh, "lwe").rung == "symbolic"
+        assert ws.plan(fresh, "lwe").read_by == "symbolic"
         with torch.no_grad():
             assert torch.equal(fresh(x), expected)
     finally:
@@ -240,7 +240,7 @@ def test_what_a_hook_of_the_users_keeps_has_values() -> None:
     model[2].register_forward_hook(keep)
     x = torch.randn(1, 3, 8, 8)
     plan = ws.plan(model, "lwe", example_inputs=x)
-    assert plan.rung == "recorded"
+    assert plan.read_by == "recorded"
     assert seen
     assert all(type(output) is Tensor for output in seen)
     torch.testing.assert_close(seen[0], model[:3](x), rtol=0, atol=0)

@@ -106,19 +106,19 @@ PATHS: dict[str, tuple[Path, bool]] = {
 }
 
 
-def conv_of(path: Path, rung: str) -> LayerFacts:
-    found = read(Toy(path), torch.randn(2, 4, 8, 8) if rung == "recorded" else None)
-    assert found.rung == rung
+def conv_of(path: Path, read_by: str) -> LayerFacts:
+    found = read(Toy(path), torch.randn(2, 4, 8, 8) if read_by == "recorded" else None)
+    assert found.read_by == read_by
     return next(facts for facts in found.layers if facts.name == "conv")
 
 
-@pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+@pytest.mark.parametrize("read_by", ["recorded", "symbolic"])
 @pytest.mark.parametrize("path", PATHS)
 def test_a_norm_counts_where_it_comes_before_anything_that_notices_the_scale(
-    path: str, rung: str
+    path: str, read_by: str
 ) -> None:
     forward, followed = PATHS[path]
-    assert bool(conv_of(forward, rung).followed_by_norm) is followed
+    assert bool(conv_of(forward, read_by).followed_by_norm) is followed
 
 
 class Mixed(nn.Module):
@@ -135,7 +135,7 @@ class Mixed(nn.Module):
         return self.norm(torch.cat(parts, 1))
 
 
-@pytest.mark.parametrize("rung", ["recorded", "symbolic"])
+@pytest.mark.parametrize("read_by", ["recorded", "symbolic"])
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -145,16 +145,16 @@ class Mixed(nn.Module):
         lambda x: torch.chunk(x, dim=1, chunks=2),
     ],
 )
-def test_pieces_of_known_number_are_followed(pieces: Callable[[Tensor], Any], rung: str) -> None:
-    found = read(Mixed(pieces), torch.randn(2, 4, 8, 8) if rung == "recorded" else None)
-    assert found.rung == rung
-    assert found.rung_reason == ""
+def test_pieces_of_known_number_are_followed(pieces: Callable[[Tensor], Any], read_by: str) -> None:
+    found = read(Mixed(pieces), torch.randn(2, 4, 8, 8) if read_by == "recorded" else None)
+    assert found.read_by == read_by
+    assert found.read_by_reason == ""
     assert [facts.norm_evidence for facts in found.layers] == ["'norm' follows"] * 2
 
 
 def test_pieces_of_unknown_number_are_not_traced() -> None:
     found = read(Mixed(lambda x: x.split(2, 1)))
-    assert "Proxy object cannot be iterated" in found.rung_reason
+    assert "Proxy object cannot be iterated" in found.read_by_reason
 
 
 def test_the_evidence_names_what_follows() -> None:

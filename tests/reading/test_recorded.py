@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -11,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import we_surgery as ws
-from we_surgery.reading.recorded import record
-from we_surgery.reading.recorded_facts import record_both_modes
-from we_surgery.reading.recorder import EXCITATION
-from we_surgery.reading.stand_ins import Fakes
-from we_surgery.reading.weight_use import weight_reads
+from we_surgery.reading.fakes import Fakes
+from we_surgery.reading.graph import EXCITATION
+from we_surgery.reading.recorded import record, record_both_modes
+from we_surgery.reading.weights import weight_reads
 
 
 def test_an_excitation_is_one_operation_and_its_result_is_still_computed() -> None:
@@ -97,7 +97,7 @@ def test_a_proof_takes_the_path_that_the_real_device_takes() -> None:
 def test_the_same_weights_are_read_on_stand_ins_and_on_real_tensors(model: nn.Module) -> None:
     x = torch.randn(2, 2 if isinstance(model, nn.Sequential) else 3, 6, 8)
     found = [
-        {name: len(reads) for name, reads in weight_reads(recording[0]).items()}
+        Counter(read.parameter for read in weight_reads(recording[0]))
         for recording in (record_both_modes(model, x)[0], [record(model, x)])
     ]
     assert found[0] == found[1] != {}
@@ -205,7 +205,7 @@ class FrozenNorm(nn.Module):
 def test_a_train_method_that_returns_nothing_is_recorded() -> None:
     x = torch.randn(2, 3, 6, 6)
     plan = ws.plan(FrozenNorm(), example_inputs=x)
-    assert (plan.rung, plan.rung_reason) == ("recorded", "")
+    assert (plan.read_by, plan.read_by_reason) == ("recorded", "")
     ws.strip(ws.convert(FrozenNorm(), example_inputs=x), example_inputs=x)
 
 
@@ -239,7 +239,30 @@ def test_a_recording_on_real_tensors_leaves_weights_and_inputs_as_they_are(
 ) -> None:
     model, x = nn.Sequential(WritesItsWeight(write)), torch.randn(2, 4)
     weight, values, inputs = model[0].weight, model[0].weight.detach().clone(), x.clone()
-    assert ws.plan(model, "mwe", example_inputs=x).rung == "recorded"
+    assert ws.plan(model, "mwe", example_inputs=x).read_by == "recorded"
     assert model[0].weight is weight
     assert torch.equal(weight, values)
     assert torch.equal(x, inputs)
+
+
+class Nested(nn.Module):
+    """A layer over sequences of several lengths in one nested tensor, which has no one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, long: Tensor, short: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor([long, short])
+        mixed = self.project(self.norm(nested))
+        return torch.stack([sequence.mean(0) for sequence in mixed.unbind()])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_forward_on_nested_tensors_is_recorded() -> None:
+    x = torch.randn(5, 4), torch.randn(3, 4)
+    plan = ws.plan(Nested(), "mwe", example_inputs=x)
+    assert (plan.read_by, plan.read_by_reason) == ("recorded", "")
+    converted = ws.convert(Nested(), "mwe", example_inputs=x)
+    ws.strip(converted, example_inputs=x)

@@ -49,7 +49,7 @@ class Branching(nn.Module):
 
 def rows(model: nn.Module, mode: str = "lwe+mwe") -> dict[str, tuple[str, str]]:
     plan = ws.plan(model, mode)
-    assert plan.rung == "symbolic"
+    assert plan.read_by == "symbolic"
     return {f"{d.module}.{d.parameter}": (d.kind, d.verdict) for d in plan.decisions}
 
 
@@ -83,7 +83,7 @@ def test_they_are_listed_and_left_alone_where_torch_fx_has_not_seen_all() -> Non
     for name in ("bare.weight", "bare.projection"):
         row = next(d for d in found.values() if f"{d.module}.{d.parameter}" == name)
         assert row.verdict == "skip"
-        assert "torch.fx has not seen all; give example inputs" in row.reason
+        assert "torch.fx could not fully trace; give example inputs" in row.reason
     assert found["branching.linear"].verdict == "MWE"
 
 

@@ -76,7 +76,7 @@ def test_a_layout_tells_channels_and_fan_in(
 def test_a_conv_whose_filters_see_one_channel_is_known(
     make: Callable[[], nn.Module], depthwise: bool
 ) -> None:
-    assert read_tree(make())[0].one_channel_a_group == depthwise
+    assert read_tree(make())[0].has_single_channel_groups == depthwise
 
 
 def test_attention_has_a_row_for_each_projection() -> None:

@@ -16,7 +16,7 @@ from we_surgery.reading import LayerFacts, read
 
 def facts_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, LayerFacts]:
     reading = read(model, torch.randn(shape))
-    assert reading.rung == "recorded"
+    assert reading.read_by == "recorded"
     return {layer.name: layer for layer in reading.layers}
 
 
@@ -107,7 +107,7 @@ def test_recording_changes_nothing_and_takes_no_memory_of_the_weights() -> None:
     generator = torch.get_rng_state()
     flags = [module.training for module in model.modules()]
     reading = read(model, torch.randn(2, 3, 64, 64))
-    assert reading.rung == "recorded"
+    assert reading.read_by == "recorded"
     assert all(layer.reads == 1 for layer in reading.layers)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert flags == [module.training for module in model.modules()]
@@ -119,8 +119,8 @@ def test_recording_changes_nothing_and_takes_no_memory_of_the_weights() -> None:
 
 def test_a_model_that_fails_on_the_inputs_is_read_symbolically_and_says_why() -> None:
     reading = read(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5))
-    assert reading.rung == "symbolic"
-    assert "does not run in eval mode" in reading.rung_reason
+    assert reading.read_by == "symbolic"
+    assert "does not run in eval mode" in reading.read_by_reason
 
 
 def test_data_dependent_control_flow_is_recorded_with_real_tensors() -> None:
@@ -133,7 +133,7 @@ def test_data_dependent_control_flow_is_recorded_with_real_tensors() -> None:
             return self.linear(x) if x.sum().item() < 1e9 else x
 
     reading = read(Branch(), torch.randn(2, 4))
-    assert (reading.rung, reading.layers[0].reads) == ("recorded", 1)
+    assert (reading.read_by, reading.layers[0].reads) == ("recorded", 1)
 
 
 def test_a_norm_is_seen_through_reshapes_and_functional_calls() -> None:

@@ -105,6 +105,10 @@ def test_other_writes_are_seen_where_the_forward_is_recorded(model: nn.Module) -
     assert "written to in the forward pass, by" in _reason(ws.plan(model, "we", example_inputs=x))
 
 
+def test_a_write_by_a_parent_is_seen_by_a_trace_too() -> None:
+    assert "written to in the forward pass, by the model" in _reason(ws.plan(Parent(), "we"))
+
+
 def test_what_a_weight_of_a_written_model_is_stays_equal_in_every_form() -> None:
     model, x = nn.Sequential(Masked(), nn.Conv2d(4, 2, 1)), torch.randn(1, 3, 5, 5)
     with torch.no_grad():
@@ -124,8 +128,9 @@ def test_a_layer_that_writes_elsewhere_is_excited(inputs: Tensor | None) -> None
 
 def test_a_write_into_an_excited_weight_fails_the_proof() -> None:
     model, x = Parent(), torch.randn(2, 3, 5, 5)
-    blind = ws.plan(model, "lwe")
-    assert blind.excited
+    (row,) = ws.plan(model, "lwe").decisions
+    blind = ws.plan(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}), "lwe")
+    assert row.layer == blind.excited[0].layer
     with pytest.raises(ws.SurgeryError, match="writes into the weight"):
         ws.convert(model, plan=blind, example_inputs=x)
 

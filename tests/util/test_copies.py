@@ -66,7 +66,7 @@ def test_a_model_that_ran_is_planned_converted_and_stripped(
     model, x = kind(), torch.randn(1, 3, 5, 5)
     model(x)
     plan = ws.plan(model, "lwe", example_inputs=inputs)
-    assert plan.rung == ("symbolic" if inputs is None else "recorded")
+    assert plan.read_by == ("symbolic" if inputs is None else "recorded")
     assert [row.module for row in plan.excited] == ["conv"]
     converted = ws.convert(model, plan=plan, example_inputs=inputs, inplace=inplace)
     out = converted(x)

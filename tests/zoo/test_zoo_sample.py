@@ -55,7 +55,7 @@ def test_a_model_of_the_zoo_keeps_every_promise(name: str) -> None:
         pytest.skip("the oldest timm has no such model")
     assert row.passed, row.cause
     assert list(row.preserved) == ["lwe+mwe"]
-    assert row.rung == "recorded"
+    assert row.read_by == "recorded"
     assert (row.weights, row.converted) == SAMPLE[name], row.alone
     assert row.weights - row.converted == sum(row.alone.values())
     assert row.difference is not None

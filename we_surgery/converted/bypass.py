@@ -13,11 +13,9 @@ from torch import nn
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import SurgeryError
 from we_surgery.excitations.names import excitation_name, raw_name
-from we_surgery.reading.dataflow import fed_by_input, is_view, operation_name
-from we_surgery.reading.recorded import Recording
-from we_surgery.reading.recorded_facts import record_both_modes
-from we_surgery.reading.recorder import EXCITATION, MODULE
-from we_surgery.reading.weight_use import written_weights
+from we_surgery.reading.graph import EXCITATION, MODULE, ModelGraph, is_view, operation_name
+from we_surgery.reading.recorded import record_both_modes
+from we_surgery.reading.weights import written_weights
 
 
 def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
@@ -68,7 +66,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     return len(computed)
 
 
-def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -> None:
+def refuse_bypasses(recordings: Sequence[ModelGraph], raw_names: Sequence[str]) -> None:
     """Raises if an operation outside the excitations reads one of the raw weights.
 
     Raises:
@@ -97,7 +95,7 @@ def refuse_bypasses(recordings: Sequence[Recording], raw_names: Sequence[str]) -
                 )
 
 
-def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
+def refuse_excited_activations(recordings: Sequence[ModelGraph]) -> None:
     """Raises if an excitation runs on anything that depends on the model's input.
 
     A module that owns a weight and runs all of its children runs the excitation among them.
@@ -106,9 +104,8 @@ def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
         SurgeryError: naming the excitation.
     """
     for recording in recordings:
-        fed = fed_by_input(recording.graph)
         for node in recording.graph.nodes:
-            if node in fed and node.meta.get(EXCITATION):
+            if node in recording.fed and node.meta.get(EXCITATION):
                 raise SurgeryError(
                     f"module {node.meta[MODULE]!r} runs on activations: the module that owns the "
                     "weight runs all of its children",
@@ -116,7 +113,7 @@ def refuse_excited_activations(recordings: Sequence[Recording]) -> None:
                 )
 
 
-def refuse_writes(recordings: Sequence[Recording]) -> None:
+def refuse_writes(recordings: Sequence[ModelGraph]) -> None:
     """Raises if the forward writes into an excited weight: what it writes would be lost.
 
     Raises:

@@ -17,13 +17,14 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
 from we_surgery.converted.class_swap import trace_whole
+from we_surgery.converted.fetches import Fetch, fetches, graph_modules
 from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.converted.views import own_memory
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import Composition
 from we_surgery.excitations.cached import uncached
 from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
-from we_surgery.reading.fetches import Fetch, excited_names, fetches, graph_modules
+from we_surgery.reading.obstacles import excited_names
 
 
 @dataclass(frozen=True)

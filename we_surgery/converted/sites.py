@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.converted.class_swap import excite, restore
+from we_surgery.converted.fetches import held_by_graphs
 from we_surgery.converted.graphs import (
     hold,
     refuse_ill_formed_graphs,
@@ -23,7 +24,6 @@ from we_surgery.excitations import Composition, build_excitation
 from we_surgery.excitations.base import in_full_precision
 from we_surgery.planning.plans import Decision, Plan
 from we_surgery.reading import Form, LayerFacts, converted_obstacle_of, obstacle_of, read_tree
-from we_surgery.reading.fetches import held_by_graphs
 
 Init = Literal["paper", "preserve"]
 Start = Literal["on", "paused"]

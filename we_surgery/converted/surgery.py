@@ -127,7 +127,7 @@ def convert(
         for operation in OPERATIONS:
             plan = operation.attach(target, plan, init, start)
         if example_inputs is not None:
-            ran_in_both = plan.rung == "recorded" and not plan.rung_reason
+            ran_in_both = plan.read_by == "recorded" and not plan.read_by_reason
             prove_excited(target, example_inputs, ran_in_both=ran_in_both)
         target.__dict__[PLAN_ATTRIBUTE] = plan.after(_kept_plan(target)).to_dict()
     logger.info("excited %d of %d weights", len(plan.excited), len(plan.decisions))

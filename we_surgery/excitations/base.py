@@ -132,7 +132,7 @@ class Excitation(nn.Module, ABC):
         """
 
     @classmethod
-    def misfit(cls, layout: WeightLayout) -> str | None:
+    def unsupported_reason(cls, layout: WeightLayout) -> str | None:
         """Why this can do nothing for a weight of that layout, as a sentence's end; None if it can.
 
         The plan then leaves this stage out, with that reason.

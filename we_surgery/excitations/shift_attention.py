@@ -138,7 +138,7 @@ class ShiftAttention(Excitation):
         self.hardening = how
 
     @classmethod
-    def misfit(cls, layout: WeightLayout) -> str | None:
+    def unsupported_reason(cls, layout: WeightLayout) -> str | None:
         few = math.prod(layout.kernel_size) < _FEWEST_POSITIONS
         return "has kernels of one position, with nothing to choose from" if few else None
 

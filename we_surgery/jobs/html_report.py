@@ -189,7 +189,7 @@ def _plan(file: Inspection) -> dict[str, Any] | None:
     ]
     summary = (
         f"{len(plan.excited)} of {len(plan.decisions)} weights excited; how the model was read: "
-        f"{plan.rung}" + (f" ({plan.rung_reason})" if plan.rung_reason else "") + "."
+        f"{plan.read_by}" + (f" ({plan.read_by_reason})" if plan.read_by_reason else "") + "."
     )
     return {"rows": rows, "summary": summary}
 

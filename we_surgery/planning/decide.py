@@ -59,8 +59,8 @@ def plan(
     reading = read(model, example_inputs)
     return Plan(
         mode=policy.mode,
-        rung=reading.rung,
-        rung_reason=reading.rung_reason,
+        read_by=reading.read_by,
+        read_by_reason=reading.read_by_reason,
         decisions=decide_layers(model, policy, reading, form),
         model_parameters=vanilla_parameters,
         pattern_matches=_count_matches(policy, reading.layers, dict(model.named_modules())),

@@ -90,8 +90,8 @@ class Plan:
 
     Attributes:
         mode: the mode it was made from.
-        rung: how the model was read: ``recorded``, ``symbolic`` or ``listed``.
-        rung_reason: why no higher rung was reached, or what could not be read.
+        read_by: how the model was read: ``recorded``, ``symbolic`` or ``listed``.
+        read_by_reason: why a more precise reading was not possible, or what could not be read.
         decisions: a row for each weight, in the model's order.
         model_parameters: parameters of the vanilla model.
         pattern_matches: how many layers each rule's pattern matched.
@@ -100,8 +100,8 @@ class Plan:
     """
 
     mode: str
-    rung: str
-    rung_reason: str
+    read_by: str
+    read_by_reason: str
     decisions: tuple[Decision, ...]
     model_parameters: int
     pattern_matches: Mapping[str, int] = field(default_factory=dict)
@@ -146,8 +146,8 @@ class Plan:
             "schema": SCHEMA_VERSION,
             "we_surgery": __version__,
             "mode": self.mode,
-            "rung": self.rung,
-            "rung_reason": self.rung_reason,
+            "read_by": self.read_by,
+            "read_by_reason": self.read_by_reason,
             "model_parameters": self.model_parameters,
             "added_parameters": self.added_parameters,
             "pattern_matches": dict(self.pattern_matches),
@@ -179,8 +179,9 @@ class Plan:
             )
         return cls(
             mode=str(data.get("mode", "")),
-            rung=str(data.get("rung", "")),
-            rung_reason=str(data.get("rung_reason", "")),
+            # Older plans have them as `rung` and `rung_reason`.
+            read_by=str(data.get("read_by", data.get("rung", ""))),
+            read_by_reason=str(data.get("read_by_reason", data.get("rung_reason", ""))),
             decisions=_decisions(data["layers"], source),
             model_parameters=int(data.get("model_parameters", 0)),
             pattern_matches=dict(data.get("pattern_matches", {})),

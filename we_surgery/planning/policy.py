@@ -149,7 +149,7 @@ class Policy:
         wanted = (rule.standardize if rule is not None else None) or self.standardize
         explicit = rule is not None and rule.standardize is not None
         for name in list(names):
-            unfit = EXCITATIONS[name].misfit(facts.layout)
+            unfit = EXCITATIONS[name].unsupported_reason(facts.layout)
             if unfit is not None:
                 names.remove(name)
                 reason = f"{reason}; not {name}: it {unfit}"
@@ -178,7 +178,7 @@ def _cell_of(facts: LayerFacts) -> tuple[str, str]:
         return "gate", f"inside an attention gate ({facts.gate})"
     if facts.shift is not None and facts.kind.startswith("conv"):
         return "shift", f"shift-fed: {facts.shift}"
-    if facts.one_channel_a_group:
+    if facts.has_single_channel_groups:
         if facts.layout.groups > 1:
             return "depthwise", "depthwise: one input channel a group"
         return "depthwise", "has a single input channel, which leaves no location to weigh"

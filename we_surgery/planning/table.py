@@ -100,8 +100,8 @@ def plan_summary(plan: Plan) -> str:
     """Totals and how the model was read, in a few lines."""
     train = plan.model_parameters + plan.added_parameters
     lines = [
-        f"mode {plan.mode}; read by {plan.rung}"
-        + (f" ({plan.rung_reason})" if plan.rung_reason else ""),
+        f"mode {plan.mode}; read by {plan.read_by}"
+        + (f" ({plan.read_by_reason})" if plan.read_by_reason else ""),
         f"{len(plan.excited)} of {len(plan.decisions)} weights excited",
         f"parameters: {train:,} in training ({plan.added_parameters:,} added), "
         f"{plan.model_parameters + plan.kept_parameters:,} after strip",

@@ -1,4 +1,11 @@
-"""A model -> a torch.fx graph -> facts about its layers."""
+"""A model -> torch.fx graphs -> facts about its layers. The model is never changed.
+
+Lives here: three readings (``recorded``, ``symbolic``, ``tree``) that build one sort of graph
+(``graph``), and the passes over it, one per fact: ``weights``, ``norms``, ``gates``, ``shifts``;
+``passes`` puts what they find into the ``facts`` of each layer. May import: ``excitations``,
+``_util``, ``errors``. To add a fact: a field in ``facts``, a pass over ``ModelGraph``, a line in
+``passes``.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +18,14 @@ from we_surgery.reading.facts import Form as Form
 from we_surgery.reading.facts import LayerFacts as LayerFacts
 from we_surgery.reading.facts import Reading as Reading
 from we_surgery.reading.facts import layer_display_name as layer_display_name
-from we_surgery.reading.graph_calls import traced_reads
+from we_surgery.reading.graph import ModelGraph
 from we_surgery.reading.namespaces import put_back
-from we_surgery.reading.recorded_facts import apply_recordings, record_both_modes
+from we_surgery.reading.obstacles import converted_obstacle_of as converted_obstacle_of
+from we_surgery.reading.obstacles import obstacle_of as obstacle_of
+from we_surgery.reading.passes import apply_graphs
+from we_surgery.reading.recorded import record_both_modes
 from we_surgery.reading.symbolic import trace
-from we_surgery.reading.symbolic_shifts import mark_shifts
-from we_surgery.reading.traced_facts import mark_gates_and_norms
-from we_surgery.reading.tree import converted_obstacle_of as converted_obstacle_of
-from we_surgery.reading.tree import obstacle_of as obstacle_of
-from we_surgery.reading.tree import read_tree as read_tree
+from we_surgery.reading.tree import list_layers
 
 _SHOWN_BLOCKS = 3
 
@@ -38,30 +44,33 @@ def read(model: nn.Module, example_inputs: Any = None) -> Reading:
         return _read(model, example_inputs)
 
 
+def read_tree(model: nn.Module) -> list[LayerFacts]:
+    """The facts of each layer of ``model``, and of the weights that its GraphModules read."""
+    own = [
+        ModelGraph(module.graph, dict(module.named_modules()), prefix=name)
+        for name, module in model.named_modules()
+        if isinstance(module, fx.GraphModule)
+    ]
+    return apply_graphs(model, list_layers(model), own)
+
+
 def _read(model: nn.Module, example_inputs: Any) -> Reading:
     layers = read_tree(model)
     notes: list[str] = []
     if example_inputs is not None:
         recordings, notes = record_both_modes(model, example_inputs)
         if recordings:
-            return Reading(
-                "recorded", "; ".join(notes), apply_recordings(model, layers, recordings)
-            )
+            layers = apply_graphs(model, layers, recordings)
+            return Reading("recorded", "; ".join(notes), layers)
     with put_back(model):
-        return _read_by_trace(model, layers, notes)
-
-
-def _read_by_trace(model: nn.Module, layers: list[LayerFacts], notes: list[str]) -> Reading:
-    blocks, untraceable = trace(model)
-    if untraceable:
-        shown = "; ".join(untraceable[:_SHOWN_BLOCKS])
-        more = len(untraceable) - _SHOWN_BLOCKS
-        notes.append(f"torch.fx could not trace {shown}" + (f"; {more} more" if more > 0 else ""))
-    traced = traced_reads(model, blocks)
-    if traced:
-        layers = read_tree(model, traced)
-    for block in blocks:
-        mark_gates_and_norms(model, block, layers)
-        mark_shifts(model, block, layers)
-    has_graph = bool(blocks) or isinstance(model, fx.GraphModule)
+        graphs, untraceable = trace(model)
+        if untraceable:
+            shown = "; ".join(untraceable[:_SHOWN_BLOCKS])
+            more = len(untraceable) - _SHOWN_BLOCKS
+            notes.append(
+                f"torch.fx could not trace {shown}" + (f"; {more} more" if more > 0 else "")
+            )
+        is_whole = bool(graphs) and not (graphs[0].prefix or untraceable)
+        layers = apply_graphs(model, layers, graphs, is_whole=is_whole)
+    has_graph = bool(graphs) or isinstance(model, fx.GraphModule)
     return Reading("symbolic" if has_graph else "listed", "; ".join(notes), layers)

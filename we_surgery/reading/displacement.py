@@ -43,7 +43,7 @@ def find_shift(codes: Tensor, channel_dim: int, source_shape: tuple[int, ...]) -
     A shift moves each channel by one translation of stride 1, uses each source channel at
     most once, and moves at least two channels differently. The same translation of all
     channels (a roll, padding), a permutation of channels, patches gathered into channels
-    (space-to-depth, unfold) and strided samples are no shifts.
+    (space-to-depth, unfold) and strided samples are not shifts.
 
     Args:
         codes: what the data movement made of the codes; 0 where nothing arrived.
@@ -116,15 +116,9 @@ def _own_coordinates(
 ) -> Tensor | None:
     """Where each position would lie in the source had nothing been displaced.
 
-    Args:
-        positions: positions in a tensor of ``shape``, which has no channels.
-        shape: the moved tensor's shape without channels.
-        source_shape: the source's shape.
-        source_channel_dim: the channels' dimension in it.
-
-    Returns:
-        ``[source dims without the channels', positions]``, or None when neither the number
-        of dimensions nor the number of positions agrees.
+    ``positions`` are those in a tensor of ``shape``, which has no channels. The result is
+    ``[source dims without the channels', positions]``, or None when neither the number of
+    dimensions nor the number of positions agrees.
     """
     rest = [size for dim, size in enumerate(source_shape) if dim != source_channel_dim]
     if len(rest) == len(shape):
@@ -137,12 +131,8 @@ def _own_coordinates(
 def _most_common(steps: Tensor, arrived: Tensor) -> tuple[Tensor, Tensor]:
     """Each channel's most common displacement, and the share of its positions that have it.
 
-    Args:
-        steps: displacements, ``[dims, channels, positions]``.
-        arrived: which positions count, ``[channels, positions]``.
-
-    Returns:
-        ``[dims, channels]`` and ``[channels]``.
+    Of ``steps``, ``[dims, channels, positions]``, those that have ``arrived`` count. The results
+    are ``[dims, channels]`` and ``[channels]``.
     """
     span = 2 * int(steps.abs().amax()) + 1
     # One number for each displacement; another for each position that does not count.

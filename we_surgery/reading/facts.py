@@ -39,7 +39,6 @@ class LayerFacts:
         no_gradient: in train mode a forward reads it only with gradients turned off.
         constant_input: it is only ever applied to what no input feeds, such as a table of
             positions.
-        shift_unknown: why it could not be told whether the layer is shift-fed, or None.
     """
 
     module: str
@@ -61,7 +60,6 @@ class LayerFacts:
     reads: int | None = None
     no_gradient: bool = False
     constant_input: bool = False
-    shift_unknown: str | None = None
 
     def obstacle_for(self, form: Form) -> str | None:
         """Why the weight cannot be excited in this form, or None."""
@@ -80,7 +78,7 @@ class LayerFacts:
         return layer_display_name(self.module, self.parameter)
 
     @property
-    def one_channel_a_group(self) -> bool:
+    def has_single_channel_groups(self) -> bool:
         """Whether a filter sees one input channel: depthwise, or a conv on a grey image."""
         return self.layout.channels == 1 and self.kind.startswith("conv")
 
@@ -97,13 +95,13 @@ class Reading:
     """A model as it was read.
 
     Attributes:
-        rung: ``recorded`` (one forward was written down), ``symbolic`` (traced without
+        read_by: ``recorded`` (one forward was written down), ``symbolic`` (traced without
             inputs) or ``listed`` (the module tree alone).
-        rung_reason: what was found on the way: why a higher rung was not reached, or which
-            parts could not be read on this one; "" when nothing is to be said.
+        read_by_reason: why a more precise reading was not possible, or which parts this one
+            could not read; "" when there is nothing to say.
         layers: the facts, in the order of ``model.named_modules()``.
     """
 
-    rung: str
-    rung_reason: str
+    read_by: str
+    read_by_reason: str
     layers: list[LayerFacts] = field(default_factory=list)

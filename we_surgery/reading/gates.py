@@ -17,7 +17,7 @@ import heapq
 
 from torch import fx
 
-from we_surgery.reading.dataflow import Dataflow
+from we_surgery.reading.graph import ModelGraph
 
 _BOUNDED = frozenset(
     """
@@ -36,19 +36,19 @@ _DEEPEST = 4
 """Layers in a row of the deepest gate known, BAM's. A factor that takes more is a network's."""
 
 
-def gate_operations(flow: Dataflow) -> dict[fx.Node, str]:
+def gate_operations(graph: ModelGraph) -> dict[fx.Node, str]:
     """The operations inside gates, each with the module in which the gate is applied."""
     found: dict[fx.Node, str] = {}
-    for node in flow.graph.nodes:
-        operands = _factors(node, flow)
+    for node in graph.graph.nodes:
+        operands = _factors(node, graph)
         for factor, gated in (operands, operands[::-1]) if operands else ():
-            activations, factor_nodes = _bounded_activations(factor, flow)
-            maps = _gated_maps(gated, flow) if activations else []
-            if any(_is_made_from(a, source, flow) for a in activations for source in maps):
-                inside = _used_for_nothing_else(activations, factor_nodes, flow)
-                if _depth(inside, flow) <= _DEEPEST:
+            activations, factor_nodes = _bounded_activations(factor, graph)
+            maps = _gated_maps(gated, graph) if activations else []
+            if any(_is_made_from(a, source, graph) for a in activations for source in maps):
+                inside = _used_for_nothing_else(activations, factor_nodes, graph)
+                if _depth(inside, graph) <= _DEEPEST:
                     for operation in inside:
-                        found.setdefault(operation, flow.full_name(flow.runner(node)))
+                        found.setdefault(operation, graph.full_name(graph.runner(node)))
     return found
 
 
@@ -57,15 +57,15 @@ def gate_reason(module: str) -> str:
     return f"multiplies the map it is made from, in {module!r}"
 
 
-def _factors(node: fx.Node, flow: Dataflow) -> list[fx.Node]:
+def _factors(node: fx.Node, graph: ModelGraph) -> list[fx.Node]:
     """The two maps that the node multiplies; empty for any other node."""
-    if flow.operation(node) not in _PRODUCTS:
+    if graph.operation(node) not in _PRODUCTS:
         return []
     operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)][:2]
-    return operands if len(operands) == 2 and all(o in flow.fed for o in operands) else []
+    return operands if len(operands) == 2 and all(o in graph.fed for o in operands) else []
 
 
-def _bounded_activations(node: fx.Node, flow: Dataflow) -> tuple[list[fx.Node], set[fx.Node]]:
+def _bounded_activations(node: fx.Node, graph: ModelGraph) -> tuple[list[fx.Node], set[fx.Node]]:
     """The bounded activations that ``node`` is made from alone, and the nodes from them on."""
     activations: list[fx.Node] = []
     passed: set[fx.Node] = set()
@@ -75,50 +75,50 @@ def _bounded_activations(node: fx.Node, flow: Dataflow) -> tuple[list[fx.Node], 
         if current in passed:
             continue
         passed.add(current)
-        name = flow.operation(current)
+        name = graph.operation(current)
         if name in _BOUNDED:
             activations.append(current)
-        elif flow.is_view(current) or name in _ADJUSTMENTS:
-            pending.extend(flow.fed_sources(current))
+        elif graph.is_view(current) or name in _ADJUSTMENTS:
+            pending.extend(graph.fed_sources(current))
         else:
             return [], set()
     return activations, passed
 
 
-def _gated_maps(node: fx.Node, flow: Dataflow) -> list[fx.Node]:
+def _gated_maps(node: fx.Node, graph: ModelGraph) -> list[fx.Node]:
     """``node`` behind its views, and what it was before other gates multiplied it."""
-    while flow.is_view(node):
+    while graph.is_view(node):
         node = node.all_input_nodes[0]
     maps = [node]
-    operands = _factors(node, flow)
+    operands = _factors(node, graph)
     for factor, gated in (operands, operands[::-1]) if operands else ():
-        if _bounded_activations(factor, flow)[0]:
-            maps += _gated_maps(gated, flow)
+        if _bounded_activations(factor, graph)[0]:
+            maps += _gated_maps(gated, graph)
     return maps
 
 
-def _is_made_from(target: fx.Node, source: fx.Node, flow: Dataflow) -> bool:
+def _is_made_from(target: fx.Node, source: fx.Node, graph: ModelGraph) -> bool:
     """Whether ``source`` is all that ``target`` is made from.
 
     Inputs, and what stands before ``source``, cannot have been made from it.
     """
     seen: set[fx.Node] = set()
-    pending = flow.fed_sources(target)
+    pending = graph.fed_sources(target)
     reached = False
     while pending:
         current = pending.pop()
         if current is source:
             reached = True
-        elif current.op == "placeholder" or flow.order[current] < flow.order[source]:
+        elif current.op == "placeholder" or graph.order[current] < graph.order[source]:
             return False
         elif current not in seen:
             seen.add(current)
-            pending.extend(flow.fed_sources(current))
+            pending.extend(graph.fed_sources(current))
     return reached
 
 
 def _used_for_nothing_else(
-    activations: list[fx.Node], factor_nodes: set[fx.Node], flow: Dataflow
+    activations: list[fx.Node], factor_nodes: set[fx.Node], graph: ModelGraph
 ) -> list[fx.Node]:
     """What the activations are made from and nothing but the product uses, in its order.
 
@@ -126,25 +126,25 @@ def _used_for_nothing_else(
     """
     inside: list[fx.Node] = []
     allowed = set(factor_nodes)
-    pending = [-flow.order[s] for activation in activations for s in flow.fed_sources(activation)]
+    pending = [-graph.order[s] for activation in activations for s in graph.fed_sources(activation)]
     heapq.heapify(pending)
-    nodes = list(flow.order)
+    nodes = list(graph.order)
     while pending:
         node = nodes[-heapq.heappop(pending)]
         if node in allowed or node.op == "placeholder":
             continue
-        if all(user in allowed for user in flow.consumers(node)):
+        if all(user in allowed for user in graph.consumers(node)):
             inside.append(node)
             allowed.add(node)
-            for source in flow.fed_sources(node):
-                heapq.heappush(pending, -flow.order[source])
+            for source in graph.fed_sources(node):
+                heapq.heappush(pending, -graph.order[source])
     return inside[::-1]
 
 
-def _depth(operations: list[fx.Node], flow: Dataflow) -> float:
+def _depth(operations: list[fx.Node], graph: ModelGraph) -> float:
     """The most layers that stand in a row among the operations, which are in their order."""
     depths: dict[fx.Node, float] = {}
     for node in operations:
-        before = max((depths.get(source, 0) for source in flow.fed_sources(node)), default=0)
-        depths[node] = before + flow.layers_in(node)
+        before = max((depths.get(source, 0) for source in graph.fed_sources(node)), default=0)
+        depths[node] = before + graph.layers_in(node)
     return max(depths.values(), default=0)

@@ -18,6 +18,7 @@ CONV_KINDS: dict[type[nn.Module], str] = {
 }
 KINDS = CONV_KINDS | {nn.Linear: "linear", nn.MultiheadAttention: "attention"}
 WEIGHTED = tuple(KINDS)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 # Classes that are not importable without their library are known by name. A frozen batch norm
 # keeps its statistics, so it does not absorb a change of scale.
@@ -44,6 +45,13 @@ def kind_of(module: nn.Module) -> str | None:
         name = str(module.original_name)
         return next((kind for base, kind in KINDS.items() if base.__name__ == name), None)
     return next((kind for base, kind in KINDS.items() if isinstance(module, base)), None)
+
+
+def weights_of(module: nn.Module, kind: str) -> tuple[str, ...]:
+    """The names of a weighted layer's own weights."""
+    if kind != "attention":
+        return ("weight",)
+    return tuple(name for name in _ATTENTION_WEIGHTS if getattr(module, name, None) is not None)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from we_surgery.reading.dataflow import Dataflow
+from we_surgery.reading.graph import ModelGraph
 
 _SCALED_ALIKE = frozenset(
     """
@@ -62,35 +62,35 @@ class After(NamedTuple):
         )
 
 
-def after(node: fx.Node, flow: Dataflow) -> After:
+def after(node: fx.Node, graph: ModelGraph) -> After:
     """Whether every path from ``node`` meets a norm before anything that notices its scale."""
     unseen: After | None = None
     met: After | None = None
-    pending = [(user, False) for user in flow.consumers(node)]
+    pending = [(user, False) for user in graph.consumers(node)]
     visited = set()
     while pending:
         user, is_joined = pending.pop(0)
         if (user, is_joined) in visited:
             continue
         visited.add((user, is_joined))
-        if flow.is_norm(user, before=node):
-            if is_joined and not flow.normalizes_each_channel(user):
-                return After(False, f"{flow.describe(user)}, over what several layers return,")
-            met = met or After(True, flow.describe(user))
-        elif _passes_scale(user, flow, is_joined):
-            is_joined |= flow.operation(user) in _JOINS and len(flow.fed_sources(user)) > 1
-            pending.extend((later, is_joined) for later in flow.consumers(user))
-        elif flow.is_unseen(user):
-            unseen = unseen or After(None, flow.describe(user))
+        if graph.is_norm(user, before=node):
+            if is_joined and not graph.normalizes_each_channel(user):
+                return After(False, f"{graph.describe(user)}, over what several layers return,")
+            met = met or After(True, graph.describe(user))
+        elif _passes_scale(user, graph, is_joined):
+            is_joined |= graph.operation(user) in _JOINS and len(graph.fed_sources(user)) > 1
+            pending.extend((later, is_joined) for later in graph.consumers(user))
+        elif graph.is_unseen(user):
+            unseen = unseen or After(None, graph.describe(user))
         else:
-            return After(False, flow.describe(user))
+            return After(False, graph.describe(user))
     return unseen or met or After(False, "")
 
 
-def _passes_scale(node: fx.Node, flow: Dataflow, is_joined: bool) -> bool:
-    operation = flow.operation(node)
+def _passes_scale(node: fx.Node, graph: ModelGraph, is_joined: bool) -> bool:
+    operation = graph.operation(node)
     if operation in _FACTORS:
-        return len(flow.fed_sources(node)) == 1
+        return len(graph.fed_sources(node)) == 1
     if operation in _SUMS:
         return not is_joined
-    return flow.is_view(node) or operation in _SCALED_ALIKE or operation in _JOINS
+    return graph.is_view(node) or operation in _SCALED_ALIKE or operation in _JOINS

@@ -1,4 +1,4 @@
-"""A torch.fx graph written down while a copy of the model runs once, without its weights.
+"""The recorded reading: a torch.fx graph written down while a copy of the model runs once.
 
 The copy's parameters are fake tensors, so a forward takes no memory or arithmetic of the
 model's size. A dispatch mode sees each aten operation below autograd, whatever Python code
@@ -10,42 +10,86 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_iter
 
 from we_surgery._util.copies import deep_copy
-from we_surgery.reading.hooks import can_run_in_copy, drop_hooks, is_copied
+from we_surgery.reading.fakes import Fakes, Replay
+from we_surgery.reading.graph import ModelGraph
 from we_surgery.reading.recorder import Recorder
-from we_surgery.reading.replay import Origin
-from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
-from we_surgery.reading.stand_ins import Fakes
+from we_surgery.reading.running import (
+    call,
+    can_run_in_copy,
+    copied,
+    drop_hooks,
+    fixed_seed,
+    has_shared_hooks,
+    is_copied,
+    with_tensors,
+)
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Recording:
-    """One forward of a model as a graph of aten operations.
+def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[ModelGraph], list[str]]:
+    """Recordings in eval and in train mode, and what went wrong.
 
-    Attributes:
-        graph: placeholders for inputs, ``get_attr`` for parameters and buffers by their
-            qualified names (``constant_N`` for any other tensor), ``call_function`` for
-            operations. Each node's meta tells the module that ran it and the shape.
-        training: whether the model was in train mode.
-        calls: how often each module was called.
-        constants: the values of ``constant_N`` nodes, tensors that are neither parameters
-            nor buffers nor made in the forward.
+    On fake tensors, and where those fail on real ones. Where both fail, the same once more with
+    the hooks that a copy shares with the model: some models compute by them, others only log,
+    which a recording is not to add to. Some layers run in one mode alone, such as auxiliary heads.
+    The list is empty when the model runs in neither.
     """
+    recordings, notes = [], []
+    with uncollected(), Fakes() as fakes:
+        attempts: list[tuple[Fakes | None, bool]] = [(fakes, False), (None, False)]
+        if has_shared_hooks(model):
+            attempts += [(fakes, True), (None, True)]
+        for training in (False, True):
+            recording, attempts, failure = _record_by(attempts, model, example_inputs, training)
+            if recording is not None:
+                recordings.append(recording)
+            else:
+                notes.append(f"does not run in {_mode(training)} mode: {failure}")
+    return recordings, notes
 
-    graph: fx.Graph
-    training: bool
-    calls: Counter[str] = field(default_factory=Counter)
-    constants: dict[str, Tensor] = field(default_factory=dict)
+
+def _record_by(
+    attempts: list[tuple[Fakes | None, bool]], model: nn.Module, example_inputs: Any, training: bool
+) -> tuple[ModelGraph | None, list[tuple[Fakes | None, bool]], str]:
+    """The first attempt that succeeds, those worth trying in the other mode, and the last failure.
+
+    What one mode cannot run on, the other one seldom can; nor needs it other hooks.
+    """
+    failure = ""
+    for index, (fakes, shared_hooks) in enumerate(attempts):
+        try:
+            recording = record(
+                model, example_inputs, training=training, fakes=fakes, shared_hooks=shared_hooks
+            )
+        except Exception as error:
+            failure = first_line(error)
+            kind = "real" if fakes is None else "fake"
+            logger.info("not recorded on %s tensors in %s mode: %s", kind, _mode(training), failure)
+        else:
+            left = [attempt for attempt in attempts[index:] if attempt[1] == shared_hooks]
+            return recording, left, ""
+    return None, attempts, failure
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"
+
+
+def first_line(error: Exception) -> str:
+    """The error's class and the first line of its message."""
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message}"
 
 
 def record(
@@ -55,7 +99,7 @@ def record(
     training: bool = False,
     fakes: Fakes | None = None,
     shared_hooks: bool = False,
-) -> Recording:
+) -> ModelGraph:
     """Records one forward of a copy of ``model``, which is not changed.
 
     Args:
@@ -71,30 +115,26 @@ def record(
     Raises:
         Exception: whatever the model raises on these inputs.
     """
-    origin = Origin(model, example_inputs)
     with _unlogged(), uncollected(), torch.set_grad_enabled(training):
         replica = _replica(model, fakes, shared_hooks)
         replica.train(training)  # which a model may override and return nothing from
-        return _record(replica, origin, fakes)
-
-
-def _record(replica: nn.Module, origin: Origin, fakes: Fakes | None) -> Recording:
-    inputs = with_tensors(origin.example_inputs, copied if fakes is None else fakes)
-    recorder = Recorder(replica)
-    for tensor in tree_iter(inputs):
-        if isinstance(tensor, Tensor):
-            recorder.add_input(tensor)
-    if fakes is not None:
-        fakes.watch(recorder, origin)
-    active = contextlib.nullcontext() if fakes is None else fakes.mode
-    with fixed_seed(origin.model), recorder.watching(replica), active, recorder:
-        outputs = call(replica, inputs)
-    recorder.finish(replica, outputs)
-    return Recording(
+        inputs = with_tensors(example_inputs, copied if fakes is None else fakes)
+        recorder = Recorder(replica)
+        for tensor in tree_iter(inputs):
+            if isinstance(tensor, Tensor):
+                recorder.add_input(tensor)
+        if fakes is not None:
+            fakes.watch(Replay(recorder, model, example_inputs))
+        active = contextlib.nullcontext() if fakes is None else fakes.mode
+        with fixed_seed(model), recorder.watching(replica), active, recorder:
+            outputs = call(replica, inputs)
+        recorder.finish(replica, outputs)
+    return ModelGraph(
         recorder.graph,
-        replica.training,
-        recorder.calls,
-        recorder.constants,
+        modules=dict(model.named_modules()),
+        constants=recorder.constants,
+        training=replica.training,
+        calls=recorder.calls,
     )
 
 
@@ -113,25 +153,23 @@ def uncollected() -> Iterator[None]:
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
     """Keeps torch from logging an operation that fails on fake tensors, as some are to fail."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, torchs.disabled = torchs.disabled, True
     try:
         yield
     finally:
-        logger.disabled = was_disabled
+        torchs.disabled = was_disabled
 
 
 def _replica(model: nn.Module, fakes: Fakes | None, shared_hooks: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        if fakes is None and isinstance(parameter, UninitializedParameter):
-            continue
         if fakes is not None:
             memo[id(parameter)] = fakes.parameter(parameter)
-            continue
-        # A deep copy of a sparse Parameter fails.
-        own = parameter.detach().clone()
-        memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        elif not isinstance(parameter, UninitializedParameter):
+            # A deep copy of a sparse Parameter fails.
+            own = parameter.detach().clone()
+            memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
     if fakes is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = fakes(buffer)

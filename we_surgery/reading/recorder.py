@@ -17,17 +17,16 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from we_surgery._util.scripted import is_scripted
 from we_surgery.excitations import Composition
-
-MODULE = "module"
-"""Key of ``node.meta``: the innermost module that was running ("" for the model itself)."""
-EXCITATION = "excitation"
-"""Key of ``node.meta``: whether an excitation was running."""
-SHAPE = "shape"
-"""Key of ``node.meta``: the result's shape; absent where the result is no tensor."""
-DTYPE = "dtype"
-"""Key of ``node.meta``: the result's dtype."""
-NO_GRADIENT = "no_gradient"
-"""Key of ``node.meta``: whether the model had turned gradients off, as ``torch.no_grad`` does."""
+from we_surgery.reading.graph import (
+    DTYPE,
+    EXCITATION,
+    MODULE,
+    NO_GRADIENT,
+    SHAPE,
+    after_replacement,
+    after_write,
+    written_arguments,
+)
 
 _FX_CONSTANTS = (
     fx.Node,
@@ -41,16 +40,6 @@ _FX_CONSTANTS = (
     torch.layout,
     torch.memory_format,
 )
-
-
-def after_write(value: Any, write: Any) -> Any:
-    """The value of a tensor once another tensor over its memory has been written to."""
-    return value
-
-
-def after_replacement(value: Any, data: Any) -> Any:
-    """The value of a tensor whose ``data`` was set to another tensor."""
-    return data
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -98,8 +87,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if is_scripted(module):
                     continue
                 if isinstance(module, Composition):
-                    module.__dict__["forward"] = partial(self._excite, name)
-                    stack.callback(module.__dict__.pop, "forward")
+                    module.forward = partial(self._excite, name)  # type: ignore[method-assign]
+                    stack.callback(delattr, module, "forward")
                     continue
                 enter, leave = self._hooks(name)
                 stack.callback(module.register_forward_pre_hook(enter).remove)
@@ -167,7 +156,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return node
 
     def _label(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta[SHAPE], node.meta[DTYPE] = tuple(tensor.shape), tensor.dtype
+        node.meta[DTYPE] = tensor.dtype
+        if not tensor.is_nested:
+            node.meta[SHAPE] = tuple(tensor.shape)
         self._nodes[tensor] = node
         self._places[tensor] = place = _memory(tensor)
         self._newest[place] = node
@@ -196,17 +187,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], node: fx.Node
     ) -> None:
         """Remembers what memory an in-place operation wrote, so that its aliases depend on it."""
-        if not func._schema.is_mutable:
-            return
-        for index, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for tensor in tree_iter(value):
-                if isinstance(tensor, Tensor):
-                    self._order.setdefault(node, len(self._order))
-                    self._writes[_memory(tensor)] = node
-                    self._nodes[tensor] = node
+        for tensor in tree_iter(written_arguments(func._schema, args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._order.setdefault(node, len(self._order))
+                self._writes[_memory(tensor)] = node
+                self._nodes[tensor] = node
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,17 +9,21 @@ each channel's codes come from tells how it was displaced.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from we_surgery.reading.dataflow import fed_by_input, makes_new, operation_name
 from we_surgery.reading.displacement import Shift, find_shift, position_codes
-from we_surgery.reading.recorded import Recording
-from we_surgery.reading.recorder import DTYPE, SHAPE, after_write
+from we_surgery.reading.graph import (
+    DTYPE,
+    SHAPE,
+    ModelGraph,
+    after_write,
+    makes_new,
+    operation_name,
+)
 
 _MOVES = frozenset(
     """
@@ -74,33 +78,24 @@ _EMPTY = frozenset(["aten.zeros", "aten.empty", "aten.full", "aten.ones", "aten.
 _CONVOLUTION = "aten.convolution"
 
 
-def shift_before(
-    data: fx.Node,
-    channel_dim: int,
-    recording: Recording,
-    model: nn.Module,
-    fed: set[fx.Node] | None = None,
-) -> Shift | None:
+def shift_before(data: fx.Node, channel_dim: int, graph: ModelGraph) -> Shift | None:
     """The shift that made a feature map, or None.
 
     Args:
-        data: what a conv or linear operation is applied to.
+        data: what a conv or linear operation of a recorded graph is applied to.
         channel_dim: its channels' dimension; may be negative.
-        recording: the recording it stands in.
-        model: the recorded model, for the values of buffers that serve as indices.
-        fed: the nodes that depend on the model's input, where they are known already.
+        graph: the graph.
 
     Raises:
         RuntimeError: a movement cannot be replayed.
     """
-    fed = fed_by_input(recording.graph) if fed is None else fed
-    tensors = _TensorValues(model, recording.constants)
-    inside, sources = _slice(data, fed, tensors)
+    tensors = _TensorValues(graph)
+    inside, sources = _slice(data, graph, tensors)
     if not _may_shift(inside) or _moves_channels_alone(inside, channel_dim):
         return None
     ordered = sorted({*inside, *sources, data})
     for source in sources:
-        codes = _replay(data, inside, source, sources, fed, ordered, tensors)
+        codes = _Replay(inside, source, sources, graph, tensors).value_of(data, ordered)
         shift = find_shift(codes, channel_dim % codes.ndim, source.meta[SHAPE])
         if shift is not None:
             return shift
@@ -110,8 +105,8 @@ def shift_before(
 class _TensorValues:
     """The values of parameters, buffers and other constant tensors by name."""
 
-    def __init__(self, model: nn.Module, constants: Mapping[str, Tensor]) -> None:
-        self._model, self._constants = model, constants
+    def __init__(self, graph: ModelGraph) -> None:
+        self._model, self._constants = graph.modules[""], graph.constants
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensor(name).detach()
@@ -128,7 +123,7 @@ class _TensorValues:
 
 
 def _slice(
-    node: fx.Node, fed: set[fx.Node], tensors: _TensorValues
+    node: fx.Node, graph: ModelGraph, tensors: _TensorValues
 ) -> tuple[set[fx.Node], list[fx.Node]]:
     """The nodes that only move data on the way to ``node``, and what they start from."""
     inside: set[fx.Node] = set()
@@ -138,10 +133,10 @@ def _slice(
         current = pending.pop()
         if current in inside or current in sources:
             continue
-        if current not in fed:
+        if current not in graph.fed:
             inside.add(current)
             pending.extend([] if makes_new(current) else current.all_input_nodes)
-        elif _is_followed(current, fed, tensors):
+        elif _is_followed(current, graph.fed, tensors):
             inside.add(current)
             pending.extend(current.all_input_nodes)
         else:
@@ -216,86 +211,81 @@ def _moves_channels_alone(inside: set[fx.Node], channel_dim: int) -> bool:
     return True
 
 
-def _replay(
-    target: fx.Node,
-    inside: set[fx.Node],
-    source: fx.Node,
-    sources: list[fx.Node],
-    fed: set[fx.Node],
-    ordered: list[fx.Node],
-    tensors: _TensorValues,
-) -> Tensor:
-    """``target`` computed from the codes of ``source``; all other sources are padding."""
-    values: dict[fx.Node, Any] = {}
-    for node in ordered:
-        if node is source:
-            values[node] = position_codes(node.meta[SHAPE])
-        elif node in sources:
-            values[node] = torch.zeros(node.meta[SHAPE], dtype=torch.int64)
-        elif node in inside:
-            compute = _move if node in fed else _evaluate
-            values[node] = compute(node, values, fed, tensors)
-        if node is target:
-            break
-    result: Tensor = values[target]
-    return result
+class _Replay:
+    """Sends the codes of one source through a slice; all other sources are padding."""
 
+    def __init__(
+        self,
+        inside: set[fx.Node],
+        source: fx.Node,
+        sources: list[fx.Node],
+        graph: ModelGraph,
+        tensors: _TensorValues,
+    ) -> None:
+        self._inside, self._fed, self._tensors = inside, graph.fed, tensors
+        self._values: dict[fx.Node, Any] = {
+            other: torch.zeros(other.meta[SHAPE], dtype=torch.int64) for other in sources
+        }
+        self._values[source] = position_codes(source.meta[SHAPE])
 
-def _evaluate(
-    node: fx.Node, values: Mapping[fx.Node, Any], fed: set[fx.Node], tensors: _TensorValues
-) -> Any:
-    """A node that no input feeds: an index, a mask, or an empty tensor to be filled."""
-    if node.op == "get_attr":
-        return tensors[str(node.target)]
-    if makes_new(node) or operation_name(node) in _EMPTY:
-        # What codes will be written into must hold them without rounding.
-        integral = not node.meta[DTYPE].is_floating_point
-        if makes_new(node) or not integral:
+    def value_of(self, target: fx.Node, ordered: list[fx.Node]) -> Tensor:
+        """The codes that arrive at a node; ``ordered`` are all nodes of the slice."""
+        for node in ordered:
+            if node in self._inside and node not in self._values:
+                compute = self._move if node in self._fed else self._evaluate
+                self._values[node] = compute(node)
+            if node is target:
+                break
+        result: Tensor = self._values[target]
+        return result
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """A node that no input feeds: an index, a mask, or an empty tensor to be filled."""
+        if node.op == "get_attr":
+            return self._tensors[str(node.target)]
+        is_empty = operation_name(node) in _EMPTY and node.meta[DTYPE].is_floating_point
+        if is_empty or makes_new(node):
+            # What codes will be written into must hold them without rounding.
             return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
-    args, kwargs = _arguments(node, values)
-    try:
+        args, kwargs = self._arguments(node)
+        try:
+            return _call(node, args, kwargs)
+        except RuntimeError:
+            # Arithmetic on a tensor that was made to hold codes, such as a dropout mask: no index.
+            if not node.meta[DTYPE].is_floating_point:
+                raise
+            return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
+
+    def _move(self, node: fx.Node) -> Any:
+        """A node that the input feeds: its codes, moved or passed through."""
+        name = operation_name(node)
+        if name in _POSITIONLESS:
+            passed = self._values[next(n for n in node.all_input_nodes if n in self._fed)]
+            if not name.endswith("_"):
+                # A new tensor: what is written into the one must not appear in the other.
+                passed = passed.clone()
+            shape = node.meta.get(SHAPE)
+            return passed.expand(shape) if shape is not None and passed.shape != shape else passed
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            # A norm's or dropout's codes are not a tuple; its first result is the feature map.
+            whole = self._values[node.args[0]]
+            return whole if isinstance(whole, Tensor) else whole[node.args[1]]
+        args, kwargs = self._arguments(node)
+        if name == _CONVOLUTION:
+            codes, weight, _, *geometry = args
+            moved = torch.ops.aten.convolution(codes.double(), weight.double(), None, *geometry)
+            return moved.round().long()
+        args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         return _call(node, args, kwargs)
-    except RuntimeError:
-        # Arithmetic on a tensor that was made to hold codes, such as a dropout mask: no index.
-        if not node.meta[DTYPE].is_floating_point:
-            raise
-        return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
 
-
-def _move(
-    node: fx.Node, values: Mapping[fx.Node, Any], fed: set[fx.Node], tensors: _TensorValues
-) -> Any:
-    """A node that the input feeds: its codes, moved or passed through."""
-    name = operation_name(node)
-    if name in _POSITIONLESS:
-        passed = values[next(n for n in node.all_input_nodes if n in fed)]
-        if not name.endswith("_"):
-            # A new tensor: what is written into the one must not appear in the other.
-            passed = passed.clone()
-        shape = node.meta.get(SHAPE)
-        return passed.expand(shape) if shape is not None and passed.shape != shape else passed
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        # A norm's or dropout's codes are no tuple; its first result is the feature map.
-        whole = values[node.args[0]]
-        return whole if isinstance(whole, Tensor) else whole[node.args[1]]
-    args, kwargs = _arguments(node, values)
-    if name == _CONVOLUTION:
-        codes, weight, _, *geometry = args
-        moved = torch.ops.aten.convolution(codes.double(), weight.double(), None, *geometry)
-        return moved.round().long()
-    args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
-    return _call(node, args, kwargs)
+    def _arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        return args, kwargs
 
 
 def _without_values(tensor: Tensor) -> Tensor:
     # A constant among the codes, such as a pad value or a class token, stands for padding.
     return torch.zeros_like(tensor, dtype=torch.int64) if tensor.is_floating_point() else tensor
-
-
-def _arguments(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-    args = fx.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-    return args, kwargs
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:

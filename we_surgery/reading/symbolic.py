@@ -1,42 +1,20 @@
-"""A torch.fx graph of a model, traced on a weightless copy."""
+"""The symbolic reading: torch.fx traces a weightless copy of the model."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from we_surgery._util.copies import deep_copy, drawing_nothing
-from we_surgery.reading.dataflow import called_name, sources
-from we_surgery.reading.hooks import drop_hooks
+from we_surgery.reading.graph import MODULE, ModelGraph, called_name, join, sources
 from we_surgery.reading.kinds import WEIGHTED, is_norm
-from we_surgery.reading.recorder import MODULE
+from we_surgery.reading.running import drop_hooks
 
 # The names of the argument by which a split or chunk is told its pieces.
 _PIECES = ("split_size_or_sections", "split_size", "split_sizes", "chunks")
-
-
-@dataclass(frozen=True)
-class TracedBlock:
-    """A graph of the model, or of one of its submodules.
-
-    Attributes:
-        name: the submodule's name; "" for the whole model.
-        graph: its graph; targets are named from the submodule on.
-        untraceable: the submodules in it that were kept whole, named likewise.
-        constants: tensors that were made while tracing, by their targets.
-        is_partial: the forward could not be traced to its end; the graph returns whatever nothing
-            before that had used.
-    """
-
-    name: str
-    graph: fx.Graph
-    untraceable: frozenset[str] = frozenset()
-    constants: Mapping[str, Tensor] = field(default_factory=dict)
-    is_partial: bool = False
 
 
 class LayerTracer(fx.Tracer):
@@ -44,12 +22,9 @@ class LayerTracer(fx.Tracer):
 
     A submodule that cannot be traced is kept whole as well, and noted in ``untraceable``
     with the reason: one bad block costs one block.
-
-    Args:
-        keeps: tells what else is kept whole.
     """
 
-    def __init__(self, keeps: Callable[[nn.Module], bool] = lambda module: False) -> None:
+    def __init__(self, keeps: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.keeps = keeps
         self.untraceable: dict[str, str] = {}
@@ -82,6 +57,19 @@ class LayerTracer(fx.Tracer):
         node.meta[MODULE] = self.scope.module_path
         return node
 
+    def trace_as_far_as_it_goes(self, module: nn.Module) -> tuple[fx.Graph, str]:
+        """The graph, and why it ends where it does; "" where it is whole.
+
+        One that is not returns whatever nothing in it had used.
+        """
+        try:
+            return self.trace(module), ""
+        except Exception as error:
+            graph = getattr(self, "graph", fx.Graph())
+            used = {source for node in graph.nodes for source in sources(node)}
+            graph.output(tuple(node for node in graph.nodes if node not in used))
+            return graph, _why(error)
+
 
 def _pieces(node: fx.Node) -> int | None:
     """How many pieces a split or chunk gives, where its call says so."""
@@ -96,7 +84,7 @@ def _pieces(node: fx.Node) -> int | None:
 
 def trace(
     model: nn.Module, keeps: Callable[[nn.Module], bool] = lambda module: False
-) -> tuple[list[TracedBlock], list[str]]:
+) -> tuple[list[ModelGraph], list[str]]:
     """The graphs of ``model``: one, or those of the parts that can be traced.
 
     The trace runs on a copy whose parameters and buffers are on the meta device: it takes
@@ -112,7 +100,7 @@ def trace(
         The graphs, from the whole model down, and what could not be traced, with the reason
         and the file and line that stopped it.
     """
-    blocks: list[TracedBlock] = []
+    graphs: list[ModelGraph] = []
     untraceable: dict[str, str] = {}
     try:
         # Some models draw random numbers while they are traced.
@@ -120,65 +108,51 @@ def trace(
             pending = [("", weightless_copy(model))]
             while pending:
                 name, module = pending.pop(0)
-                pending += _trace_block(name, module, blocks, untraceable, keeps)
+                pending += _trace_block(
+                    name, module, LayerTracer(keeps), model, graphs, untraceable
+                )
     except Exception as error:
         return [], [_why(error)]
-    return blocks, [f"{name or 'the model as a whole'}: {why}" for name, why in untraceable.items()]
+    return graphs, [f"{name or 'the model as a whole'}: {why}" for name, why in untraceable.items()]
 
 
 def _trace_block(
     name: str,
     module: nn.Module,
-    blocks: list[TracedBlock],
+    tracer: LayerTracer,
+    model: nn.Module,
+    graphs: list[ModelGraph],
     untraceable: dict[str, str],
-    keeps: Callable[[nn.Module], bool],
 ) -> list[tuple[str, nn.Module]]:
-    """Traces one module; returns the submodules that are to be traced by themselves."""
-    if isinstance(module, WEIGHTED) or not list(module.children()):
+    """Traces one module of the copy; returns the submodules that are to be traced by themselves."""
+    children = [(join(name, child_name), child) for child_name, child in module.named_children()]
+    if isinstance(module, WEIGHTED) or not children:
         return []
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return _children(name, module)
-    tracer = LayerTracer(keeps)
-    left: list[tuple[str, nn.Module]] = []
-    is_partial = False
-    try:
-        graph = tracer.trace(module)
-    except Exception as error:
-        is_partial = True
-        untraceable.setdefault(name, _why(error))
-        graph = _until_it_stopped(tracer)
-        left += _children(name, module)
+        return children
+    graph, stopped = tracer.trace_as_far_as_it_goes(module)
+    if stopped:
+        untraceable.setdefault(name, stopped)
     for path, reason in tracer.untraceable.items():
-        whole = join(name, path)
-        untraceable.setdefault(whole, reason)
-        if not is_partial:
-            left.append((whole, module.get_submodule(path)))
-    if not is_partial or any(node.op == "call_module" for node in graph.nodes):
-        constants = _constants(module, graph)
-        broken = frozenset(tracer.untraceable)
-        blocks.append(TracedBlock(name, graph, broken, constants, is_partial))
-    return left
-
-
-def _until_it_stopped(tracer: fx.Tracer) -> fx.Graph:
-    graph = getattr(tracer, "graph", fx.Graph())
-    used = {source for node in graph.nodes for source in sources(node)}
-    graph.output(tuple(node for node in graph.nodes if node not in used))
-    return graph
+        untraceable.setdefault(join(name, path), reason)
+    if not stopped or any(node.op == "call_module" for node in graph.nodes):
+        found = ModelGraph(
+            graph,
+            modules=dict(model.get_submodule(name).named_modules()),
+            prefix=name,
+            constants=_constants(module, graph),
+            unseen=frozenset(tracer.untraceable),
+            is_partial=bool(stopped),
+        )
+        graphs.append(found)
+    if stopped:
+        return children
+    return [(join(name, path), module.get_submodule(path)) for path in tracer.untraceable]
 
 
 def _constants(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return {n: getattr(module, n) for n in names if n.startswith("_tensor_constant")}
-
-
-def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(join(name, child_name), child) for child_name, child in module.named_children()]
-
-
-def join(name: str, path: str) -> str:
-    """A submodule's qualified name: ``a`` and ``b.c`` give ``a.b.c``; either may be empty."""
-    return f"{name}.{path}" if name and path else name or path
 
 
 def weightless_copy(model: nn.Module) -> nn.Module:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from we_surgery.reading.graph import ModelGraph
 from we_surgery.reading.kinds import CONV_KINDS, is_gate, is_norm
-from we_surgery.reading.symbolic import TracedBlock, join, trace
+from we_surgery.reading.symbolic import trace
 
 _CONVS = tuple(CONV_KINDS)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -50,7 +51,7 @@ def residual_blocks(model: nn.Module) -> list[ResidualBlock]:
     return [found for block in blocks for found in _blocks_of(block, modules)]
 
 
-def _blocks_of(traced: TracedBlock, modules: Mapping[str, nn.Module]) -> Iterator[ResidualBlock]:
+def _blocks_of(traced: ModelGraph, modules: Mapping[str, nn.Module]) -> Iterator[ResidualBlock]:
     ends: dict[fx.Node, str] = {}
     for node in traced.graph.nodes:
         end = _branch_end(node, traced, modules)
@@ -73,7 +74,7 @@ def _blocks_of(traced: TracedBlock, modules: Mapping[str, nn.Module]) -> Iterato
 
 
 def _branch_end(
-    node: fx.Node, traced: TracedBlock, modules: Mapping[str, nn.Module]
+    node: fx.Node, traced: ModelGraph, modules: Mapping[str, nn.Module]
 ) -> fx.Node | None:
     """The call that the branch ends in, where the node closes a residual block."""
     if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
@@ -97,7 +98,7 @@ def _branch_end(
 
 
 def _described(
-    node: fx.Node, owner: str, traced: TracedBlock, modules: Mapping[str, nn.Module]
+    node: fx.Node, owner: str, traced: ModelGraph, modules: Mapping[str, nn.Module]
 ) -> ResidualBlock | None:
     module = _module(node, traced, modules)
     if module is None:
@@ -117,7 +118,7 @@ def _described(
     return ResidualBlock(
         name=owner,
         type_name="" if block is None else type(block).__name__,
-        end=join(traced.name, str(node.target)),
+        end=traced.full_name(str(node.target)),
         channels=channels,
         gate=gate,
         downsamples=any(max(stride) > 1 for stride in strides),
@@ -149,19 +150,19 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _module(
-    node: fx.Node, traced: TracedBlock, modules: Mapping[str, nn.Module]
+    node: fx.Node, traced: ModelGraph, modules: Mapping[str, nn.Module]
 ) -> nn.Module | None:
-    return modules.get(join(traced.name, str(node.target))) if node.op == "call_module" else None
+    return modules.get(traced.full_name(str(node.target))) if node.op == "call_module" else None
 
 
-def _running(node: fx.Node, traced: TracedBlock) -> list[str]:
+def _running(node: fx.Node, traced: ModelGraph) -> list[str]:
     """The modules that were running, from the outermost to the innermost, without a leaf called."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     if node.op == "call_module" and stack and stack[-1] == node.target:
         stack.pop()
-    return [join(traced.name, path) for path in stack]
+    return [traced.full_name(path) for path in stack]
 
 
-def _owner(node: fx.Node, traced: TracedBlock) -> str:
+def _owner(node: fx.Node, traced: ModelGraph) -> str:
     running = _running(node, traced)
-    return running[-1] if running else traced.name
+    return running[-1] if running else traced.prefix

@@ -8,19 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from we_surgery._util.scripted import own_parameters
-from we_surgery.excitations import Composition
 from we_surgery.excitations.names import RAW_PREFIX, excitation_name, raw_name
-
-
-def excited_names(module: nn.Module) -> tuple[str, ...]:
-    """The excited parameters of ``module``, by their vanilla names."""
-    raw = (name for name in own_parameters(module) if name.startswith(RAW_PREFIX))
-    return tuple(
-        name
-        for name in (name.removeprefix(RAW_PREFIX) for name in raw)
-        if isinstance(module._modules.get(excitation_name(name)), Composition)
-    )
+from we_surgery.reading.obstacles import excited_names
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,42 @@
-"""What the nodes of a graph do, in one vocabulary for recorded and for traced graphs.
+"""The one graph that every reading builds: a torch.fx graph with the modules its nodes belong to.
 
 A recorded graph holds aten operations, a traced one calls of modules, functions and methods:
 ``aten._softmax``, ``nn.Softmax``, ``F.softmax`` and ``x.softmax`` are all ``softmax`` here. So each
-fact is found by one pass, whatever graph it goes over.
+fact is found by one pass, whatever reading built the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_iter
 
 from we_surgery.reading.kinds import WEIGHTED, is_norm, normalizes_each_channel
-from we_surgery.reading.recorder import MODULE
+
+# Keys of ``node.meta``.
+MODULE = "module"
+"""The innermost module that was running; "" for the graph's root."""
+EXCITATION = "excitation"
+"""Whether an excitation was running."""
+SHAPE = "shape"
+"""The result's shape; absent where the result is not a tensor, and in traced graphs."""
+DTYPE = "dtype"
+"""The result's dtype; absent like the shape."""
+NO_GRADIENT = "no_gradient"
+"""Whether the model had turned gradients off, as ``torch.no_grad`` does."""
 
 # Operations that only present a tensor in another form.
 _VIEWS = frozenset(
     """
     view unsafeview reshape expand unsqueeze squeeze slice split splitwithsizes unsafesplit unbind
     select narrow alias detach clone contiguous liftfresh chunk tensorsplit viewas expandas
-    reshapeas typeas t transpose permute numpyt movedim moveaxis swapaxes swapdims flatten
-    unflatten getitem afterwrite to tocopy type float half bfloat16 double identity rearrange
+    reshapeas typeas t mt transpose permute numpyt movedim moveaxis swapaxes swapdims flatten
+    unflatten getitem afterwrite to tocopy type float half bfloat16 double identity rearrange data
     """.split()
 )
 # Of their tensor argument these take the shape alone.
@@ -44,6 +57,16 @@ _LAYERS = frozenset("linear mm addmm bmm baddbmm matmul mv nativemultiheadattent
 _RECURRENT = frozenset("lstm gru rnntanh rnnrelu lstmcell grucell mkldnnrnnlayer".split())
 
 
+def after_write(value: Any, write: Any) -> Any:
+    """The value of a tensor once another tensor over its memory has been written to."""
+    return value
+
+
+def after_replacement(value: Any, data: Any) -> Any:
+    """The value of a tensor whose ``data`` was set to another tensor."""
+    return data
+
+
 def operation_name(node: fx.Node) -> str:
     """``aten.convolution`` for an aten operation, whatever its overload; "" for any other node."""
     if node.op != "call_function" or not hasattr(node.target, "overloadpacket"):
@@ -52,19 +75,20 @@ def operation_name(node: fx.Node) -> str:
 
 
 def called_name(node: fx.Node) -> str:
-    """What a function or method call does: ``avgpool2d`` for ``F.avg_pool2d``; "" for all else."""
+    """What a function or method call does: ``avgpool2d`` for ``F.avg_pool2d``; "" for all else.
+
+    ``x.shape`` is a call of ``getattr`` in a traced graph, and ``shape`` here.
+    """
+    is_getattr: Callable[..., Any] = getattr
     if node.op == "call_method":
         name = str(node.target)
-    elif node.op == "call_function":
-        name = operation_name(node) or getattr(node.target, "__name__", "")
-    else:
+    elif node.op != "call_function":
         return ""
+    elif node.target is is_getattr:
+        name = str(node.args[1])
+    else:
+        name = operation_name(node) or getattr(node.target, "__name__", "")
     return _plain(name.removeprefix("aten."))
-
-
-def _writes(node: fx.Node) -> bool:
-    name = operation_name(node) or str(getattr(node.target, "__name__", node.target))
-    return node.op in ("call_function", "call_method") and name.endswith("_")
 
 
 def _plain(name: str) -> str:
@@ -81,53 +105,83 @@ def makes_new(node: fx.Node) -> bool:
     return called_name(node) in _NEW_TENSORS
 
 
-def reads_shape_only(node: fx.Node) -> bool:
-    """Whether the node asks its argument for its shape, dtype or device."""
-    is_getattr: Callable[..., Any] = getattr
-    if node.op == "call_function" and node.target is is_getattr:
-        return _plain(str(node.args[1])) in _ABOUT_A_TENSOR
-    return called_name(node) in _ABOUT_A_TENSOR
-
-
 def sources(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values the node's result depends on."""
-    if makes_new(node) or reads_shape_only(node):
+    name = called_name(node)
+    if name in _NEW_TENSORS or name in _ABOUT_A_TENSOR:
         return []
     read = node.all_input_nodes
-    return read[:1] if called_name(node) in _LIKE_ANOTHER else read
+    return read[:1] if name in _LIKE_ANOTHER else read
 
 
-def fed_by_input(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values depend on the model's input."""
-    fed: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or any(source in fed for source in sources(node)):
-            fed.add(node)
-    return fed
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors that the node writes to."""
+    if node.target is after_replacement:
+        return node.all_input_nodes[:1]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.all_input_nodes[:1] if _writes(node) else []
+    written = written_arguments(schema, node.args, node.kwargs)
+    return [found for found in tree_iter(written) if isinstance(found, fx.Node)]
+
+
+def written_arguments(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an aten operation writes to."""
+    if not schema.is_mutable:
+        return []
+    return [
+        args[index] if index < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _writes(node: fx.Node) -> bool:
+    name = operation_name(node) or str(getattr(node.target, "__name__", node.target))
+    return node.op in ("call_function", "call_method") and name.endswith("_")
+
+
+def join(name: str, path: str) -> str:
+    """A submodule's qualified name: ``a`` and ``b.c`` give ``a.b.c``; either may be empty."""
+    return f"{name}.{path}" if name and path else name or path
 
 
 @dataclass(frozen=True)
-class Dataflow:
-    """A graph with the modules its nodes belong to.
+class ModelGraph:
+    """A graph of a model, or of one of its submodules.
 
     Attributes:
-        graph: of a whole model or of one of its submodules.
-        modules: the modules by their names from there on.
-        prefix: that submodule's name; "" for the whole model.
+        graph: its ``get_attr`` nodes name parameters, buffers and ``constants``.
+        modules: the modules by their names from the graph's root on, which is "".
+        prefix: the root's name in the model.
+        constants: the other tensors that take part, by their names in the graph.
         unseen: the modules in it that were kept whole because they could not be traced.
-        is_partial: the graph ends before the forward does.
+        is_partial: the graph ends before the forward pass does.
+        training: of a recorded graph, whether the model was in train mode; else None.
+        calls: of a recorded graph, how often each module was called.
     """
 
     graph: fx.Graph
     modules: Mapping[str, nn.Module]
     prefix: str = ""
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     unseen: frozenset[str] = frozenset()
     is_partial: bool = False
+    training: bool | None = None
+    calls: Mapping[str, int] = field(default_factory=Counter)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.training is not None
 
     @cached_property
     def fed(self) -> set[fx.Node]:
         """The nodes whose values depend on the graph's input."""
-        return fed_by_input(self.graph)
+        fed: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or any(source in fed for source in sources(node)):
+                fed.add(node)
+        return fed
 
     @cached_property
     def live(self) -> set[fx.Node]:
@@ -154,7 +208,7 @@ class Dataflow:
     def operation(self, node: fx.Node) -> str:
         """What the node does, in lower case and without underscores; "" for what does nothing."""
         if node.op == "call_module":
-            return _plain(type(self._module_of(node)).__name__)
+            return _plain(type(self.module_of(node)).__name__)
         return called_name(node)
 
     def fed_sources(self, node: fx.Node) -> list[fx.Node]:
@@ -166,16 +220,20 @@ class Dataflow:
         return [user for user in node.users if user in self.live and node in sources(user)]
 
     def is_view(self, node: fx.Node) -> bool:
-        """Whether the node only presents its first argument in another form."""
+        """Whether the node, which may call a module, only presents its argument in another form."""
         return self.operation(node) in _VIEWS
 
     def runner(self, node: fx.Node) -> str:
         """The innermost module that runs the node, by its name from the graph's root on."""
         return str(node.target) if node.op == "call_module" else str(node.meta.get(MODULE, ""))
 
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The innermost module that runs the node."""
+        return self.modules.get(self.runner(node))
+
     def full_name(self, name: str) -> str:
-        """A module's name in the model."""
-        return ".".join(part for part in (self.prefix, name) if part)
+        """A module's or tensor's name in the model."""
+        return join(self.prefix, name)
 
     def is_unseen(self, node: fx.Node) -> bool:
         """Whether what the node does with its arguments is not in the graph."""
@@ -199,7 +257,7 @@ class Dataflow:
         """How many layers the node puts its data through; a recurrent one has no end."""
         name = self.operation(node)
         if node.op == "call_module":
-            module = self._module_of(node)
+            module = self.module_of(node)
             inside = () if module is None else tuple(module.modules())
             if any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in inside):
                 return float("inf")
@@ -218,8 +276,5 @@ class Dataflow:
         return operation_name(node) or str(getattr(node.target, "__name__", node.target))
 
     def _is_in_norm(self, node: fx.Node) -> bool:
-        owner = self._module_of(node)
+        owner = self.module_of(node)
         return owner is not None and is_norm(owner)
-
-    def _module_of(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(self.runner(node))

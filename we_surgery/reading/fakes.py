@@ -1,20 +1,26 @@
-"""Tensors without memory that stand for a model's own while it is recorded."""
+"""Tensors without memory that stand for a model's own while it is recorded.
+
+None outlives its recording: what the model's code keeps is computed once more, for real.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+import operator
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_iter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from we_surgery.errors import SurgeryError
+from we_surgery.reading.graph import EXCITATION, MODULE, after_write
 from we_surgery.reading.recorder import Recorder
-from we_surgery.reading.replay import Origin, Replay, empty_like
+from we_surgery.reading.running import fixed_seed
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ class Fakes:
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._origins: Any = WeakTensorKeyDictionary()
-        self._recorders: list[tuple[Recorder, Origin]] = []
+        self._replays: list[Replay] = []
 
     def __enter__(self) -> Fakes:
         return self
@@ -46,7 +52,7 @@ class Fakes:
         try:
             self._replace_held()
         finally:
-            self._recorders.clear()
+            self._replays.clear()
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A stand-in of the same shape, strides and dtype, always the same one."""
@@ -64,9 +70,9 @@ class Fakes:
             self._parameters[id(parameter)] = made
         return made
 
-    def watch(self, recorder: Recorder, origin: Origin) -> None:
+    def watch(self, replay: Replay) -> None:
         """Looks after what a recording makes, also if it fails half-way."""
-        self._recorders.append((recorder, origin))
+        self._replays.append(replay)
 
     def _make(self, tensor: Tensor) -> Tensor:
         made: Tensor
@@ -75,7 +81,7 @@ class Fakes:
         else:
             # As if it were on the CPU: inputs and what the forward makes will be.
             with self.mode:
-                made = empty_like(tensor, "cpu")
+                made = _empty_like(tensor, "cpu")
         self._origins[made] = tensor
         return made
 
@@ -83,11 +89,7 @@ class Fakes:
         if not self._is_held():
             return
         gc.collect(0)  # of the recordings, during which nothing was collected
-        failed = [
-            failure
-            for recorder, origin in self._recorders
-            for failure in _replace(recorder, Replay(recorder, origin))
-        ]
+        failed = [failure for replay in self._replays for failure in _replace(replay)]
         for fake, real in list(self._origins.items()):
             if isinstance(fake, FakeTensor):
                 _become(fake, real.detach())
@@ -102,16 +104,16 @@ class Fakes:
             )
 
     def _is_held(self) -> bool:
-        return bool(self._origins) or any(recorder.held() for recorder, _ in self._recorders)
+        return bool(self._origins) or any(replay.recorder.held() for replay in self._replays)
 
 
-def _replace(recorder: Recorder, replay: Replay) -> list[tuple[TensorWeakRef, str]]:
+def _replace(replay: Replay) -> list[tuple[TensorWeakRef, str]]:
     """Replaces the fake tensors of a recording that are held; returns what could not be computed.
 
     The last are replaced first: what they keep for a backward pass goes with them.
     """
     failed = []
-    for reference, node in recorder.held():
+    for reference, node in replay.recorder.held():
         fake: Tensor | None = reference()
         if not isinstance(fake, FakeTensor) or node.op != "call_function":
             continue  # the model's own tensors are not computed
@@ -137,3 +139,66 @@ def _become(fake: Tensor, value: Tensor) -> None:
     fake.__class__, value.__class__ = value.__class__, fake.__class__
     fake.__dict__, value.__dict__ = value.__dict__, fake.__dict__
     torch._C._swap_tensor_impl(fake, value)
+
+
+class Replay:
+    """Computes tensors that a recording made once more, on the model's own tensors and inputs.
+
+    Each operation is computed at most once.
+    """
+
+    def __init__(self, recorder: Recorder, model: nn.Module, example_inputs: Any) -> None:
+        self.recorder = recorder
+        self._model = model
+        self._tensors: dict[str, Tensor] = {}
+        self._tensors |= dict(model.named_parameters(remove_duplicate=False))
+        self._tensors |= dict(model.named_buffers(remove_duplicate=False))
+        inputs = [t for t in tree_iter(example_inputs) if isinstance(t, Tensor)]
+        placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
+        self._inputs: dict[fx.Node, Tensor] = dict(zip(placeholders, inputs, strict=False))
+
+    def value_of(self, tensor: Tensor, node: fx.Node) -> Tensor:
+        """The value that a stand-in had at the end of the forward; ``node`` made it."""
+        needed = {node}
+        pending = [node, *self.recorder.last_writes(tensor)]
+        while pending:
+            current = pending.pop()
+            needed.add(current)
+            pending += [n for n in current.all_input_nodes if n not in needed]
+        leaves = [n for n in needed if n.op in ("get_attr", "placeholder")]
+        if any(self._leaf(leaf).is_meta for leaf in leaves):  # there are no values
+            return _empty_like(tensor, "meta")
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad(), fixed_seed(self._model):
+            for current in self.recorder.graph.nodes:
+                if current in needed:
+                    values[current] = self._compute(current, values)
+        result = values[node]
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{node.name} is a {type(result).__name__}")
+        return result
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if node.op in ("get_attr", "placeholder"):
+            # The operations that follow may write into it.
+            return self._leaf(node).detach().clone()
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.meta.get(EXCITATION) and node.target is not after_write:
+            # Recorded as one operation that stands for all of the excitation's.
+            return self._model.get_submodule(node.meta[MODULE])(args[0])
+        if node.target is operator.getitem:
+            results: list[Any] = list(tree_iter(args[0]))
+            return results[node.args[1]]  # type: ignore[index]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _leaf(self, node: fx.Node) -> Tensor:
+        if node in self._inputs:
+            return self._inputs[node]
+        name, constants = str(node.target), self.recorder.constants
+        return constants[name] if name in constants else self._tensors[name]
+
+
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    """A tensor of the same shape, strides and dtype on another device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

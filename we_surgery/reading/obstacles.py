@@ -1,0 +1,123 @@
+"""Why a parameter cannot be excited, by itself and by the source of its layer's forward."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from we_surgery._util.scripted import is_scripted, own_parameters
+from we_surgery.excitations import Composition
+from we_surgery.excitations.names import RAW_PREFIX, excitation_name, names_taken
+from we_surgery.reading.kinds import kind_of
+
+_EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NOT_A_MODELS = ("torch", "builtins")
+
+
+def excited_names(module: nn.Module) -> tuple[str, ...]:
+    """The excited parameters of ``module``, by their vanilla names."""
+    raw = (name for name in own_parameters(module) if name.startswith(RAW_PREFIX))
+    return tuple(
+        name
+        for name in (name.removeprefix(RAW_PREFIX) for name in raw)
+        if isinstance(module._modules.get(excitation_name(name)), Composition)
+    )
+
+
+def obstacle_of(module: nn.Module, parameter: str) -> str | None:
+    """Why the parameter cannot be excited, whatever the policy says."""
+    if parameter in excited_names(module):
+        return "is excited already"
+    if parametrize.is_parametrized(module):
+        return "carries a torch.nn.utils.parametrize parametrization"
+    if is_scripted(module):
+        is_conv = (kind_of(module) or "").startswith("conv")
+        if is_conv and not hasattr(module, "groups"):
+            return "is a conv in traced TorchScript, which does not say how many groups it has"
+        return None
+    if f"{parameter}_g" in module._parameters:
+        return "carries a torch.nn.utils.weight_norm hook"
+    if f"{parameter}_orig" in module._parameters:
+        return "carries a spectral_norm hook or a pruning mask"
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        return f"is computed by its module, which has no parameter {parameter!r}"
+    if isinstance(weight, UninitializedParameter):
+        return "is lazy and has no shape before its first forward pass"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "belongs to a recurrent layer, which passes its weights to a fused kernel"
+    if weight.layout != torch.strided:
+        return "has a sparse weight"
+    if weight.dtype not in _EXCITABLE_DTYPES:
+        return f"has a weight of dtype {weight.dtype}"
+    kind: Any = type(module)
+    if writes_in_forward(kind, parameter):
+        return "is written to in its layer's own forward pass"
+    if hasattr(weight, "full_tensor"):
+        return "is sharded (a DTensor); convert before fully_shard"
+    return None
+
+
+def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
+    """Why no excitation of the parameter can stand in the module."""
+    if is_scripted(module):
+        return "is TorchScript, which cannot be changed"
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return "belongs to a container, which would run an excitation as one of its layers"
+    if parameter in excited_names(module):
+        return None
+    taken = [name for name in names_taken(parameter) if hasattr(module, name)]
+    return f"has an attribute {taken[0]!r} of its own" if taken else None
+
+
+@lru_cache(maxsize=1024)
+def writes_in_forward(kind: Any, parameter: str) -> bool:
+    """Whether the source of a class's forward writes to one of the class's own parameters.
+
+    As ``self.weight.data *= mask``, ``self.weight.data = ...`` or ``self.weight.clamp_(...)`` do.
+    """
+    own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _NOT_A_MODELS]
+    trees = (_source(vars(base).get("forward")) for base in own)
+    return any(_is_own(target, parameter) for tree in trees for target in _written(tree))
+
+
+def _source(function: Any) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # there is none, or it was taken out of a line
+        return ast.Module([], [])
+
+
+def _written(tree: ast.AST) -> Iterator[ast.expr]:
+    """The expressions that statements assign to, and those that in-place methods are called on."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            yield from node.targets
+        elif isinstance(node, ast.AugAssign):
+            yield node.target
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            if name.endswith("_") and not name.endswith("__"):
+                yield node.func.value
+
+
+def _is_own(expression: ast.expr, parameter: str) -> bool:
+    """Whether it is ``self.weight``, its ``data`` or a part of them."""
+    while isinstance(expression, ast.Subscript) or (
+        isinstance(expression, ast.Attribute) and expression.attr == "data"
+    ):
+        expression = expression.value
+    return (
+        isinstance(expression, ast.Attribute)
+        and expression.attr == parameter
+        and isinstance(expression.value, ast.Name)
+    )
