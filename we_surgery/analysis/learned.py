@@ -10,10 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from we_surgery.analysis.multipliers import multiplier_map
+from we_surgery.analysis.multipliers import multiplier_map, stage_inputs
 from we_surgery.excitations import Composition
-from we_surgery.excitations.base import in_full_precision
-from we_surgery.excitations.layout import to_filters
 
 Verdict = Literal["learned", "nothing to learn", "paused", "constant", "as drawn", "unchanged"]
 
@@ -41,25 +39,17 @@ _UNCHANGED = 1e-3
 
 @dataclass(frozen=True)
 class MultiplierStatistics:
-    """The multipliers ``[O, I]`` of one weight.
-
-    Attributes:
-        minimum, maximum, mean, deviation: over all kernels; the deviation is unbiased.
-        near_zero: the share within 0.1 of 0.
-        near_one: the share within 0.1 of 1.
-        low, high: the histogram's ends: 0 and 1, or wider where the multipliers are.
-        histogram: kernels in each of 20 equal bins.
-    """
+    """The multipliers ``[O, I]`` of one weight, over all kernels."""
 
     minimum: float
     maximum: float
     mean: float
-    deviation: float
-    near_zero: float
+    deviation: float  # unbiased
+    near_zero: float  # the share within 0.1 of 0
     near_one: float
-    low: float
+    low: float  # the histogram's ends: 0 and 1, or wider where the multipliers are
     high: float
-    histogram: list[int]
+    histogram: list[int]  # kernels in each of 20 equal bins
 
 
 @dataclass(frozen=True)
@@ -67,9 +57,6 @@ class GainStatistics:
     """How much more gradient the raw weights get than the excited ones, by MWE.
 
     WE paper, eq. 3: the slope of the curve at each weight, ``M_A^2 / (M_A^2 - w^2)``.
-
-    Attributes:
-        minimum, mean, percentile_99, maximum: over all weights.
     """
 
     minimum: float
@@ -107,12 +94,7 @@ class WeightStatistics:
 
 @dataclass(frozen=True)
 class Start:
-    """What a weight was before training, as far as it is known.
-
-    Attributes:
-        raw: the raw weight.
-        parameters: the excitation's parameters by name; None where the start was vanilla.
-    """
+    """What a weight was before training; ``parameters`` is None where the start was vanilla."""
 
     raw: Tensor
     parameters: Mapping[str, Tensor] | None
@@ -121,37 +103,30 @@ class Start:
 def weight_statistics(
     excitation: Composition, raw: Tensor, start: Start | None = None
 ) -> WeightStatistics:
-    """Measures one excited weight.
-
-    Args:
-        excitation: what computes it.
-        raw: the raw weight as its layer stores it.
-        start: what it was before training.
-    """
+    """Measures one excited weight; ``raw`` is as its layer stores it."""
     with torch.no_grad():
         raw = raw.detach()
-        excited = excitation(raw)
         multipliers = multiplier_map(excitation, raw)
         statistics = None if multipliers is None else _multipliers(multipliers)
-        distance = None if start is None else _distance([raw], [start.raw])
-        own = dict(excitation.named_parameters())
-        excitation_distance = None
-        if start is not None and start.parameters is not None and own:
-            before = [start.parameters.get(name) for name in own]
-            if all(
-                b is not None and b.shape == own[n].shape for n, b in zip(own, before, strict=True)
-            ):
-                excitation_distance = _distance(own.values(), [b for b in before if b is not None])
+        distance = None if start is None else _excitation_distance(excitation, start)
         return WeightStatistics(
             raw_norm=_norm([raw]),
-            excited_norm=_norm([excited]),
+            excited_norm=_norm([excitation(raw)]),
             multiplier=statistics,
             gain=_gain(excitation, raw),
             multiply_adds=_multiply_adds(excitation, raw),
-            raw_distance=distance,
-            excitation_distance=excitation_distance,
-            verdict=_verdict(excitation, statistics, excitation_distance),
+            raw_distance=None if start is None else _distance([raw], [start.raw]),
+            excitation_distance=distance,
+            verdict=_verdict(excitation, statistics, distance),
         )
+
+
+def _excitation_distance(excitation: Composition, start: Start) -> float | None:
+    own = dict(excitation.named_parameters())
+    before = start.parameters or {}
+    if not own or any(n not in before or before[n].shape != own[n].shape for n in own):
+        return None
+    return _distance(own.values(), [before[name] for name in own])
 
 
 def learned_nothing(verdicts: Iterable[str]) -> bool:
@@ -223,12 +198,7 @@ def _multipliers(multipliers: Tensor) -> MultiplierStatistics:
 
 def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:
     """The slope of the MWE stage at each weight, by autograd: it may have any curve."""
-    if excitation.is_paused or raw.numel() == 0:
-        return None
-    filters = in_full_precision(raw)
-    if excitation.transposed_groups is not None:
-        filters = to_filters(filters, excitation.transposed_groups)
-    for stage in excitation.stages:
+    for stage, filters in stage_inputs(excitation, raw):
         if stage.name == "mwe":
             with torch.enable_grad():
                 fed = filters.detach().requires_grad_()
@@ -240,7 +210,6 @@ def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:
                 percentile_99=ordered[math.ceil(0.99 * len(ordered)) - 1].item(),
                 maximum=ordered[-1].item(),
             )
-        filters = stage.excite(filters)
     return None
 
 

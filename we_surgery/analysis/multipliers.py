@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations import Composition
+from we_surgery.excitations import Composition, Excitation
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.layout import to_filters
 from we_surgery.reading import layer_display_name
@@ -35,6 +35,19 @@ class HasMultiplier(Protocol):
         """The numbers for a weight ``[O, I, *K]``, such as ``[O, I]``."""
 
 
+def stage_inputs(excitation: Composition, raw: Tensor) -> Iterator[tuple[Excitation, Tensor]]:
+    """Each stage with the filters ``[O, I, *K]`` that it gets; none where excitation is paused."""
+    if excitation.is_paused or raw.numel() == 0:
+        return
+    filters = in_full_precision(raw.detach())
+    if excitation.transposed_groups is not None:
+        filters = to_filters(filters, excitation.transposed_groups)
+    for stage in excitation.stages:
+        yield stage, filters
+        with torch.no_grad(), autocast_off(raw.device.type):
+            filters = stage.excite(filters)
+
+
 def multiplier_map(excitation: Composition, raw: Tensor) -> Tensor | None:
     """The multiplier of each kernel, ``[O, I]``, or None where no stage has one.
 
@@ -46,21 +59,15 @@ def multiplier_map(excitation: Composition, raw: Tensor) -> Tensor | None:
     counts by its mean, one that several kernels share counts for each. Excitation that is paused
     has none.
     """
-    if excitation.is_paused or raw.numel() == 0:
-        return None
     found: Tensor | None = None
-    with torch.no_grad(), autocast_off(raw.device.type):
-        filters = in_full_precision(raw.detach())
-        if excitation.transposed_groups is not None:
-            filters = to_filters(filters, excitation.transposed_groups)
-        for stage in excitation.stages:
-            if isinstance(stage, HasMultiplier):
+    for stage, filters in stage_inputs(excitation, raw):
+        if isinstance(stage, HasMultiplier):
+            with torch.no_grad(), autocast_off(raw.device.type):
                 own = stage.multiplier(filters)
-                if own.ndim > 2:
-                    own = own.mean(tuple(range(2, own.ndim)))
-                own = own.expand(filters.shape[:2])
-                found = own if found is None else found * own
-            filters = stage.excite(filters)
+            if own.ndim > 2:
+                own = own.mean(tuple(range(2, own.ndim)))
+            own = own.expand(filters.shape[:2])
+            found = own if found is None else found * own
     return found
 
 

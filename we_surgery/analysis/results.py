@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -22,9 +22,14 @@ class Result:
     analysis: ClassVar[str]
     score: str
 
+    @property
+    def records(self) -> Sequence[Any]:
+        """A dataclass for each measurement."""
+        raise NotImplementedError
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row of numbers and text for each measurement."""
-        raise NotImplementedError
+        return (asdict(record) for record in self.records)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON types."""
@@ -122,23 +127,14 @@ class LocationMaps(Result):
 
 @dataclass(frozen=True)
 class ValidityRow:
-    """One measurement of :func:`~we_surgery.analysis.multiplier_validity`.
-
-    Attributes:
-        granularity: ``kernel``, ``channel_per_filter`` or ``channel``.
-        end: ``lowest``, ``highest`` or ``random``.
-        draw: which random draw; 0 for the other two.
-        metric: the metric without these kernels.
-        drop: the baseline minus the metric: D_L, D_H, or that of a random choice.
-        sparsity: the share of the measured layers' weights that were zero.
-    """
+    """The metric without the kernels that one choice removed."""
 
     granularity: str
-    end: str
-    draw: int
+    end: str  # lowest, highest or random
+    draw: int  # which random draw; 0 for the other two
     metric: float
-    drop: float
-    sparsity: float
+    drop: float  # the baseline minus the metric: D_L, D_H, or that of a random choice
+    sparsity: float  # the share of the measured layers' weights that were zero
 
 
 @dataclass(frozen=True)
@@ -160,8 +156,9 @@ class MultiplierValidity(Result):
     share: float | None
     measurements: list[ValidityRow]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self.measurements)
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.measurements
 
     def drop(self, granularity: str, end: str) -> float:
         """D_L (``lowest``) or D_H (``highest``), or the mean over the random draws."""
@@ -172,23 +169,14 @@ class MultiplierValidity(Result):
 
 @dataclass(frozen=True)
 class PruningRow:
-    """One measurement of :func:`~we_surgery.analysis.pruning_curve`.
-
-    Attributes:
-        criterion: ``multiplier``, ``magnitude`` or ``random``.
-        share: of the kernels removed in each layer.
-        sparsity: zeros among the pruned layers' weights that pruning made.
-        model_sparsity: the same among all parameters of the stripped model.
-        metric: without these kernels, with no training after.
-        drop: the baseline minus that.
-    """
+    """The metric without a share of the kernels of each layer, with no training after."""
 
     criterion: str
     share: float
-    sparsity: float
-    model_sparsity: float
+    sparsity: float  # zeros among the pruned layers' weights that pruning made
+    model_sparsity: float  # the same among all parameters of the stripped model
     metric: float
-    drop: float
+    drop: float  # the baseline minus the metric
 
 
 @dataclass(frozen=True)
@@ -208,26 +196,19 @@ class PruningCurve(Result):
     layers: list[str]
     measurements: list[PruningRow]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self.measurements)
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.measurements
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One training run.
-
-    Attributes:
-        variant: its name.
-        seed: of the weights, of the excitations' start, and given to the training function.
-        metric: of the model as it would be deployed; None where training failed.
-        difference: to the baseline's run of the same seed; None where either failed.
-        failure: why there is no metric.
-    """
+    """One training run; its metric is None where training failed."""
 
     variant: str
     seed: int
     metric: float | None
-    difference: float | None = None
+    difference: float | None = None  # to the baseline's run of the same seed
     failure: str = ""
 
 
@@ -248,8 +229,9 @@ class Sweep(Result):
     baseline: str
     runs: list[SweepRow]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self.runs)
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.runs
 
     def summary(self) -> list[dict[str, Any]]:
         """For each variant its mean, its mean paired difference, and the error of that.
@@ -281,20 +263,12 @@ class Sweep(Result):
 
 @dataclass(frozen=True)
 class SparseRow:
-    """One training run of :func:`~we_surgery.analysis.sparse_training`.
-
-    Attributes:
-        variant: its name.
-        strength: of the pull towards zeros.
-        seed: of the run.
-        sparsity: zeros among the conv and linear weights after strip.
-        metric: of the stripped model.
-    """
+    """One training run."""
 
     variant: str
-    strength: float
+    strength: float  # of the pull towards zeros
     seed: int
-    sparsity: float
+    sparsity: float  # zeros among the conv and linear weights after strip
     metric: float
 
 
@@ -311,5 +285,6 @@ class SparseTraining(Result):
     score: str
     runs: list[SparseRow]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        return (asdict(row) for row in self.runs)
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.runs

@@ -26,9 +26,8 @@ _IGNORED = -100
 def accuracy(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
     """How many of the labels have the largest output, and how many labels there are.
 
-    Args:
-        outputs: ``[N, classes]``, or ``[N, classes, ...]`` with a label for each place.
-        labels: ``[N]`` or ``[N, ...]``, int64; -100 is passed over.
+    Outputs are ``[N, classes]``, or ``[N, classes, ...]`` with a label for each place; labels are
+    int64, and those of -100 are passed over.
     """
     counted = labels != _IGNORED
     right = (outputs.argmax(1) == labels) & counted
@@ -38,25 +37,23 @@ def accuracy(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
 def log_likelihood(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
     """The sum of the labels' log probabilities (natural logarithm), and their number.
 
-    Arguments as in :func:`accuracy`; the outputs are logits. It moves where no prediction does.
+    Outputs are logits, otherwise as in :func:`accuracy`. It moves where no prediction does.
     """
     loss = F.cross_entropy(outputs.double(), labels, ignore_index=_IGNORED, reduction="sum")
     return -float(loss), int((labels != _IGNORED).sum())
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor], tuple[float, int]]] = {
+Score = Callable[[Tensor, Tensor], tuple[float, int]]
+
+SCORES: dict[str, Score] = {
     "accuracy": accuracy,
     "log_likelihood": log_likelihood,
 }
 """What a batch can be scored by: a sum, and what to divide it by."""
 
 
-def check_score(name: str) -> Callable[[Tensor, Tensor], tuple[float, int]]:
-    """The score of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+def check_score(name: str) -> Score:
+    """The score of that name."""
     if name not in SCORES:
         raise InputError(
             f"there is no score {name!r}{near_matches(str(name), SCORES)}",
@@ -66,11 +63,7 @@ def check_score(name: str) -> Callable[[Tensor, Tensor], tuple[float, int]]:
 
 
 def inputs_and_labels(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """A batch on the model's device.
-
-    Raises:
-        InputError: it is no pair of inputs and labels.
-    """
+    """A batch on the model's device."""
     is_pair = isinstance(batch, tuple | list) and len(batch) == 2
     if not is_pair or not isinstance(batch[1], Tensor):
         found = type(batch).__name__ + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
@@ -91,11 +84,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def class_scores(outputs: Any) -> Tensor:
-    """The tensor of class scores among what a model returns: itself, ``.logits`` or the first.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The tensor of class scores among what a model returns: itself, ``.logits`` or the first."""
     found = getattr(outputs, "logits", outputs)
     if isinstance(found, tuple | list) and found:
         found = found[0]

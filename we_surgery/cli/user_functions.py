@@ -17,15 +17,7 @@ _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def imported(reference: str, option: str) -> Any:
-    """What ``package.module:name`` names, imported from the environment or the current folder.
-
-    Args:
-        reference: the name.
-        option: where the user gave it, for messages.
-
-    Raises:
-        InputError: it has another form, or there is no such module or name.
-    """
+    """What ``package.module:name`` names, imported from the environment or the current folder."""
     if not _REFERENCE.fullmatch(reference):
         raise InputError(
             f"{option} takes package.module:name, not {reference!r}",
@@ -51,11 +43,7 @@ def imported(reference: str, option: str) -> Any:
 
 
 def imported_metric(metric: str | None, loader: str | None) -> Any:
-    """The metric of ``--metric`` or the batches that the function of ``--loader`` returns.
-
-    Raises:
-        InputError: not exactly one was given, or it cannot be imported or called.
-    """
+    """The metric of ``--metric`` or the batches that the function of ``--loader`` returns."""
     if (metric is None) == (loader is None):
         raise InputError(
             "an analysis needs --loader or --metric, and takes one of them",

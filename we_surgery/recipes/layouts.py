@@ -27,11 +27,6 @@ IGNORED_LABEL = 255
 def open_dataset(data: Data, folder: Path, *, is_training: bool) -> Examples:
     """The split that is trained on or evaluated, its ``transform`` still to be set.
 
-    Args:
-        data: what is to be opened.
-        folder: where the images lie.
-        is_training: the training split, and clips at random places of a video.
-
     Raises:
         InputError: something is missing; the message tells what to put where.
     """
@@ -67,11 +62,9 @@ def _missing(data: Data, folder: Path, split: str, why: str) -> InputError:
 
 
 class Pictures(Dataset[Example]):
-    """Image files and their labels.
+    """Image files and their labels, each a number or an image of labels.
 
-    Args:
-        files: an image and its label each; the label is a number or an image of labels.
-        label_of: a colour of a label image -> class; ``[256]``, or None where they are the same.
+    ``label_of`` maps the colours of a label image to classes, ``[256]``.
     """
 
     def __init__(
@@ -97,14 +90,7 @@ class Pictures(Dataset[Example]):
 
 
 class Clips(Dataset[Example]):
-    """Videos as folders of frames.
-
-    Args:
-        videos: a folder and its label each.
-        frames: frames of a clip.
-        sampling: as in :class:`~we_surgery.recipes.recipe.Data`.
-        at_random: clips begin anywhere and not in the middle.
-    """
+    """Videos as folders of frames; clips begin at random places, or in the middle."""
 
     def __init__(
         self, videos: list[tuple[Path, int]], frames: int, sampling: str, at_random: bool

@@ -45,11 +45,7 @@ def vgg19_for_small_images(num_classes: int = 100) -> nn.Module:
 class ResNeXt29(nn.Module):
     """ResNeXt-29 for images of 32x32: three stages of three bottlenecks.
 
-    Args:
-        cardinality: groups of each 3x3 conv.
-        base_width: channels of a group in the first stage; 16 and 64 give ``16x64d``, 68,247,460
-            parameters for 100 classes.
-        num_classes: number of classes.
+    Cardinality 16 and base width 64 give ``16x64d``, 68,247,460 parameters for 100 classes.
     """
 
     def __init__(self, cardinality: int = 16, base_width: int = 64, num_classes: int = 100) -> None:
@@ -84,14 +80,7 @@ class ResNeXt29(nn.Module):
 class WideResNet(nn.Module):
     """A pre-activation wide residual network for images of 32x32 (``WRN-depth-width``).
 
-    Args:
-        depth: convs on the longest path, 6n + 4; 16 has two blocks a stage.
-        width: factor of the channels.
-        num_classes: number of classes.
-        dropout: rate between the two convs of a block.
-
-    Raises:
-        ValueError: ``depth`` is not of the form 6n + 4.
+    The depth is 6n + 4; 16 has two blocks per stage. Dropout is between the two convs of a block.
     """
 
     def __init__(
@@ -140,13 +129,8 @@ class _PreActivationBlock(nn.Module):
 class TemporalShift(nn.Module):
     """Moves an eighth of the channels one frame back and an eighth one frame forth, then a layer.
 
-    Temporal shift module (Lin et al.): ``out[t] = in[t + 1]`` for the first ``channels //
-    fold_div`` channels, ``in[t - 1]`` for as many after them, zeros at the ends.
-
-    Args:
-        net: the layer that gets the shifted features, ``[N * T, C, H, W]``.
-        n_segment: T, frames of a clip.
-        fold_div: what share of the channels moves each way.
+    Temporal shift module (Lin et al.) of ``[N * T, C, H, W]``: ``out[t] = in[t + 1]`` for the first
+    ``channels // fold_div`` channels, ``in[t - 1]`` for as many after them, zeros at the ends.
     """
 
     def __init__(self, net: nn.Module, n_segment: int, fold_div: int = 8) -> None:
@@ -168,11 +152,7 @@ class TemporalShift(nn.Module):
 class TSMResNet50(nn.Module):
     """ResNet50 over frames with a temporal shift inside each residual branch.
 
-    Args:
-        num_classes: number of classes.
-        frames: frames of a clip.
-
-    The forward pass takes clips ``[N, C, T, H, W]`` and averages the logits of their frames.
+    It takes clips ``[N, C, T, H, W]`` and averages the logits of their frames.
     """
 
     def __init__(self, num_classes: int = 27, frames: int = 8) -> None:

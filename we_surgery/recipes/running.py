@@ -32,35 +32,19 @@ LAST = "last.pth.tar"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found.
-
-    Attributes:
-        recipe: the recipe's name.
-        source: where figures were published.
-        published: the published figures, in percent.
-        last: this run's, of the last epoch.
-        best: those of its best epoch.
-        stripped: those of the stripped model, which are the last ones' up to rounding.
-        output_difference: largest output difference of the excited and the stripped model over
-            one batch; None where there is nothing to strip.
-        training_parameters: of the network in training.
-        deployed_parameters: of the stripped one.
-        zeros: share of the stripped weights that are exactly 0, in percent; biases and norm
-            scales left out.
-        file: the stripped state dict.
-    """
+    """What a run found; figures are in percent, parameters are counted."""
 
     recipe: str
     source: str
     published: Mapping[str, float]
-    last: Mapping[str, float]
+    last: Mapping[str, float]  # of the last epoch
     best: Mapping[str, float]
-    stripped: Mapping[str, float]
-    output_difference: float | None
+    stripped: Mapping[str, float]  # those of the last epoch, up to rounding
+    output_difference: float | None  # the largest on one batch; None with nothing to strip
     training_parameters: int
     deployed_parameters: int
-    zeros: float
-    file: str
+    zeros: float  # share of the deployed weights that are exactly 0, without biases and norms
+    file: str  # the deployed state dict
 
 
 def run_recipe(
@@ -88,18 +72,13 @@ def run_recipe(
         dry_run: two synthetic batches and one epoch in place of the images.
         device: ``cpu``, ``cuda``, ...
         workers: processes that read images.
-        step_batch: images of one process in one step; the recipe's batch is reached by
-            accumulating gradients. By default there is nothing to accumulate.
+        step_batch: images of one process in one step; gradients are accumulated to the recipe's
+            batch. By default there is nothing to accumulate.
         seed: of initialization and of each epoch.
         progress: called with (batches done, batches in all) of each pass over the data.
 
     Returns:
         The result; None in every process but the first.
-
-    Raises:
-        InputError: images are missing, the batch cannot be divided so, ``output`` holds a run or
-            lies in a file, there is no such device.
-        SurgeryError: training diverged, or the proof of strip failed.
     """
     _check_output(output, resume)
     _check_device(device)
