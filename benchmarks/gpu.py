@@ -38,13 +38,14 @@ from measuring import (
     write_results,
 )
 from torch import nn
-from transform_forms import excitable_layouts, make_layer
+from transform_forms import excitable_layouts, make_layer, together
 
 import we_surgery as ws
-from we_surgery.excitations import WeightLayout
+from we_surgery.excitations import Backend, WeightLayout
 
 FORMS = ("attached", "converted")
 COMPOSITIONS = ("lwe", "mwe", "lwe+mwe")
+BACKENDS: tuple[Backend, ...] = ("eager", "triton")
 
 
 class Step:
@@ -130,16 +131,12 @@ def check_kernels(device: torch.device) -> dict[str, float]:
         torch.manual_seed(0)
         layers = [make_layer(layout, torch.contiguous_format, mode) for layout in layouts]
         results: list[list[torch.Tensor]] = []
-        for backend in ("eager", "triton"):
-            results.append([])
-            for layer in layers:
-                excitation = copy.deepcopy(layer.excitation).to(device)
-                excitation.backend = backend  # type: ignore[assignment]
-                weight = layer.weight.detach().to(device).requires_grad_()
-                excited_weight = excitation(weight)
-                excited_weight.backward(layer.upstream.to(device))
-                gradients = (weight.grad, *(p.grad for p in excitation.parameters()))
-                results[-1] += [excited_weight.detach(), *(g for g in gradients if g is not None)]
+        for backend in BACKENDS:
+            given = [
+                (e.to(device), w.detach().to(device), upstream.to(device))
+                for e, w, upstream in ((x.excitation, x.weight, x.upstream) for x in layers)
+            ]
+            results.append(together(given, backend))
         found[mode] = max(
             float((one - other).abs().max() / one.abs().max())
             for one, other in zip(*results, strict=True)

@@ -4,18 +4,17 @@
 
 On a GPU each costs a launch of some microseconds, whatever the layer's size. Operations of torch
 are counted as they are dispatched, forward and backward, without those that only look at memory
-(views, allocations); kernels of Triton as they would be launched, layer by layer. The attached
-form launches them for all layers together. The sums into ``.grad`` are not counted, nor is the
-copy of a table to the GPU, which kernels need again only when a weight has moved. Writes
+(views, allocations); ``kernels`` are those of Triton, which the attached form launches for all
+layers together. The sums into ``.grad`` are not counted, nor is the copy of a table to the GPU,
+which kernels need again only when a weight has moved. Writes
 ``launches.json`` and ``launches.md`` into ``benchmarks/results``.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -26,7 +25,7 @@ import torch
 from measuring import TABLE_1, build_network, describe_machine, machine_line, table, write_results
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transform_forms import naive, staged
+from transform_forms import naive, staged, together
 
 import we_surgery as ws
 from we_surgery.converted.layer import excited_layers
@@ -38,7 +37,6 @@ FORMS: dict[str, Callable[[Composition, Tensor], Tensor]] = {
     "naive": naive,
     "staged": staged,
     "eager": Composition.forward,
-    "triton": Composition.forward,
 }
 
 
@@ -60,24 +58,23 @@ class Count(TorchDispatchMode):
 
 def launches(composition: Composition, weight: Tensor, form: str) -> int:
     """Of one weight, forward and backward."""
-    composition.backend = "triton" if form == "triton" else "eager"
     leaf = weight.detach().clone().requires_grad_()
-    upstream = torch.ones_like(leaf)
     inputs = [leaf, *composition.parameters()]
-    kernels, count = mock.Mock(), Count()
-    # Kernels are counted and not run, as an interpreter would take hours, and under no mode, as a
-    # mode is shown torch's own operations instead.
-    with (
-        mock.patch.object(triton_backend, "launch", kernels),
-        contextlib.nullcontext() if form == "triton" else count,
-    ):
+    with Count() as count:
         excited = FORMS[form](composition, leaf)
-        torch.autograd.grad(excited, inputs, upstream, allow_unused=True)
-    return count.launched + kernels.call_count
+        torch.autograd.grad(excited, inputs, torch.ones_like(leaf), allow_unused=True)
+    return count.launched
+
+
+def launches_of_kernels(layers: Sequence[tuple[Composition, Tensor]]) -> int:
+    """Of all weights together; counted and not run, as an interpreter would take hours."""
+    with mock.patch.object(triton_backend, "launch", mock.Mock()) as kernels:
+        together([(e, w.detach(), torch.ones_like(w)) for e, w in layers], "triton")
+    return int(kernels.call_count)
 
 
 def count_network(name: str, mode: str) -> dict[str, Any]:
-    """Launches a layer, and of all excited convs."""
+    """Launches per layer, and of all excited convs."""
     model: nn.Module = build_network(name)
     excited = ws.convert(model, config={"mode": mode, "linear": "skip"}, inplace=True)
     layers = [layer for _, layer in excited_layers(excited)]
@@ -92,6 +89,7 @@ def count_network(name: str, mode: str) -> dict[str, Any]:
                 known[key] = launches(layer.excitation, layer.raw_weight, form)
             counts.append(known[key])
         row[form] = {"most_a_layer": max(counts), "in_all": sum(counts)}
+    row["kernels"] = launches_of_kernels([(lay.excitation, lay.raw_weight) for lay in layers])
     return row
 
 
@@ -100,15 +98,15 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     rows = []
     for row in found["networks"]:
         counts = [f"{row[form]['most_a_layer']} ({row[form]['in_all']})" for form in FORMS]
-        rows.append((row["network"], row["mode"], row["layers"], *counts))
+        rows.append((row["network"], row["mode"], row["layers"], *counts, row["kernels"]))
     return "\n".join(
         [
             "# Launches\n",
             "Written by `benchmarks/launches.py`: operations and kernels of the excitation, "
             "forward and backward together, the most of one layer (all layers of the network). "
-            "Counted on a CPU.\n",
+            "`kernels` are those of the attached form, for the whole network. Counted on a CPU.\n",
             machine_line(found["machine"]),
-            table(("network", "mode", "layers", *FORMS), rows),
+            table(("network", "mode", "layers", *FORMS, "kernels"), rows),
         ]
     )
 

@@ -43,7 +43,6 @@ from transform_forms import (
     MEMORY_FORMATS,
     Excite,
     Layer,
-    by_inductor,
     excitable_layouts,
     make_layer,
 )
@@ -125,7 +124,6 @@ def compare_compiled(memory_format: str, rounds: int) -> dict[str, Spread]:
     forms = dict(FORMS)
     for form in ("staged", "closed"):
         forms[f"{form}, compiled"] = torch.compile(FORMS[form], fullgraph=True, dynamic=False)
-    forms["closed, backend inductor"] = by_inductor
 
     def measure(excite: Excite) -> Callable[[], float]:
         return lambda: seconds_of_a_pass(layers, excite)

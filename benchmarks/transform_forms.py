@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from we_surgery.excitations import (
     LWE,
+    Backend,
     Composition,
     Excitation,
     Recipe,
     WeightLayout,
     build_excitation,
 )
+from we_surgery.excitations.compute.closed_form import excite_into, pull_back
+from we_surgery.excitations.compute.inputs import Pullback
 
 MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
@@ -71,13 +74,26 @@ def staged(composition: Composition, weight: Tensor) -> Tensor:
     return Excitation.forward(composition, weight)
 
 
-def by_inductor(composition: Composition, weight: Tensor) -> Tensor:
-    """The closed form by another backend."""
-    composition.backend = "inductor"
-    try:
-        return composition(weight)  # type: ignore[no-any-return]
-    finally:
-        composition.backend = "eager"
+def together(
+    layers: Sequence[tuple[Composition, Tensor, Tensor]], backend: Backend
+) -> list[Tensor]:
+    """The attached step's way: every W' and every gradient, of all layers at once.
+
+    Args:
+        layers: each one's excitation, raw weight and upstream gradient.
+        backend: what computes them.
+    """
+    jobs, asked = [], []
+    for excitation, weight, _ in layers:
+        inputs = excitation.closed_form(weight)
+        assert inputs is not None
+        jobs.append((weight, inputs, torch.empty_like(weight)))
+    kept = excite_into(jobs, backend)
+    for (weight, inputs, _), own, (_, _, upstream) in zip(jobs, kept, layers, strict=True):
+        needed = (True, *[inputs.fc1_weight is not None] * 4)
+        asked.append(Pullback(upstream.clone(), weight, inputs, own, needed))
+    found = [tensor for gradients in pull_back(backend, asked) for tensor in gradients]
+    return [excited for _, _, excited in jobs] + [t for t in found if t is not None]
 
 
 FORMS: dict[str, Excite] = {

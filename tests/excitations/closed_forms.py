@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,8 +25,6 @@ SMALL = {
     "3d": (3, 2, 2, 1, 3),
     "1x1": (4, 6, 1, 1),
 }
-every_combination = pytest.mark.parametrize("stages", STAGES)
-every_kind = pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
 
 
 def compose(

@@ -55,7 +55,17 @@ def name_of(recipe: Recipe) -> str:
 
 
 every_method = pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def on_layouts(*names: str) -> pytest.MarkDecorator:
+    """Each method in its defaults on every layout, its further forms on the named ones."""
+    cases = [
+        pytest.param(recipe, layout, id=f"{name_of(recipe)}-{name}")
+        for recipe in RECIPES
+        for name, layout in LAYOUTS.items()
+        if name in names or {} in recipe[0].values()
+    ]
+    return pytest.mark.parametrize(("recipe", "layout"), cases)
 
 
 def fits(recipe: Recipe, layout: WeightLayout) -> bool:

@@ -176,7 +176,7 @@ def test_a_stacked_lwe_excites_its_own_layers(inner: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "sse"}, "lwe: attention must be one of se, bam, cbam, global, triplet"),
+        ({"attention": "sse"}, "lwe: attention must be one of se, cbam, bam, triplet, global"),
         ({"gate": "swihs"}, "lwe: gate must be one of"),
         ({"activation": 3}, "lwe: activation must be one of"),
         ({"skip": "yes"}, "lwe: skip must be true or false"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import we_surgery as ws
 from we_surgery.excitations import MWE, Composition
-from we_surgery.excitations.curves import CURVES
+from we_surgery.excitations.mwe import CURVES
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 9, dtype=F64)

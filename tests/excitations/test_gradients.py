@@ -22,37 +22,6 @@ def weight_and(recipe: list[dict[str, dict[str, object]]]) -> tuple[Tensor, Comp
     return torch.randn(SHAPE, dtype=F64, requires_grad=True), excitation
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        [{"standardize": {}}],
-        [{"lwe": {"reduction": 1}}],
-        [{"mwe": {"detach_max": False}}],
-        [{"standardize": {}}, {"lwe": {"reduction": 1}}],
-        [{"standardize": {}}, {"mwe": {"detach_max": False}}],
-        [{"standardize": {}}, {"lwe": {"reduction": 1}}, {"mwe": {"detach_max": False}}],
-    ],
-    ids=lambda recipe: "+".join(name for stage in recipe for name in stage),
-)
-def test_the_gradient_is_that_of_the_function(recipe: list[dict[str, dict[str, object]]]) -> None:
-    weight, excitation = weight_and(recipe)
-    parameters = dict(excitation.named_parameters())
-
-    def excited(weight: Tensor, *values: Tensor) -> Tensor:
-        state = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(excitation, state, (weight,))
-
-    assert torch.autograd.gradcheck(excited, (weight, *parameters.values()))
-
-
-def test_a_transposed_grouped_conv_has_the_gradient_of_its_function() -> None:
-    layout = WeightLayout((4, 3, 2), groups=2, transposed=True)
-    recipe = [{"standardize": {}}, {"lwe": {}}, {"mwe": {"detach_max": False}}]
-    excitation = build_excitation(recipe, layout, dtype=F64)
-    weight = torch.randn(layout.shape, dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(excitation, (weight,))
-
-
 def equation_3(weight: Tensor, epsilon: float) -> Tensor:
     limit = (1 + epsilon) * weight.abs().max()
     return limit**2 / (limit**2 - weight**2)
@@ -110,41 +79,3 @@ def test_a_weight_of_zeros_has_the_gradient_of_the_identity(detach_max: bool, fo
     mwe = form(MWE(detach_max=detach_max))
     (gradient,) = torch.autograd.grad(mwe(weight), weight, upstream)
     assert torch.equal(gradient, upstream)
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        WeightLayout((6, 8, 3, 3)),
-        WeightLayout((6, 4, 3), groups=2),
-        WeightLayout((6, 8)),
-        WeightLayout((6, 1, 1, 1), groups=6),
-        WeightLayout((8, 3, 2, 2), groups=2, transposed=True),
-    ],
-    ids=["conv", "grouped", "linear", "fan-in 1", "transposed"],
-)
-@pytest.mark.parametrize("detach_max", [True, False])
-@pytest.mark.parametrize(
-    "names", ["standardize", "lwe", "mwe", "standardize lwe", "lwe mwe", "all"]
-)
-def test_a_layer_gets_what_the_stages_give_one_by_one(
-    names: str, detach_max: bool, layout: WeightLayout
-) -> None:
-    options: dict[str, dict[str, object]] = {
-        "standardize": {},
-        "lwe": {"reduction": 2},
-        "mwe": {"detach_max": detach_max},
-    }
-    chosen = list(options) if names == "all" else names.split()
-    excitation = build_excitation([{n: options[n]} for n in chosen], layout, dtype=F64)
-    weight = torch.randn(layout.shape, dtype=F64, requires_grad=True)
-    upstream = torch.randn_like(weight)
-    inputs = [weight, *excitation.parameters()]
-    found, expected = excitation(weight), excitation.excite(weight)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(
-        torch.autograd.grad(found, inputs, upstream),
-        torch.autograd.grad(expected, inputs, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other)

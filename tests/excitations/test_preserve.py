@@ -64,7 +64,7 @@ def test_the_excited_weight_is_the_pretrained_one(recipe: str, layout: WeightLay
         torch.testing.assert_close(excited, weight, rtol=3e-6, atol=3e-7)
 
 
-@every_layout
+@pytest.mark.parametrize("layout", [LAYOUTS["conv2d"], LAYOUTS["transposed"]])
 @every_recipe
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_a_half_precision_weight_stays_within_its_rounding(
@@ -81,7 +81,7 @@ def test_a_half_precision_weight_stays_within_its_rounding(
 
 
 @every_layout
-@every_recipe
+@pytest.mark.parametrize("recipe", ["lwe", "standardize+lwe+mwe"])
 def test_every_parameter_learns_within_three_steps(recipe: str, layout: WeightLayout) -> None:
     excitation = build(recipe, layout)
     raw = torch.nn.Parameter(excitation.preserve(pretrained(layout)))

@@ -51,8 +51,14 @@ def name_of(value: Spec | Recipe) -> str:
     return "+".join(name for stage in value for name in stage)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
-@pytest.mark.parametrize("spec", LAYERS + TRANSPOSED, ids=name_of)
+@pytest.mark.parametrize(
+    ("recipe", "spec"),
+    [
+        *((recipe, spec) for recipe in RECIPES for spec in (LAYERS[0], LAYERS[4])),
+        *((RECIPES[-1], spec) for spec in LAYERS + TRANSPOSED),
+    ],
+    ids=name_of,
+)
 def test_the_excited_weight_keeps_shape_and_dtype_and_trains(spec: Spec, recipe: Recipe) -> None:
     raw, layout = make(spec)
     excitation = build_excitation(recipe, layout)

@@ -14,10 +14,9 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery.excitations import LWE
-from we_surgery.excitations.curves import CURVES
 from we_surgery.excitations.functions import ACTIVATIONS
 from we_surgery.excitations.lwe_global import RESIZINGS
-from we_surgery.excitations.mwe import _LEARNABLE
+from we_surgery.excitations.mwe import _LEARNABLE, CURVES
 from we_surgery.planning.config import make_policy
 from we_surgery.planning.policy import CELLS
 from we_surgery.planning.rules import STANDARDIZE_CHOICES

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 import we_surgery as ws
 from we_surgery import excitations
 from we_surgery.excitations import EXCITATIONS
-from we_surgery.excitations.curves import CURVES
+from we_surgery.excitations.mwe import CURVES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "when_it_fails.md").read_text(encoding="utf-8")
 
@@ -339,7 +339,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
         {"_extra_state": torch.ones(3)}
     ),
     "an excitation of the stages ... cannot be rebuilt": lambda: excitations.rebuild_excitation(
-        {}, excitations.excitation_record(ws.convert(net())[0].excitation)
+        {}, ws.convert(net())[0].excitation.record
     ),
     "...: the file's plan gives layer '...'": lambda: edited(ws.convert(net(), "mwe")),
     "layer '...' is of class ..., which saves its weight in a form of its own": lambda: ws.convert(

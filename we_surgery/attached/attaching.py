@@ -69,10 +69,11 @@ def attach(
             they are.
         start: ``paused`` leaves each weight as it is until ``excitation.resume()``.
         example_inputs: as in :func:`we_surgery.plan`.
-        backend: what computes E. ``eager`` runs torch's operations one by one, ``triton`` has
-            kernels for all layers at once on a GPU, ``inductor`` compiles the operations for each
-            shape. ``auto`` takes the kernels on a GPU where they run and agree with eager, and
-            eager everywhere else.
+        backend: who computes E where it has a closed form. ``eager`` is torch's operations one by
+            one. ``triton`` has kernels, 7 launches at most for layers of one kind; they run on a
+            GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
+            ``auto`` takes the kernels on a GPU if they agree with eager on two small layers that
+            are tried first, and eager everywhere else.
         resume: True continues with the state that the optimizer has loaded, where there is one;
             False starts anew, also on a run that has made steps without excitation. A mapping is
             a state that ``excitation.state_dict()`` returned, or the state dict of a converted
@@ -106,6 +107,7 @@ def attach(
             f"`state` must be 'optimizer', 'parameter' or 'separate', got {state!r}",
             "Leave it out: the state then rides in the optimizer's.",
         )
+    check_backend(backend)
     root = inside_wrappers(model)
     optimizers = supported_optimizers(optimizer)
     _refuse_model(root)
@@ -113,7 +115,6 @@ def attach(
         mode,
         {"config": config, "rules": rules, "plan": plan, "init": init, "start": start},
     )
-    check_backend(backend)
     policy = options.get("config")
     _refuse_transplants(plan.transplants if plan else policy.transplants)  # type: ignore[union-attr]
     building = Building(root, optimizers, init, start, backend)

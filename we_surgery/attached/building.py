@@ -72,7 +72,6 @@ class Building:
             optimizer = optimizer_of(parameter, self.optimizers)
             if len(known) > 1 or optimizer is None:
                 continue
-            item.excitation.backend = self.backend
             values = item.raw
             if values is None:
                 own = readable.get_submodule(item.module)._parameters[item.parameter]
@@ -86,6 +85,7 @@ class Building:
                 raw=raw_like(parameter, values, shard),
                 excitation=item.excitation,
                 shard=shard,
+                backend=self.backend,
             )
             found.append((weight, optimizer))
         for weight, _ in found:

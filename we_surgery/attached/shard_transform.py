@@ -16,11 +16,11 @@ from we_surgery.attached.shards import (
 )
 from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations.compute.closed_form import excite_into, pull_back
-from we_surgery.excitations.compute.terms import Kept, Pullback, Terms, changes_nothing
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback, changes_nothing
 from we_surgery.excitations.mwe import curve_limit
 
 
-def rows_terms(weight: AttachedWeight) -> Terms | None:
+def rows_terms(weight: AttachedWeight) -> ClosedFormInputs | None:
     """The closed form of this rank's rows; None where they cannot be computed by themselves."""
     shard = weight.shard
     terms = weight.excitation.closed_form(weight.raw)
@@ -34,16 +34,16 @@ def rows_terms(weight: AttachedWeight) -> Terms | None:
 
 
 @torch.no_grad()
-def write_rows(weights: Sequence[tuple[AttachedWeight, Terms]]) -> None:
+def write_rows(weights: Sequence[tuple[AttachedWeight, ClosedFormInputs]]) -> None:
     """Computes W' of this rank's rows; MWE's maxima of all weights travel in one message."""
-    pending: list[tuple[AttachedWeight, Terms, Tensor, Kept | None]] = []
+    pending: list[tuple[AttachedWeight, ClosedFormInputs, Tensor, Kept | None]] = []
     for weight, terms in weights:
         linear, kept = _before_curve(weight, terms)
         if terms.mwe_epsilon is None:
             _finish(weight, terms, linear, kept)
         else:
             pending.append((weight, terms, linear, kept))
-    by_group: dict[int, list[tuple[AttachedWeight, Terms, Tensor, Kept | None]]] = {}
+    by_group: dict[int, list[tuple[AttachedWeight, ClosedFormInputs, Tensor, Kept | None]]] = {}
     for entry in pending:
         by_group.setdefault(id(_shard(entry[0]).group), []).append(entry)
     for entries in by_group.values():
@@ -63,17 +63,19 @@ def _largest(values: Tensor) -> Tensor:
     return values.abs().amax() if values.numel() else values.new_zeros(())
 
 
-def _before_curve(weight: AttachedWeight, terms: Terms) -> tuple[Tensor, Kept | None]:
+def _before_curve(weight: AttachedWeight, terms: ClosedFormInputs) -> tuple[Tensor, Kept | None]:
     rows = local(weight.raw)
     straight = terms._replace(mwe_epsilon=None)
     if rows.numel() == 0 or changes_nothing(straight):
         return rows, None
     linear = torch.empty_like(rows)
-    kept = excite_into([(rows, straight, linear)], weight.excitation.backend)[0][1]
+    kept = excite_into([(rows, straight, linear)], weight.backend)[0]
     return linear, kept
 
 
-def _finish(weight: AttachedWeight, terms: Terms, values: Tensor, kept: Kept | None) -> None:
+def _finish(
+    weight: AttachedWeight, terms: ClosedFormInputs, values: Tensor, kept: Kept | None
+) -> None:
     weight.memory.copy_(values)
     weight.excited = Excited(terms, kept)
 
@@ -106,7 +108,7 @@ def pull_back_rows(weights: Sequence[AttachedWeight]) -> None:
         if rows.numel() and kept is not None:
             needed = (True, *(fc is not None and fc.requires_grad for fc in fcs))
             asked = Pullback(gradient, rows, terms, kept, needed)
-            found = pull_back(weight.excitation.backend, [asked])[0]
+            found = pull_back(weight.backend, [asked])[0]
         assert found[0] is not None
         weight.raw.grad = shard.joined(found[0], weight.raw)
         for parameter, by_fc in zip(fcs, found[1:], strict=False):

@@ -24,7 +24,7 @@ from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.closed_form import excite_into
 from we_surgery.excitations.compute.closed_form import pull_back as pull_back_in_closed_form
-from we_surgery.excitations.compute.terms import Pullback, Terms
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
 
 
 def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
@@ -34,8 +34,8 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
         weights: the weights.
         advance: whether buffers that follow training, such as a power iteration's, move first.
     """
-    closed: dict[Backend, list[tuple[AttachedWeight, Terms]]] = {}
-    rows: list[tuple[AttachedWeight, Terms]] = []
+    closed: dict[Backend, list[tuple[AttachedWeight, ClosedFormInputs]]] = {}
+    rows: list[tuple[AttachedWeight, ClosedFormInputs]] = []
     for weight in weights:
         if weight.shard is not None and not weight.excitation.is_identity(weight.raw):
             terms = rows_terms(weight)
@@ -46,7 +46,7 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
             continue
         terms = weight.excitation.closed_form(weight.raw)
         if terms is not None:
-            closed.setdefault(weight.excitation.backend, []).append((weight, terms))
+            closed.setdefault(weight.backend, []).append((weight, terms))
         elif weight.excitation.is_identity(weight.raw):
             weight.excited = Excited(is_identity=True)
             weight.memory.copy_(local(weight.raw))
@@ -54,7 +54,7 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
             _write_by_autograd(weight, advance)
     for backend, pairs in closed.items():
         jobs = [(weight.raw, terms, weight.parameter.detach()) for weight, terms in pairs]
-        kept = (kept for _, kept in excite_into(jobs, backend))
+        kept = excite_into(jobs, backend)
         for (weight, terms), own in zip(pairs, kept, strict=True):
             weight.excited = Excited(terms, own)
     write_rows(rows)
@@ -89,7 +89,7 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
         for parameter in weight.parameters:
             parameter.grad = None
         if weight.shard is None and weight.excited.terms is not None:
-            closed.setdefault(weight.excitation.backend, []).append(weight)
+            closed.setdefault(weight.backend, []).append(weight)
     found: dict[int, tuple[Tensor | None, ...]] = {}
     for backend, own in closed.items():
         results = pull_back_in_closed_form(backend, [_pullback(weight) for weight in own])
@@ -171,7 +171,7 @@ def _pullback(weight: AttachedWeight) -> Pullback:
     return Pullback(_gradient(weight), weight.raw, terms, kept, needed)
 
 
-def _accumulate(terms: Terms, gradients: Iterable[Tensor | None]) -> None:
+def _accumulate(terms: ClosedFormInputs, gradients: Iterable[Tensor | None]) -> None:
     """Adds the gradients of A, a, B and b to those parameters."""
     fcs = (terms.fc1_weight, terms.fc1_bias, terms.fc2_weight, terms.fc2_bias)
     for parameter, gradient in zip(fcs, gradients, strict=True):

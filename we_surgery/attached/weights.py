@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge
 from torch.optim import Optimizer
 
 from we_surgery.attached.shards import Shard, local
-from we_surgery.excitations import Composition
-from we_surgery.excitations.compute.terms import Kept, Terms
+from we_surgery.excitations import Backend, Composition
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Excited:
         is_identity: whether W' is the raw weight, as of a paused excitation.
     """
 
-    terms: Terms | None = None
+    terms: ClosedFormInputs | None = None
     kept: Kept | None = None
     edge: GradientEdge | None = None
     is_identity: bool = False
@@ -45,6 +45,7 @@ class AttachedWeight:
         raw: what the optimizer trains in its place.
         excitation: E.
         shard: how both are divided among ranks; None where they are whole.
+        backend: who computes E; see :func:`we_surgery.attach`.
         parameters: those of the excitation.
         excited: what the last computation of W' left for the backward pass.
         version: of ``parameter`` after W' was written.
@@ -58,6 +59,7 @@ class AttachedWeight:
     raw: nn.Parameter
     excitation: Composition
     shard: Shard | None = None
+    backend: Backend = "auto"
     parameters: tuple[nn.Parameter, ...] = field(init=False)
     excited: Excited = field(default_factory=Excited)
     version: int = -1

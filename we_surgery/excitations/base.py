@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError
 from we_surgery.excitations.layout import WeightLayout
-from we_surgery.excitations.legacy import upgrade_attributes
+from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.record import (
     RECORD_KEY,
     Record,
@@ -22,6 +22,9 @@ from we_surgery.excitations.record import (
     read_record,
     to_tensor,
 )
+
+Device = torch.device | str | None
+DType = torch.dtype | None
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -36,23 +39,17 @@ class Affine(NamedTuple):
 class Excitation(nn.Module, ABC):
     """A map from a weight ``[O, I, *K]`` to an excited weight of the same shape and dtype.
 
-    It follows torch's parametrization protocol (``forward`` and, where one
-    exists, ``right_inverse``), so it can also be registered by
-    ``torch.nn.utils.parametrize``. Half-precision weights are computed in
-    float32 and rounded once, and autocast is off inside: under bf16 autocast
-    an excited weight would differ from its float32 value by 0.4 %, and a fold
+    It follows torch's parametrization protocol (``forward`` and, where one exists,
+    ``right_inverse``), so it can also be registered by ``torch.nn.utils.parametrize``.
+    Half-precision weights are computed in float32 and rounded once, and autocast is off inside:
+    under bf16 autocast an excited weight would differ from its float32 value by 0.4 %, and a fold
     in float32 would no longer be what was trained.
 
-    Subclasses set ``name`` (their key in a state dict and in a config) and
-    ``order`` (their place when several are composed; two of one place exclude
-    each other), write :meth:`excite`, and give :meth:`for_layout` and
-    :meth:`from_state`; the rest has a default. An option of :meth:`for_layout`
-    is kept as the attribute of its name: a state dict says in words which
-    options an excitation has (:mod:`we_surgery.excitations.record`), and in
-    tensors only what is trained or moves. Nothing of :meth:`excite` is
-    kept for the backward pass, which runs it again
-    (:mod:`we_surgery.excitations.compute.rerun`): it is a pure function, and what moves
-    from step to step moves in :meth:`advance`.
+    Subclasses set ``name`` (their key in a state dict and in a config) and ``order`` (their place
+    when several are composed; two of one place exclude each other), write :meth:`excite`, and
+    give :meth:`for_layout` and :meth:`from_state`; the rest has a default. Each option of
+    :meth:`for_layout` is an attribute of its name: a state dict says the options in words
+    (:mod:`we_surgery.excitations.record`), and in tensors only what is trained or moves.
     """
 
     name: ClassVar[str]
@@ -116,9 +113,7 @@ class Excitation(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         """A new excitation for a layer; further keyword arguments are the method's options."""
 
     @classmethod
@@ -197,29 +192,32 @@ class Excitation(nn.Module, ABC):
         return {name: getattr(self, name) for name in self.options()}
 
     @property
+    def stages(self) -> tuple[Excitation, ...]:
+        """What its record speaks of: itself, or the stages of a composition."""
+        return (self,)
+
+    @property
     def record(self) -> Record:
         """What it is, in words; see :mod:`we_surgery.excitations.record`."""
-        return make_record([{self.name: self.chosen_options()}])
+        return make_record([{stage.name: stage.chosen_options()} for stage in self.stages])
 
-    def adopt(self, saved: Tensor) -> None:
+    def adopt(self, saved: Tensor) -> Record:
         """Takes what a checkpoint may change, such as an epsilon, from its record.
 
         Raises:
             InputError: the record is of another excitation, or cannot be read.
         """
         mine, theirs = self.record, read_record(saved)
-        if outline(mine) != outline(theirs):
-            raise _other_excitation(
-                f"the model has {outline(mine)}, the checkpoint {outline(theirs)}"
-            )
         try:
-            self.take_over_record(theirs)
+            if outline(mine) != outline(theirs):
+                raise ValueError(f"the model has {outline(mine)}, the checkpoint {outline(theirs)}")
+            for stage, said in zip(self.stages, theirs["stages"], strict=True):
+                stage.take_over(said[stage.name])
         except ValueError as error:
-            raise _other_excitation(str(error)) from error
-
-    def take_over_record(self, record: Record) -> None:
-        """:meth:`take_over` of all that a record says, which is of the same stages."""
-        self.take_over(record["stages"][0][self.name])
+            raise InputError(
+                str(error), "Convert the model in the way that the checkpoint's was converted."
+            ) from error
+        return theirs
 
     # Not by `get_extra_state`: torch.distributed.checkpoint would ask the class for that of a part.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -231,29 +229,23 @@ class Excitation(nn.Module, ABC):
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Any,
+        metadata: Any,
         strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        *lists: list[str],
     ) -> None:
-        saved = state_dict.pop(prefix + RECORD_KEY, None)
-        if saved is None and not self.is_part:
-            missing_keys.append(prefix + RECORD_KEY)
-        elif not self.is_part:
+        missing_keys, _, error_msgs = lists
+        if not self.is_part:
+            key = prefix + RECORD_KEY
             try:
-                self.adopt(saved)
+                if key not in state_dict:
+                    upgrade_state(state_dict, prefix)
+                if key in state_dict:
+                    self.adopt(state_dict.pop(key))
+                elif strict:
+                    missing_keys.append(key)
             except InputError as error:
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -294,20 +286,12 @@ class Excitation(nn.Module, ABC):
                 self._buffers[name] = kept.to(target, before.dtype)
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        upgrade_attributes(self, self.name, self.__dict__)
-
     @staticmethod
     def _in_full_precision(compute: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
         if weight.numel() == 0:
             return weight
         with autocast_off(weight.device.type):
             return compute(in_full_precision(weight)).to(weight.dtype)
-
-
-def _other_excitation(cause: str) -> InputError:
-    return InputError(cause, "Convert the model in the way that the checkpoint's was converted.")
 
 
 def in_full_precision(weight: Tensor) -> Tensor:

@@ -9,21 +9,24 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.errors import ExcitationError, InputError, NotStrippedWarning
-from we_surgery.excitations.base import Affine, Excitation, autocast_off, in_full_precision
+from we_surgery.errors import ExcitationError, NotStrippedWarning
+from we_surgery.excitations.base import (
+    Affine,
+    Device,
+    DType,
+    Excitation,
+    autocast_off,
+    in_full_precision,
+)
 from we_surgery.excitations.cached import block_of
-from we_surgery.excitations.compute.backends import EAGER, Backend, arithmetic
 from we_surgery.excitations.compute.closed_form import excite_in_closed_form, excite_in_place
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, changes_nothing
 from we_surgery.excitations.compute.rerun import excite_and_rerun
-from we_surgery.excitations.compute.terms import Terms, changes_nothing
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
-from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
-from we_surgery.excitations.paused import idle
-from we_surgery.excitations.record import RECORD_KEY, Record, make_record, to_tensor
-from we_surgery.excitations.rescale import Rescale
-from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations.record import Record, to_tensor
+from we_surgery.excitations.standardize import Rescale, Standardize
 
 
 class Composition(Excitation):
@@ -48,9 +51,7 @@ class Composition(Excitation):
     order: ClassVar[int] = 0
     transposed_groups: int | None
     paused: Tensor | None
-    """Of length 1 in a pause and 0 after it, so that no average goes on over the end of one."""
-    backend: Backend = "eager"
-    """Which backend computes the closed form; the attached form sets it."""
+    """Not empty in a pause, so that no average of the model goes on over the end of one."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -62,9 +63,7 @@ class Composition(Excitation):
             raise ValueError(f"a composition takes each stage once, not {names}")
         if len({stage.order for stage in ordered}) < len(ordered):
             raise ValueError(f"two of {names} take the same place; a composition takes one of them")
-        for stage in ordered:
-            self.add_module(stage.name, stage)
-        self._speak_for_stages()
+        self._add(ordered)
         self.transposed_groups = transposed_groups
         # Not in a state dict, whose record says it.
         self.register_buffer("paused", None, persistent=False)
@@ -80,90 +79,34 @@ class Composition(Excitation):
         return self.paused is not None and self.paused.shape[0] > 0
 
     def set_paused(self, paused: bool, device: torch.device | str = "cpu") -> None:
-        """Says that this is paused or is not, and changes nothing else."""
         if paused != self.is_paused:
             held = torch.zeros(1, dtype=torch.uint8, device=device)
             self.paused = held if paused else held[:0]
 
     @property
     def record(self) -> Record:
-        return make_record(
-            [{stage.name: stage.chosen_options()} for stage in self.stages],
-            transposed_groups=self.transposed_groups,
-            paused=self.is_paused,
-        )
+        own = {"transposed_groups": self.transposed_groups, "paused": self.is_paused}
+        return super().record | own
 
-    def take_over_record(self, record: Record) -> None:
-        for stage, said in zip(self.stages, record["stages"], strict=True):
-            stage.take_over(said[stage.name])
+    def adopt(self, saved: Tensor) -> Record:
+        record = super().adopt(saved)
         device = next((tensor.device for tensor in self.parameters()), "cpu")
         self.set_paused(record["paused"], device)
+        return record
 
     def get_extra_state(self) -> Tensor:
-        """The record as state dicts hold it."""
+        """The record, for torch.distributed.checkpoint, which asks for it by this name."""
         return to_tensor(self.record)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """:meth:`adopt`, by the name that torch calls it by."""
-        self.adopt(state)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._speak_for_stages()
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        self._speak_for_stages()
-        if prefix + RECORD_KEY not in state_dict:
-            upgrade_state(state_dict, prefix)
-        try:
-            nn.Module._load_from_state_dict(
-                self,
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-        except InputError as error:
-            error_msgs.append(f"{prefix.removesuffix('.')}: {error.cause}. {error.cure}")
-
-    def _speak_for_stages(self) -> None:
-        for stage in self.stages:
-            stage.is_part = True
 
     @torch.no_grad()
     def pause(self, weight: Tensor) -> None:
-        """Makes this the identity until :meth:`resume`; for a new composition.
-
-        All tensors that it will have then are there from now on.
-
-        Args:
-            weight: the raw weight, for its shape.
-        """
+        """Makes this the identity until :meth:`resume`, with all tensors that it will have then."""
         self.preserve(weight)
         self.set_paused(True, "cpu" if weight.is_meta else weight.device)
 
     @torch.no_grad()
     def resume(self, weight: Tensor) -> Tensor:
-        """Ends the pause without a change of the excited weight.
-
-        Args:
-            weight: the raw weight as it is now.
-
-        Returns:
-            The raw weight to go on with; see :meth:`preserve`.
-        """
+        """Ends the pause; returns the raw weight whose excitation is the present one."""
         if not self.is_paused:
             return weight
         raw = self.preserve(weight)
@@ -185,62 +128,57 @@ class Composition(Excitation):
         """:meth:`forward`, also where it would return what was computed before."""
         warn_if_exported()
         if self.is_paused:
-            return idle(weight, list(self.parameters()))
+            return _idle(weight, list(self.parameters()))
         # A trace that is to be saved cannot hold an autograd function.
         is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-        terms = self._terms(weight)
-        if is_traced or weight.numel() == 0 or (terms is not None and changes_nothing(terms)):
+        inputs = self._inputs(weight)
+        if is_traced or weight.numel() == 0 or (inputs is not None and changes_nothing(inputs)):
             return super().forward(weight)
-        if terms is not None:
-            return excite_in_closed_form(weight, terms, self.backend)
-        if self.training and torch.is_grad_enabled():
-            self._advance_stages(weight)
+        if inputs is not None:
+            return excite_in_closed_form(weight, inputs)
+        is_transformed = torch._C._are_functorch_transforms_active()
+        if self.training and torch.is_grad_enabled() and not is_transformed:
+            self._feed(weight, "advance")
         return excite_and_rerun(self, weight)
 
-    def closed_form(self, weight: Tensor) -> Terms | None:
+    def closed_form(self, weight: Tensor) -> ClosedFormInputs | None:
         """What the closed form is given for this weight; None where something else computes."""
         if self.is_paused or weight.numel() == 0:
             return None
-        terms = self._terms(weight)
-        return None if terms is None or changes_nothing(terms) else terms
+        inputs = self._inputs(weight)
+        return None if inputs is None or changes_nothing(inputs) else inputs
 
     def is_identity(self, weight: Tensor) -> bool:
         """Whether the excited weight is the raw weight itself."""
         if self.is_paused or weight.numel() == 0:
             return True
-        terms = self._terms(weight)
-        return terms is not None and changes_nothing(terms)
+        inputs = self._inputs(weight)
+        return inputs is not None and changes_nothing(inputs)
 
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
-        """:meth:`forward` to the bit, for a weight that nobody needs afterwards.
-
-        The closed form of a large weight then needs little memory beside the weight's own.
-
-        Returns:
-            ``weight``, overwritten; or another tensor where it is small or a stage has no closed
-            form.
-        """
-        terms = self.closed_form(weight)
-        if terms is None or arithmetic(self.backend, weight, terms) is not EAGER:
+        """:meth:`forward` to the bit; a large weight's closed form in its own memory."""
+        inputs = self.closed_form(weight)
+        if inputs is None:
             return self(weight)  # type: ignore[no-any-return]
-        return excite_in_place(weight, terms)
+        return excite_in_place(weight, inputs)
 
     @torch.no_grad()
-    def _advance_stages(self, weight: Tensor) -> None:
-        stages = self.stages
-        places = [place for place, stage in enumerate(stages) if stage.advances]
-        if not places or torch._C._are_functorch_transforms_active():
+    def _feed(self, weight: Tensor, method: str) -> None:
+        """Calls a method of each stage with what the stage is fed, to the last that defines it."""
+        base = getattr(Excitation, method)
+        last = [stage for stage in self.stages if getattr(type(stage), method) is not base][-1:]
+        if not last or weight.numel() == 0:
             return
-        last = places[-1]
         with autocast_off(weight.device.type):
             filters = self._as_filters(in_full_precision(weight.detach()))
-            for stage in stages[:last]:
-                stage.advance(filters)
+            for stage in self.stages:
+                getattr(stage, method)(filters)
+                if stage is last[0]:
+                    return
                 filters = stage.excite(filters)
-            stages[last].advance(filters)
 
-    def _terms(self, weight: Tensor) -> Terms | None:
+    def _inputs(self, weight: Tensor) -> ClosedFormInputs | None:
         """The stages as the closed form takes them; None where it does not know them."""
         found: dict[str, Any] = {}
         for stage in self._modules.values():
@@ -249,16 +187,15 @@ class Composition(Excitation):
                 if weight.numel() > self._out_channels(weight):
                     found["standardize_epsilon"] = stage.epsilon
             elif isinstance(stage, LWE) and stage.is_paper_form:
-                fc1_weight, fc1_bias, fc2_weight, fc2_bias = stage.layer_tensors()
-                found |= {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias}
-                found |= {"fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+                found |= {"fc1_weight": stage.fc1.weight, "fc1_bias": stage.fc1.bias}
+                found |= {"fc2_weight": stage.fc2.weight, "fc2_bias": stage.fc2.bias}
             elif type(stage) is Rescale and not stage.gain.requires_grad:
                 found |= {"gain": stage.gain, "shift": stage.shift}
             elif isinstance(stage, MWE) and stage.is_paper_form:
                 found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
             else:
                 return None
-        return Terms(**found, transposed_groups=self.transposed_groups)
+        return ClosedFormInputs(**found, transposed_groups=self.transposed_groups)
 
     def _out_channels(self, weight: Tensor) -> int:
         if self.transposed_groups is None:
@@ -266,11 +203,7 @@ class Composition(Excitation):
         return weight.shape[1] * self.transposed_groups
 
     def excite(self, weight: Tensor) -> Tensor:
-        """The excited weight stage by stage, in full precision.
-
-        The reference that the closed form of :meth:`forward` is tested against, and what runs
-        where a stage is of a class the closed form does not know.
-        """
+        """The excited weight stage by stage, in full precision."""
         filters = self._as_filters(weight)
         for stage in self.stages:
             filters = stage.excite(filters)
@@ -282,16 +215,8 @@ class Composition(Excitation):
             filters = stage.invert(filters)
         return self._as_stored(filters, excited)
 
-    @torch.no_grad()
     def prepare(self, weight: Tensor) -> None:
-        last = max((i for i, stage in enumerate(self.stages) if _prepares(stage)), default=-1)
-        if last < 0 or weight.numel() == 0:
-            return
-        with autocast_off(weight.device.type):
-            filters = self._as_filters(in_full_precision(weight))
-            for stage in self.stages[: last + 1]:
-                stage.prepare(filters)
-                filters = stage.excite(filters)
+        self._feed(weight, "prepare")
 
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
         for stage in self.stages:
@@ -345,15 +270,14 @@ class Composition(Excitation):
             rescale.gain = rescale.gain.to(gain.dtype).copy_(gain)
             rescale.shift = rescale.shift.to(shift.dtype).copy_(shift)
         else:
-            self._insert(Rescale(gain, shift))
+            stages = (*self.stages, Rescale(gain, shift))
+            self._add(sorted(stages, key=lambda stage: stage.order))
 
-    def _insert(self, stage: Excitation) -> None:
-        stages = sorted((*self.stages, stage), key=lambda stage: stage.order)
-        for other in stages:
-            self._modules.pop(other.name, None)
-        for other in stages:
-            self.add_module(other.name, other)
-        self._speak_for_stages()
+    def _add(self, ordered: Iterable[Excitation]) -> None:
+        for stage in ordered:
+            self._modules.pop(stage.name, None)
+            self.add_module(stage.name, stage)
+            stage.is_part = True
 
     def _as_filters(self, weight: Tensor) -> Tensor:
         if self.transposed_groups is None:
@@ -368,18 +292,12 @@ class Composition(Excitation):
         return torch.empty_like(like).copy_(stored)
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         raise TypeError("a composition is built from its stages; see `build_excitation`")
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         raise TypeError("a composition is rebuilt from its stages; see `rebuild_excitation`")
-
-
-def _prepares(stage: Excitation) -> bool:
-    return type(stage).prepare is not Excitation.prepare
 
 
 def warn_if_exported() -> None:
@@ -394,3 +312,30 @@ def warn_if_exported() -> None:
             NotStrippedWarning,
             stacklevel=2,
         )
+
+
+def _idle(weight: Tensor, parameters: list[Tensor]) -> Tensor:
+    """``weight``, with a graph in which the parameters have a gradient of 0.
+
+    Without one, DDP would wait for them, and an optimizer would meet them later than the rest.
+    """
+    is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if is_traced or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return weight
+    excited: Tensor = _Idle.apply(weight, *parameters)
+    return excited
+
+
+class _Idle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (
+            torch.zeros_like(parameter) if needed else None
+            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        return gradient, *zeros

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.functions import spread
 from we_surgery.excitations.layout import WeightLayout
 
@@ -44,13 +44,7 @@ class DynamicSparse(Excitation):
     )
     deploys_to: ClassVar[str] = "the vanilla layer, bit-equal, its masked weights exact zeros"
 
-    def __init__(
-        self,
-        out_channels: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
         self.threshold = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
 
@@ -84,15 +78,13 @@ class DynamicSparse(Excitation):
         return weight
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         return cls(layout.out_channels, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         threshold = state["threshold"]
-        return cls(threshold.shape[0], device=torch.device("meta"), dtype=threshold.dtype)
+        return cls(threshold.shape[0], device="meta", dtype=threshold.dtype)
 
 
 def long_tailed_slope(over: Tensor) -> Tensor:

@@ -53,11 +53,7 @@ class WeightLayout:
 
 
 def to_filters(weight: Tensor, groups: int) -> Tensor:
-    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into filters ``[O, C/g, *K]``.
-
-    For group q and its output o, filter ``q * O/g + o`` is made of the rows
-    ``q * C/g ... (q + 1) * C/g - 1`` at column o.
-    """
+    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into filters ``[O, C/g, *K]``."""
     inputs, outputs, *kernel = weight.shape
     grouped = weight.reshape(groups, inputs // groups, outputs, *kernel)
     return grouped.transpose(1, 2).reshape(groups * outputs, inputs // groups, *kernel)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
@@ -50,6 +50,7 @@ class LWE(Excitation):
             names joined by ``+``, or a mapping of stages to options, which may hold a further
             ``inner`` (thesis, chapter 8).
         device, dtype: those of the layer.
+        further: options of one attention alone.
 
     Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias,
     in torch's default initialization (supplement, section 1).
@@ -102,24 +103,21 @@ class LWE(Excitation):
         activation: str = "relu",
         gate: str = "sigmoid",
         inner: Inner | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
+        **further: Any,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("groups", groups),
-            ("reduction", reduction),
-        ):
+        widths = {"in_channels": in_channels, "groups": groups, "reduction": reduction}
+        for name, value in widths.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"lwe: {name} must be a positive integer, not {value!r}")
         if in_channels % groups:
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
-        self._choose(reduction, skip, activation, gate, inner)
+        self._choose(reduction, skip, activation, gate, inner, **further)
         hidden = max(in_channels // reduction, 1)
         self._add_layers(in_channels // groups, hidden, kernel_size, device, dtype)
-        if inner is not None:
-            self._excite_layers(inner, device, dtype)
+        self._excite_layers(device, dtype)
 
     def _choose(
         self,
@@ -139,28 +137,23 @@ class LWE(Excitation):
         return {name: getattr(self, name) for name in self.options() if name not in self.lacks}
 
     def _add_layers(
-        self,
-        channels: int,
-        hidden: int,
-        kernel_size: tuple[int, ...],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
     ) -> None:
         self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
 
-    def _excite_layers(
-        self, inner: Inner, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def _excite_layers(self, device: Device, dtype: DType) -> None:
+        if self.inner is None:
+            return
         # Within: the registry lists this class.
         from we_surgery.excitations.registry import build_excitation
 
-        if not isinstance(inner, str | Mapping) or not inner:
-            raise ValueError(f"lwe: inner must name excitations, not {inner!r}")
-        stages: Mapping[str, Mapping[str, Any]] = (
-            {stage: {} for stage in inner.split("+")} if isinstance(inner, str) else inner
+        if not isinstance(self.inner, str | Mapping) or not self.inner:
+            raise ValueError(f"lwe: inner must name excitations, not {self.inner!r}")
+        stages: Mapping[str, Any] = (
+            dict.fromkeys(self.inner.split("+")) if isinstance(self.inner, str) else self.inner
         )
-        recipe: list[Mapping[str, Mapping[str, Any]]] = [{"standardize": {}}]
+        recipe: list[Mapping[str, Any]] = [{"standardize": {}}]
         recipe += [{stage: options or {}} for stage, options in stages.items()]
         for name, fc in (("fc1", self.fc1), ("fc2", self.fc2)):
             layout = WeightLayout(tuple(fc.weight.shape))
@@ -168,15 +161,10 @@ class LWE(Excitation):
             self.add_module(f"{name}_excitation", excitation)
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether its own layers are excited."""
-        return "fc1_excitation" in self._modules
-
-    @property
     def is_paper_form(self) -> bool:
         """Whether it is what eq. 1 says, which the closed form knows."""
-        choices = (self.skip, self.activation, self.gate)
-        return type(self) is LWE and choices == (False, "relu", "sigmoid") and not self.is_stacked
+        choices = (self.skip, self.activation, self.gate, self.inner)
+        return type(self) is LWE and choices == (False, "relu", "sigmoid", None)
 
     def excite(self, weight: Tensor) -> Tensor:
         return weight * spread(self.multiplier(weight), weight)
@@ -187,8 +175,12 @@ class LWE(Excitation):
         Returns:
             ``[O, I]``, or ``[O, I, *K]`` where the attention tells positions of a kernel apart.
         """
-        gated = ACTIVATIONS[self.gate](self._mlp(kernel_mean(weight)))
+        gated = self._gated(weight)
         return 1 + gated if self.skip else gated
+
+    def _gated(self, weight: Tensor) -> Tensor:
+        """The multiplier without a skip."""
+        return ACTIVATIONS[self.gate](self._mlp(kernel_mean(weight)))
 
     def _mlp(self, pooled: Tensor) -> Tensor:
         """``fc2(activation(fc1(p)))`` of ``[O, I]``."""
@@ -202,6 +194,9 @@ class LWE(Excitation):
             weight = excitation.excite(weight)
         return linear(inputs, weight, fc.bias)
 
+    def start_affine(self, weight: Tensor) -> Affine:
+        return Affine(1 / self.start_constant(weight))
+
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
         """Makes the multiplier the same for all kernels, and able to learn; returns it.
@@ -212,17 +207,15 @@ class LWE(Excitation):
         Args:
             weight: what the multiplier is computed from, ``[O, I, *K]``.
         """
-        if self.is_stacked:
+        if self.inner is not None:
             raise NotImplementedError("a stacked lwe cannot start as an identity")
-        nn.init.zeros_(self.fc2.weight)
-        nn.init.constant_(self.fc2.bias, self.start_bias)
         self._wake_units(weight)
+        make_constant(self.fc2, self.start_bias)
         return self.skip + self.gate_at(self.start_bias)
 
     def _wake_units(self, weight: Tensor) -> None:
-        pooled = self._pooled(weight)
-        is_off = (linear(pooled, self.fc1.weight, self.fc1.bias) <= 0).all(0)
-        sign = torch.where(is_off, -1.0, 1.0).to(self.fc1.weight.dtype)
+        hidden = linear(self._pooled(weight), self.fc1.weight, self.fc1.bias)
+        sign = torch.where((hidden <= 0).all(0), -1.0, 1.0).to(self.fc1.weight.dtype)
         self.fc1.weight.mul_(sign.unsqueeze(1))
         self.fc1.bias.mul_(sign)
 
@@ -239,20 +232,13 @@ class LWE(Excitation):
         """The gate of one number."""
         return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
-    def start_affine(self, weight: Tensor) -> Affine:
-        return Affine(1 / self.start_constant(weight))
-
-    def layer_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight and bias of ``fc1``, then of ``fc2``."""
-        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-
     @classmethod
     def for_layout(
         cls,
         layout: WeightLayout,
         *,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
+        device: Device,
+        dtype: DType,
         attention: str = "se",
         reduction: int = 16,
         skip: bool | None = None,
@@ -262,8 +248,6 @@ class LWE(Excitation):
         resize: str = "linear",
         averaged: bool = False,
     ) -> Self:
-        check_choice("lwe: attention", attention, LWE.attentions)
-        kind = LWE.attentions[attention] if cls is LWE else cls
         options: dict[str, Any] = {
             "reduction": reduction,
             "skip": skip,
@@ -273,39 +257,35 @@ class LWE(Excitation):
             "resize": resize,
             "averaged": averaged,
         }
+        kind = cls._kind_of(attention)
         defaults = cls.options()
         for name in kind.lacks:
             if options.pop(name) != defaults[name]:
                 raise ValueError(f"lwe: attention {attention} has no option {name}")
-        module: Self = kind(  # type: ignore[assignment]
-            layout.in_channels,
-            layout.groups,
-            kernel_size=layout.kernel_size,
-            device=device,
-            dtype=dtype,
-            **options,
-        )
-        return module
+        options |= {"kernel_size": layout.kernel_size, "device": device, "dtype": dtype}
+        return kind(layout.in_channels, layout.groups, **options)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         chosen = dict(options)
-        attention = check_choice("lwe: attention", chosen.pop("attention", "se"), LWE.attentions)
-        kind = LWE.attentions[attention] if cls is LWE else cls
+        kind = cls._kind_of(chosen.pop("attention", "se"))
         module = kind.__new__(kind)
         Excitation.__init__(module)
         module._choose(**chosen)
         module._rebuild_layers(state)
-        if module.inner is not None:
-            fc1 = state["fc1.weight"]
-            module._excite_layers(module.inner, torch.device("meta"), fc1.dtype)
-        return module  # type: ignore[return-value]
+        return module
+
+    @classmethod
+    def _kind_of(cls, attention: object) -> type[Self]:
+        known = LWE.attentions[check_choice("lwe: attention", attention, LWE.attentions)]
+        return known if cls is LWE else cls  # type: ignore[return-value]
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
         """The layers in the shapes that the state dict has, on meta: no random numbers drawn."""
         hidden, channels = state["fc1.weight"].shape
-        dtype = state["fc1.weight"].dtype
-        self._add_layers(channels, hidden, self._kernel_size(state), torch.device("meta"), dtype)
+        meta, dtype = torch.device("meta"), state["fc1.weight"].dtype
+        self._add_layers(channels, hidden, self._kernel_size(state), meta, dtype)
+        self._excite_layers(meta, dtype)
 
     def _kernel_size(self, state: Mapping[str, Tensor]) -> tuple[int, ...]:
         return ()
@@ -316,6 +296,13 @@ class LWE(Excitation):
 
 
 LWE.attentions[LWE.attention] = LWE
+
+
+@torch.no_grad()
+def make_constant(layer: Any, value: float) -> None:
+    """Makes a linear or conv layer give ``value`` for every input."""
+    layer.weight.zero_()
+    layer.bias.fill_(value)
 
 
 def located(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from we_surgery.excitations.base import Device, DType
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
@@ -16,7 +17,7 @@ from we_surgery.excitations.functions import (
     kernel_mean,
     linear,
 )
-from we_surgery.excitations.lwe import LWE
+from we_surgery.excitations.lwe import LWE, make_constant
 
 WIDTH = 64
 """The channels that the net sees, whatever the layer has."""
@@ -27,12 +28,7 @@ RESIZINGS = ("linear", "area")
 class LocationNet(nn.Module):
     """The two layers that all excited layers of a model have in common."""
 
-    def __init__(
-        self,
-        hidden: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, hidden: int, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(WIDTH, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, WIDTH, device=device, dtype=dtype)
@@ -46,9 +42,8 @@ class GlobalLWE(LWE, attention="global"):
     differ in device or dtype has one net for each.
 
     Args:
-        in_channels, groups, reduction, skip, activation, gate, device, dtype: as in
+        in_channels, groups, reduction, kernel_size, skip, activation, gate, device, dtype: as in
             :class:`~we_surgery.excitations.LWE`; the hidden width is ``64 // reduction``.
-        kernel_size: of the layer's weight; not used.
         resize: ``linear`` interpolation as in the thesis' code, which from 256 channels on sees
             only some of them, or ``area``, the mean over all.
         averaged: each layer has a net of its own, and ``ws.average_location_nets`` makes their
@@ -63,33 +58,18 @@ class GlobalLWE(LWE, attention="global"):
     is_net_borrowed: bool = False
     """Whether another layer had the net first."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        groups: int = 1,
-        reduction: int = 16,
-        *,
-        resize: str = "linear",
-        averaged: bool = False,
-        **options: Any,
+    def _choose(
+        self, *choices: Any, resize: str = "linear", averaged: bool = False, **options: Any
     ) -> None:
-        super().__init__(in_channels, groups, reduction, **options)
-        # An integer by now.
-        hidden = max(WIDTH // reduction, 1)
-        self._choose_net(resize, averaged)
-        self.net = LocationNet(hidden, options.get("device"), options.get("dtype"))
-
-    def _choose(self, *choices: Any, **options: Any) -> None:
-        net = {name: options.pop(name) for name in ("resize", "averaged") if name in options}
         super()._choose(*choices, **options)
-        self._choose_net(**net)
-
-    def _choose_net(self, resize: str = "linear", averaged: bool = False) -> None:
         self.resize = check_choice("lwe: resize", resize, RESIZINGS)
         self.averaged = check_flag("lwe: averaged", averaged)
 
-    def _add_layers(self, *_: Any) -> None:
-        """Its only layers are those of the net."""
+    def _add_layers(
+        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
+    ) -> None:
+        assert self.reduction is not None
+        self.net = LocationNet(max(WIDTH // self.reduction, 1), device, dtype)
 
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
         if self.averaged:
@@ -115,13 +95,11 @@ class GlobalLWE(LWE, attention="global"):
                 state[key] = state[key].clone()
         return state
 
-    def multiplier(self, weight: Tensor) -> Tensor:
-        """``[O, I]`` for a weight ``[O, I, *K]`` of at least float32."""
+    def _gated(self, weight: Tensor) -> Tensor:
         fc1, fc2 = self.net.fc1, self.net.fc2
         hidden = linear(self._resized(kernel_mean(weight), WIDTH), fc1.weight, fc1.bias)
         located = linear(ACTIVATIONS[self.activation](hidden), fc2.weight, fc2.bias)
-        gated = self._resized(ACTIVATIONS[self.gate](located), weight.shape[1])
-        return 1 + gated if self.skip else gated
+        return self._resized(ACTIVATIONS[self.gate](located), weight.shape[1])
 
     def _resized(self, rows: Tensor, size: int) -> Tensor:
         """``[O, n]`` as ``[O, size]``."""
@@ -132,10 +110,9 @@ class GlobalLWE(LWE, attention="global"):
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
         """As in LWE, but that no unit is mirrored: another layer may have it on."""
-        nn.init.zeros_(self.net.fc2.weight)
-        nn.init.constant_(self.net.fc2.bias, self.start_bias)
+        make_constant(self.net.fc2, self.start_bias)
         return self.skip + self.gate_at(self.start_bias)
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
         weight = state["net.fc1.weight"]
-        self.net = LocationNet(weight.shape[0], torch.device("meta"), weight.dtype)
+        self.net = LocationNet(weight.shape[0], "meta", weight.dtype)

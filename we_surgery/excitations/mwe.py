@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Excitation
-from we_surgery.excitations.curves import CURVES
+from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.functions import check_choice, check_flag, is_number
 from we_surgery.excitations.layout import WeightLayout
 
 _SMALLEST_EPSILON = 1e-6
 _LARGEST_EPSILON = 1.0
 _LEARNABLE = ("none", "epsilon", "mix")
+
+
+def novel(x: Tensor) -> Tensor:
+    """``0.5 x / ln(1 + exp(-0.3 x))`` (thesis, eq. 3.7): slope 0.72 at 0, 0.90 at 1; not odd."""
+    return 0.5 * x / F.softplus(-0.3 * x)
+
+
+def novel_log10(x: Tensor) -> Tensor:
+    """The same with the logarithm to base 10, as in the thesis' code: slope 1.66 at 0."""
+    return novel(x) * math.log(10)
+
+
+CURVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "atanh": torch.atanh,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "leaky_relu": F.leaky_relu,
+    "swish": F.silu,
+    "softsign": F.softsign,
+    "softplus": F.softplus,
+    "shifted_softplus": lambda x: F.softplus(x) - math.log(2),
+    "lecun_tanh": lambda x: 1.7159 * torch.tanh(2 / 3 * x),
+    "star_relu": lambda x: 0.8944 * F.relu(x) ** 2 - 0.4472,
+    "novel": novel,
+    "novel_log10": novel_log10,
+}
+"""By the names that the option ``curve`` takes. All but the first are of the thesis, section
+3.3.1, which found none of them satisfactory, and its eq. 3.7."""
 
 
 class MWE(Excitation):
@@ -35,7 +64,7 @@ class MWE(Excitation):
             ``dL/dw = M_A^2 / (M_A^2 - w^2) * dL/dw'``. The public code lets the gradient
             flow through the maximum, which turns the largest weight's own factor of 5.76
             into 1.67 at epsilon 0.1; ``detach_max=False`` reproduces that.
-        curve: in the place of atanh, one of :data:`~we_surgery.excitations.curves.CURVES`.
+        curve: in the place of atanh, one of :data:`~we_surgery.excitations.mwe.CURVES`.
         rescale: the curve of w / M_A is multiplied by M_A again. ``False`` with
             ``curve="novel_log10"`` is the thesis' code; the weight then has a scale of about 1
             whatever it was, and needs a norm after it.
@@ -72,8 +101,8 @@ class MWE(Excitation):
         rescale: bool = True,
         learn: str = "none",
         *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         self.check_options({"epsilon": epsilon})
@@ -155,8 +184,8 @@ class MWE(Excitation):
         cls,
         layout: WeightLayout,
         *,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
+        device: Device,
+        dtype: DType,
         epsilon: float = 0.1,
         detach_max: bool = True,
         curve: str = "atanh",
@@ -168,7 +197,7 @@ class MWE(Excitation):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         dtype = next((tensor.dtype for tensor in state.values()), None)
-        return cls(**options, device=torch.device("meta"), dtype=dtype)
+        return cls(**options, device="meta", dtype=dtype)
 
     def extra_repr(self) -> str:
         epsilon = self._epsilon()

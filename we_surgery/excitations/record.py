@@ -27,12 +27,8 @@ from torch import Tensor
 from we_surgery.errors import InputError
 
 RECORD_KEY = "_extra_state"
-"""The name of a record below its excitation's; it is torch's."""
-
 SCHEMA_VERSION = 1
-
-_LONGEST = 2**16
-"""Bytes; a record of ours has a few hundred."""
+_LONGEST = 2**16  # bytes; a record of ours has a few hundred
 
 Record = dict[str, Any]
 
@@ -48,13 +44,7 @@ def make_record(
     transposed_groups: int | None = None,
     paused: bool = False,
 ) -> Record:
-    """A record of the current schema.
-
-    Args:
-        stages: in the order in which they run, each with its options.
-        transposed_groups: as in :class:`~we_surgery.excitations.Composition`.
-        paused: whether the excitation is paused.
-    """
+    """A record of the current schema."""
     return {
         "schema": SCHEMA_VERSION,
         "stages": [{name: dict(options) for name, options in stage.items()} for stage in stages],
@@ -76,11 +66,7 @@ def outline(record: Mapping[str, Any]) -> str:
 
 
 def to_tensor(record: Mapping[str, Any]) -> Tensor:
-    """The record as a state dict holds it.
-
-    Raises:
-        InputError: an option is of no JSON type.
-    """
+    """The record as a state dict holds it; an InputError if an option is not of a JSON type."""
     try:
         text = json.dumps(record)
     except (TypeError, ValueError, RecursionError) as error:
@@ -92,11 +78,7 @@ def to_tensor(record: Mapping[str, Any]) -> Tensor:
 
 
 def read_record(tensor: Any) -> Record:
-    """The inverse of :func:`to_tensor`, of a tensor of any dtype.
-
-    Raises:
-        InputError: it is not a record, or one of a newer schema.
-    """
+    """The inverse of :func:`to_tensor`, of a tensor of any dtype; an InputError if it has none."""
     if not isinstance(tensor, Tensor) or tensor.ndim != 1 or tensor.numel() > _LONGEST:
         raise _unreadable("it is not a row of bytes")
     if tensor.is_meta:

@@ -6,11 +6,10 @@ from collections.abc import Container, Hashable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.composition import Composition
 from we_surgery.excitations.dynamic_sparse import DynamicSparse
 from we_surgery.excitations.layout import WeightLayout
@@ -25,10 +24,9 @@ from we_surgery.excitations.record import (
     stage_names,
     to_tensor,
 )
-from we_surgery.excitations.rescale import Rescale
 from we_surgery.excitations.shift_attention import ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm
-from we_surgery.excitations.standardize import Standardize
+from we_surgery.excitations.standardize import Rescale, Standardize
 from we_surgery.excitations.weight_align import WeightAlign
 from we_surgery.excitations.weight_norm import WeightNorm
 
@@ -46,14 +44,9 @@ _FAMILY: tuple[type[Excitation], ...] = (
 EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in _FAMILY}
 """Every excitation by the name that configs, plans and state dicts use."""
 
-_RESERVED = {Rescale.name, Composition.name, "skip", "mode", "rules", "match", "excite", "kept"} | {
-    "conv",
-    "depthwise",
-    "shift",
-    "linear",
-    "gate",
-    "paused",
-    "transposed_groups",
+_RESERVED = {
+    *(Rescale.name, Composition.name, "skip", "mode", "rules", "match", "excite"),
+    *("conv", "depthwise", "shift", "linear", "gate", "paused", "transposed_groups"),
 }
 """Names that configs and state dicts give another meaning."""
 
@@ -127,11 +120,7 @@ def load_plugins(names: Container[object] | None = None) -> None:
 
 
 def check_stage(name: object, options: object = None) -> type[Excitation]:
-    """The class of the stage ``name``, its option names checked.
-
-    Raises:
-        InputError: there is no such stage, or it has no such option.
-    """
+    """The class of the stage ``name``, its option names checked; else an InputError."""
     if isinstance(name, str) and name not in EXCITATIONS:
         load_plugins([name])
     if not isinstance(name, str) or name not in EXCITATIONS:
@@ -159,8 +148,8 @@ def build_excitation(
     recipe: Recipe,
     layout: WeightLayout,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Device = None,
+    dtype: DType = None,
     parts: dict[Hashable, nn.Module] | None = None,
 ) -> Composition:
     """A new composition for one layer, its parameters in their default initialization.
@@ -176,7 +165,6 @@ def build_excitation(
         InputError: an unknown stage, an unknown option, a value out of range, or a
             stage named twice.
     """
-    device = None if device is None else torch.device(device)
     try:
         stages = [
             check_stage(name, options).for_layout(layout, device=device, dtype=dtype, **options)
@@ -208,21 +196,13 @@ def _refuse_unsaid_options(composition: Composition) -> None:
             ) from error
 
 
-def excitation_record(excitation: Composition) -> Record:
-    """What a composition is, as JSON types: its stages, their options, transposed, paused.
-
-    With its tensors, ``excitation.state_dict()``, it is all that :func:`rebuild_excitation` needs.
-    """
-    return excitation.record
-
-
 def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None) -> Composition:
     """A composition with the stages and options of its record, and the values of ``state``.
 
     Args:
         state: the composition's parameters and buffers by their names in it, such as
             ``lwe.fc1.weight``: the entries below a layer's ``excitation.``.
-        record: from :func:`excitation_record`; by default the one that ``state`` holds.
+        record: by default the one that ``state`` holds.
 
     Raises:
         InputError: there is no record, it names an excitation this version does not know, or

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Excitation
+from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.functions import check_choice, check_flag
 from we_surgery.excitations.layout import WeightLayout
 
@@ -63,8 +63,8 @@ class ShiftAttention(Excitation):
         shared: bool = False,
         inverse_temperature: float = 20.0,
         *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: DType = None,
     ) -> None:
         super().__init__()
         if math.prod(kernel_size) < _FEWEST_POSITIONS:
@@ -147,8 +147,8 @@ class ShiftAttention(Excitation):
         cls,
         layout: WeightLayout,
         *,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
+        device: Device,
+        dtype: DType,
         shared: bool = False,
         inverse_temperature: float = 20.0,
     ) -> Self:
@@ -171,7 +171,7 @@ class ShiftAttention(Excitation):
             channels,
             tuple(kernel_size),
             options["shared"],
-            device=torch.device("meta"),
+            device="meta",
             dtype=attention.dtype,
         )
         cls.check_options(options)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.layout import WeightLayout
 
 _EPSILON = 1e-12
@@ -44,12 +44,7 @@ class SpectralNorm(Excitation):
     v: Tensor
 
     def __init__(
-        self,
-        out_channels: int,
-        fan_in: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, out_channels: int, fan_in: int, *, device: Device = None, dtype: DType = None
     ) -> None:
         super().__init__()
         precision = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,12 +83,10 @@ class SpectralNorm(Excitation):
         return Affine(gain, torch.zeros_like(gain))
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         return cls(layout.out_channels, layout.fan_in, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         u, v = state["u"], state["v"]
-        return cls(u.shape[0], v.shape[0], device=torch.device("meta"), dtype=u.dtype)
+        return cls(u.shape[0], v.shape[0], device="meta", dtype=u.dtype)

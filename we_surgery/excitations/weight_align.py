@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.functions import spread
 from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.standardize import deviation_and_mean, standardized
@@ -39,13 +39,7 @@ class WeightAlign(Excitation):
     summary: ClassVar[str] = "each filter with mean 0 and the scale of He initialization"
     source: ClassVar[str] = "Shi et al., WeightAlign (formula reconstructed from the abstract)"
 
-    def __init__(
-        self,
-        out_channels: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
 
@@ -67,12 +61,10 @@ class WeightAlign(Excitation):
         return Affine((deviation + _EPSILON) * math.sqrt((fan_in - 1) / 2), mean)
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         return cls(layout.out_channels, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         gain = state["gain"]
-        return cls(gain.shape[0], device=torch.device("meta"), dtype=gain.dtype)
+        return cls(gain.shape[0], device="meta", dtype=gain.dtype)

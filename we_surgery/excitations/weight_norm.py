@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from we_surgery.excitations.base import Affine, Excitation
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.functions import spread
 from we_surgery.excitations.layout import WeightLayout
 
@@ -37,13 +37,7 @@ class WeightNorm(Excitation):
         "ImageNet, ResNet50 with GN: 75.5 -> 75.9 (WE paper, Table 4)",
     )
 
-    def __init__(
-        self,
-        out_channels: int,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
         self.magnitude = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
 
@@ -64,15 +58,13 @@ class WeightNorm(Excitation):
         return Affine(gain, torch.zeros_like(gain))
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: torch.device | None, dtype: torch.dtype | None
-    ) -> Self:
+    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
         return cls(layout.out_channels, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         magnitude = state["magnitude"]
-        return cls(magnitude.shape[0], device=torch.device("meta"), dtype=magnitude.dtype)
+        return cls(magnitude.shape[0], device="meta", dtype=magnitude.dtype)
 
 
 def _norm(weight: Tensor) -> Tensor:

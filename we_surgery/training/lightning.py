@@ -40,8 +40,7 @@ class WeightExcitation(ExcitingCallback, Callback):
             ``start="paused"``. Averages that Lightning's callbacks keep set in with the model.
         strip_checkpoints: whether to write the stripped files; of converted models alone.
         **options: those of ``convert``: ``config``, ``rules`` (the layers' names begin at the
-            submodule), ``plan``, ``transplants``, ``init``, ``start``,
-            ``example_inputs``.
+            submodule), ``plan``, ``transplants``, ``init``, ``start``, ``example_inputs``.
 
     Attributes:
         excitation: what :func:`~we_surgery.attach` returned; None before, and when converting.

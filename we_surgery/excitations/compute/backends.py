@@ -1,84 +1,30 @@
-"""Who computes the closed form: torch's operations one by one, compiled ones, or Triton kernels.
+"""Whether torch's operations or Triton kernels compute the closed form in the attached step.
 
-All do the same arithmetic in float32 and differ by rounding. On a GPU it is launches that cost:
-eager has some sixty a layer; the kernels have at most seven, for one layer or for many at once.
+Both do the same arithmetic in float32 and differ by rounding. On a GPU it is launches that cost:
+eager has some sixty per layer, the kernels have at most seven for all layers together.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import logging
-import types
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from we_surgery.errors import InputError, near_matches
-from we_surgery.excitations import formulas
-from we_surgery.excitations.compute.terms import Kept, Pullback, Terms
+from we_surgery.excitations.compute import formulas
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback
 
-Backend = Literal["auto", "eager", "inductor", "triton"]
+Backend = Literal["auto", "eager", "triton"]
 
 logger = logging.getLogger(__name__)
 
 
-class Arithmetic(NamedTuple):
-    """The two directions, of any number of weights; see :mod:`~we_surgery.excitations.formulas`."""
-
-    excite: Callable[[Sequence[tuple[Tensor, Terms]]], list[tuple[Tensor, Kept]]]
-    differentiate: Callable[[Sequence[Pullback]], list[tuple[Tensor | None, ...]]]
-
-
-def _one_by_one(excite: Callable[..., Any], differentiate: Callable[..., Any]) -> Arithmetic:
-    return Arithmetic(
-        lambda weights: [excite(*weight) for weight in weights],
-        lambda pullbacks: [differentiate(*pullback) for pullback in pullbacks],
-    )
-
-
-EAGER = _one_by_one(formulas.excite, formulas.differentiate)
-
-
-def arithmetic(backend: Backend, filters: Tensor, terms: Terms) -> Arithmetic:
-    """What computes one weight.
-
-    Eager, whatever is asked for, under ``torch.compile`` and any dispatch mode, which must see
-    the operations, on tensors without memory, and where the kernels do not know the device, the
-    dtype or the composition. So it is in the capture of a CUDA graph too: a replay would read
-    the kernels' tables after they are gone, and in a graph launches cost little.
-
-    Args:
-        backend: ``auto`` takes the kernels on a GPU where they agree with eager, and eager
-            everywhere else.
-        filters: ``[O, I, *K]``, in full precision.
-        terms: its composition.
-    """
-    if backend == "eager" or torch.compiler.is_compiling() or filters.is_meta:
-        return EAGER
-    if torch._C._len_torch_dispatch_stack():
-        return EAGER
-    if backend == "inductor":
-        presence = tuple(term is None for term in terms)
-        key = (filters.shape, filters.stride(), filters.dtype, filters.device, presence)
-        return _compiled(key)
-    if not filters.is_cuda and (backend == "auto" or not is_interpreted()):
-        return EAGER
-    if filters.is_cuda and torch.cuda.is_current_stream_capturing():
-        return EAGER
-    if not has_triton() or not _with_kernels().supports(filters, terms):
-        return EAGER
-    if backend == "auto" and not _agrees(filters.device):
-        return EAGER
-    kernels: Arithmetic = _with_kernels().ARITHMETIC
-    return kernels
-
-
 def check_backend(backend: str) -> None:
-    """Raises an :class:`InputError` for a backend that does not exist here."""
+    """Raises an :class:`InputError` for a backend that does not exist or cannot be imported."""
     known = get_args(Backend)
     if backend not in known:
         raise InputError(
@@ -88,8 +34,26 @@ def check_backend(backend: str) -> None:
     if backend == "triton" and not has_triton():
         raise InputError(
             "Triton is not installed, so its kernels cannot run",
-            "Use `auto`, `eager` or `inductor`; Triton comes with torch on Linux.",
+            "Use `auto` or `eager`; Triton comes with torch on Linux.",
         )
+
+
+def runs_on_kernels(backend: Backend, weight: Tensor, inputs: ClosedFormInputs) -> bool:
+    """Whether the kernels compute this weight; eager does where they cannot.
+
+    So it is in the capture of a CUDA graph: a replay would read the kernels' tables after they
+    are gone, and in a graph launches cost little.
+    """
+    if backend == "eager" or weight.is_meta or torch._C._len_torch_dispatch_stack():
+        return False
+    if weight.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+    elif backend == "auto" or not is_interpreted():
+        return False
+    if not has_triton() or not kernels().supports(weight, inputs):
+        return False
+    return backend == "triton" or _agrees(weight.device)
 
 
 @functools.cache
@@ -108,26 +72,11 @@ def is_interpreted() -> bool:
     return is_on
 
 
-def _with_kernels() -> Any:
+def kernels() -> Any:
+    """The kernels' module, which can be imported only where Triton is installed."""
     from we_surgery.excitations.compute import triton_backend
 
     return triton_backend
-
-
-@functools.cache
-def _compiled(key: Any) -> Arithmetic:
-    # A compiler gives up on a function of too many shapes, and a network has dozens: each shape
-    # has a function of its own.
-    def compiled(function: Any) -> Any:
-        own = types.FunctionType(
-            function.__code__.replace(),
-            function.__globals__,
-            function.__name__,
-            function.__defaults__,
-        )
-        return torch.compile(own, fullgraph=True, dynamic=False)
-
-    return _one_by_one(compiled(formulas.excite), compiled(formulas.differentiate))
 
 
 @functools.cache
@@ -152,31 +101,26 @@ def _largest_difference(device: torch.device) -> float:
         count = torch.Size(shape).numel()
         return torch.arange(count, device=device, dtype=torch.float32).mul_(1.7).sin_().view(shape)
 
-    layers = [
-        (
-            wave(rows, channels, *kernel),
-            Terms(
-                fc1_weight=wave(hidden, channels),
-                fc1_bias=wave(hidden),
-                fc2_weight=wave(channels, hidden),
-                fc2_bias=wave(channels),
-                standardize_epsilon=1e-5,
-                mwe_epsilon=0.1,
-            ),
+    def pullback(weight: Tensor, inputs: ClosedFormInputs, kept: Kept) -> Pullback:
+        return Pullback(weight.cos(), weight, inputs, kept, (True,) * 5)
+
+    layers: list[tuple[Tensor, ClosedFormInputs]] = []
+    for rows, channels, hidden, kernel in ((24, 40, 5, (3, 3)), (5, 7, 35, ())):
+        fc1, fc2 = wave(hidden, channels), wave(channels, hidden)
+        inputs = ClosedFormInputs(
+            *(fc1, wave(hidden), fc2, wave(channels)), standardize_epsilon=1e-5, mwe_epsilon=0.1
         )
-        for rows, channels, hidden, kernel in ((24, 40, 5, (3, 3)), (5, 7, 35, ()))
+        layers.append((wave(rows, channels, *kernel), inputs))
+    expected: list[Tensor | None] = []
+    for layer in layers:
+        excited, kept = formulas.excite(*layer)
+        expected += [excited, *formulas.differentiate(*pullback(*layer, kept))]
+    found: list[Tensor | None] = []
+    results = kernels().excite(layers)
+    asked = [pullback(*layer, kept) for layer, (_, kept) in zip(layers, results, strict=True)]
+    for (excited, _), gradients in zip(results, kernels().differentiate(asked), strict=True):
+        found += [excited, *gradients]
+    pairs = [
+        (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
     ]
-    results: list[list[Tensor]] = []
-    for excite, differentiate in (EAGER, _with_kernels().ARITHMETIC):
-        excited = excite(layers)
-        pullbacks = [
-            Pullback(weight.cos(), weight, terms, kept, (True,) * 5)
-            for (weight, terms), (_, kept) in zip(layers, excited, strict=True)
-        ]
-        gradients = itertools.chain(*differentiate(pullbacks))
-        results.append([weight for weight, _ in excited])
-        results[-1] += [tensor for tensor in gradients if tensor is not None]
-    return max(
-        float((one - other).abs().max() / one.abs().max())
-        for one, other in zip(*results, strict=True)
-    )
+    return max(float((f - e).abs().max() / e.abs().max()) for f, e in pairs)

@@ -9,15 +9,12 @@ other. It costs one more forward pass of the stages and no formula: what
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from we_surgery.excitations.base import Excitation, autocast_off
-from we_surgery.excitations.repeatable import Remembered
 
 
 def excite_and_rerun(excitation: Excitation, weight: Tensor) -> Tensor:
@@ -26,10 +23,6 @@ def excite_and_rerun(excitation: Excitation, weight: Tensor) -> Tensor:
     Values and gradients are those of the stages under autograd, to the bit, second derivatives
     included. Under ``torch.compile``, where the compiler decides what is kept, and under the
     transforms of ``torch.func`` the stages run as they are.
-
-    Args:
-        excitation: its ``excite`` is a function of the weight, its parameters and its buffers.
-        weight: as the layer stores it.
     """
     if (
         torch.compiler.is_compiling()
@@ -37,61 +30,49 @@ def excite_and_rerun(excitation: Excitation, weight: Tensor) -> Tensor:
         or torch._C._are_functorch_transforms_active()
     ):
         return Excitation.forward(excitation, weight)
-    excited: Tensor = RerunExcitation.apply(excitation, weight, *_parameters(excitation).values())
+    parameters = dict(excitation.named_parameters(remove_duplicate=False)).values()
+    excited: Tensor = RerunExcitation.apply(excitation, weight, *parameters)
     return excited
 
 
 class RerunExcitation(torch.autograd.Function):
-    """W' from W and the parameters of an excitation; *repeatable* as the closed form's node is."""
+    """W' from W and the parameters of an excitation, in the order of their names."""
 
     @staticmethod
     def forward(ctx: Any, excitation: Excitation, weight: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.is_repeatable = True
-        ctx.inputs = Remembered(weight, parameters)
+        ctx.save_for_backward(weight, *parameters)
         ctx.excitation = excitation
-        ctx.advanced = advanced_buffers(excitation)
+        ctx.advanced = _advancing_buffers(excitation)
         return Excitation.forward(excitation, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.inputs.tensors()
-        is_differentiated_again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Stand-ins, so that no hook on a parameter sees a gradient that is not yet its own.
-            own: list[Any] = [_stand_in(value, is_differentiated_again) for value in inputs]
-            stand_ins = dict(zip(_parameters(ctx.excitation), own[1:], strict=True))
-            with holding(ctx.excitation, stand_ins | ctx.advanced):
-                excited = Excitation.forward(ctx.excitation, own[0])
         needed = ctx.needs_input_grad[1:]
+        is_differentiated_again = torch.is_grad_enabled()
+        # Stand-ins, so that no hook on a parameter sees a gradient that is not yet its own.
+        with torch.enable_grad():
+            weight, *parameters = (
+                tensor.view_as(tensor)
+                if is_differentiated_again
+                else tensor.detach().requires_grad_(tensor.requires_grad)
+                for tensor in ctx.saved_tensors
+            )
+            names = dict(ctx.excitation.named_parameters(remove_duplicate=False))
+            tensors = dict(zip(names, parameters, strict=True)) | ctx.advanced
+            excited = _excite_with(ctx.excitation, tensors, weight)
         if not excited.requires_grad:  # a stage that detaches everything
             return (None,) * (1 + len(needed))
-        wanted = [value for value, is_needed in zip(own, needed, strict=True) if is_needed]
+        inputs = (weight, *parameters)
+        wanted = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed]
         with autocast_off(gradient.device.type):
-            found = iter(
-                torch.autograd.grad(
-                    excited,
-                    wanted,
-                    gradient,
-                    create_graph=is_differentiated_again,
-                    allow_unused=True,
-                )
+            gradients = torch.autograd.grad(
+                excited, wanted, gradient, create_graph=is_differentiated_again, allow_unused=True
             )
+        found = iter(gradients)
         return None, *(next(found) if is_needed else None for is_needed in needed)
 
 
-def _parameters(excitation: Excitation) -> dict[str, Tensor]:
-    """All by all their names: stages may share one."""
-    return dict(excitation.named_parameters(remove_duplicate=False))
-
-
-def _stand_in(value: Any, is_differentiated_again: bool) -> Tensor:
-    tensor: Tensor = value
-    if is_differentiated_again:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def advanced_buffers(excitation: Excitation) -> dict[str, Tensor]:
+def _advancing_buffers(excitation: Excitation) -> dict[str, Tensor]:
     """Copies of the buffers that :meth:`Excitation.advance` moves, by name; mostly none."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer.clone()
@@ -101,9 +82,8 @@ def advanced_buffers(excitation: Excitation) -> dict[str, Tensor]:
     }
 
 
-@contextlib.contextmanager
-def holding(excitation: Excitation, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts other tensors, by name, in the place of parameters and buffers for the time being."""
+def _excite_with(excitation: Excitation, tensors: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """:meth:`Excitation.forward` with other tensors in the place of parameters and buffers."""
     places: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, value in tensors.items():
@@ -114,7 +94,7 @@ def holding(excitation: Excitation, tensors: Mapping[str, Tensor]) -> Iterator[N
             )
             places.append((held, last, held[last]))
             held[last] = value
-        yield
+        return Excitation.forward(excitation, weight)
     finally:
         for held, last, tensor in places:
             held[last] = tensor

@@ -1,4 +1,4 @@
-"""The closed form by the Triton kernels, of one layer or of many: at most seven launches.
+"""The closed form of many layers by the Triton kernels, in at most seven launches.
 
 Imported where it is used alone: it needs Triton.
 """
@@ -18,19 +18,18 @@ from torch import Tensor
 from we_surgery.excitations.compute import triton_backward as backward
 from we_surgery.excitations.compute import triton_forward as forward
 from we_surgery.excitations.compute import triton_table as tables
-from we_surgery.excitations.compute.backends import Arithmetic
-from we_surgery.excitations.compute.terms import Kept, Pullback, Terms
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback
 
 ROWS, COLUMNS, UNITS, BLOCK = 16, 32, 32, 4096
 
 
-def supports(filters: Tensor, terms: Terms) -> bool:
+def supports(filters: Tensor, inputs: ClosedFormInputs) -> bool:
     """Whether the kernels compute this composition; otherwise eager does."""
-    return filters.dtype == torch.float32 and (terms.mwe_epsilon is None or terms.detach_max)
+    return filters.dtype == torch.float32 and (inputs.mwe_epsilon is None or inputs.detach_max)
 
 
-def excite(layers: Sequence[tuple[Tensor, Terms]]) -> list[tuple[Tensor, Kept]]:
-    """As :func:`we_surgery.excitations.formulas.excite`, of float32 weights."""
+def excite(layers: Sequence[tuple[Tensor, ClosedFormInputs]]) -> list[tuple[Tensor, Kept]]:
+    """As :func:`we_surgery.excitations.compute.formulas.excite`, of float32 weights."""
     found: dict[int, tuple[Tensor, Kept]] = {}
     for stages, places in _alike(layers):
         group = [_Layer(*layers[place]) for place in places]
@@ -39,10 +38,10 @@ def excite(layers: Sequence[tuple[Tensor, Terms]]) -> list[tuple[Tensor, Kept]]:
 
 
 def differentiate(layers: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
-    """As :func:`we_surgery.excitations.formulas.differentiate`."""
+    """As :func:`we_surgery.excitations.compute.formulas.differentiate`."""
     found: dict[int, tuple[Tensor | None, ...]] = {}
-    for stages, places in _alike((layer.filters, layer.terms) for layer in layers):
-        group = [_Layer(layers[place].filters, layers[place].terms) for place in places]
+    for stages, places in _alike((layer.weight, layer.inputs) for layer in layers):
+        group = [_Layer(layers[place].weight, layers[place].inputs) for place in places]
         asked = [layers[place] for place in places]
         found |= zip(places, _differentiate(stages, group, asked), strict=True)
     return [found[place] for place in range(len(layers))]
@@ -63,16 +62,18 @@ class _Stages(NamedTuple):
         return stages | {"ROWS": ROWS, "COLUMNS": COLUMNS, "UNITS": UNITS, "BLOCK": BLOCK}
 
 
-def _alike(layers: Iterable[tuple[Tensor, Terms]]) -> Iterator[tuple[_Stages, list[int]]]:
+def _alike(
+    layers: Iterable[tuple[Tensor, ClosedFormInputs]],
+) -> Iterator[tuple[_Stages, list[int]]]:
     """The places of the layers that one launch can do."""
     places: dict[_Stages, list[int]] = {}
-    for place, (filters, terms) in enumerate(layers):
+    for place, (filters, inputs) in enumerate(layers):
         stages = _Stages(
             filters.device,
-            standardize=terms.standardize_epsilon is not None,
-            lwe=terms.fc1_bias is not None,
-            rescale=terms.gain is not None,
-            mwe=terms.mwe_epsilon is not None,
+            standardize=inputs.standardize_epsilon is not None,
+            lwe=inputs.fc1_bias is not None,
+            rescale=inputs.gain is not None,
+            mwe=inputs.mwe_epsilon is not None,
         )
         places.setdefault(stages, []).append(place)
     yield from places.items()
@@ -81,17 +82,17 @@ def _alike(layers: Iterable[tuple[Tensor, Terms]]) -> Iterator[tuple[_Stages, li
 class _Layer:
     """A layer as the kernels read it: its tensors, its sizes, its tiles."""
 
-    def __init__(self, filters: Tensor, terms: Terms) -> None:
+    def __init__(self, filters: Tensor, inputs: ClosedFormInputs) -> None:
         self.filters = _dense(filters)
         self.out_channels, self.channels = filters.shape[:2]
         self.positions = math.prod(filters.shape[2:])
-        self.hidden_channels = 0 if terms.fc1_bias is None else terms.fc1_bias.shape[0]
+        self.hidden_channels = 0 if inputs.fc1_bias is None else inputs.fc1_bias.shape[0]
         self.row_tiles = math.ceil(self.out_channels / ROWS)
         self.column_tiles = math.ceil(self.channels / COLUMNS)
         self.tiles = self.row_tiles * self.column_tiles
         # Held here, for some may be copies.
         self.tensors: dict[str, Tensor] = {"weight": self.filters}
-        for name, term in zip(Terms._fields, terms, strict=True):
+        for name, term in zip(ClosedFormInputs._fields, inputs, strict=True):
             if isinstance(term, Tensor):
                 self.tensors[name] = term.to(torch.float32).contiguous()
             elif isinstance(term, float):
@@ -154,7 +155,7 @@ def _differentiate(
 ) -> Iterator[tuple[Tensor | None, ...]]:
     shapes: list[dict[str, tuple[int, ...]]] = []
     fc_shapes: list[dict[str, tuple[int, ...]]] = []
-    for layer, (gradient, _, terms, kept, needed) in zip(group, asked, strict=True):
+    for layer, (gradient, _, inputs, kept, needed) in zip(group, asked, strict=True):
         if gradient.stride() != layer.filters.stride():
             gradient = torch.empty_like(layer.filters).copy_(gradient)
         layer.tensors["gradient"] = gradient
@@ -165,7 +166,7 @@ def _differentiate(
             layer.tensors["result"] = torch.empty_like(layer.filters)
         fc_shapes.append({})
         if any(needed[1:]):
-            fc_shapes[-1] |= {f"by_{name}": getattr(terms, name).shape for name in _FCS}
+            fc_shapes[-1] |= {f"by_{name}": getattr(inputs, name).shape for name in _FCS}
         rows, columns = layer.out_channels, layer.channels
         shapes.append({})
         if stages.standardize or stages.lwe:
@@ -193,7 +194,7 @@ def _differentiate(
         )
 
 
-_FCS = Terms._fields[:4]
+_FCS = ClosedFormInputs._fields[:4]
 _KEPT = (*Kept._fields, "maxima")
 _SCRATCH = ("partial_t", "partial_total", "z", "sums", "v", "f", "average")
 _ANCHORED = {
@@ -277,6 +278,3 @@ def _dense(filters: Tensor) -> Tensor:
     if memory_format is not None and filters.is_contiguous(memory_format=memory_format):
         return filters
     return filters.contiguous()
-
-
-ARITHMETIC = Arithmetic(excite, differentiate)

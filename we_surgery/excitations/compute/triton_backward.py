@@ -1,4 +1,4 @@
-"""The gradients of :mod:`~we_surgery.excitations.formulas` by Triton kernels, in float32.
+"""The gradients of ``formulas`` by Triton kernels, in float32.
 
 Each is launched once for all layers of a table (``triton_table``).
 

@@ -19,11 +19,11 @@ import triton.language as tl
 class Row(NamedTuple):
     """One layer: where its float32 tensors are, and its sizes.
 
-    A weight and its terms stay where they are, and their addresses are given. What a pass
+    A weight and its parameters stay where they are, and their addresses are given. What a pass
     allocates moves from step to step: given is its distance, in elements, from one such tensor
     of the launch, whose address a kernel is passed. Kernels do not look where a layer has no such
-    tensor. The names are those of :class:`~we_surgery.excitations.compute.terms.Terms`,
-    :class:`~we_surgery.excitations.compute.terms.Kept` and the formulas.
+    tensor. The names are those of :class:`~we_surgery.excitations.compute.inputs.ClosedFormInputs`,
+    :class:`~we_surgery.excitations.compute.inputs.Kept` and the formulas.
     """
 
     weight: int

@@ -22,35 +22,37 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.excitations.compute.terms import Kept, Terms, fcs_in, rescaling
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, fcs_in, rescaling
 from we_surgery.excitations.mwe import curve_limit
 
 _BLOCK = 2**19
 """Values that are computed at a time; about what makes one launch cheap beside its work."""
 
 
-def excite(filters: Tensor, terms: Terms, out: Tensor | None = None) -> tuple[Tensor, Kept]:
+def excite(
+    filters: Tensor, inputs: ClosedFormInputs, out: Tensor | None = None
+) -> tuple[Tensor, Kept]:
     """W' in ``out`` or in new memory, line by line as in this module's docstring.
 
     A CPU computes a large weight in blocks of filters, so that nothing but W' is of its size.
     """
     if not is_computed_in_blocks(filters):
-        linear, kept = _before_curve(filters, terms, out)
-        if terms.mwe_epsilon is None:
+        linear, kept = _before_curve(filters, inputs, out)
+        if inputs.mwe_epsilon is None:
             return linear, kept
-        limit = curve_limit(linear, terms.mwe_epsilon)
+        limit = curve_limit(linear, inputs.mwe_epsilon)
         own = out if linear is filters else linear
         return _curved(linear, limit, own), _with_limit(kept, limit)
     excited = torch.empty_like(filters) if out is None else out
     blocks = _blocks(filters)
-    found = [_before_curve(filters[b], _of_block(terms, b), excited[b]) for b in blocks]
+    found = [_before_curve(filters[b], _of_block(inputs, b), excited[b]) for b in blocks]
     linears, keeps = zip(*found, strict=True)
     kept = Kept(
         *(None if part[0] is None else torch.cat(part) for part in zip(*keeps, strict=True))
     )
-    if terms.mwe_epsilon is None:
+    if inputs.mwe_epsilon is None:
         return excited, kept
-    limit = _limit_of_blocks(linears, terms.mwe_epsilon)
+    limit = _limit_of_blocks(linears, inputs.mwe_epsilon)
     for block, linear in zip(blocks, linears, strict=True):
         _curved(linear, limit, excited[block])
     return excited, _with_limit(kept, limit)
@@ -71,7 +73,7 @@ def is_computed_in_blocks(filters: Tensor) -> bool:
     return type(filters) in (Tensor, nn.Parameter)
 
 
-def excite_in_place(weight: Tensor, terms: Terms) -> None:
+def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> None:
     """W' in the place of W, bit for bit that of :func:`excite`, rounded to W's own dtype.
 
     It needs little memory beside the weight's own. With MWE each block is computed twice, because
@@ -79,7 +81,7 @@ def excite_in_place(weight: Tensor, terms: Terms) -> None:
 
     Args:
         weight: ``[O, I, *K]`` of any floating-point dtype, computed in blocks.
-        terms: its composition.
+        inputs: its composition.
     """
     blocks = _blocks(weight)
     first = weight[blocks[0]]
@@ -88,11 +90,11 @@ def excite_in_place(weight: Tensor, terms: Terms) -> None:
 
     def linear_in(block: slice) -> Tensor:
         filters = in_full_precision(weight[block])
-        return _before_curve(filters, _of_block(terms, block), scratch[: filters.shape[0]])[0]
+        return _before_curve(filters, _of_block(inputs, block), scratch[: filters.shape[0]])[0]
 
     limit = None
-    if terms.mwe_epsilon is not None:
-        limit = _limit_of_blocks(map(linear_in, blocks), terms.mwe_epsilon)
+    if inputs.mwe_epsilon is not None:
+        limit = _limit_of_blocks(map(linear_in, blocks), inputs.mwe_epsilon)
     for block in blocks:
         linear = linear_in(block)
         if limit is not None:
@@ -107,10 +109,10 @@ def _blocks(filters: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, filters.shape[0], rows)]
 
 
-def _of_block(terms: Terms, block: slice) -> Terms:
-    if terms.gain is None or terms.shift is None:
-        return terms
-    return terms._replace(gain=terms.gain[block], shift=terms.shift[block])
+def _of_block(inputs: ClosedFormInputs, block: slice) -> ClosedFormInputs:
+    if inputs.gain is None or inputs.shift is None:
+        return inputs
+    return inputs._replace(gain=inputs.gain[block], shift=inputs.shift[block])
 
 
 def _limit_of_blocks(linears: Iterable[Tensor], epsilon: float) -> Tensor:
@@ -123,14 +125,16 @@ def _curved(linear: Tensor, limit: Tensor, out: Tensor | None) -> Tensor:
     return ratio.atanh_().mul_(limit)
 
 
-def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> tuple[Tensor, Kept]:
+def _before_curve(
+    filters: Tensor, inputs: ClosedFormInputs, out: Tensor | None = None
+) -> tuple[Tensor, Kept]:
     """The argument of the curve, w, and what is kept but for the curve's own M.
 
     It is ``filters`` itself where MWE is alone, and else ``out``, or memory of its own.
     """
     mean = norm = scale = hidden = None
     linear = filters
-    if terms.standardize_epsilon is not None:
+    if inputs.standardize_epsilon is not None:
         dims = tuple(range(1, filters.ndim))
         mean = filters.mean(dims, keepdim=True)
         linear = torch.sub(filters, mean, out=out)
@@ -140,11 +144,11 @@ def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> t
         mean.add_(correction)
         norm = torch.linalg.vector_norm(linear, dim=dims, keepdim=True).flatten(1)
         to_std = 1 / math.sqrt(_fan_in(filters) - 1)
-        scale = (norm * to_std).add_(terms.standardize_epsilon).reciprocal_()
-    gain, shift = rescaling(terms, filters)
+        scale = (norm * to_std).add_(inputs.standardize_epsilon).reciprocal_()
+    gain, shift = rescaling(inputs, filters)
     factor = _product(scale, gain)
-    if terms.fc1_weight is not None:
-        fcs = fcs_in(terms, filters.dtype)
+    if inputs.fc1_weight is not None:
+        fcs = fcs_in(inputs, filters.dtype)
         to_mean = 1 / _kernel_numel(filters)
         sums = _to_hidden(_sum_over_kernel(linear), fcs[0].t())
         if scale is None:
@@ -162,7 +166,7 @@ def _before_curve(filters: Tensor, terms: Terms, out: Tensor | None = None) -> t
 
 
 def differentiate(
-    g: Tensor, filters: Tensor, terms: Terms, kept: Kept, needed: Sequence[bool]
+    g: Tensor, filters: Tensor, inputs: ClosedFormInputs, kept: Kept, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of W, A, a, B and b from G, the gradient of W'.
 
@@ -181,12 +185,12 @@ def differentiate(
     centred = filters if mean is None else filters - mean
     gate = None
     if hidden is not None:
-        fcs = fcs_in(terms, filters.dtype)
+        fcs = fcs_in(inputs, filters.dtype)
         gate = _Gate(*fcs[:3], hidden, _multiplier(hidden, fcs))
-    gain, shift = rescaling(terms, filters)
-    if limit is not None and terms.mwe_epsilon is not None:
+    gain, shift = rescaling(inputs, filters)
+    if limit is not None and inputs.mwe_epsilon is not None:
         ratio = _ratio(centred, gate, _product(scale, gain), shift, limit)
-        g = _through_curve(g, ratio, terms.mwe_epsilon, terms.detach_max)
+        g = _through_curve(g, ratio, inputs.mwe_epsilon, inputs.detach_max)
     if gain is not None:
         g = g * _spread(gain, filters)
     t: Tensor | None = None
