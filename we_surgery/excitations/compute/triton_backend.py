@@ -17,7 +17,7 @@ from torch import Tensor
 
 from we_surgery.excitations.compute import triton_backward as backward
 from we_surgery.excitations.compute import triton_forward as forward
-from we_surgery.excitations.compute import triton_table as tables
+from we_surgery.excitations.compute import triton_tiles as tables
 from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback
 
 ROWS, COLUMNS, UNITS, BLOCK = 16, 32, 32, 4096

@@ -1,6 +1,6 @@
 """The gradients of ``formulas`` by Triton kernels, in float32.
 
-Each is launched once for all layers of a table (``triton_table``).
+Each is launched once for all layers of a table (``triton_tiles``).
 
 Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import the kernels
 run on the CPU.
@@ -11,59 +11,14 @@ run on the CPU.
 import triton
 import triton.language as tl
 
-from we_surgery.excitations.compute.triton_table import (
-    AVERAGE,
-    BY_FC1_BIAS,
-    BY_FC1_WEIGHT,
-    BY_FC2_BIAS,
-    BY_FC2_WEIGHT,
-    BY_FILTERS,
-    BY_TILES,
-    BY_TRAINED_TILES,
-    BY_UNITS,
-    CHANNELS,
-    FC1_BIAS,
-    GRADIENT,
-    HIDDEN,
-    HIDDEN_CHANNELS,
-    LIMIT,
-    NORM,
-    OUT_CHANNELS,
-    PARTIAL_T,
-    PARTIAL_TOTAL,
-    POSITION_STEP,
-    POSITIONS,
-    RESULT,
-    SCALE,
-    SUMS,
-    WEIGHT,
-    F,
-    V,
-    Z,
-    layer_of,
-    near,
-    size_of,
-    tensor_of,
-)
-from we_surgery.excitations.compute.triton_tiles import (
-    SMALLEST_NORMAL,
-    affine_of,
-    by_unit,
-    fc1_of,
-    fc2_of,
-    filters_of,
-    gate_of,
-    per_row,
-    places_of,
-    tile_of,
-)
+from we_surgery.excitations.compute import triton_tiles as tiles
 
 
 @triton.jit
 def _limit(layer, kept, MWE: tl.constexpr):
     bound = 1.0
     if MWE:
-        bound = tl.load(near(kept, layer, LIMIT))
+        bound = tl.load(tiles.near(kept, layer, tiles.LIMIT))
     return bound
 
 
@@ -93,19 +48,27 @@ def sum_tiles(
     UNITS: tl.constexpr,
 ):
     """Z, sum_K(c), and each tile's share of sum_F(m g c) and sum_F(m g); one program a tile."""
-    layer, number, rows, is_row, columns = tile_of(table, BY_TILES, LAYERS, ROWS, COLUMNS)
-    out_channels, channels = size_of(layer, OUT_CHANNELS), size_of(layer, CHANNELS)
+    layer, number, rows, is_row, columns = tiles.tile_of(
+        table, tiles.BY_TILES, LAYERS, ROWS, COLUMNS
+    )
+    out_channels, channels = (
+        tiles.size_of(layer, tiles.OUT_CHANNELS),
+        tiles.size_of(layer, tiles.CHANNELS),
+    )
     is_there = is_row & (columns < channels)
-    centre, r, p, q = affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    m = gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
+    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
+    m = tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
     bound = _limit(layer, kept, MWE)
-    first = places_of(layer, rows, columns)
-    position_step = size_of(layer, POSITION_STEP)
-    weight, gradient = tensor_of(layer, WEIGHT), near(gradient, layer, GRADIENT)
+    first = tiles.places_of(layer, rows, columns)
+    position_step = tiles.size_of(layer, tiles.POSITION_STEP)
+    weight, gradient = (
+        tiles.tensor_of(layer, tiles.WEIGHT),
+        tiles.near(gradient, layer, tiles.GRADIENT),
+    )
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for position in range(size_of(layer, POSITIONS)):
+    for position in range(tiles.size_of(layer, tiles.POSITIONS)):
         place = first + position * position_step
         value = tl.load(weight + place, mask=is_there, other=0.0)
         value = tl.where(is_there, value - centre, 0.0)
@@ -116,13 +79,17 @@ def sum_tiles(
         total += g
     z = products * m
     share = number % tl.cdiv(channels, COLUMNS) * out_channels + rows
-    tl.store(near(scratch, layer, PARTIAL_T) + share, tl.sum(z, 1, keep_dims=True), mask=is_row)
+    tl.store(
+        tiles.near(scratch, layer, tiles.PARTIAL_T) + share,
+        tl.sum(z, 1, keep_dims=True),
+        mask=is_row,
+    )
     all_g = tl.sum(total * m, 1, keep_dims=True)
-    tl.store(near(scratch, layer, PARTIAL_TOTAL) + share, all_g, mask=is_row)
+    tl.store(tiles.near(scratch, layer, tiles.PARTIAL_TOTAL) + share, all_g, mask=is_row)
     if LWE:
         place = rows * channels + columns
-        tl.store(near(scratch, layer, Z) + place, z * (1 - m), mask=is_there)
-        tl.store(near(scratch, layer, SUMS) + place, sums, mask=is_there)
+        tl.store(tiles.near(scratch, layer, tiles.Z) + place, z * (1 - m), mask=is_there)
+        tl.store(tiles.near(scratch, layer, tiles.SUMS) + place, sums, mask=is_there)
 
 
 @triton.jit
@@ -138,14 +105,17 @@ def sum_filters(
     UNITS: tl.constexpr,
 ):
     """The v and f of each filter and the mean of d - f c; one program for ``ROWS`` filters."""
-    layer, number = layer_of(table, BY_FILTERS, LAYERS)
-    rows, is_row = filters_of(layer, number, ROWS)
-    out_channels, channels = size_of(layer, OUT_CHANNELS), size_of(layer, CHANNELS)
-    positions = size_of(layer, POSITIONS)
-    r = per_row(near(kept, layer, SCALE), rows, is_row, STANDARDIZE, 1.0)
+    layer, number = tiles.layer_of(table, tiles.BY_FILTERS, LAYERS)
+    rows, is_row = tiles.filters_of(layer, number, ROWS)
+    out_channels, channels = (
+        tiles.size_of(layer, tiles.OUT_CHANNELS),
+        tiles.size_of(layer, tiles.CHANNELS),
+    )
+    positions = tiles.size_of(layer, tiles.POSITIONS)
+    r = tiles.per_row(tiles.near(kept, layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
     partial_t, partial_total = (
-        near(scratch, layer, PARTIAL_T),
-        near(scratch, layer, PARTIAL_TOTAL),
+        tiles.near(scratch, layer, tiles.PARTIAL_T),
+        tiles.near(scratch, layer, tiles.PARTIAL_TOTAL),
     )
     t = tl.zeros([ROWS, 1], tl.float32)
     total = tl.zeros([ROWS, 1], tl.float32)
@@ -155,8 +125,8 @@ def sum_filters(
         total += tl.load(partial_total + share, mask=is_row, other=0.0)
     average = r * total / (channels * positions)
     if LWE:
-        hidden_channels = size_of(layer, HIDDEN_CHANNELS)
-        z_of = near(scratch, layer, Z)
+        hidden_channels = tiles.size_of(layer, tiles.HIDDEN_CHANNELS)
+        z_of = tiles.near(scratch, layer, tiles.Z)
         for first_unit in range(0, hidden_channels, UNITS):
             units = first_unit + tl.arange(0, UNITS)[None, :]
             is_unit = units < hidden_channels
@@ -166,23 +136,29 @@ def sum_filters(
                 columns = start + tl.arange(0, COLUMNS)
                 is_there = is_row & (columns[None, :] < channels)
                 z = tl.load(z_of + rows * channels + columns[None, :], mask=is_there, other=0.0)
-                b = fc2_of(layer, columns[:, None], units)
+                b = tiles.fc2_of(layer, columns[:, None], units)
                 y += tl.dot(z, b, input_precision="ieee")
-                a_total += tl.sum(fc1_of(layer, columns[:, None], units), 0, keep_dims=True)
-            h = by_unit(near(kept, layer, HIDDEN), layer, rows, is_row, units)
+                a_total += tl.sum(tiles.fc1_of(layer, columns[:, None], units), 0, keep_dims=True)
+            h = tiles.by_unit(tiles.near(kept, layer, tiles.HIDDEN), layer, rows, is_row, units)
             y = tl.where(h > 0, y, 0.0)
-            bias = tl.load(tensor_of(layer, FC1_BIAS) + units, mask=is_unit, other=0.0)
+            bias = tl.load(tiles.tensor_of(layer, tiles.FC1_BIAS) + units, mask=is_unit, other=0.0)
             t += tl.sum(y * (h - bias), 1, keep_dims=True)
             v = y * r * r / positions
             average += tl.sum(v * a_total, 1, keep_dims=True) / channels
-            place = near(scratch, layer, V) + rows * hidden_channels + units
+            place = tiles.near(scratch, layer, tiles.V) + rows * hidden_channels + units
             tl.store(place, v, mask=is_row & is_unit)
     if STANDARDIZE:
-        length = tl.load(near(kept, layer, NORM) + rows, mask=is_row, other=1.0)
+        length = tl.load(tiles.near(kept, layer, tiles.NORM) + rows, mask=is_row, other=1.0)
         # A constant filter has c = 0 and t = 0, and so f = 0.
-        f = t * r * r / tl.maximum(length, SMALLEST_NORMAL) / tl.sqrt(channels * positions - 1.0)
-        tl.store(near(scratch, layer, F) + rows, f, mask=is_row)
-        tl.store(near(scratch, layer, AVERAGE) + rows, average, mask=is_row)
+        f = (
+            t
+            * r
+            * r
+            / tl.maximum(length, tiles.SMALLEST_NORMAL)
+            / tl.sqrt(channels * positions - 1.0)
+        )
+        tl.store(tiles.near(scratch, layer, tiles.F) + rows, f, mask=is_row)
+        tl.store(tiles.near(scratch, layer, tiles.AVERAGE) + rows, average, mask=is_row)
 
 
 @triton.jit
@@ -202,24 +178,35 @@ def by_weight(
     UNITS: tl.constexpr,
 ):
     """Computes dW = d - f c - mean(d - f c), d = r m g + v A; one program a tile."""
-    layer, _, rows, is_row, columns = tile_of(table, BY_TRAINED_TILES, LAYERS, ROWS, COLUMNS)
-    is_there = is_row & (columns < size_of(layer, CHANNELS))
-    centre, r, p, q = affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    f = per_row(near(scratch, layer, F), rows, is_row, STANDARDIZE, 0.0)
-    average = per_row(near(scratch, layer, AVERAGE), rows, is_row, STANDARDIZE, 0.0)
-    factor = r * gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
+    layer, _, rows, is_row, columns = tiles.tile_of(
+        table, tiles.BY_TRAINED_TILES, LAYERS, ROWS, COLUMNS
+    )
+    is_there = is_row & (columns < tiles.size_of(layer, tiles.CHANNELS))
+    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
+    f = tiles.per_row(tiles.near(scratch, layer, tiles.F), rows, is_row, STANDARDIZE, 0.0)
+    average = tiles.per_row(
+        tiles.near(scratch, layer, tiles.AVERAGE), rows, is_row, STANDARDIZE, 0.0
+    )
+    factor = r * tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
     bound = _limit(layer, kept, MWE)
     through_fcs = tl.zeros([ROWS, COLUMNS], tl.float32)
     if LWE:
-        for start in range(0, size_of(layer, HIDDEN_CHANNELS), UNITS):
+        for start in range(0, tiles.size_of(layer, tiles.HIDDEN_CHANNELS), UNITS):
             units = start + tl.arange(0, UNITS)
-            v = by_unit(near(scratch, layer, V), layer, rows, is_row, units[None, :])
-            through_fcs += tl.dot(v, fc1_of(layer, columns, units[:, None]), input_precision="ieee")
-    first = places_of(layer, rows, columns)
-    position_step = size_of(layer, POSITION_STEP)
-    weight, gradient = tensor_of(layer, WEIGHT), near(gradient, layer, GRADIENT)
-    result = near(result, layer, RESULT)
-    for position in range(size_of(layer, POSITIONS)):
+            v = tiles.by_unit(
+                tiles.near(scratch, layer, tiles.V), layer, rows, is_row, units[None, :]
+            )
+            through_fcs += tl.dot(
+                v, tiles.fc1_of(layer, columns, units[:, None]), input_precision="ieee"
+            )
+    first = tiles.places_of(layer, rows, columns)
+    position_step = tiles.size_of(layer, tiles.POSITION_STEP)
+    weight, gradient = (
+        tiles.tensor_of(layer, tiles.WEIGHT),
+        tiles.near(gradient, layer, tiles.GRADIENT),
+    )
+    result = tiles.near(result, layer, tiles.RESULT)
+    for position in range(tiles.size_of(layer, tiles.POSITIONS)):
         place = first + position * position_step
         value = tl.load(weight + place, mask=is_there, other=0.0) - centre
         g = tl.load(gradient + place, mask=is_there, other=0.0)
@@ -244,23 +231,29 @@ def by_fcs(
 
     One program for ``COLUMNS`` channels and ``UNITS`` hidden ones.
     """
-    layer, number = layer_of(table, BY_UNITS, LAYERS)
-    out_channels, channels = size_of(layer, OUT_CHANNELS), size_of(layer, CHANNELS)
-    positions, hidden_channels = size_of(layer, POSITIONS), size_of(layer, HIDDEN_CHANNELS)
+    layer, number = tiles.layer_of(table, tiles.BY_UNITS, LAYERS)
+    out_channels, channels = (
+        tiles.size_of(layer, tiles.OUT_CHANNELS),
+        tiles.size_of(layer, tiles.CHANNELS),
+    )
+    positions, hidden_channels = (
+        tiles.size_of(layer, tiles.POSITIONS),
+        tiles.size_of(layer, tiles.HIDDEN_CHANNELS),
+    )
     across = tl.cdiv(hidden_channels, UNITS)
     columns = number // across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     units = number % across * UNITS + tl.arange(0, UNITS)[None, :]
     is_column, is_unit = columns < channels, units < hidden_channels
-    z_of, sums_of = near(scratch, layer, Z), near(scratch, layer, SUMS)
+    z_of, sums_of = tiles.near(scratch, layer, tiles.Z), tiles.near(scratch, layer, tiles.SUMS)
     by_a = tl.zeros([COLUMNS, UNITS], tl.float32)
     by_b = tl.zeros([COLUMNS, UNITS], tl.float32)
     by_fc1_bias = tl.zeros([1, UNITS], tl.float32)
     by_fc2_bias = tl.zeros([COLUMNS, 1], tl.float32)
     for start in range(0, tl.cdiv(out_channels, ROWS)):
-        rows, is_row = filters_of(layer, start, ROWS)
-        r = per_row(near(kept, layer, SCALE), rows, is_row, STANDARDIZE, 1.0)
-        h = by_unit(near(kept, layer, HIDDEN), layer, rows, is_row, units)
-        v = by_unit(near(scratch, layer, V), layer, rows, is_row, units)
+        rows, is_row = tiles.filters_of(layer, start, ROWS)
+        r = tiles.per_row(tiles.near(kept, layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
+        h = tiles.by_unit(tiles.near(kept, layer, tiles.HIDDEN), layer, rows, is_row, units)
+        v = tiles.by_unit(tiles.near(scratch, layer, tiles.V), layer, rows, is_row, units)
         is_there = tl.trans(is_row) & is_column
         transposed = tl.trans(rows) * channels + columns
         z = tl.load(z_of + transposed, mask=is_there, other=0.0)
@@ -270,10 +263,14 @@ def by_fcs(
         by_fc2_bias += tl.sum(z * tl.trans(r), 1, keep_dims=True)
         by_fc1_bias += tl.sum(v * positions / r, 0, keep_dims=True)
     is_weight = is_column & is_unit
-    tl.store(near(fcs, layer, BY_FC1_WEIGHT) + units * channels + columns, by_a, mask=is_weight)
-    place = near(fcs, layer, BY_FC2_WEIGHT) + columns * hidden_channels + units
+    tl.store(
+        tiles.near(fcs, layer, tiles.BY_FC1_WEIGHT) + units * channels + columns,
+        by_a,
+        mask=is_weight,
+    )
+    place = tiles.near(fcs, layer, tiles.BY_FC2_WEIGHT) + columns * hidden_channels + units
     tl.store(place, by_b, mask=is_weight)
     if number % across == 0:
-        tl.store(near(fcs, layer, BY_FC2_BIAS) + columns, by_fc2_bias, mask=is_column)
+        tl.store(tiles.near(fcs, layer, tiles.BY_FC2_BIAS) + columns, by_fc2_bias, mask=is_column)
     if number // across == 0:
-        tl.store(near(fcs, layer, BY_FC1_BIAS) + units, by_fc1_bias, mask=is_unit)
+        tl.store(tiles.near(fcs, layer, tiles.BY_FC1_BIAS) + units, by_fc1_bias, mask=is_unit)

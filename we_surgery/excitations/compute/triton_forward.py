@@ -1,6 +1,6 @@
 """The excited weights of ``formulas`` by Triton kernels, in float32.
 
-Each is launched once for all layers of a table (``triton_table``).
+Each is launched once for all layers of a table (``triton_tiles``).
 
 Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import the kernels
 run on the CPU.
@@ -11,40 +11,7 @@ run on the CPU.
 import triton
 import triton.language as tl
 
-from we_surgery.excitations.compute.triton_table import (
-    BY_BLOCKS,
-    BY_FILTERS,
-    BY_TILES,
-    CHANNELS,
-    FC1_BIAS,
-    HIDDEN,
-    HIDDEN_CHANNELS,
-    LIMIT,
-    MAXIMA,
-    MEAN,
-    MWE_EPSILON,
-    NORM,
-    OUT_CHANNELS,
-    POSITION_STEP,
-    POSITIONS,
-    RESULT,
-    SCALE,
-    STANDARDIZE_EPSILON,
-    WEIGHT,
-    layer_of,
-    near,
-    size_of,
-    tensor_of,
-)
-from we_surgery.excitations.compute.triton_tiles import (
-    SMALLEST_NORMAL,
-    affine_of,
-    fc1_of,
-    filters_of,
-    gate_of,
-    places_of,
-    tile_of,
-)
+from we_surgery.excitations.compute import triton_tiles as tiles
 
 
 @triton.jit
@@ -71,11 +38,14 @@ def summarize(
     UNITS: tl.constexpr,
 ):
     """Mean, |c|, r and h of each filter; one program for ``ROWS`` filters."""
-    layer, number = layer_of(table, BY_FILTERS, LAYERS)
-    rows, is_row = filters_of(layer, number, ROWS)
-    channels, positions = size_of(layer, CHANNELS), size_of(layer, POSITIONS)
-    position_step = size_of(layer, POSITION_STEP)
-    weight = tensor_of(layer, WEIGHT)
+    layer, number = tiles.layer_of(table, tiles.BY_FILTERS, LAYERS)
+    rows, is_row = tiles.filters_of(layer, number, ROWS)
+    channels, positions = (
+        tiles.size_of(layer, tiles.CHANNELS),
+        tiles.size_of(layer, tiles.POSITIONS),
+    )
+    position_step = tiles.size_of(layer, tiles.POSITION_STEP)
+    weight = tiles.tensor_of(layer, tiles.WEIGHT)
     centre = tl.zeros([ROWS, 1], tl.float32)
     r = tl.full([ROWS, 1], 1.0, tl.float32)
     if STANDARDIZE:
@@ -87,7 +57,7 @@ def summarize(
             for start in range(0, channels, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)[None, :]
                 is_there = is_row & (columns < channels)
-                place = weight + places_of(layer, rows, columns)
+                place = weight + tiles.places_of(layer, rows, columns)
                 for position in range(positions):
                     value = tl.load(place + position * position_step, mask=is_there, other=0.0)
                     value = tl.where(is_there, value - centre, 0.0)
@@ -99,30 +69,30 @@ def summarize(
             else:
                 centre += total / fan_in
         length = tl.sqrt(squares)
-        epsilon = tl.load(tensor_of(layer, STANDARDIZE_EPSILON))
+        epsilon = tl.load(tiles.tensor_of(layer, tiles.STANDARDIZE_EPSILON))
         r = 1 / (length / tl.sqrt(fan_in - 1.0) + epsilon)
-        tl.store(near(kept, layer, MEAN) + rows, centre, mask=is_row)
-        tl.store(near(kept, layer, NORM) + rows, length, mask=is_row)
-        tl.store(near(kept, layer, SCALE) + rows, r, mask=is_row)
+        tl.store(tiles.near(kept, layer, tiles.MEAN) + rows, centre, mask=is_row)
+        tl.store(tiles.near(kept, layer, tiles.NORM) + rows, length, mask=is_row)
+        tl.store(tiles.near(kept, layer, tiles.SCALE) + rows, r, mask=is_row)
     if LWE:
-        hidden_channels = size_of(layer, HIDDEN_CHANNELS)
+        hidden_channels = tiles.size_of(layer, tiles.HIDDEN_CHANNELS)
         for first_unit in range(0, hidden_channels, UNITS):
             units = first_unit + tl.arange(0, UNITS)[None, :]
             u = tl.zeros([ROWS, UNITS], tl.float32)
             for start in range(0, channels, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)
                 is_there = is_row & (columns[None, :] < channels)
-                place = weight + places_of(layer, rows, columns[None, :])
+                place = weight + tiles.places_of(layer, rows, columns[None, :])
                 sums = tl.zeros([ROWS, COLUMNS], tl.float32)
                 for position in range(positions):
                     value = tl.load(place + position * position_step, mask=is_there, other=0.0)
                     sums += tl.where(is_there, value - centre, 0.0)
-                a = fc1_of(layer, columns[:, None], units)
+                a = tiles.fc1_of(layer, columns[:, None], units)
                 u += tl.dot(sums, a, input_precision="ieee")
             is_unit = units < hidden_channels
             u *= r / positions
-            u += tl.load(tensor_of(layer, FC1_BIAS) + units, mask=is_unit, other=0.0)
-            place = near(kept, layer, HIDDEN) + rows * hidden_channels + units
+            u += tl.load(tiles.tensor_of(layer, tiles.FC1_BIAS) + units, mask=is_unit, other=0.0)
+            place = tiles.near(kept, layer, tiles.HIDDEN) + rows * hidden_channels + units
             tl.store(place, tl.where(u < 0, 0.0, u), mask=is_row & is_unit)
 
 
@@ -141,22 +111,24 @@ def multiply(
     UNITS: tl.constexpr,
 ):
     """Computes w = p r m c + q, and the largest |w| of each tile; one program a tile."""
-    layer, number, rows, is_row, columns = tile_of(table, BY_TILES, LAYERS, ROWS, COLUMNS)
-    is_there = is_row & (columns < size_of(layer, CHANNELS))
-    centre, r, p, q = affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    factor = r * p * gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
-    first = places_of(layer, rows, columns)
-    position_step = size_of(layer, POSITION_STEP)
-    weight, excited = tensor_of(layer, WEIGHT), near(result, layer, RESULT)
+    layer, number, rows, is_row, columns = tiles.tile_of(
+        table, tiles.BY_TILES, LAYERS, ROWS, COLUMNS
+    )
+    is_there = is_row & (columns < tiles.size_of(layer, tiles.CHANNELS))
+    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
+    factor = r * p * tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
+    first = tiles.places_of(layer, rows, columns)
+    position_step = tiles.size_of(layer, tiles.POSITION_STEP)
+    weight, excited = tiles.tensor_of(layer, tiles.WEIGHT), tiles.near(result, layer, tiles.RESULT)
     largest = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for position in range(size_of(layer, POSITIONS)):
+    for position in range(tiles.size_of(layer, tiles.POSITIONS)):
         place = first + position * position_step
         value = tl.load(weight + place, mask=is_there, other=0.0)
         value = (value - centre) * factor + q
         largest = tl.maximum(largest, tl.where(is_there, tl.abs(value), 0.0))
         tl.store(excited + place, value, mask=is_there)
     if MWE:
-        tl.store(near(kept, layer, MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
+        tl.store(tiles.near(kept, layer, tiles.MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
 
 
 @triton.jit
@@ -170,20 +142,23 @@ def amplify(
     BLOCK: tl.constexpr,
 ):
     """W' = M atanh(w / M) in the place of w; one program for ``BLOCK`` weights."""
-    layer, number = layer_of(table, BY_BLOCKS, LAYERS)
-    out_channels, channels = size_of(layer, OUT_CHANNELS), size_of(layer, CHANNELS)
-    tiles = tl.cdiv(out_channels, ROWS) * tl.cdiv(channels, COLUMNS)
-    maxima = near(kept, layer, MAXIMA)
+    layer, number = tiles.layer_of(table, tiles.BY_BLOCKS, LAYERS)
+    out_channels, channels = (
+        tiles.size_of(layer, tiles.OUT_CHANNELS),
+        tiles.size_of(layer, tiles.CHANNELS),
+    )
+    tile_count = tl.cdiv(out_channels, ROWS) * tl.cdiv(channels, COLUMNS)
+    maxima = tiles.near(kept, layer, tiles.MAXIMA)
     largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, tiles, BLOCK):
+    for start in range(0, tile_count, BLOCK):
         places = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(maxima + places, mask=places < tiles, other=0.0))
-    bound = (1 + tl.load(tensor_of(layer, MWE_EPSILON))) * tl.max(largest, 0)
-    bound = tl.where(bound < SMALLEST_NORMAL, 1.0, bound)
+        largest = tl.maximum(largest, tl.load(maxima + places, mask=places < tile_count, other=0.0))
+    bound = (1 + tl.load(tiles.tensor_of(layer, tiles.MWE_EPSILON))) * tl.max(largest, 0)
+    bound = tl.where(bound < tiles.SMALLEST_NORMAL, 1.0, bound)
     if number == 0:
-        tl.store(near(kept, layer, LIMIT), bound)
-    numel = out_channels.to(tl.int64) * (channels * size_of(layer, POSITIONS))
+        tl.store(tiles.near(kept, layer, tiles.LIMIT), bound)
+    numel = out_channels.to(tl.int64) * (channels * tiles.size_of(layer, tiles.POSITIONS))
     places = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    excited = near(result, layer, RESULT) + places
+    excited = tiles.near(result, layer, tiles.RESULT) + places
     value = tl.load(excited, mask=places < numel, other=0.0)
     tl.store(excited, bound * _atanh(value / bound), mask=places < numel)
