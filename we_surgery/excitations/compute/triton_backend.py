@@ -194,7 +194,7 @@ def _differentiate(
         )
 
 
-_FCS = ClosedFormInputs._fields[:4]
+_FCS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 _KEPT = (*Kept._fields, "maxima")
 _SCRATCH = ("partial_t", "partial_total", "z", "sums", "v", "f", "average")
 _ANCHORED = {
