@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -230,6 +231,11 @@ class ModelGraph:
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The innermost module that runs the node."""
         return self.modules.get(self.runner(node))
+
+    def value(self, name: str) -> Any:
+        """The parameter, buffer, constant or module that a node refers to by this name."""
+        constant = self.constants.get(name)
+        return attrgetter(name)(self.modules[""]) if constant is None else constant
 
     def full_name(self, name: str) -> str:
         """A module's or tensor's name in the model."""

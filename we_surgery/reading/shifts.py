@@ -21,61 +21,43 @@ from we_surgery.reading.graph import (
     SHAPE,
     ModelGraph,
     after_write,
+    called_name,
     makes_new,
     operation_name,
 )
 
 _MOVES = frozenset(
     """
-    aten.t aten.transpose aten.permute aten.view aten._unsafe_view aten.reshape aten.expand
-    aten.unsqueeze aten.squeeze aten.alias aten.detach aten.contiguous aten.unbind aten.unfold
-    aten.slice aten.select aten.split aten.split_with_sizes aten.chunk aten.narrow aten.view_as
-    aten.as_strided aten.cat aten.stack aten.roll aten.constant_pad_nd aten.index aten.gather
-    aten.index_select aten.take_along_dim aten.flip aten.slice_scatter aten.select_scatter
-    aten.copy aten.copy_ aten.index_put aten.index_put_ aten.im2col aten.pixel_shuffle
-    aten.pixel_unshuffle aten.channel_shuffle aten.fill_ aten.zero_ aten.repeat aten.lift_fresh
-    aten.diagonal aten.clone aten.index_copy aten.index_copy_ aten.where aten.masked_fill
-    aten.unsafe_split
+    t transpose permute view unsafeview reshape expand unsqueeze squeeze alias detach contiguous
+    unbind unfold slice select split splitwithsizes chunk narrow viewas asstrided cat stack roll
+    constantpadnd index gather indexselect takealongdim flip slicescatter selectscatter copy
+    indexput im2col pixelshuffle pixelunshuffle channelshuffle fill zero repeat liftfresh
+    diagonal clone indexcopy where maskedfill unsafesplit
     """.split()
 )
 # They change values and not positions: their first argument's codes pass through.
 _POSITIONLESS = frozenset(
     """
-    aten.relu aten.relu_ aten.gelu aten.silu aten.silu_ aten.leaky_relu aten.leaky_relu_ aten.elu
-    aten.elu_ aten.hardswish aten.hardswish_ aten.hardtanh aten.hardtanh_ aten.sigmoid aten.tanh
-    aten.mish aten.softplus aten.clamp aten.clamp_min aten.native_batch_norm aten.cudnn_batch_norm
-    aten._native_batch_norm_legit aten._native_batch_norm_legit_no_training aten.batch_norm
-    aten._batch_norm_with_update aten.native_layer_norm aten.native_group_norm
-    aten.native_dropout aten.dropout aten._to_copy aten.mul aten.mul_ aten.add
-    aten.add_ aten.sub aten.sub_ aten.div aten.div_ aten.neg aten._prelu_kernel
+    relu gelu silu leakyrelu elu hardswish hardtanh sigmoid tanh mish softplus clamp clampmin
+    nativebatchnorm cudnnbatchnorm nativebatchnormlegit nativebatchnormlegitnotraining batchnorm
+    batchnormwithupdate nativelayernorm nativegroupnorm nativedropout dropout tocopy mul add sub
+    div neg prelukernel
     """.split()
 )
 # A shift needs something that displaces and something that joins; these do both at once.
 _DISPLACES = frozenset(
     """
-    aten.slice aten.select aten.split aten.split_with_sizes aten.unbind aten.narrow aten.roll
-    aten.constant_pad_nd aten.chunk aten.as_strided aten.unsafe_split
+    slice select split splitwithsizes unbind narrow roll constantpadnd chunk asstrided
+    unsafesplit
     """.split()
 )
-_JOINS = frozenset(
-    """
-    aten.cat aten.stack aten.copy_ aten.slice_scatter aten.select_scatter aten.index_put
-    aten.index_put_ aten.copy aten.index_copy aten.index_copy_
-    """.split()
-)
+_JOINS = frozenset("cat stack copy slicescatter selectscatter indexput indexcopy".split())
 # They take the channels apart and together again where this argument is the channels' dimension.
-_DIMENSION = {
-    "aten.slice": 1,
-    "aten.split": 2,
-    "aten.split_with_sizes": 2,
-    "aten.unsafe_split": 2,
-    "aten.cat": 1,
-}
-_STAYS = frozenset(["aten.clone", "aten.alias", "aten.detach", "aten.contiguous"])
-_DOES_BOTH = frozenset(["aten.gather", "aten.index", "aten.take_along_dim", "aten.as_strided"])
-_RESHAPES = frozenset(["aten.view", "aten._unsafe_view", "aten.reshape"])
-_EMPTY = frozenset(["aten.zeros", "aten.empty", "aten.full", "aten.ones", "aten.empty_strided"])
-_CONVOLUTION = "aten.convolution"
+_DIMENSION = {"slice": 1, "split": 2, "splitwithsizes": 2, "unsafesplit": 2, "cat": 1}
+_STAYS = frozenset(["clone", "alias", "detach", "contiguous"])
+_DOES_BOTH = frozenset(["gather", "index", "takealongdim", "asstrided"])
+_RESHAPES = frozenset(["view", "unsafeview", "reshape"])
+_EMPTY = frozenset(["zeros", "empty", "full", "ones", "emptystrided"])
 
 
 def shift_before(data: fx.Node, channel_dim: int, graph: ModelGraph) -> Shift | None:
@@ -89,42 +71,19 @@ def shift_before(data: fx.Node, channel_dim: int, graph: ModelGraph) -> Shift | 
     Raises:
         RuntimeError: a movement cannot be replayed.
     """
-    tensors = _TensorValues(graph)
-    inside, sources = _slice(data, graph, tensors)
+    inside, sources = _slice(data, graph)
     if not _may_shift(inside) or _moves_channels_alone(inside, channel_dim):
         return None
     ordered = sorted({*inside, *sources, data})
     for source in sources:
-        codes = _Replay(inside, source, sources, graph, tensors).value_of(data, ordered)
+        codes = _Replay(inside, source, sources, graph).value_of(data, ordered)
         shift = find_shift(codes, channel_dim % codes.ndim, source.meta[SHAPE])
         if shift is not None:
             return shift
     return None
 
 
-class _TensorValues:
-    """The values of parameters, buffers and other constant tensors by name."""
-
-    def __init__(self, graph: ModelGraph) -> None:
-        self._model, self._constants = graph.modules[""], graph.constants
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensor(name).detach()
-
-    def is_trained(self, name: str) -> bool:
-        return self._tensor(name).requires_grad
-
-    def _tensor(self, name: str) -> Tensor:
-        if name in self._constants:
-            return self._constants[name]
-        owner, _, attribute = name.rpartition(".")
-        value: Tensor = getattr(self._model.get_submodule(owner), attribute)
-        return value
-
-
-def _slice(
-    node: fx.Node, graph: ModelGraph, tensors: _TensorValues
-) -> tuple[set[fx.Node], list[fx.Node]]:
+def _slice(node: fx.Node, graph: ModelGraph) -> tuple[set[fx.Node], list[fx.Node]]:
     """The nodes that only move data on the way to ``node``, and what they start from."""
     inside: set[fx.Node] = set()
     sources: dict[fx.Node, None] = {}
@@ -136,7 +95,7 @@ def _slice(
         if current not in graph.fed:
             inside.add(current)
             pending.extend([] if makes_new(current) else current.all_input_nodes)
-        elif _is_followed(current, graph.fed, tensors):
+        elif _is_followed(current, graph):
             inside.add(current)
             pending.extend(current.all_input_nodes)
         else:
@@ -155,7 +114,7 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
         if len(followers) != 1:
             return source
         (current,) = followers
-        name = operation_name(current)
+        name = called_name(current)
         if not (name in _RESHAPES or name in _POSITIONLESS or current.target is operator.getitem):
             return source
         passed.append(current)
@@ -165,48 +124,48 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
             source = current
 
 
-def _is_followed(node: fx.Node, fed: set[fx.Node], tensors: _TensorValues) -> bool:
+def _is_followed(node: fx.Node, graph: ModelGraph) -> bool:
     if node.op != "call_function":
         return False
     if node.target in (operator.getitem, after_write):
         return True
-    name = operation_name(node)
+    name = called_name(node)
     if name in _MOVES:
         return True
-    if name == _CONVOLUTION:
-        return _is_one_hot_depthwise(node, tensors)
-    return name in _POSITIONLESS and sum(n in fed for n in node.all_input_nodes) == 1
+    if name == "convolution":
+        return _is_one_hot_depthwise(node, graph)
+    return name in _POSITIONLESS and sum(n in graph.fed for n in node.all_input_nodes) == 1
 
 
-def _is_one_hot_depthwise(node: fx.Node, tensors: _TensorValues) -> bool:
+def _is_one_hot_depthwise(node: fx.Node, graph: ModelGraph) -> bool:
     """A depthwise conv whose kernels are fixed and pick one position each."""
     weight, groups = node.args[1], node.args[8]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or groups in (0, 1):
         return False
-    value = tensors[str(weight.target)]
-    if tensors.is_trained(str(weight.target)) or value.shape[1] != 1 or value.is_meta:
+    value = graph.value(str(weight.target))
+    if value.requires_grad or value.shape[1] != 1 or value.is_meta:
         return False
     kernels = value.flatten(1)
     return bool(((kernels == 1).sum(1) == 1).all() and ((kernels != 0).sum(1) == 1).all())
 
 
 def _may_shift(inside: set[fx.Node]) -> bool:
-    names = {operation_name(node) for node in inside}
+    names = {called_name(node) for node in inside}
     displaces, joins = bool(names & _DISPLACES), bool(names & _JOINS)
-    return (displaces and joins) or bool(names & _DOES_BOTH) or _CONVOLUTION in names
+    return (displaces and joins) or bool(names & _DOES_BOTH) or "convolution" in names
 
 
 def _moves_channels_alone(inside: set[fx.Node], channel_dim: int) -> bool:
     """Whether channels are only cut apart and joined, as in DenseNet, and positions stay."""
     for node in inside:
-        name = operation_name(node)
+        name = called_name(node)
         if name in _DIMENSION:
             index = _DIMENSION[name]
             dimension: Any = node.args[index] if index < len(node.args) else 0
             rank = len(node.all_input_nodes[0].meta.get(SHAPE, ()))
             if not rank or (dimension - channel_dim) % rank:
                 return False
-        elif name == _CONVOLUTION or (name in _MOVES and name not in _STAYS):
+        elif name == "convolution" or (name in _MOVES and name not in _STAYS):
             return False
     return True
 
@@ -215,14 +174,9 @@ class _Replay:
     """Sends the codes of one source through a slice; all other sources are padding."""
 
     def __init__(
-        self,
-        inside: set[fx.Node],
-        source: fx.Node,
-        sources: list[fx.Node],
-        graph: ModelGraph,
-        tensors: _TensorValues,
+        self, inside: set[fx.Node], source: fx.Node, sources: list[fx.Node], graph: ModelGraph
     ) -> None:
-        self._inside, self._fed, self._tensors = inside, graph.fed, tensors
+        self._inside, self._graph = inside, graph
         self._values: dict[fx.Node, Any] = {
             other: torch.zeros(other.meta[SHAPE], dtype=torch.int64) for other in sources
         }
@@ -232,7 +186,7 @@ class _Replay:
         """The codes that arrive at a node; ``ordered`` are all nodes of the slice."""
         for node in ordered:
             if node in self._inside and node not in self._values:
-                compute = self._move if node in self._fed else self._evaluate
+                compute = self._move if node in self._graph.fed else self._evaluate
                 self._values[node] = compute(node)
             if node is target:
                 break
@@ -242,8 +196,8 @@ class _Replay:
     def _evaluate(self, node: fx.Node) -> Any:
         """A node that no input feeds: an index, a mask, or an empty tensor to be filled."""
         if node.op == "get_attr":
-            return self._tensors[str(node.target)]
-        is_empty = operation_name(node) in _EMPTY and node.meta[DTYPE].is_floating_point
+            return self._graph.value(str(node.target)).detach()
+        is_empty = called_name(node) in _EMPTY and node.meta[DTYPE].is_floating_point
         if is_empty or makes_new(node):
             # What codes will be written into must hold them without rounding.
             return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
@@ -258,10 +212,10 @@ class _Replay:
 
     def _move(self, node: fx.Node) -> Any:
         """A node that the input feeds: its codes, moved or passed through."""
-        name = operation_name(node)
+        name = called_name(node)
         if name in _POSITIONLESS:
-            passed = self._values[next(n for n in node.all_input_nodes if n in self._fed)]
-            if not name.endswith("_"):
+            passed = self._values[next(n for n in node.all_input_nodes if n in self._graph.fed)]
+            if not operation_name(node).endswith("_"):
                 # A new tensor: what is written into the one must not appear in the other.
                 passed = passed.clone()
             shape = node.meta.get(SHAPE)
@@ -271,7 +225,7 @@ class _Replay:
             whole = self._values[node.args[0]]
             return whole if isinstance(whole, Tensor) else whole[node.args[1]]
         args, kwargs = self._arguments(node)
-        if name == _CONVOLUTION:
+        if name == "convolution":
             codes, weight, _, *geometry = args
             moved = torch.ops.aten.convolution(codes.double(), weight.double(), None, *geometry)
             return moved.round().long()
@@ -291,7 +245,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is after_write:
         return args[0]
-    if operation_name(node) in _RESHAPES:
+    if called_name(node) in _RESHAPES:
         # Codes may lie in memory in another way than the activations did.
         return args[0].reshape(args[1])
     return node.target(*args, **kwargs)  # type: ignore[operator]

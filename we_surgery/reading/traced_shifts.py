@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -94,10 +93,7 @@ def _parameters(node: fx.Node, graph: ModelGraph) -> list[nn.Parameter]:
     """The parameters of the module that the node calls, or those that it takes itself."""
     if node.op == "call_module":
         return list(graph.modules[str(node.target)].parameters())
-    read = [
-        n for n in node.all_input_nodes if n.op == "get_attr" and n.target not in graph.constants
-    ]
-    values = [attrgetter(str(n.target))(graph.modules[""]) for n in read]
+    values = [graph.value(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     return [value for value in values if isinstance(value, nn.Parameter)]
 
 
@@ -151,12 +147,7 @@ def _cut_out(
         if node.op in ("call_module", "get_attr"):
             copies[node].target = names.setdefault(str(node.target), f"part_{len(names)}")
     graph.output(copies[data])
-    constants, root = whole.constants, whole.modules[""]
-    parts = {
-        name: constants[target] if target in constants else attrgetter(target)(root)
-        for target, name in names.items()
-    }
-    return _Cut(parts, graph)
+    return _Cut({name: whole.value(target) for target, name in names.items()}, graph)
 
 
 def _channels_after(node: fx.Node, graph: ModelGraph) -> int | None:
