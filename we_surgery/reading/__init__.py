@@ -33,7 +33,7 @@ _SHOWN_BLOCKS = 3
 def read(model: nn.Module, example_inputs: Any = None) -> Reading:
     """Reads ``model`` without changing it.
 
-    With example inputs one forward is recorded; without them, or where that fails, the model
+    With example inputs one forward pass is recorded; without them, or where that fails, the model
     is traced symbolically; where that fails too, its module tree is listed.
 
     Args:

@@ -35,8 +35,8 @@ class LayerFacts:
         converted_obstacle: why it cannot be excited in the model's graph, or None; excitation in
             the optimizer's step leaves the layer alone and can do it.
         readers: modules other than its own that feed it to an operation.
-        reads: how often a forward reads it as a weight; None when not recorded.
-        no_gradient: in train mode a forward reads it only with gradients turned off.
+        reads: how often a forward pass reads it as a weight; None when not recorded.
+        no_gradient: in train mode a forward pass reads it only with gradients turned off.
         constant_input: it is only ever applied to what no input feeds, such as a table of
             positions.
     """
@@ -95,7 +95,7 @@ class Reading:
     """A model as it was read.
 
     Attributes:
-        read_by: ``recorded`` (one forward was written down), ``symbolic`` (traced without
+        read_by: ``recorded`` (one forward pass was written down), ``symbolic`` (traced without
             inputs) or ``listed`` (the module tree alone).
         read_by_reason: why a more precise reading was not possible, or which parts this one
             could not read; "" when there is nothing to say.

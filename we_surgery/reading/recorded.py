@@ -1,6 +1,6 @@
 """The recorded reading: a torch.fx graph written down while a copy of the model runs once.
 
-The copy's parameters are fake tensors, so a forward takes no memory or arithmetic of the
+The copy's parameters are fake tensors, so a forward pass takes no memory or arithmetic of the
 model's size. A dispatch mode sees each aten operation below autograd, whatever Python code
 called it: inlined subclasses, functional calls and fused attention included.
 """
@@ -100,7 +100,7 @@ def record(
     fakes: Fakes | None = None,
     shared_hooks: bool = False,
 ) -> ModelGraph:
-    """Records one forward of a copy of ``model``, which is not changed.
+    """Records one forward pass of a copy of ``model``, which is not changed.
 
     Args:
         model: any model in eager mode.

@@ -42,7 +42,7 @@ def with_tensors(example_inputs: Any, replace: Callable[[Tensor], Tensor]) -> An
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A copy for a forward to write to."""
+    """A copy for a forward pass to write to."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 

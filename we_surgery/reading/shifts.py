@@ -118,7 +118,7 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
         if not (name in _RESHAPES or name in _POSITIONLESS or current.target is operator.getitem):
             return source
         passed.append(current)
-        # A norm's own result is no tensor but several; the first of them goes on.
+        # A norm's own result is several tensors; the first of them goes on.
         if SHAPE in current.meta:
             inside.difference_update(passed)
             source = current
