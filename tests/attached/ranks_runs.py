@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import we_surgery as ws
@@ -70,14 +70,22 @@ def attached_around_ddp(is_first: bool, mode: str, seed: int, part: slice) -> di
     }
 
 
-def attached_after_fully_shard(config: dict[str, Any], part: slice) -> dict[str, Any]:
-    """Uneven shards: 5 filters of the head over two ranks."""
+def sharded_net(*shape: int, **options: Any) -> nn.Module:
+    """Uneven shards: 5 filters of the head over two ranks. With two numbers, HSDP."""
     torch.manual_seed(0)
     model = Net(is_tied=False)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in (model.stem, model.mix, model.head):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def attached_after_fully_shard(
+    config: dict[str, Any], part: slice, *shape: int, **options: Any
+) -> dict[str, Any]:
+    model = sharded_net(*shape, **options)
     torch.manual_seed(1)
     optimizer = sgd(model)
     excitation = ws.attach(model, optimizer, config=config)
@@ -92,13 +100,28 @@ def attached_after_fully_shard(config: dict[str, Any], part: slice) -> dict[str,
     }
 
 
-def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any]:
+def one_rank_writes(part: slice) -> list[str]:
+    """What each rank raises where one of them has changed a weight; none waits for the other."""
     torch.manual_seed(0)
-    model = Net(is_tied=False)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (model.stem, model.mix, model.head):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = DistributedDataParallel(Net())
+    optimizer = sgd(model)
+    excitation = ws.attach(model, optimizer, "lwe")
+    train(model, optimizer, part)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    if dist.get_rank() == 1:
+        model.module.stem.weight.data.mul_(0.5)
+    try:
+        train(model, optimizer, part)
+    except ws.AttachmentError as error:
+        excitation.restore()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        train(model, optimizer, part)
+        return [str(error)]
+    return []
+
+
+def sharded(config: dict[str, Any], seed: int) -> tuple[nn.Module, Any]:
+    model = sharded_net(dist.get_world_size())
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     ws.attach(model, optimizer, config=config)
@@ -145,13 +168,13 @@ SHARDED = {
 }
 
 
-def alone_by(config: dict[str, Any]) -> dict[str, Any]:
+def alone_by(config: dict[str, Any], part: slice = slice(None)) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Net(is_tied=False)
     torch.manual_seed(1)
     optimizer = sgd(model)
     excitation = ws.attach(model, optimizer, config=config)
-    losses = train(model, optimizer, slice(None))
+    losses = train(model, optimizer, part)
     return {
         "losses": losses,
         "weights": dict(model.named_parameters()),
@@ -177,13 +200,27 @@ def cases(rank: int) -> dict[str, Callable[[], Any]]:
             name = f"{mode}, {'before' if is_first else 'after'} DDP"
             found[name] = partial(attached_around_ddp, is_first, mode, 1 + rank, part)
     for name, config in SHARDED.items():
-        found[f"{name}, FSDP2"] = partial(attached_after_fully_shard, config, part)
+        found[f"{name}, FSDP2"] = partial(attached_after_fully_shard, config, part, 2)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found["mixed precision"] = partial(
+        attached_after_fully_shard, SHARDED["lwe+mwe"], part, 2, mp_policy=policy
+    )
+    found["one rank writes"] = partial(one_rank_writes, part)
     return found
+
+
+def hybrid_cases(rank: int) -> dict[str, Callable[[], Any]]:
+    """Two replicas of a model that is divided over two ranks."""
+    part = slice(rank, rank + 1)
+    return {
+        name: partial(attached_after_fully_shard, SHARDED[name], part, 2, 2)
+        for name in ("lwe+mwe", "spectral norm")
+    }
 
 
 def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
     torch.set_num_threads(1)
-    found = cases(rank)
+    found = cases(rank) if ranks == 2 else hybrid_cases(rank)
     if stage is not None:
         found = {"losses": partial(stage_of_a_run, folder, stage)}
     result: dict[str, Any] = {}

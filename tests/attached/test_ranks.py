@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
-from ranks_runs import SHARDED, alone, alone_by, cases
+from ranks_runs import SHARDED, alone, alone_by, cases, hybrid_cases
 
 import we_surgery as ws
 
@@ -76,6 +76,41 @@ def test_fsdp2(name: str, ranks: list[dict[str, Any]]) -> None:
                 first[part][key], value.detach(), rtol=1e-4, atol=1e-5, msg=f"{part} {key}"
             )
             assert torch.equal(first[part][key], second[part][key]), key
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on(4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("name", hybrid_cases(0))
+def test_hybrid_sharding(name: str, four_ranks: list[dict[str, Any]]) -> None:
+    found = [rank[name] for rank in four_ranks]
+    assert not any(isinstance(own, str) for own in found), found[0]
+    expected = alone_by(SHARDED[name], slice(4))
+    mean = [sum(own) / 4 for own in zip(*(rank["losses"] for rank in found), strict=True)]
+    assert mean == pytest.approx(expected["losses"], rel=1e-5)
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][key], value.detach(), rtol=1e-4, atol=1e-5)
+        for other in found[1:]:
+            assert torch.equal(found[0]["weights"][key], other["weights"][key]), key
+
+
+def test_mixed_precision_under_fsdp2(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["mixed precision"] for rank in ranks)
+    assert not isinstance(first, str), first
+    expected = alone_by(SHARDED["lwe+mwe"])
+    for key, value in expected["weights"].items():
+        assert first["weights"][key].dtype == torch.float32
+        assert torch.equal(first["weights"][key], second["weights"][key])
+        torch.testing.assert_close(first["weights"][key], value.detach(), rtol=0.1, atol=0.05)
+
+
+def test_what_one_rank_writes_is_an_error_on_all(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["one rank writes"] for rank in ranks)
+    assert isinstance(first, list), first
+    assert "on another rank" in first[0]
+    assert "'stem' was changed outside" in second[0]
 
 
 def test_a_run_goes_on_over_two_three_and_one_ranks(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -12,33 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from we_surgery._util.copies import copy_model
 from we_surgery._util.scripted import own_parameters
 from we_surgery.attached.building import Building, Trained, placed
 from we_surgery.attached.guard import Tripwire
+from we_surgery.attached.holding import Holding
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
-from we_surgery.attached.ranks import EVERY, are_copies, broadcast, has_ranks
+from we_surgery.attached.ranks import Copies, broadcast
 from we_surgery.attached.registry import AttachedDefaults, register, unregister
 from we_surgery.attached.riding import ride
-from we_surgery.attached.shards import put, share_again, whole
-from we_surgery.attached.state import check_state, from_converted, load_state, state_of
+from we_surgery.attached.shards import put, whole
+from we_surgery.attached.state import check_state, load_state, state_of
 from we_surgery.attached.step import OptimizerStep
-from we_surgery.attached.transform import follow, is_current, write
+from we_surgery.attached.transform import is_current, write
+from we_surgery.attached.translation import converted_twin, from_converted
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
 from we_surgery.attached.wrappers import with_wrapped
-from we_surgery.converted.sites import Graft, graft
 from we_surgery.converted.surgery import PLAN_ATTRIBUTE
 from we_surgery.errors import AttachmentError, InputError
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
-from we_surgery.reading import converted_obstacle_of
 
 logger = logging.getLogger(__name__)
-
-_WAYS_OUT = (
-    "Call `excitation.adopt()` to go on from the present values, or `excitation.restore()` to put "
-    "the excited weights back."
-)
 
 
 class AttachedExcitation:
@@ -73,10 +66,9 @@ class AttachedExcitation:
         self._clip_raw = clip_raw
         self._weights: list[AttachedWeight] = []
         self._steps: list[OptimizerStep] = []
-        self._modules = dict(model.named_modules())
         self._undo: list[Callable[[], None]] = []
-        self._have_ranks_met = False
-        self._are_copies = False
+        self._copies = Copies()
+        self._holding = Holding(model, self._remember)
 
     @property
     def _parameters(self) -> list[ExcitationParameter]:
@@ -138,7 +130,7 @@ class AttachedExcitation:
                 largest = max(largest, float(difference))
         for step in steps:
             step.steps = int(state.get("steps", 0))
-            step.tripwire.remember(step.weights, step.steps)
+            step.remember(step.weights)
         logger.info(
             "loaded the excitation of %d weights; the model's weights differed by up to %.3g",
             len(weights),
@@ -155,35 +147,14 @@ class AttachedExcitation:
         Raises:
             InputError: the model is sharded, or a layer can be excited in this form alone.
         """
-        if any(weight.shard is not None for weight in self._weights):
-            raise InputError(
-                "the model is sharded, so that no rank has it whole",
-                "Attach to an unsharded model with `resume=excitation.state_dict()`, gathered.",
-            )
-        for weight in self._weights:
-            for module, parameter in weight.places:
-                obstacle = converted_obstacle_of(self._modules[module], parameter)
-                if obstacle is not None:
-                    raise InputError(
-                        f"there is no converted form of layer {weight.layer!r}, which {obstacle}",
-                        "Leave that layer alone by a rule, or go on in the attached form.",
-                    )
-        twin = copy_model(self.model)
-        memo: dict[int, Any] = {}
-        grafts = []
-        for weight in self._weights:
-            excitation = copy.deepcopy(weight.excitation, memo)
-            raw = weight.raw.detach().to(weight.parameter.dtype, copy=True)
-            for position, (module, parameter) in enumerate(weight.places):
-                grafts.append(Graft(module, parameter, excitation, None if position else raw))
-        graft(twin, grafts)
+        twin = converted_twin(self.model, self._weights)
         twin.__dict__[PLAN_ATTRIBUTE] = self.plan.to_dict()
         return twin
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts W' back into the model's weights, whatever was written there."""
-        self._hold_again()
+        self._holding.hold_again(self._weights)
         write(self._weights, advance=False)
         self._remember(self._weights)
 
@@ -197,7 +168,7 @@ class AttachedExcitation:
         Raises:
             AttachmentError: an excitation cannot start so. Nothing was changed.
         """
-        self._hold_again()
+        self._holding.hold_again(self._weights)
         changed = [weight for weight in self._weights if not is_current(weight)]
         found = []
         for weight in changed:
@@ -269,7 +240,7 @@ class AttachedExcitation:
                     "Make it of this model's Parameters.",
                 )
             found.append((weight, own))
-        self.report(self._weights)
+        self._holding.report(self._weights)
         steps = self.steps
         self.detach()
         self._building = replace(self._building, optimizers=optimizers)
@@ -322,8 +293,8 @@ class AttachedExcitation:
             self._weights += [weight for weight, _ in found]
             for optimizer in dict.fromkeys(optimizer for _, optimizer in found):
                 self._install(optimizer, [w for w, own in found if own is optimizer])
-            self._have_ranks_met = False
-            self._meet_ranks()
+            self._copies = Copies()
+            self._copies.meet(self._weights)
             if saved is not None:
                 self.load_state_dict(saved)
             else:
@@ -358,8 +329,16 @@ class AttachedExcitation:
             register(self, parameters, layers)
             self._undo.append(lambda: unregister(parameters, []))
             return
-        tripwire = Tripwire(self.is_held, self.report)
-        step = OptimizerStep(optimizer, weights, own, tripwire, self._synchronize, self._clip_raw)
+        tripwire = Tripwire(self._holding)
+        step = OptimizerStep(
+            optimizer,
+            weights,
+            own,
+            tripwire,
+            self._synchronize,
+            lambda error: self._copies.raise_together(error),
+            self._clip_raw,
+        )
         self._steps.append(step)
         self._undo.append(functools.partial(self._steps.remove, step))
         self._undo.append(step.remove)
@@ -377,7 +356,7 @@ class AttachedExcitation:
     def _watch_frozen(self) -> None:
         frozen = {}
         for row in self.plan.decisions:
-            parameter = own_parameters(self._modules[row.module]).get(row.parameter)
+            parameter = own_parameters(self._holding.modules[row.module]).get(row.parameter)
             if row.reason.startswith("frozen") and parameter is not None:
                 frozen[row.layer] = parameter
         for step in self._steps:
@@ -392,74 +371,15 @@ class AttachedExcitation:
 
         self._undo.append(undo)
 
-    def _meet_ranks(self) -> None:
-        """Begins with the raw weights of rank 0 on all ranks, as soon as there are ranks."""
-        if self._have_ranks_met or not has_ranks():
-            return
-        self._have_ranks_met = True
-        self._are_copies = are_copies(self._weights)
-        if self._are_copies:
-            broadcast(self._weights)
-
     def _synchronize(self, step: OptimizerStep) -> None:
-        if not self._have_ranks_met and has_ranks():
-            self._meet_ranks()
+        if self._copies.meet(self._weights):
             for weight in self._weights:
                 weight.version = -1  # compared with W' of rank 0 before the step
-        elif self._are_copies and step.steps % EVERY == EVERY - 1:
+        elif self._copies.are_due(step.steps):
             broadcast(step.weights)
             write(step.weights, advance=False)
-            step.tripwire.remember(step.weights, step.steps)
-
-    def is_held(self, weight: AttachedWeight) -> bool:
-        """Whether the model holds the weight's Parameter where it was."""
-        if weight.shard is not None and not self._holds(weight):
-            share_again(self.model)
-        return self._holds(weight)
-
-    def _holds(self, weight: AttachedWeight) -> bool:
-        for module, name in weight.places:
-            own = self._modules[module]._parameters  # of TorchScript it has no `get`
-            if name not in own or own[name] is not weight.parameter:
-                return False
-        return True
-
-    @torch.no_grad()
-    def report(self, weights: Sequence[AttachedWeight]) -> None:
-        """Adopts what is W' in another place; raises for what is not.
-
-        Raises:
-            AttachmentError: naming the first layer.
-        """
-        for weight in weights:
-            if not self.is_held(weight):
-                raise AttachmentError(
-                    f"layer {weight.layer!r} holds another Parameter than when excitation was "
-                    "attached, so its weight is no longer trained",
-                    "Attach after whatever replaces Parameters (`fully_shard`, "
-                    "`load_state_dict(assign=True)`, parametrizations, pruning), and build the "
-                    "optimizer anew.",
-                )
-        changed = [weight.layer for weight in weights if not is_current(weight)]
-        if changed:
-            more = f" and of {len(changed) - 1} others" if len(changed) > 1 else ""
-            raise AttachmentError(
-                f"the weight of layer {changed[0]!r}{more} was changed outside of the optimizer's "
-                "step",
-                _WAYS_OUT,
-            )
-        for weight in weights:
-            follow(weight)
-        write(weights, advance=False)
-        self._remember(weights)
+            step.remember(step.weights)
 
     def _remember(self, weights: Sequence[AttachedWeight]) -> None:
         for step in self._steps:
-            own = [weight for weight in step.weights if weight in weights]
-            step.tripwire.remember(own, step.steps)
-
-    def _hold_again(self) -> None:
-        for weight in self._weights:
-            if not self.is_held(weight):
-                self.report([weight])
-            follow(weight)
+            step.remember([weight for weight in step.weights if weight in weights])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from we_surgery.attached.holding import Holding
 from we_surgery.attached.shards import any_rank
 from we_surgery.attached.weights import AttachedWeight
 
@@ -25,16 +26,14 @@ class Tripwire:
     later, since waiting for it would stop the queue.
 
     Attributes:
-        is_held: whether the model still holds a weight's Parameter where it was.
-        report: called with the weights of which something moved: it adopts what is equal to W',
-            or raises.
+        holding: says whether the model still holds a weight's Parameter, and gets the weights of
+            which something moved: it adopts what is equal to W', or raises.
         step: decides which values are compared.
         samples: the values of each weight as they were remembered, by the weight's ``id``.
         pending: comparisons on a GPU that have not been read: weights, flag and event.
     """
 
-    is_held: Callable[[AttachedWeight], bool]
-    report: Callable[[Sequence[AttachedWeight]], None]
+    holding: Holding
     step: int = 0
     samples: dict[int, Tensor] = field(default_factory=dict)
     pending: list[tuple[list[AttachedWeight], Tensor, torch.cuda.Event]] = field(
@@ -56,7 +55,7 @@ class Tripwire:
             for weight in weights
             if (memory := weight.memory)._version != weight.version
             or memory.data_ptr() != weight.address
-            or not self.is_held(weight)
+            or not self.holding.is_held(weight)
         ]
         if not moved:
             for same_device in _by_device(weights):
@@ -64,7 +63,7 @@ class Tripwire:
         if any_rank(weights, bool(moved)) and any(w.shard is not None for w in weights):
             moved = list(weights)  # the look at them is collective
         if moved:
-            self.report(moved)
+            self.holding.report(moved)
 
     def _differing(self, weights: list[AttachedWeight]) -> list[AttachedWeight]:
         """The weights, if any sampled value of theirs is not what was remembered."""

@@ -4,27 +4,78 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from we_surgery.attached.weights import AttachedWeight
+from we_surgery.errors import AttachmentError
 
 EVERY = 100
 """Steps between two broadcasts. Excitations under autograd may round differently on two ranks."""
 
 
-def has_ranks() -> bool:
-    """Whether this process is one of several in a process group."""
+class Copies:
+    """The processes that train copies of one model. They meet once there are several.
+
+    Attributes:
+        have_met: whether they have.
+        group: in which they tell each other of errors, on the host so that no GPU is waited for;
+            None where they train different weights, or there is one process.
+    """
+
+    def __init__(self) -> None:
+        self.have_met = False
+        self.group: Any = None
+        self._are_copies = False
+
+    def meet(self, weights: Sequence[AttachedWeight]) -> bool:
+        """Gives all ranks the weights of rank 0, the first time that there are ranks; collective.
+
+        Returns:
+            Whether it was the first time.
+        """
+        if self.have_met or not _has_ranks():
+            return False
+        self.have_met = True
+        self._are_copies = _are_copies(weights)
+        if self._are_copies:
+            broadcast(weights)
+            if dist.is_gloo_available():
+                self.group = dist.new_group(backend="gloo")
+        return True
+
+    def are_due(self, step: int) -> bool:
+        """Whether the weights are broadcast once more before this step."""
+        return self._are_copies and _has_ranks() and step % EVERY == EVERY - 1
+
+    def raise_together(self, error: AttachmentError | None) -> None:
+        """Raises on all ranks if there is an error on one: the others would wait for it forever.
+
+        Raises:
+            AttachmentError: the rank's own error, or that another rank has one.
+        """
+        if self.group is not None and _has_ranks():
+            errors = torch.tensor(float(error is not None))
+            dist.all_reduce(errors, group=self.group)
+            if error is None and errors:
+                raise AttachmentError(
+                    "the model's weights were changed outside of the optimizer's step on another "
+                    "rank",
+                    "That rank's error says which layer. Do on all ranks what is done on one.",
+                )
+        if error is not None:
+            raise error
+
+
+def _has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def are_copies(weights: Sequence[AttachedWeight]) -> bool:
-    """Whether all ranks excite the same weights; collective.
-
-    The parts of a pipeline do not.
-    """
+def _are_copies(weights: Sequence[AttachedWeight]) -> bool:
+    """Whether all ranks excite the same weights, as the parts of a pipeline do not; collective."""
     described = repr([(weight.name, tuple(weight.raw.shape)) for weight in weights])
     own = hashlib.sha256(described.encode()).hexdigest()
     found: list[str] = [""] * dist.get_world_size()

@@ -11,7 +11,6 @@ from torch import Tensor
 from we_surgery.attached.shards import local, put
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.errors import AttachmentError, InputError
-from we_surgery.excitations.names import RAW_PREFIX, excitation_name
 
 VERSION = 1
 
@@ -65,50 +64,6 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in ("weights", "optimizer"):
         whole[key] = {name: own for part in parts for name, own in part.get(key, {}).items()}
     return whole
-
-
-def from_converted(
-    state: Mapping[str, Any], own: dict[str, Any], weights: Sequence[AttachedWeight]
-) -> dict[str, Any] | None:
-    """A state of these weights, of the state dict of a converted model; None if it is not one.
-
-    Args:
-        state: whatever was given.
-        own: the present state, whose optimizer states stay.
-        weights: those that are excited here.
-
-    Raises:
-        AttachmentError: a weight is excited there and not here.
-    """
-    there = _converted_weights(state) if isinstance(state, Mapping) else {}
-    if not there:
-        return None
-    found: dict[str, dict[str, Any]] = {}
-    for weight in weights:
-        for place in weight.places:  # tied weights have an entry each, with the same values
-            saved = there.pop(".".join(part for part in place if part), None)
-            if saved is not None:
-                found[weight.name] = saved
-    if there:
-        raise AttachmentError(
-            f"the converted model excites {next(iter(there))!r}, which is not excited here",
-            "Attach with the mode, config and rules of the conversion, or with its plan.",
-        )
-    return {**own, "steps": 0, "weights": found}
-
-
-def _converted_weights(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    state = {key: value for key, value in state.items() if isinstance(key, str)}
-    for key, raw in state.items():
-        layer, dot, last = key.rpartition(".")
-        parameter = last.removeprefix(RAW_PREFIX)
-        prefix = f"{layer}{dot}{excitation_name(parameter)}."
-        if parameter != last:
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if own:
-                found[f"{layer}{dot}{parameter}"] = {"raw": raw, "excitation": own}
-    return found
 
 
 def check_state(

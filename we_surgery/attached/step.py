@@ -23,7 +23,7 @@ from we_surgery.attached.shards import any_rank, local
 from we_surgery.attached.transform import drop_gradient, pull_back, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
-from we_surgery.errors import InputError, ThawedLayerWarning
+from we_surgery.errors import AttachmentError, InputError, ThawedLayerWarning
 
 
 @dataclass(eq=False)
@@ -35,6 +35,7 @@ class OptimizerStep:
         weights: those it trains.
         parameters: of their excitations.
         tripwire: finds what was written into the model's weights since the last step.
+        raise_together: called with the rank's own error or None; raises on all ranks.
         clip_raw: largest norm of all gradients that the optimizer sees, raw ones among them; None
             leaves them as they are.
         synchronize: called with this before each step; gives all ranks the same raw weights.
@@ -51,6 +52,7 @@ class OptimizerStep:
     parameters: list[ExcitationParameter]
     tripwire: Tripwire
     synchronize: Callable[[OptimizerStep], None]
+    raise_together: Callable[[AttachmentError | None], None]
     clip_raw: float | None = None
     depth: int = 0
     exchanged: list[AttachedWeight] = field(default_factory=list)
@@ -201,22 +203,36 @@ class OptimizerStep:
             )
             self.frozen = {}
         gone = [
-            w for w in self.weights if w.parameter.grad is None and not self.tripwire.is_held(w)
+            weight
+            for weight in self.weights
+            if weight.parameter.grad is None and not self.tripwire.holding.is_held(weight)
         ]
         if gone:
-            self.tripwire.report(gone)  # replaced in the model, so that it gets no gradient
+            self.tripwire.holding.report(gone)  # replaced in the model, so that it gets no gradient
         if not live:
             return
         self.is_hidden = self._is_hidden_step(live)
         if not self.is_hidden:  # which comes between the loading of weights and of states
             self.synchronize(self)
-            self.tripwire.check(live)
+            self._check(live)
         pull_back(live)
         self._exchange(live)
         if self.clip_raw is not None:
             groups = [*self.optimizer.param_groups, *self.companion.param_groups]
             entries = [p for group in groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(entries, self.clip_raw)
+
+    def _check(self, live: Sequence[AttachedWeight]) -> None:
+        found = None
+        try:
+            self.tripwire.check(live)
+        except AttachmentError as error:
+            found = error
+        self.raise_together(found)
+
+    def remember(self, weights: Sequence[AttachedWeight]) -> None:
+        """Takes these weights for what they should be before the next step."""
+        self.tripwire.remember(weights, self.steps)
 
     def _is_hidden_step(self, live: Sequence[AttachedWeight]) -> bool:
         """Whether torch steps with a learning rate and gradients of 0, to make states to load."""
@@ -310,7 +326,7 @@ class OptimizerStep:
             return
         self.steps += moves
         write(weights, advance=moves)
-        self.tripwire.remember(weights, self.steps)
+        self.remember(weights)
 
     def _abandon(self) -> None:
         """After an exception within the optimizer: everything in its place, W' of what there is."""

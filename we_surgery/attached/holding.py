@@ -1,0 +1,80 @@
+"""Whether the model's layers still hold the excited Parameters, and W' in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from we_surgery.attached.shards import share_again
+from we_surgery.attached.transform import follow, is_current, write
+from we_surgery.attached.weights import AttachedWeight
+from we_surgery.errors import AttachmentError
+
+
+class Holding:
+    """What an attached model should hold, and what is done where it holds something else.
+
+    Attributes:
+        model: the model.
+        modules: its modules by name, as they were when excitation was attached.
+        remember: called with weights that hold W' again.
+    """
+
+    def __init__(
+        self, model: nn.Module, remember: Callable[[Sequence[AttachedWeight]], None]
+    ) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.remember = remember
+
+    def is_held(self, weight: AttachedWeight) -> bool:
+        """Whether the model holds the weight's Parameter where it was."""
+        if weight.shard is not None and not self._holds(weight):
+            share_again(self.model)
+        return self._holds(weight)
+
+    def _holds(self, weight: AttachedWeight) -> bool:
+        for module, name in weight.places:
+            own = self.modules[module]._parameters  # of TorchScript it has no `get`
+            if name not in own or own[name] is not weight.parameter:
+                return False
+        return True
+
+    @torch.no_grad()
+    def report(self, weights: Sequence[AttachedWeight]) -> None:
+        """Adopts what is W' in another place; raises for what is not.
+
+        Raises:
+            AttachmentError: naming the first layer.
+        """
+        for weight in weights:
+            if not self.is_held(weight):
+                raise AttachmentError(
+                    f"layer {weight.layer!r} holds another Parameter than when excitation was "
+                    "attached, so its weight is no longer trained",
+                    "Attach after whatever replaces Parameters (`fully_shard`, "
+                    "`load_state_dict(assign=True)`, parametrizations, pruning), and build the "
+                    "optimizer anew.",
+                )
+        changed = [weight.layer for weight in weights if not is_current(weight)]
+        if changed:
+            more = f" and of {len(changed) - 1} others" if len(changed) > 1 else ""
+            raise AttachmentError(
+                f"the weight of layer {changed[0]!r}{more} was changed outside of the optimizer's "
+                "step",
+                "Call `excitation.adopt()` to go on from the present values, or "
+                "`excitation.restore()` to put the excited weights back.",
+            )
+        for weight in weights:
+            follow(weight)
+        write(weights, advance=False)
+        self.remember(weights)
+
+    def hold_again(self, weights: Sequence[AttachedWeight]) -> None:
+        """Makes raw weights follow their Parameters; raises where one was replaced."""
+        for weight in weights:
+            if not self.is_held(weight):
+                self.report([weight])
+            follow(weight)
