@@ -1,9 +1,12 @@
+import gzip
 import pickle
 import tarfile
 import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -51,6 +54,34 @@ def make_old_export(path):
 def make_foreign_zip(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "")
+
+
+def make_onnx(path):
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "graph", ends[:1], ends[1:])
+    path.write_bytes(onnx.helper.make_model(graph, producer_name="pytorch").SerializeToString())
+
+
+def make_keras(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", "")
+
+
+def make_npz(path):
+    with path.open("wb") as file:
+        np.savez(file, weight=np.ones(3))
+
+
+def make_npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+
+
+def make_saved_model(path):
+    path.mkdir()
+    (path / "saved_model.pb").touch()
 
 
 def make_tar(path):
@@ -114,9 +145,18 @@ UNREADABLE = {
     "garbage": (lambda path: path.write_bytes(b"garbage!" * 500), "not hold a model", "fetch"),
     "lfs pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "begins with b'version https://git-lfs",
-        "fetch",
+        "is a Git LFS pointer",
+        "git lfs pull",
     ),
+    "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(40)), "HDF5", "PyTorch"),
+    "gguf": (lambda path: path.write_bytes(b"GGUF\x03" + bytes(40)), "is a GGUF file", "made from"),
+    "tflite": (lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(40)), "Lite", "PyTorch"),
+    "onnx": (make_onnx, "is an ONNX model", "exported from"),
+    "keras": (make_keras, "is a Keras model", "PyTorch"),
+    "npz": (make_npz, "NumPy arrays", "save"),
+    "npy": (make_npy, "a NumPy array", "save"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "by gzip", "gunzip"),
+    "saved model": (make_saved_model, "is a TensorFlow SavedModel", "PyTorch"),
     "zip start": (lambda path: path.write_bytes(b"PK\x03\x04rest"), "damaged", "again"),
     "folder": (lambda path: path.mkdir(), "is a folder", "file in it"),
     "list": (lambda path: torch.save([1], path), "holds list", "state dict"),

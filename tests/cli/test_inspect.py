@@ -90,9 +90,11 @@ def test_the_start_of_another_model_is_refused(files: tuple[Path, Path], tmp_pat
 
 
 def test_two_files_stand_side_by_side(files: tuple[Path, Path], tmp_path: Path) -> None:
-    result = inspect(*files)
+    result = inspect(*files, "--wide")
     assert result.exit_code == 0, result.output
     assert "excitation 2" in result.stdout
+    narrow = inspect(*files).stdout.splitlines()
+    assert max(len(line) for line in narrow if line.startswith(("layer", "0.", "1."))) <= 80
     assert "LEARNED NOTHING" in result.stdout
     found = json.loads(inspect(*files, "--json").stdout)
     assert [file["source"] for file in found["files"]] == [str(path) for path in files]
@@ -112,6 +114,40 @@ def test_two_files_stand_side_by_side(files: tuple[Path, Path], tmp_path: Path) 
     mixed = inspect(files[1], tmp_path / "vanilla.pt")
     assert mixed.exit_code == 0
     assert "vanilla: no excited weights" in mixed.stdout
+
+
+def test_a_vanilla_file_shows_its_weights_and_the_next_command(tmp_path: Path) -> None:
+    convs = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3)))
+    torch.save(convs, tmp_path / "model.pt")
+    shown = inspect(tmp_path / "model.pt").stdout
+    assert re.search(r"^\{0-2\}.weight +3 +4x4x3x3 +float32", shown, re.M)
+    assert f"`we-convert {tmp_path / 'model.pt'} --dry-run` shows" in shown
+    assert re.search(r"^1.weight +4x4x3x3", inspect(tmp_path / "model.pt", "--wide").stdout, re.M)
+    torch.save(convs.state_dict(), tmp_path / "weights.pt")
+    assert "weights.pt --arch NAME --dry-run`" in inspect(tmp_path / "weights.pt").stdout
+    assert inspect(tmp_path / "weights.pt", tmp_path / "model.pt").exit_code == 0
+
+
+def test_a_quantized_file_is_called_so(tmp_path: Path) -> None:
+    state = {
+        "fc.qweight": torch.ones(4, dtype=torch.int32),
+        "conv.weight": torch.ones(2, 2, dtype=torch.int8),
+        "norm.weight": torch.ones(2),
+        "qat.weight_fake_quant.zero_point": torch.zeros(1),
+    }
+    torch.save(state, tmp_path / "int8.pt")
+    shown = inspect(tmp_path / "int8.pt").stdout
+    assert "quantized: 2 tensors hold quantized weights" in shown
+    assert "dry-run" not in shown
+
+
+def test_the_table_of_a_trained_file_fits_80_columns(files: tuple[Path, Path]) -> None:
+    lines = inspect(files[1]).stdout.splitlines()
+    table = [line for line in lines if line.startswith(("layer", "0.", "1."))]
+    assert len(table) == 4
+    assert max(map(len, table)) <= 80
+    assert all("learn" in line for line in table[1:])
+    assert "near 0, 1" in inspect(files[1], "--wide").stdout
 
 
 class Page(HTMLParser):

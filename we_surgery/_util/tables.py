@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -58,6 +59,20 @@ def _braces(numbers: list[str]) -> str:
             runs.append([number])
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
     return f"{{{','.join(texts)}}}"
+
+
+def merge_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Rows that differ in their first cell alone, a name, as one; and how many they were."""
+    name = next(iter(rows[0]), "")
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        same = tuple(str(cell) for key, cell in row.items() if key != name)
+        alike.setdefault(same, []).append(row)
+    for group in alike.values():
+        for pattern, names in merge_names(row[name] for row in group).items():
+            count = str(len(names)) if len(names) > 1 else ""
+            others = {key: cell for key, cell in group[0].items() if key != name}
+            yield {name: pattern, "n": count, **others}, len(names)
 
 
 class Legend:

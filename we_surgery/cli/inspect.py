@@ -20,6 +20,8 @@ from we_surgery.cli.common import (
     print_text,
     say_notes,
     say_written,
+    table_width,
+    wide_option,
 )
 from we_surgery.errors import InputError
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from we_surgery.analysis.learned import WeightStatistics
     from we_surgery.analysis.results import LocationMaps
-    from we_surgery.jobs.inspect import Comparison, Inspection
+    from we_surgery.jobs.inspect import Comparison, InspectedWeight, Inspection
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _PLAIN_BLOCKS = " .:-=+*#@"
@@ -58,6 +60,7 @@ _PLAIN_BLOCKS = " .:-=+*#@"
     metavar="FILE",
     help="Importance maps for the page: the JSON file of `we-surgery analyse location`.",
 )
+@wide_option
 @click.option("--force", is_flag=True, help="Overwrite the page if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 def inspect_command(
@@ -65,6 +68,7 @@ def inspect_command(
     start: str | None,
     html: Path | None,
     maps_path: Path | None,
+    wide: bool,
     force: bool,
     as_json: bool,
     **opening: Any,
@@ -116,9 +120,12 @@ def inspect_command(
         print_text(to_json(found.to_dict()))
         return
     if isinstance(found, Comparison):
-        print_table(_side_by_side(found))
+        if found.weights:
+            print_table(_side_by_side(found, wide))
     elif found.layers:
-        print_table(_table(found))
+        print_table(_table(found, wide))
+    elif found.plain:
+        print_table(_plain_table(found, wide))
     for file in files:
         print_table(_summary(file), highlight=False, markup=False, soft_wrap=True)
 
@@ -135,40 +142,47 @@ def _read_maps(path: Path) -> LocationMaps:
         ) from error
 
 
-def _table(found: Inspection) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+# Columns that go where a line is too short, of what is missed least first.
+_EXPENDABLE = ("near 0, 1", "norm", "added", "gain", "shape", "range", "excitation", "moved")
 
-    rows = [layer.statistics for layer in found.layers]
-    columns: dict[str, list[str]] = {
-        "layer": [layer.name for layer in found.layers],
-        "shape": ["x".join(map(str, layer.shape)) for layer in found.layers],
-        "excitation": ["+".join(layer.stages) for layer in found.layers],
-        "added": [f"{layer.added:,}" for layer in found.layers],
-        "multipliers": [_histogram(row) for row in rows],
-        "range": [
-            "" if (m := row.multiplier) is None else f"{m.minimum:.2f}..{m.maximum:.2f}"
-            for row in rows
-        ],
-        "near 0, 1": [
-            "" if (m := row.multiplier) is None else f"{m.near_zero:.0%}, {m.near_one:.0%}"
-            for row in rows
-        ],
-        "gain": [
-            "" if (g := row.gain) is None else f"{g.mean:.2f}..{g.maximum:.2f}" for row in rows
-        ],
-        "norm": [f"{row.raw_norm:.3g} > {row.excited_norm:.3g}" for row in rows],
-        "moved": [_moved(row) for row in rows],
-        "verdict": [row.verdict for row in rows],
+
+def _table(found: Inspection, wide: bool) -> Table:
+    from we_surgery._util.tables import table_of
+
+    rows = [_row(layer) for layer in found.layers]
+    width = None if wide else table_width()
+    return table_of(rows, width=width, expendable=_EXPENDABLE, right=("added",))
+
+
+def _row(layer: InspectedWeight) -> dict[str, str]:
+    found, multiplier, gain = layer.statistics, layer.statistics.multiplier, layer.statistics.gain
+    of_multiplier = {"multipliers": _histogram(found), "range": "", "near 0, 1": ""}
+    if multiplier is not None:
+        of_multiplier["range"] = f"{multiplier.minimum:.2f}..{multiplier.maximum:.2f}"
+        of_multiplier["near 0, 1"] = f"{multiplier.near_zero:.0%}, {multiplier.near_one:.0%}"
+    return {
+        "layer": layer.name,
+        "shape": "x".join(map(str, layer.shape)),
+        "excitation": "+".join(layer.stages),
+        "added": f"{layer.added:,}",
+        **of_multiplier,
+        "gain": "" if gain is None else f"{gain.mean:.2f}..{gain.maximum:.2f}",
+        "norm": f"{found.raw_norm:.3g} > {found.excited_norm:.3g}",
+        "moved": _moved(found),
+        "verdict": found.verdict,
     }
-    kept = ("layer", "shape", "excitation")
-    table = Table(header_style="bold", padding=(0, 0), collapse_padding=True)
-    shown = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in shown:
-        table.add_column(name, no_wrap=name in kept, overflow="fold")
-    for cells in zip(*shown.values(), strict=True):
-        table.add_row(*map(Text, cells))
-    return table
+
+
+def _plain_table(found: Inspection, wide: bool) -> Table:
+    from we_surgery._util.tables import merge_rows, table_of
+
+    rows = [
+        {"weight": plain.name, "shape": "x".join(map(str, plain.shape)), "dtype": plain.dtype}
+        for plain in found.plain
+    ]
+    shown = rows if wide else [row for row, _ in merge_rows(rows)]
+    width = None if wide else table_width()
+    return table_of(shown, width=width, expendable=("dtype", "n"), right=("n",))
 
 
 def _histogram(row: WeightStatistics) -> str:
@@ -187,34 +201,30 @@ def _moved(row: WeightStatistics) -> str:
     return ", ".join(f"{distance:.0%}" for distance in found if distance is not None)
 
 
-def _side_by_side(found: Comparison) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+def _side_by_side(found: Comparison, wide: bool) -> Table:
+    from we_surgery._util.tables import table_of
 
-    table = Table(header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    for number, _ in enumerate(found.inspections, 1):
-        table.add_column(f"excitation {number}")
-        table.add_column(f"multipliers {number}")
-        table.add_column(f"mean {number}", justify="right")
-    table.add_column("correlation", justify="right")
-    table.add_column("distance", justify="right")
+    rows = []
     for row in found.weights:
-        cells: list[str] = []
-        for weight in row.weights:
-            if weight is None:
-                cells += ["-", "", ""]
-                continue
-            multiplier = weight.statistics.multiplier
-            cells += [
-                "+".join(weight.stages),
-                _histogram(weight.statistics),
-                "" if multiplier is None else f"{multiplier.mean:.3f}",
-            ]
-        correlation = "" if row.correlation is None else f"{row.correlation:.2f}"
-        distance = "" if row.distance is None else f"{row.distance:.1%}"
-        table.add_row(*map(Text, (row.name, *cells, correlation, distance)))
-    return table
+        cells = {"layer": row.name}
+        for number, weight in enumerate(row.weights, 1):
+            multiplier = None if weight is None else weight.statistics.multiplier
+            cells |= {
+                f"excitation {number}": "-" if weight is None else "+".join(weight.stages),
+                f"multipliers {number}": "" if weight is None else _histogram(weight.statistics),
+                f"mean {number}": "" if multiplier is None else f"{multiplier.mean:.3f}",
+            }
+        cells["correlation"] = "" if row.correlation is None else f"{row.correlation:.2f}"
+        cells["distance"] = "" if row.distance is None else f"{row.distance:.1%}"
+        rows.append(cells)
+    means = [f"mean {number}" for number, _ in enumerate(found.inspections, 1)]
+    others = [f"{what} {mean[5:]}" for what in ("multipliers", "excitation") for mean in means]
+    return table_of(
+        rows,
+        width=None if wide else table_width(),
+        expendable=(*means, *others, "correlation"),
+        right=(*means, "correlation", "distance"),
+    )
 
 
 def _summary(found: Inspection) -> str:
@@ -234,4 +244,18 @@ def _summary(found: Inspection) -> str:
         lines.append(found.learned)
     else:
         lines.append("vanilla: no excited weights")
+        lines += _what_to_do(found)
     return "\n".join(lines)
+
+
+def _what_to_do(found: Inspection) -> list[str]:
+    quantized = sum(plain.is_quantized for plain in found.plain)
+    if quantized:
+        return [
+            f"quantized: {quantized} tensors hold quantized weights or their scales, which cannot "
+            "be excited; excite the float model, and quantize it after training"
+        ]
+    needs_architecture = found.kind != "module" and found.architecture is None
+    architecture = " --arch NAME" if needs_architecture else ""
+    command = f"we-convert {found.source}{architecture} --dry-run"
+    return [f"next: `{command}` shows what would be excited"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,16 @@ class InspectedWeight:
 
 
 @dataclass(frozen=True)
+class PlainWeight:
+    """A weight that is not excited: its key, shape and dtype, and whether it is quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    is_quantized: bool
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a file is; see :func:`inspect_file`.
 
@@ -62,6 +72,7 @@ class Inspection:
         plan: the plan it was converted by, as JSON types, where the file says so.
         notes: what was chosen and dropped on reading.
         is_attached: whether the excitation is in the optimizer's state, and the model vanilla.
+        plain: weights of at least two axes that are not excited.
     """
 
     source: str
@@ -77,6 +88,7 @@ class Inspection:
     plan: Mapping[str, Any] | None
     notes: list[str]
     is_attached: bool = False
+    plain: list[PlainWeight] = field(default_factory=list)
 
     @property
     def learned(self) -> str:
@@ -214,6 +226,7 @@ def _read(
             )
         )
     added = {e.excitation_prefix + key for e in entries.values() for key in e.excitation}
+    excited = {key for e in entries.values() for key in (e.raw_key, e.vanilla_key)}
     distinct = _distinct({key: value for key, value in state.items() if not is_record(key)})
     left = _distinct({key: value for key, value in state.items() if key not in added})
     architecture = source.architecture_of(contents)
@@ -231,12 +244,34 @@ def _read(
         plan=plan,
         notes=contents.notes,
         is_attached=contents.is_attached,
+        plain=_plain_weights(
+            {key: value for key, value in state.items() if key not in added | excited}
+        ),
     )
 
     def entry_of(name: str) -> checkpoint.ExcitedEntry | None:
         return _in_memory(contents, entries[name]) if name in entries else None
 
     return inspection, entry_of
+
+
+# Endings of the keys under which quantizers keep packed weights and their scales.
+_PACKED = ("_packed_params", "qweight", "qzeros", "absmax", "weight_scale", "zero_point")
+
+
+def _plain_weights(state: Mapping[str, Tensor]) -> list[PlainWeight]:
+    found = []
+    for name, value in state.items():
+        is_quantized = (
+            value.is_quantized
+            or (value.ndim > 1 and value.dtype in (torch.int8, torch.uint8))
+            # Quantization-aware training keeps such scales beside float weights.
+            or (name.endswith(_PACKED) and "fake_quant" not in name and "_process" not in name)
+        )
+        if (value.ndim > 1 or is_quantized) and not is_record(name):
+            dtype = str(value.dtype).removeprefix("torch.")
+            found.append(PlainWeight(name, tuple(value.shape), dtype, is_quantized))
+    return found
 
 
 def _in_memory(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from we_surgery._util.tables import NARROW, Legend, merge_names, table_of
+from we_surgery._util.tables import NARROW, Legend, merge_rows, table_of
 
 if TYPE_CHECKING:  # a plan prints itself by this table
     from we_surgery.planning.plans import Plan
@@ -71,23 +71,8 @@ def _wide(rows: Sequence[Row]) -> list[RenderableType]:
 
 def _narrow(rows: Sequence[Row], width: int) -> list[RenderableType]:
     legend = Legend(row["why"] for row in rows)
-    name = next(iter(rows[0]))
-    alike: dict[Hashable, list[Row]] = {}
-    for row in rows:
-        same = [str(cell) for key, cell in row.items() if key not in (name, "why")]
-        alike.setdefault((*same, legend.letter(row["why"])), []).append(row)
-    shown = []
-    for group in alike.values():
-        for pattern, names in merge_names([row[name] for row in group]).items():
-            shown.append(
-                {
-                    name: pattern,
-                    "n": str(len(names)) if len(names) > 1 else "",
-                    **{key: group[0][key] for key in group[0] if key != name},
-                    "added": _number(len(names) * group[0]["added"]),
-                    "why": legend.letter(group[0]["why"]),
-                }
-            )
+    lettered = [{**row, "why": legend.letter(row["why"])} for row in rows]
+    shown = [{**row, "added": _number(count * row["added"])} for row, count in merge_rows(lettered)]
     table = table_of(shown, width=width, expendable=_EXPENDABLE, right=_RIGHT)
     return [table, "", legend.table(), ""]
 

@@ -19,6 +19,29 @@ _EAGER = (
 _KNOWN_FORMATS = (
     "Give a file written by torch.save or safetensors; fetch or save it again if it was one."
 )
+_TO_TORCH = (
+    "Load it with the framework that wrote it, put its weights into a PyTorch model, and save that "
+    "model's state dict with torch.save or safetensors."
+)
+# What other files begin with, what they are, and what to do.
+_FOREIGN = (
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, such as Keras writes", _TO_TORCH),
+    (
+        b"GGUF",
+        "is a GGUF file, made for inference and mostly quantized",
+        "Give the PyTorch or safetensors checkpoint that it was made from.",
+    ),
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer: the file itself was not fetched",
+        "Run `git lfs pull` in its repository, or download the file itself.",
+    ),
+    (b"\x93NUMPY", "is a NumPy array", "Save a state dict with torch.save or safetensors."),
+    (b"\x1f\x8b", "is compressed by gzip", "Unpack it (gunzip), and give the file inside."),
+)
+_ONNX = (
+    "Give the PyTorch model or checkpoint that it was exported from; strip, then export it again."
+)
 # `pickle.dump(MAGIC_NUMBER, file, protocol=2)`, with which torch.save began until 1.6.
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -57,6 +80,7 @@ def recognize(path: Path) -> FileKind:
         raise InputError(f"{path} is a tar archive", "Unpack it, and give the file inside.")
     if start.startswith(_LEGACY_START):
         return FileKind.LEGACY
+    _refuse_foreign(start, path)
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and len(start) > 8:
         if header + 8 > size:
@@ -72,6 +96,20 @@ def recognize(path: Path) -> FileKind:
     raise InputError(
         f"{path} does not hold a model or weights: it begins with {start[:24]!r}", _KNOWN_FORMATS
     )
+
+
+def _refuse_foreign(start: bytes, path: Path) -> None:
+    """Raises where a file is known to be of another kind."""
+    for begin, what, cure in _FOREIGN:
+        if start.startswith(begin):
+            raise InputError(f"{path} {what}", cure)
+    if start[4:8] == b"TFL3":
+        raise InputError(f"{path} is a TensorFlow Lite model", _TO_TORCH)
+    # An ONNX model has no mark: field 1 is its version, and field 2, or 7, or 8 follows.
+    if start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x3a", b"\x42"):
+        raise InputError(f"{path} is an ONNX model, whose layers cannot be changed", _ONNX)
+    if path.suffix == ".index" or ".data-0" in path.name:
+        raise InputError(f"{path} is a part of a TensorFlow checkpoint", _TO_TORCH)
 
 
 def _is_tar(path: Path) -> bool:
@@ -99,6 +137,10 @@ def _recognize_zip(path: Path) -> FileKind:
         raise InputError(
             f"{path} is a torch.export archive, whose layers cannot be changed", _EAGER
         )
+    if "model.weights.h5" in names:
+        raise InputError(f"{path} is a Keras model", _TO_TORCH)
+    if any(name.endswith(".npy") for name in names):
+        raise InputError(f"{path} is an archive of NumPy arrays", _KNOWN_FORMATS)
     if "data.pkl" not in names:
         raise InputError(f"{path} is a zip archive that torch.save did not write", _KNOWN_FORMATS)
     _refuse_traps(records, path.stat().st_size, path)

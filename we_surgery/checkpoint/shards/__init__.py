@@ -42,6 +42,11 @@ def resolve(path: Path) -> Path:
     indices = list(path.glob(f"*{INDEX_ENDING}"))
     found = next(iter(usual or (indices if len(indices) == 1 else [])), None)
     if found is None:
+        if (path / "saved_model.pb").is_file():
+            raise InputError(
+                f"{path} is a TensorFlow SavedModel",
+                "Put its weights into a PyTorch model, and save that model's state dict.",
+            )
         names = sorted(file.name for file in path.iterdir())
         raise InputError(
             f"{path} is a folder without weights under a usual name: it holds {quoted(names)}",
