@@ -54,7 +54,7 @@ class Experiment:
     build: Callable[..., nn.Module]
     arms: Mapping[str, Arm]
     optimizer: str = "sgd"
-    lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
+    lrs: tuple[float, ...] = (0.01, 0.03, 0.1)
     decays: tuple[float, ...] = (5e-4, 5e-3)
     images: int = 4000
     epochs: int = 6
@@ -158,7 +158,7 @@ EXPERIMENTS = {
         mixer,
         MIXER_ARMS,
         optimizer="adamw",
-        lrs=(0.003, 0.01, 0.03),
+        lrs=(0.01, 0.02, 0.04),
         decays=(0.05, 0.5),
         gain_from=2,
         epsilon=0.2,
@@ -168,12 +168,12 @@ EXPERIMENTS = {
         "MobileNet",
         MobileNet,
         {**FEW_ARMS, "default": Arm("mode `we`", {"mode": "we"})},
+        lrs=(0.03, 0.1, 0.3),
     ),
     "finetune": Experiment(
         "ResNet, batch norm, fine-tuned",
         ResNet,
         FEW_ARMS,
-        lrs=(0.01, 0.03, 0.1),
         images=1000,
         epochs=16,
         pretrained=True,

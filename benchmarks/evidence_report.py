@@ -51,7 +51,10 @@ def _section(network: str, rows: list[Row], results: Path) -> str:
     title = f"### {experiment.title}\n"
     tuned = choose(rows, network)
     wanted = sum(len(experiment.settings(arm)) for arm in experiment.arms) * len(TUNING)
-    done = sum(row["phase"] == "tune" for row in rows)
+    done = sum(
+        row["phase"] == "tune" and (row["lr"], row["decay"]) in experiment.settings(row["arm"])
+        for row in rows
+    )
     lines = [title]
     if done < wanted:
         lines.append(f"Incomplete: {done} of {wanted} tuning runs are done.\n")
