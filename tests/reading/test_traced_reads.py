@@ -69,6 +69,18 @@ def test_bare_weights_are_converted_where_the_whole_model_is_traced() -> None:
     assert type(stripped) is Bare
 
 
+def test_a_model_without_any_module_inside_is_traced() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    assert rows(Alone()) == {".weight": ("linear", "MWE")}
+
+
 def test_they_are_the_same_that_a_recording_finds() -> None:
     model = Bare()
     recorded = ws.plan(model, "lwe+mwe", example_inputs=torch.randn(2, 3, 8, 8))

@@ -219,7 +219,6 @@ def test_names_of_tied_and_shared_layers_are_told() -> None:
     facts = facts_of(model)
     assert list(facts) == ["0", "1"]
     assert facts["0"].tied_modules == ("0.weight", "1.weight")
-    assert facts["0"].other_names == ("1.weight", "2.weight")
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

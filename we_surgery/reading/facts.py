@@ -22,7 +22,6 @@ class LayerFacts:
             ``attention``.
         type_name: the module's class, qualified.
         layout: the weight's shape and how its axes are read.
-        other_names: further names of the same Parameter (tied layers, shared modules).
         tied_modules: the distinct modules, by first name, that own the same Parameter.
         frozen: the Parameter does not require a gradient.
         standardizes_itself: the class standardizes its weight in its own forward.
@@ -46,7 +45,6 @@ class LayerFacts:
     kind: str
     type_name: str
     layout: WeightLayout
-    other_names: tuple[str, ...] = ()
     tied_modules: tuple[str, ...] = ()
     frozen: bool = False
     standardizes_itself: bool = False

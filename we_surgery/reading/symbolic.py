@@ -126,7 +126,8 @@ def _trace_block(
 ) -> list[tuple[str, nn.Module]]:
     """Traces one module of the copy; returns the submodules that are to be traced by themselves."""
     children = [(join(name, child_name), child) for child_name, child in module.named_children()]
-    if isinstance(module, WEIGHTED) or not children:
+    is_leaf = not children and (name or tracer.is_leaf_module(module, name))
+    if is_leaf or isinstance(module, WEIGHTED):
         return []
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return children

@@ -13,6 +13,7 @@ from we_surgery._util.scripted import own_parameters
 from we_surgery.excitations import Composition, WeightLayout
 from we_surgery.excitations.names import raw_name
 from we_surgery.reading.facts import LayerFacts
+from we_surgery.reading.graph import join
 from we_surgery.reading.kinds import (
     is_gate,
     is_norm,
@@ -128,23 +129,19 @@ def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]
 
 
 def mark_ties(model: nn.Module, layers: list[LayerFacts]) -> None:
-    """Sets ``other_names`` and ``tied_modules``; what cannot be tied is an obstacle."""
+    """Sets ``tied_modules``; what cannot be tied is an obstacle."""
     modules = dict(_modules_outside_excitations(model))
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in modules.items():
         for parameter_name, parameter in own_parameters(module).items():
             if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{parameter_name}".lstrip("."))
-    all_names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        all_names[id(parameter)].append(name)
+                owners[id(parameter)].append(join(name, parameter_name))
     excitable = {layer.path for layer in layers}
     blocks = _shared_memory(model)
     for layer in layers:
         weight = own_parameters(modules[layer.module]).get(layer.parameter)
         if weight is None:
             continue
-        layer.other_names = tuple(n for n in all_names[id(weight)] if n != layer.path)
         holders = owners[id(weight)]
         if len(holders) > 1:
             layer.tied_modules = tuple(holders)
