@@ -174,6 +174,7 @@ EXPERIMENTS = {
         "ResNet, batch norm, fine-tuned",
         ResNet,
         FEW_ARMS,
+        lrs=(0.03, 0.1, 0.3),
         images=1000,
         epochs=16,
         pretrained=True,
