@@ -188,7 +188,7 @@ def test_nothing_is_overwritten(recipe, image_folder, tmp_path):
 def test_a_file_cannot_be_the_folder_of_a_run(recipe, image_folder, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="is a file and no folder"):
+        with pytest.raises(InputError, match="is a file, not a folder"):
             run(recipe, image_folder, output)
 
 
@@ -202,7 +202,7 @@ def test_a_device_that_is_not_there_is_refused(device, recipe, image_folder, tmp
 def test_a_timm_that_cannot_resume_is_named(recipe, image_folder, tmp_path, monkeypatch):
     run(recipe, image_folder, tmp_path / "run")
     monkeypatch.delattr(CheckpointSaver, "load_state_dict_from_checkpoint")
-    with pytest.raises(InputError, match=r"this timm forgets .*\n.*timm>=1.0.31"):
+    with pytest.raises(InputError, match=r"this timm version does not restore .*\n.*timm>=1.0.31"):
         run(recipe, image_folder, tmp_path / "run", resume=True)
 
 

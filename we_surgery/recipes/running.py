@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,24 +88,14 @@ def run_recipe(
             "a recipe with `sparsity` needs the thresholds in the model",
             "Write `form: converted` in it, or pass `--form converted`.",
         )
-    if backbone is None and recipe.backbone and not dry_run:
-        raise InputError(
-            f"{recipe.title} starts from a trained backbone",
-            "Give its weights with --backbone FILE, such as the stripped file of an ImageNet run.",
-        )
-    if data is None and not dry_run:
-        raise InputError("no data folder was given", "Give --data DIR, or try --dry-run.")
-    placed = init_distributed_device_so(device)
-    process = ProcessInfo(
-        torch.device(placed["device"]), placed["global_rank"], placed["world_size"]
-    )
-    try:
+    if not dry_run:
+        _check_given(recipe, data, backbone)
+    with _process(device) as process:
         size, accumulation = _divide(recipe.training.batch_size, step_batch, process.processes)
-        if dry_run:
+        if dry_run or data is None:
             loaders = synthetic_loaders(recipe, size, batches=2, seed=seed)
             recipe, accumulation = recipe.replace(epochs=1, excite_from=0), 1
         else:
-            assert data is not None
             loaders = make_loaders(recipe, data, size, workers, process)
         torch.manual_seed(seed)
         inputs = next(iter(loaders.validation))[0][:2]
@@ -116,9 +107,29 @@ def run_recipe(
             return _finish(run, loaders, output, best, last, progress)
         finally:
             run.leave_group()
+
+
+@contextlib.contextmanager
+def _process(device: str) -> Iterator[ProcessInfo]:
+    """This process, in its group where ``torchrun`` has started several."""
+    placed = init_distributed_device_so(device)
+    try:
+        yield ProcessInfo(
+            torch.device(placed["device"]), placed["global_rank"], placed["world_size"]
+        )
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _check_given(recipe: Recipe, data: Path | None, backbone: Path | None) -> None:
+    if backbone is None and recipe.backbone:
+        raise InputError(
+            f"{recipe.title} starts from a trained backbone",
+            "Give its weights with --backbone FILE, such as the stripped file of an ImageNet run.",
+        )
+    if data is None:
+        raise InputError("no data folder was given", "Give --data DIR, or try --dry-run.")
 
 
 def _check_device(device: str) -> None:
@@ -135,7 +146,7 @@ def _check_device(device: str) -> None:
 def _check_output(output: Path, resume: bool) -> None:
     for folder in (output, *output.parents):
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file and no folder", "Give another --output.")
+            raise InputError(f"{folder} is a file, not a folder", "Give another --output.")
     exists = (output / LAST).exists()
     if resume and not exists:
         raise InputError(f"there is no run to resume in {output}", "Leave out --resume.")
@@ -222,7 +233,7 @@ def _train(
         if resume:
             if not hasattr(saver, "load_state_dict_from_checkpoint"):
                 raise InputError(
-                    "this timm forgets the best epoch of a run that it resumes",
+                    "this timm version does not restore the best epoch of a run",
                     "Install 1.0.31 or newer (`pip install 'timm>=1.0.31'`).",
                 )
             saver.load_state_dict_from_checkpoint(str(output / LAST))
