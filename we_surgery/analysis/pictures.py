@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from we_surgery.analysis.results import (
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SETTINGS = {
@@ -38,6 +39,7 @@ _SETTINGS = {
     "svg.hashsalt": "we_surgery",
 }
 _STYLES = (("-", "o", "#1b3a6b"), ("--", "s", "#c4661f"), (":", "^", "#5f5f5f"))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = {"lowest": ("#c9d7ea", "//"), "random": ("#e6e6e6", ".."), "highest": ("#1b3a6b", "")}
 _UNITS = {"accuracy": "accuracy", "log_likelihood": "mean log likelihood", "metric_fn": "metric"}
 
@@ -108,15 +110,21 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _magnitude(curve: MagnitudeCurve) -> Figure:
-    figure = _figure(5.2, 3.2)
+def _axes(height: float, title: str, width: float = 5.2) -> tuple[Figure, Axes]:
+    figure = _figure(width, height)
     axes = figure.subplots()
+    axes.set_title(title, loc="left")
+    return figure, axes
+
+
+def _magnitude(curve: MagnitudeCurve) -> Figure:
+    title = f"One weight of each of {len(curve.layers)} conv layers at zero"
+    figure, axes = _axes(3.2, title)
     axes.axhline(0, color="#999999", linewidth=0.8)
     style, marker, color = _STYLES[0]
     axes.plot(curve.positions, curve.drops, style, marker=marker, markersize=2.5, color=color)
     axes.set_xlabel("percentile of weight magnitude in each layer")
     axes.set_ylabel(f"D, decrease in {_UNITS[curve.score]}")
-    axes.set_title(f"One weight of each of {len(curve.layers)} conv layers at zero", loc="left")
     return figure
 
 
@@ -148,8 +156,8 @@ def _locations(maps: LocationMaps) -> Figure:
 
 
 def _validity(validity: MultiplierValidity) -> Figure:
-    figure = _figure(5.6, 3.3)
-    axes = figure.subplots()
+    amount = "One unit" if validity.share is None else f"{validity.share:.0%}"
+    figure, axes = _axes(3.3, f"{amount} of each layer at zero", width=5.6)
     found = {row.granularity for row in validity.measurements}
     names = [name for name in GRANULARITIES if name in found]
     ends = [end for end in _HATCHES if any(row.end == end for row in validity.measurements)]
@@ -178,15 +186,12 @@ def _validity(validity: MultiplierValidity) -> Figure:
     axes.axhline(0, color="#222222", linewidth=0.8)
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set_ylabel(f"D, decrease in {_UNITS[validity.score]}")
-    amount = "One unit" if validity.share is None else f"{validity.share:.0%}"
-    axes.set_title(f"{amount} of each layer at zero", loc="left")
     axes.legend(fontsize=7)
     return figure
 
 
 def _pruning(curve: PruningCurve) -> Figure:
-    figure = _figure(5.2, 3.3)
-    axes = figure.subplots()
+    figure, axes = _axes(3.3, f"{len(curve.layers)} layers pruned, no training after")
     axes.axhline(curve.baseline, color="#999999", linewidth=0.8, label="not pruned")
     criteria = list(dict.fromkeys(row.criterion for row in curve.measurements))
     for criterion, (style, marker, color) in zip(criteria, _STYLES, strict=False):
@@ -205,7 +210,6 @@ def _pruning(curve: PruningCurve) -> Figure:
         )
     axes.set_xlabel("kernels removed in each layer, %")
     axes.set_ylabel(_UNITS[curve.score])
-    axes.set_title(f"{len(curve.layers)} layers pruned, no training after", loc="left")
     axes.legend(fontsize=7)
     return figure
 
@@ -219,21 +223,14 @@ _CRITERIA = {
 
 def _sweep(result: Sweep) -> Figure:
     names = list(dict.fromkeys(row.variant for row in result.runs))
-    figure = _figure(6.0, 0.45 * len(names) + 1.2)
-    axes = figure.subplots()
+    figure, axes = _axes(0.45 * len(names) + 1.2, result.title, width=6.0)
     seeds = sorted({row.seed for row in result.runs})
     for at, name in enumerate(names):
         own = [row for row in result.runs if row.variant == name]
         reached = [(row.seed, row.metric) for row in own if row.metric is not None]
         for seed, metric in reached:
-            axes.plot(
-                metric,
-                at,
-                _marker(seeds.index(seed)),
-                color="#c4661f",
-                markersize=5,
-                markerfacecolor="none",
-            )
+            marker = _MARKERS[seeds.index(seed) % len(_MARKERS)]
+            axes.plot(metric, at, marker, color="#c4661f", markersize=5, markerfacecolor="none")
         if reached:
             mean = sum(metric for _, metric in reached) / len(reached)
             axes.plot([mean, mean], [at - 0.28, at + 0.28], color="#1b3a6b", linewidth=2.2)
@@ -249,13 +246,11 @@ def _sweep(result: Sweep) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"{_UNITS[result.score]} (a mark a seed, the bar their mean)")
-    axes.set_title(result.title, loc="left")
     return figure
 
 
 def _sparse_training(result: SparseTraining) -> Figure:
-    figure = _figure(5.2, 3.3)
-    axes = figure.subplots()
+    figure, axes = _axes(3.3, "Each point a strength: means large, runs small")
     names = list(dict.fromkeys(row.variant for row in result.runs))
     for name, (style, marker, color) in zip(names, _STYLES, strict=False):
         own = [row for row in result.runs if row.variant == name]
@@ -273,11 +268,5 @@ def _sparse_training(result: SparseTraining) -> Figure:
         )
     axes.set_xlabel("weights that are left, %")
     axes.set_ylabel(_UNITS[result.score])
-    axes.set_title("Each point a strength: means large, runs small", loc="left")
     axes.legend(fontsize=7)
     return figure
-
-
-def _marker(index: int) -> str:
-    markers: Sequence[str] = ("o", "s", "^", "D", "v", "P", "X", "*")
-    return markers[index % len(markers)]
