@@ -54,16 +54,14 @@ def test_auto_takes_kernels_that_agree_on_the_gpu(launches: list[str]) -> None:
 def test_auto_stays_eager_where_kernels_do_not(
     fault: str, kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = kernels.launch
+    original = kernels.excite
 
-    def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+    def excite(layers: Any) -> Any:
         if fault == "fails":
             raise RuntimeError("no binary for gpu")
-        original(kernel, grid, *arguments, **constants)
-        if "result" in constants:
-            constants["result"].mul_(1.1)
+        return [(1.1 * excited, kept) for excited, kept in original(layers)]
 
-    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "excite", excite)
     weight: Any = OnGPU()
     assert not backends.runs_on_kernels("auto", weight, CURVE)
     assert "eager is used" in caplog.text

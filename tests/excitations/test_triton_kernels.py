@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -81,18 +80,6 @@ def test_layers_of_other_stages_are_launched_apart(launches: list[str]) -> None:
         *("summarize", "multiply", "multiply", "amplify"),
         *("sum_tiles", "sum_filters", "by_weight", "by_fcs", "by_weight"),
     ]
-
-
-def test_a_table_is_made_again_only_when_a_layer_has_moved(kernels: Any) -> None:
-    weight, target = torch.randn(6, 5), torch.empty(6, 5)
-    inputs = inputs_of(compose("sl", (6, 5)), weight)
-    kernels._table.cache_clear()
-    for _ in range(4):
-        excite_into([(weight, inputs, target)], "triton")
-        weight.mul_(1.1)
-    assert kernels._table.cache_info()[:2] == (3, 1)
-    excite_into([(weight.clone(), inputs, target)], "triton")
-    assert kernels._table.cache_info()[:2] == (3, 2)
 
 
 def test_kernels_read_a_weight_of_any_strides_and_a_transposed_one(launches: list[str]) -> None:

@@ -15,10 +15,10 @@ from we_surgery.excitations.compute import triton_tiles as tiles
 
 
 @triton.jit
-def _limit(layer, kept, MWE: tl.constexpr):
+def _limit(layer, MWE: tl.constexpr):
     bound = 1.0
     if MWE:
-        bound = tl.load(tiles.near(kept, layer, tiles.LIMIT))
+        bound = tl.load(tiles.tensor_of(layer, tiles.LIMIT))
     return bound
 
 
@@ -35,9 +35,6 @@ def _gradient(gradient, value, factor, offset, gain, bound, MWE: tl.constexpr):
 @triton.jit
 def sum_tiles(
     table,
-    kept,
-    gradient,
-    scratch,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     LWE: tl.constexpr,
@@ -56,14 +53,14 @@ def sum_tiles(
         tiles.size_of(layer, tiles.CHANNELS),
     )
     is_there = is_row & (columns < channels)
-    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    m = tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
-    bound = _limit(layer, kept, MWE)
+    centre, r, p, q = tiles.affine_of(layer, rows, is_row, STANDARDIZE, RESCALE)
+    m = tiles.gate_of(layer, rows, is_row, columns, UNITS, LWE)
+    bound = _limit(layer, MWE)
     first = tiles.places_of(layer, rows, columns)
     position_step = tiles.size_of(layer, tiles.POSITION_STEP)
     weight, gradient = (
         tiles.tensor_of(layer, tiles.WEIGHT),
-        tiles.near(gradient, layer, tiles.GRADIENT),
+        tiles.tensor_of(layer, tiles.GRADIENT),
     )
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -80,23 +77,21 @@ def sum_tiles(
     z = products * m
     share = number % tl.cdiv(channels, COLUMNS) * out_channels + rows
     tl.store(
-        tiles.near(scratch, layer, tiles.PARTIAL_T) + share,
+        tiles.tensor_of(layer, tiles.PARTIAL_T) + share,
         tl.sum(z, 1, keep_dims=True),
         mask=is_row,
     )
     all_g = tl.sum(total * m, 1, keep_dims=True)
-    tl.store(tiles.near(scratch, layer, tiles.PARTIAL_TOTAL) + share, all_g, mask=is_row)
+    tl.store(tiles.tensor_of(layer, tiles.PARTIAL_TOTAL) + share, all_g, mask=is_row)
     if LWE:
         place = rows * channels + columns
-        tl.store(tiles.near(scratch, layer, tiles.Z) + place, z * (1 - m), mask=is_there)
-        tl.store(tiles.near(scratch, layer, tiles.SUMS) + place, sums, mask=is_there)
+        tl.store(tiles.tensor_of(layer, tiles.Z) + place, z * (1 - m), mask=is_there)
+        tl.store(tiles.tensor_of(layer, tiles.SUMS) + place, sums, mask=is_there)
 
 
 @triton.jit
 def sum_filters(
     table,
-    kept,
-    scratch,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     LWE: tl.constexpr,
@@ -112,10 +107,10 @@ def sum_filters(
         tiles.size_of(layer, tiles.CHANNELS),
     )
     positions = tiles.size_of(layer, tiles.POSITIONS)
-    r = tiles.per_row(tiles.near(kept, layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
+    r = tiles.per_row(tiles.tensor_of(layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
     partial_t, partial_total = (
-        tiles.near(scratch, layer, tiles.PARTIAL_T),
-        tiles.near(scratch, layer, tiles.PARTIAL_TOTAL),
+        tiles.tensor_of(layer, tiles.PARTIAL_T),
+        tiles.tensor_of(layer, tiles.PARTIAL_TOTAL),
     )
     t = tl.zeros([ROWS, 1], tl.float32)
     total = tl.zeros([ROWS, 1], tl.float32)
@@ -126,7 +121,7 @@ def sum_filters(
     average = r * total / (channels * positions)
     if LWE:
         hidden_channels = tiles.size_of(layer, tiles.HIDDEN_CHANNELS)
-        z_of = tiles.near(scratch, layer, tiles.Z)
+        z_of = tiles.tensor_of(layer, tiles.Z)
         for first_unit in range(0, hidden_channels, UNITS):
             units = first_unit + tl.arange(0, UNITS)[None, :]
             is_unit = units < hidden_channels
@@ -139,16 +134,16 @@ def sum_filters(
                 b = tiles.fc2_of(layer, columns[:, None], units)
                 y += tl.dot(z, b, input_precision="ieee")
                 a_total += tl.sum(tiles.fc1_of(layer, columns[:, None], units), 0, keep_dims=True)
-            h = tiles.by_unit(tiles.near(kept, layer, tiles.HIDDEN), layer, rows, is_row, units)
+            h = tiles.by_unit(tiles.tensor_of(layer, tiles.HIDDEN), layer, rows, is_row, units)
             y = tl.where(h > 0, y, 0.0)
             bias = tl.load(tiles.tensor_of(layer, tiles.FC1_BIAS) + units, mask=is_unit, other=0.0)
             t += tl.sum(y * (h - bias), 1, keep_dims=True)
             v = y * r * r / positions
             average += tl.sum(v * a_total, 1, keep_dims=True) / channels
-            place = tiles.near(scratch, layer, tiles.V) + rows * hidden_channels + units
+            place = tiles.tensor_of(layer, tiles.V) + rows * hidden_channels + units
             tl.store(place, v, mask=is_row & is_unit)
     if STANDARDIZE:
-        length = tl.load(tiles.near(kept, layer, tiles.NORM) + rows, mask=is_row, other=1.0)
+        length = tl.load(tiles.tensor_of(layer, tiles.NORM) + rows, mask=is_row, other=1.0)
         # A constant filter has c = 0 and t = 0, and so f = 0.
         f = (
             t
@@ -157,17 +152,13 @@ def sum_filters(
             / tl.maximum(length, tiles.SMALLEST_NORMAL)
             / tl.sqrt(channels * positions - 1.0)
         )
-        tl.store(tiles.near(scratch, layer, tiles.F) + rows, f, mask=is_row)
-        tl.store(tiles.near(scratch, layer, tiles.AVERAGE) + rows, average, mask=is_row)
+        tl.store(tiles.tensor_of(layer, tiles.F) + rows, f, mask=is_row)
+        tl.store(tiles.tensor_of(layer, tiles.AVERAGE) + rows, average, mask=is_row)
 
 
 @triton.jit
 def by_weight(
     table,
-    kept,
-    gradient,
-    scratch,
-    result,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     LWE: tl.constexpr,
@@ -182,20 +173,16 @@ def by_weight(
         table, tiles.BY_TRAINED_TILES, LAYERS, ROWS, COLUMNS
     )
     is_there = is_row & (columns < tiles.size_of(layer, tiles.CHANNELS))
-    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    f = tiles.per_row(tiles.near(scratch, layer, tiles.F), rows, is_row, STANDARDIZE, 0.0)
-    average = tiles.per_row(
-        tiles.near(scratch, layer, tiles.AVERAGE), rows, is_row, STANDARDIZE, 0.0
-    )
-    factor = r * tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
-    bound = _limit(layer, kept, MWE)
+    centre, r, p, q = tiles.affine_of(layer, rows, is_row, STANDARDIZE, RESCALE)
+    f = tiles.per_row(tiles.tensor_of(layer, tiles.F), rows, is_row, STANDARDIZE, 0.0)
+    average = tiles.per_row(tiles.tensor_of(layer, tiles.AVERAGE), rows, is_row, STANDARDIZE, 0.0)
+    factor = r * tiles.gate_of(layer, rows, is_row, columns, UNITS, LWE)
+    bound = _limit(layer, MWE)
     through_fcs = tl.zeros([ROWS, COLUMNS], tl.float32)
     if LWE:
         for start in range(0, tiles.size_of(layer, tiles.HIDDEN_CHANNELS), UNITS):
             units = start + tl.arange(0, UNITS)
-            v = tiles.by_unit(
-                tiles.near(scratch, layer, tiles.V), layer, rows, is_row, units[None, :]
-            )
+            v = tiles.by_unit(tiles.tensor_of(layer, tiles.V), layer, rows, is_row, units[None, :])
             through_fcs += tl.dot(
                 v, tiles.fc1_of(layer, columns, units[:, None]), input_precision="ieee"
             )
@@ -203,9 +190,9 @@ def by_weight(
     position_step = tiles.size_of(layer, tiles.POSITION_STEP)
     weight, gradient = (
         tiles.tensor_of(layer, tiles.WEIGHT),
-        tiles.near(gradient, layer, tiles.GRADIENT),
+        tiles.tensor_of(layer, tiles.GRADIENT),
     )
-    result = tiles.near(result, layer, tiles.RESULT)
+    result = tiles.tensor_of(layer, tiles.RESULT)
     for position in range(tiles.size_of(layer, tiles.POSITIONS)):
         place = first + position * position_step
         value = tl.load(weight + place, mask=is_there, other=0.0) - centre
@@ -218,9 +205,6 @@ def by_weight(
 @triton.jit
 def by_fcs(
     table,
-    kept,
-    scratch,
-    fcs,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -244,16 +228,16 @@ def by_fcs(
     columns = number // across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     units = number % across * UNITS + tl.arange(0, UNITS)[None, :]
     is_column, is_unit = columns < channels, units < hidden_channels
-    z_of, sums_of = tiles.near(scratch, layer, tiles.Z), tiles.near(scratch, layer, tiles.SUMS)
+    z_of, sums_of = tiles.tensor_of(layer, tiles.Z), tiles.tensor_of(layer, tiles.SUMS)
     by_a = tl.zeros([COLUMNS, UNITS], tl.float32)
     by_b = tl.zeros([COLUMNS, UNITS], tl.float32)
     by_fc1_bias = tl.zeros([1, UNITS], tl.float32)
     by_fc2_bias = tl.zeros([COLUMNS, 1], tl.float32)
     for start in range(0, tl.cdiv(out_channels, ROWS)):
         rows, is_row = tiles.filters_of(layer, start, ROWS)
-        r = tiles.per_row(tiles.near(kept, layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
-        h = tiles.by_unit(tiles.near(kept, layer, tiles.HIDDEN), layer, rows, is_row, units)
-        v = tiles.by_unit(tiles.near(scratch, layer, tiles.V), layer, rows, is_row, units)
+        r = tiles.per_row(tiles.tensor_of(layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
+        h = tiles.by_unit(tiles.tensor_of(layer, tiles.HIDDEN), layer, rows, is_row, units)
+        v = tiles.by_unit(tiles.tensor_of(layer, tiles.V), layer, rows, is_row, units)
         is_there = tl.trans(is_row) & is_column
         transposed = tl.trans(rows) * channels + columns
         z = tl.load(z_of + transposed, mask=is_there, other=0.0)
@@ -264,13 +248,13 @@ def by_fcs(
         by_fc1_bias += tl.sum(v * positions / r, 0, keep_dims=True)
     is_weight = is_column & is_unit
     tl.store(
-        tiles.near(fcs, layer, tiles.BY_FC1_WEIGHT) + units * channels + columns,
+        tiles.tensor_of(layer, tiles.BY_FC1_WEIGHT) + units * channels + columns,
         by_a,
         mask=is_weight,
     )
-    place = tiles.near(fcs, layer, tiles.BY_FC2_WEIGHT) + columns * hidden_channels + units
+    place = tiles.tensor_of(layer, tiles.BY_FC2_WEIGHT) + columns * hidden_channels + units
     tl.store(place, by_b, mask=is_weight)
     if number % across == 0:
-        tl.store(tiles.near(fcs, layer, tiles.BY_FC2_BIAS) + columns, by_fc2_bias, mask=is_column)
+        tl.store(tiles.tensor_of(layer, tiles.BY_FC2_BIAS) + columns, by_fc2_bias, mask=is_column)
     if number // across == 0:
-        tl.store(tiles.near(fcs, layer, tiles.BY_FC1_BIAS) + units, by_fc1_bias, mask=is_unit)
+        tl.store(tiles.tensor_of(layer, tiles.BY_FC1_BIAS) + units, by_fc1_bias, mask=is_unit)

@@ -29,7 +29,6 @@ def _atanh(x):
 @triton.jit
 def summarize(
     table,
-    kept,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     LWE: tl.constexpr,
@@ -71,9 +70,9 @@ def summarize(
         length = tl.sqrt(squares)
         epsilon = tl.load(tiles.tensor_of(layer, tiles.STANDARDIZE_EPSILON))
         r = 1 / (length / tl.sqrt(fan_in - 1.0) + epsilon)
-        tl.store(tiles.near(kept, layer, tiles.MEAN) + rows, centre, mask=is_row)
-        tl.store(tiles.near(kept, layer, tiles.NORM) + rows, length, mask=is_row)
-        tl.store(tiles.near(kept, layer, tiles.SCALE) + rows, r, mask=is_row)
+        tl.store(tiles.tensor_of(layer, tiles.MEAN) + rows, centre, mask=is_row)
+        tl.store(tiles.tensor_of(layer, tiles.NORM) + rows, length, mask=is_row)
+        tl.store(tiles.tensor_of(layer, tiles.SCALE) + rows, r, mask=is_row)
     if LWE:
         hidden_channels = tiles.size_of(layer, tiles.HIDDEN_CHANNELS)
         for first_unit in range(0, hidden_channels, UNITS):
@@ -92,15 +91,13 @@ def summarize(
             is_unit = units < hidden_channels
             u *= r / positions
             u += tl.load(tiles.tensor_of(layer, tiles.FC1_BIAS) + units, mask=is_unit, other=0.0)
-            place = tiles.near(kept, layer, tiles.HIDDEN) + rows * hidden_channels + units
+            place = tiles.tensor_of(layer, tiles.HIDDEN) + rows * hidden_channels + units
             tl.store(place, tl.where(u < 0, 0.0, u), mask=is_row & is_unit)
 
 
 @triton.jit
 def multiply(
     table,
-    kept,
-    result,
     LAYERS: tl.constexpr,
     STANDARDIZE: tl.constexpr,
     LWE: tl.constexpr,
@@ -115,11 +112,11 @@ def multiply(
         table, tiles.BY_TILES, LAYERS, ROWS, COLUMNS
     )
     is_there = is_row & (columns < tiles.size_of(layer, tiles.CHANNELS))
-    centre, r, p, q = tiles.affine_of(layer, kept, rows, is_row, STANDARDIZE, RESCALE)
-    factor = r * p * tiles.gate_of(layer, kept, rows, is_row, columns, UNITS, LWE)
+    centre, r, p, q = tiles.affine_of(layer, rows, is_row, STANDARDIZE, RESCALE)
+    factor = r * p * tiles.gate_of(layer, rows, is_row, columns, UNITS, LWE)
     first = tiles.places_of(layer, rows, columns)
     position_step = tiles.size_of(layer, tiles.POSITION_STEP)
-    weight, excited = tiles.tensor_of(layer, tiles.WEIGHT), tiles.near(result, layer, tiles.RESULT)
+    weight, excited = tiles.tensor_of(layer, tiles.WEIGHT), tiles.tensor_of(layer, tiles.RESULT)
     largest = tl.zeros([ROWS, COLUMNS], tl.float32)
     for position in range(tiles.size_of(layer, tiles.POSITIONS)):
         place = first + position * position_step
@@ -128,14 +125,12 @@ def multiply(
         largest = tl.maximum(largest, tl.where(is_there, tl.abs(value), 0.0))
         tl.store(excited + place, value, mask=is_there)
     if MWE:
-        tl.store(tiles.near(kept, layer, tiles.MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
+        tl.store(tiles.tensor_of(layer, tiles.MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
 
 
 @triton.jit
 def amplify(
     table,
-    kept,
-    result,
     LAYERS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -148,7 +143,7 @@ def amplify(
         tiles.size_of(layer, tiles.CHANNELS),
     )
     tile_count = tl.cdiv(out_channels, ROWS) * tl.cdiv(channels, COLUMNS)
-    maxima = tiles.near(kept, layer, tiles.MAXIMA)
+    maxima = tiles.tensor_of(layer, tiles.MAXIMA)
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, tile_count, BLOCK):
         places = start + tl.arange(0, BLOCK)
@@ -156,9 +151,9 @@ def amplify(
     bound = (1 + tl.load(tiles.tensor_of(layer, tiles.MWE_EPSILON))) * tl.max(largest, 0)
     bound = tl.where(bound < tiles.SMALLEST_NORMAL, 1.0, bound)
     if number == 0:
-        tl.store(tiles.near(kept, layer, tiles.LIMIT), bound)
+        tl.store(tiles.tensor_of(layer, tiles.LIMIT), bound)
     numel = out_channels.to(tl.int64) * (channels * tiles.size_of(layer, tiles.POSITIONS))
     places = number.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    excited = tiles.near(result, layer, tiles.RESULT) + places
+    excited = tiles.tensor_of(layer, tiles.RESULT) + places
     value = tl.load(excited, mask=places < numel, other=0.0)
     tl.store(excited, bound * _atanh(value / bound), mask=places < numel)

@@ -24,10 +24,8 @@ import triton.language as tl
 class Row(NamedTuple):
     """One layer: where its float32 tensors are, and its sizes.
 
-    A weight and its parameters stay where they are, and their addresses are given. What a pass
-    allocates moves from step to step: given is its distance, in elements, from one such tensor
-    of the launch, whose address a kernel is passed. Kernels do not look where a layer has no such
-    tensor. The names are those of ``ClosedFormInputs``, ``Kept`` and the formulas.
+    Addresses are 0 where a layer has no such tensor; no kernel looks there. The names are those of
+    ``ClosedFormInputs``, ``Kept`` and the formulas.
     """
 
     weight: int
@@ -108,14 +106,8 @@ def size_of(layer, FIELD: tl.constexpr):
 
 @triton.jit
 def tensor_of(layer, FIELD: tl.constexpr):
-    """Where one of the tensors that stay where they are begins."""
+    """Where one of a layer's tensors begins."""
     return tl.load(layer + FIELD).to(tl.pointer_type(tl.float32))
-
-
-@triton.jit
-def near(anchor, layer, FIELD: tl.constexpr):
-    """Where one of the tensors that move begins."""
-    return anchor + tl.load(layer + FIELD)
 
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -157,10 +149,10 @@ def per_row(values, rows, is_row, IS_THERE: tl.constexpr, DEFAULT: tl.constexpr)
 
 
 @triton.jit
-def affine_of(layer, kept, rows, is_row, STANDARDIZE: tl.constexpr, RESCALE: tl.constexpr):
+def affine_of(layer, rows, is_row, STANDARDIZE: tl.constexpr, RESCALE: tl.constexpr):
     """The mean, r, p and q of each filter."""
-    centre = per_row(near(kept, layer, MEAN), rows, is_row, STANDARDIZE, 0.0)
-    r = per_row(near(kept, layer, SCALE), rows, is_row, STANDARDIZE, 1.0)
+    centre = per_row(tensor_of(layer, MEAN), rows, is_row, STANDARDIZE, 0.0)
+    r = per_row(tensor_of(layer, SCALE), rows, is_row, STANDARDIZE, 1.0)
     p = per_row(tensor_of(layer, GAIN), rows, is_row, RESCALE, 1.0)
     q = per_row(tensor_of(layer, SHIFT), rows, is_row, RESCALE, 0.0)
     return centre, r, p, q
@@ -194,7 +186,7 @@ def fc2_of(layer, columns, units):
 
 
 @triton.jit
-def gate_of(layer, kept, rows, is_row, columns, UNITS: tl.constexpr, LWE: tl.constexpr):
+def gate_of(layer, rows, is_row, columns, UNITS: tl.constexpr, LWE: tl.constexpr):
     """LWE's m for one tile, ``[ROWS, COLUMNS]``; 1 where the stage is absent."""
     m = tl.full([rows.shape[0], columns.shape[1]], 1.0, tl.float32)
     if LWE:
@@ -202,7 +194,7 @@ def gate_of(layer, kept, rows, is_row, columns, UNITS: tl.constexpr, LWE: tl.con
         m *= tl.load(tensor_of(layer, FC2_BIAS) + columns, mask=is_column, other=0.0)
         for start in range(0, size_of(layer, HIDDEN_CHANNELS), UNITS):
             units = start + tl.arange(0, UNITS)
-            h = by_unit(near(kept, layer, HIDDEN), layer, rows, is_row, units[None, :])
+            h = by_unit(tensor_of(layer, HIDDEN), layer, rows, is_row, units[None, :])
             m += tl.dot(h, fc2_of(layer, columns, units[:, None]), input_precision="ieee")
         m = tl.sigmoid(m)
     return m
