@@ -50,14 +50,7 @@ def has_marks(tensors: Tensors) -> bool:
 
 
 def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
-    """The record of an excitation in the old form, and the tensors that are left of it.
-
-    Args:
-        tensors: by their names in the excitation.
-
-    Raises:
-        InputError: a stage is not known, or a mark is not what was written there.
-    """
+    """The record of an excitation in the old form, and the tensors that are left of it."""
     by_stage: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stage, _, rest = key.partition(".")
@@ -83,11 +76,7 @@ def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
 
 
 def upgraded(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of an excitation in the old form, with records for their marks.
-
-    Raises:
-        InputError: as :func:`read_legacy`.
-    """
+    """The tensors of an excitation in the old form, with records for their marks."""
     record, state = read_legacy(tensors)
     state[RECORD_KEY] = to_tensor(record)
     for inner in ("lwe.fc1_excitation.", "lwe.fc2_excitation."):

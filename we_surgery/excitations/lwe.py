@@ -199,13 +199,10 @@ class LWE(Excitation):
 
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
-        """Makes the multiplier the same for all kernels, and able to learn; returns it.
+        """Makes the multiplier of ``weight`` the same for all kernels, able to learn; returns it.
 
         The last layer becomes zero. The first has no gradient until the last has left zero, and
         none for good where a hidden unit is off for every filter: such a unit is mirrored.
-
-        Args:
-            weight: what the multiplier is computed from, ``[O, I, *K]``.
         """
         if self.inner is not None:
             raise NotImplementedError("a stacked lwe cannot start as an identity")

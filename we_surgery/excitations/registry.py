@@ -154,16 +154,8 @@ def build_excitation(
 ) -> Composition:
     """A new composition for one layer, its parameters in their default initialization.
 
-    Args:
-        recipe: its stages and their options.
-        layout: of the layer's weight.
-        device: of the layer.
-        dtype: of the layer.
-        parts: the modules that all layers of one model have in common; it is filled.
-
-    Raises:
-        InputError: an unknown stage, an unknown option, a value out of range, or a
-            stage named twice.
+    ``parts`` are the modules that all layers of one model have in common; it is filled. What the
+    recipe asks for and does not exist is an InputError.
     """
     try:
         stages = [
@@ -179,12 +171,6 @@ def build_excitation(
     if device is not None:
         composition.to(device)
     composition.share({} if parts is None else parts)
-    _refuse_unsaid_options(composition)
-    return composition
-
-
-def _refuse_unsaid_options(composition: Composition) -> None:
-    """Raises where a state dict could not say what a stage is."""
     for stage in composition.stages:
         try:
             to_tensor(make_record([{stage.name: stage.chosen_options()}]))
@@ -194,19 +180,19 @@ def _refuse_unsaid_options(composition: Composition) -> None:
                 "Keep each option of `for_layout` as an attribute of its name, or write "
                 "`chosen_options`.",
             ) from error
+    return composition
 
 
 def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None) -> Composition:
     """A composition with the stages and options of its record, and the values of ``state``.
 
     Args:
-        state: the composition's parameters and buffers by their names in it, such as
-            ``lwe.fc1.weight``: the entries below a layer's ``excitation.``.
+        state: the entries below a layer's ``excitation.``, such as ``lwe.fc1.weight``.
         record: by default the one that ``state`` holds.
 
     Raises:
-        InputError: there is no record, it names an excitation this version does not know, or
-            it does not fit the tensors: one is missing, or one is of no stage.
+        InputError: there is no record, it names an unknown excitation, or it does not fit the
+            tensors: one is missing, or one is of no stage.
     """
     tensors = {key: value for key, value in state.items() if not is_record(key)}
     if record is None:

@@ -15,8 +15,6 @@ from we_surgery.excitations.layout import WeightLayout
 
 HARDENINGS = ("soft", "argmax", "round")
 
-_FEWEST_POSITIONS = 2
-
 
 class ShiftAttention(Excitation):
     """``W * softmax(T * A / std(A))`` over the positions of each kernel, A being trained.
@@ -67,7 +65,7 @@ class ShiftAttention(Excitation):
         dtype: DType = None,
     ) -> None:
         super().__init__()
-        if math.prod(kernel_size) < _FEWEST_POSITIONS:
+        if math.prod(kernel_size) < 2:
             raise ValueError("shift_attention: a kernel of one position has nothing to choose from")
         is_number = isinstance(inverse_temperature, int | float)
         if not (is_number and 0 < inverse_temperature < math.inf):
@@ -92,15 +90,15 @@ class ShiftAttention(Excitation):
         check_choice("shift_attention: hardening", options["hardening"], HARDENINGS)
 
     def excite(self, weight: Tensor) -> Tensor:
-        positions = self.positions(weight.dtype)
-        return weight * positions
+        return weight * self.positions(weight.dtype)
 
     def positions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the weight is multiplied by, ``[O or 1, I, *K]``: one-hot in each kernel if hard."""
         # Flat, whatever the kernel's rank.
         scores = self.attention.to(dtype).flatten(2)
         if self.hardening == "argmax":
-            flat = _one_hot(scores)
+            largest = scores.argmax(2, keepdim=True)
+            flat = torch.zeros_like(scores).scatter(2, largest, 1.0)
         else:
             flat = self._softmax(scores)
             if self.hardening == "round":
@@ -119,13 +117,10 @@ class ShiftAttention(Excitation):
         return int((largest <= 0.5).sum())
 
     def stored_words(self, weight: Tensor) -> float:
-        """The 32-bit words that the hardened layer needs: a weight a kernel, and its position.
+        """The 32-bit words that the hardened layer needs: a weight per kernel, and its position.
 
         A position takes as many bits as tell all of a kernel apart, 4 for 3x3; shared, it is
         kept once for each input channel.
-
-        Args:
-            weight: the layer's weight.
         """
         filters, channels, *kernel_size = self.attention.shape
         positions = math.prod(kernel_size)
@@ -133,14 +128,10 @@ class ShiftAttention(Excitation):
         places = kernels if filters > 1 else channels
         return kernels + places * math.ceil(math.log2(positions)) / 32
 
-    def set_hardening(self, how: str) -> None:
-        """Makes it ``soft``, ``argmax`` or ``round``, which the state dict then says."""
-        self.hardening = how
-
     @classmethod
     def unsupported_reason(cls, layout: WeightLayout) -> str | None:
-        few = math.prod(layout.kernel_size) < _FEWEST_POSITIONS
-        return "has kernels of one position, with nothing to choose from" if few else None
+        is_single = math.prod(layout.kernel_size) < 2
+        return "has kernels of one position, with nothing to choose from" if is_single else None
 
     @classmethod
     def for_layout(
@@ -165,23 +156,13 @@ class ShiftAttention(Excitation):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         attention = state["attention"]
-        filters, channels, *kernel_size = attention.shape
-        module = cls(
-            filters,
-            channels,
-            tuple(kernel_size),
-            options["shared"],
-            device="meta",
-            dtype=attention.dtype,
-        )
+        filters, channels, *kernel = attention.shape
+        shared, dtype = options["shared"], attention.dtype
+        module = cls(filters, channels, tuple(kernel), shared, device="meta", dtype=dtype)
         cls.check_options(options)
-        module.set_hardening(options["hardening"])
+        module.hardening = options["hardening"]
         return module
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.attention.shape))
         return f"{shape}, {self.hardening}"
-
-
-def _one_hot(scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores).scatter(2, scores.argmax(2, keepdim=True), 1.0)

@@ -126,7 +126,7 @@ def harden(model: nn.Module, how: str = "argmax") -> Hardening:
         )
     stages = stages_of(model, ShiftAttention, "harden")
     for stage in stages:
-        stage.set_hardening(how)
+        stage.hardening = how
     return Hardening(
         layers=len(stages),
         kernels=sum(stage.attention.flatten(2).shape[:2].numel() for stage in stages),

@@ -161,9 +161,6 @@ def excite_into(
     Args:
         weights: each W, its inputs, and the target.
         backend: as in :func:`we_surgery.attach`.
-
-    Returns:
-        For each weight what :func:`pull_back` needs.
     """
     kept: dict[int, Kept] = {}
     launched: list[int] = []
@@ -197,13 +194,7 @@ def _excite_one_into(weight: Tensor, inputs: ClosedFormInputs, target: Tensor) -
 
 @torch.no_grad()
 def pull_back(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
-    """The gradients of W, A, a, B and b of each weight, where they are needed.
-
-    Args:
-        backend: as in :func:`we_surgery.attach`.
-        asked: of each weight the gradient of W', W, its inputs, what :func:`excite_into`
-            returned, and which of the five gradients are needed.
-    """
+    """The gradients of W, A, a, B and b of each weight that :func:`excite_into` computed."""
     found: dict[int, tuple[Tensor | None, ...]] = {}
     launched: list[int] = []
     for place, one in enumerate(asked):
@@ -228,11 +219,7 @@ def _with_filters(asked: Pullback) -> Pullback:
 
 @torch.no_grad()
 def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
-    """:func:`excite_in_closed_form`, bit for bit, in a large weight's own memory.
-
-    Returns:
-        ``weight``, overwritten; or for a small one memory of its own.
-    """
+    """:func:`excite_in_closed_form`, bit for bit; a large weight is overwritten with it."""
     if not formulas.is_computed_in_blocks(weight):
         return _forward(weight, inputs)[0]
     with autocast_off(weight.device.type):

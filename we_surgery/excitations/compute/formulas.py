@@ -76,12 +76,8 @@ def is_computed_in_blocks(filters: Tensor) -> bool:
 def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> None:
     """W' in the place of W, bit for bit that of :func:`excite`, rounded to W's own dtype.
 
-    It needs little memory beside the weight's own. With MWE each block is computed twice, because
+    Little memory is needed beside the weight's own. With MWE each block is computed twice, because
     M must be known before the first block gives way.
-
-    Args:
-        weight: ``[O, I, *K]`` of any floating-point dtype, computed in blocks.
-        inputs: its composition.
     """
     blocks = _blocks(weight)
     first = weight[blocks[0]]
