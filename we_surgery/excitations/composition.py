@@ -171,7 +171,7 @@ class Composition(Excitation):
         if not last or weight.numel() == 0:
             return
         with autocast_off(weight.device.type):
-            filters = self._as_filters(in_full_precision(weight.detach()))
+            filters = to_filters(in_full_precision(weight.detach()), self.transposed_groups)
             for stage in self.stages:
                 getattr(stage, method)(filters)
                 if stage is last[0]:
@@ -204,13 +204,13 @@ class Composition(Excitation):
 
     def excite(self, weight: Tensor) -> Tensor:
         """The excited weight stage by stage, in full precision."""
-        filters = self._as_filters(weight)
+        filters = to_filters(weight, self.transposed_groups)
         for stage in self.stages:
             filters = stage.excite(filters)
         return self._as_stored(filters, weight)
 
     def invert(self, excited: Tensor) -> Tensor:
-        filters = self._as_filters(excited)
+        filters = to_filters(excited, self.transposed_groups)
         for stage in reversed(self.stages):
             filters = stage.invert(filters)
         return self._as_stored(filters, excited)
@@ -246,12 +246,12 @@ class Composition(Excitation):
 
     def _preserve(self, weight: Tensor) -> Tensor:
         others = [stage for stage in self.stages if stage.name != Rescale.name]
-        filters = self._as_filters(in_full_precision(weight))
+        filters = to_filters(in_full_precision(weight), self.transposed_groups)
         for stage in reversed([s for s in others if s.order > Rescale.order]):
             filters = stage.start_inverse(filters)
         # Of the weight as it is stored, perhaps rounded.
         stored = self._as_stored(filters, weight).to(weight.dtype)
-        fed = self._as_filters(in_full_precision(stored))
+        fed = to_filters(in_full_precision(stored), self.transposed_groups)
         undone = Affine()
         for stage in (s for s in others if s.order < Rescale.order):
             gain, shift = stage.start_affine(fed)
@@ -279,17 +279,11 @@ class Composition(Excitation):
             self.add_module(stage.name, stage)
             stage.is_part = True
 
-    def _as_filters(self, weight: Tensor) -> Tensor:
-        if self.transposed_groups is None:
-            return weight
-        return to_filters(weight, self.transposed_groups)
-
     def _as_stored(self, filters: Tensor, like: Tensor) -> Tensor:
         if self.transposed_groups is None:
             return filters
-        stored = from_filters(filters, self.transposed_groups)
         # Regrouping loses the memory format, and a conv's result may depend on it.
-        return torch.empty_like(like).copy_(stored)
+        return torch.empty_like(like).copy_(from_filters(filters, self.transposed_groups))
 
     @classmethod
     def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:

@@ -52,15 +52,22 @@ class WeightLayout:
         return self.channels * math.prod(self.kernel_size)
 
 
-def to_filters(weight: Tensor, groups: int) -> Tensor:
-    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into filters ``[O, C/g, *K]``."""
+def to_filters(weight: Tensor, groups: int | None) -> Tensor:
+    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into filters ``[O, C/g, *K]``.
+
+    Any other layer's weight, with None for the groups, is made of filters already.
+    """
+    if groups is None:
+        return weight
     inputs, outputs, *kernel = weight.shape
     grouped = weight.reshape(groups, inputs // groups, outputs, *kernel)
     return grouped.transpose(1, 2).reshape(groups * outputs, inputs // groups, *kernel)
 
 
-def from_filters(filters: Tensor, groups: int) -> Tensor:
+def from_filters(filters: Tensor, groups: int | None) -> Tensor:
     """The inverse of :func:`to_filters`."""
+    if groups is None:
+        return filters
     outputs, inputs, *kernel = filters.shape
     grouped = filters.reshape(groups, outputs // groups, inputs, *kernel)
     return grouped.transpose(1, 2).reshape(groups * inputs, outputs // groups, *kernel)

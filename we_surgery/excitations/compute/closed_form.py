@@ -95,13 +95,13 @@ def staged(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
         filters = rescaled(filters, inputs.gain, inputs.shift)
     if inputs.mwe_epsilon is not None:
         filters = amplified(filters, inputs.mwe_epsilon, inputs.detach_max)
-    return _as_stored(filters, inputs).to(weight.dtype)
+    return from_filters(filters, inputs.transposed_groups).to(weight.dtype)
 
 
 def _forward(weight: Tensor, inputs: ClosedFormInputs) -> tuple[Tensor, Kept]:
     with autocast_off(weight.device.type):
         filters, kept = formulas.excite(_as_filters(weight, inputs), inputs)
-    excited = _as_stored(filters, inputs).to(weight.dtype)
+    excited = from_filters(filters, inputs.transposed_groups).to(weight.dtype)
     if inputs.transposed_groups is not None:
         # Regrouping loses the memory format, and a conv's result may depend on it.
         excited = torch.empty_like(weight).copy_(excited)
@@ -120,7 +120,7 @@ def _backward(asked: Pullback) -> tuple[Tensor | None, ...]:
         )
     if by_filters is None:
         return None, *by_fcs
-    return _as_stored(by_filters, inputs).to(weight.dtype), *by_fcs
+    return from_filters(by_filters, inputs.transposed_groups).to(weight.dtype), *by_fcs
 
 
 def _differentiable_backward(asked: Pullback) -> tuple[Tensor | None, ...]:
@@ -174,7 +174,7 @@ def excite_into(
         results = kernels().excite([(_as_filters(w, inputs), inputs) for w, inputs, _ in own])
         for place, (excited, left) in zip(launched, results, strict=True):
             _, inputs, target = weights[place]
-            target.copy_(_as_stored(excited, inputs))
+            target.copy_(from_filters(excited, inputs.transposed_groups))
             kept[place] = left
     return [kept[place] for place in range(len(weights))]
 
@@ -205,9 +205,8 @@ def pull_back(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor 
     if launched:
         results = kernels().differentiate([_with_filters(asked[place]) for place in launched])
         for place, (by_filters, *by_fcs) in zip(launched, results, strict=True):
-            by_weight = by_filters
-            if by_filters is not None:
-                by_weight = _as_stored(by_filters, asked[place].inputs)
+            groups = asked[place].inputs.transposed_groups
+            by_weight = None if by_filters is None else from_filters(by_filters, groups)
             found[place] = (by_weight, *by_fcs)
     return [found[place] for place in range(len(asked))]
 
@@ -222,21 +221,13 @@ def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
     """:func:`excite_in_closed_form`, bit for bit; a large weight is overwritten with it."""
     if not formulas.is_computed_in_blocks(weight):
         return _forward(weight, inputs)[0]
+    filters = to_filters(weight, inputs.transposed_groups)
     with autocast_off(weight.device.type):
-        if inputs.transposed_groups is None:
-            formulas.excite_in_place(weight, inputs)
-            return weight
-        filters = to_filters(weight, inputs.transposed_groups)
         formulas.excite_in_place(filters, inputs)
-    return weight.copy_(from_filters(filters, inputs.transposed_groups))
+    if filters is not weight:
+        weight.copy_(from_filters(filters, inputs.transposed_groups))
+    return weight
 
 
 def _as_filters(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
-    full = in_full_precision(weight)
-    return full if inputs.transposed_groups is None else to_filters(full, inputs.transposed_groups)
-
-
-def _as_stored(filters: Tensor, inputs: ClosedFormInputs) -> Tensor:
-    if inputs.transposed_groups is None:
-        return filters
-    return from_filters(filters, inputs.transposed_groups)
+    return to_filters(in_full_precision(weight), inputs.transposed_groups)
