@@ -97,6 +97,7 @@ def attached_after_fully_shard(
             name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone()
             for name, p in excitation.named_parameters().items()
         },
+        "gathered": [row.layer for row in excitation.plan.excited if "gathered" in row.reason],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from we_surgery.attached.building import Building, Trained
+from we_surgery.attached.building import Building, Trained, with_gathered
 from we_surgery.attached.excitation import AttachedExcitation
 from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
@@ -133,7 +133,7 @@ def attach(
     _refuse_steps_behind(found, resume, saved)
     handle = AttachedExcitation(
         root,
-        plan,
+        with_gathered(plan, [weight for weight, _ in found]),
         building,
         policy=policy,
         example_inputs=example_inputs,

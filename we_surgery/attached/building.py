@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from we_surgery.attached.optimizers import group_for, start_early_state
+from we_surgery.attached.shard_transform import rows_terms
 from we_surgery.attached.shards import is_sharded, shard_of, share_again, whole_model
 from we_surgery.attached.weights import (
     AttachedWeight,
@@ -97,6 +98,26 @@ class Building:
                 len(places),
             )
         return found
+
+
+_GATHERED = "; gathered on each rank, since its rows cannot be computed by themselves"
+
+
+def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
+    """The plan, which says in addition which sharded weights are gathered to be computed."""
+    gathered = {
+        place
+        for weight in weights
+        if weight.shard is not None and rows_terms(weight) is None
+        for place in weight.places
+    }
+    rows = [
+        replace(row, reason=row.reason.removesuffix(_GATHERED) + _GATHERED)
+        if (row.module, row.parameter) in gathered
+        else row
+        for row in plan.decisions
+    ]
+    return replace(plan, decisions=tuple(rows))
 
 
 def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[ExcitationParameter]:

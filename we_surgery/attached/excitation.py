@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from we_surgery._util.scripted import own_parameters
-from we_surgery.attached.building import Building, Trained, placed
+from we_surgery.attached.building import Building, Trained, placed, with_gathered
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.holding import Holding
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
@@ -274,7 +274,7 @@ class AttachedExcitation:
         new = [row for row in plan.excited if (row.module, row.parameter) not in known]
         found = self._building.weights_of(replace(plan, decisions=tuple(new))) if new else []
         if found:
-            self.plan = plan
+            self.plan = with_gathered(plan, [*self._weights, *(weight for weight, _ in found)])
             self.add(found)
         return len(found)
 
@@ -374,7 +374,7 @@ class AttachedExcitation:
     def _synchronize(self, step: OptimizerStep) -> None:
         if self._copies.meet(self._weights):
             for weight in self._weights:
-                weight.version = -1  # compared with W' of rank 0 before the step
+                weight.written = None  # compared with W' of rank 0 before the step
         elif self._copies.are_due(step.steps):
             broadcast(step.weights)
             write(step.weights, advance=False)

@@ -53,9 +53,7 @@ class Tripwire:
         moved = [
             weight
             for weight in weights
-            if (memory := weight.memory)._version != weight.version
-            or memory.data_ptr() != weight.address
-            or not self.holding.is_held(weight)
+            if weight.stamp() != weight.written or not self.holding.is_held(weight)
         ]
         if not moved:
             for same_device in _by_device(weights):

@@ -277,13 +277,10 @@ class OptimizerStep:
                 group["params"].append(own.entry)
                 if "param_names" in group:
                     group["param_names"].append(own.name)
-            for layer, state in zip(self._layers_of(own), own.states, strict=False):
+            own_layers = [self.companion] if own.is_apart else layers
+            for layer, state in zip(own_layers, own.states, strict=False):
                 if state is not None:
                     layer.state[own.entry] = state
-
-    def _layers_of(self, own: ExcitationParameter) -> list[Any]:
-        """The optimizers that keep a state for it."""
-        return [self.companion] if own.is_apart else list(with_wrapped(self.optimizer))
 
     def _exchange_back(self) -> None:
         layers = list(with_wrapped(self.optimizer))
@@ -301,7 +298,8 @@ class OptimizerStep:
                 _move_state(layer.state, weight.raw, weight.parameter)
         for each in self.parameters:
             if not (self.is_hidden and any(each.states)):
-                each.states = [layer.state.pop(each.entry, None) for layer in self._layers_of(each)]
+                own_layers = [self.companion] if each.is_apart else layers
+                each.states = [layer.state.pop(each.entry, None) for layer in own_layers]
             each.parameter.grad = each.entry.grad = None
         self.companion.param_groups.clear()
         self.exchanged = []

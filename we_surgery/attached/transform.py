@@ -59,8 +59,7 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
             weight.excited = Excited(terms, own)
     write_rows(rows)
     for weight in weights:
-        memory = weight.memory
-        weight.version, weight.address = memory._version, memory.data_ptr()
+        weight.written = weight.stamp()
 
 
 def _write_by_autograd(weight: AttachedWeight, advance: bool) -> None:

@@ -48,8 +48,7 @@ class AttachedWeight:
         backend: who computes E; see :func:`we_surgery.attach`.
         parameters: those of the excitation.
         excited: what the last computation of W' left for the backward pass.
-        version: of ``parameter`` after W' was written.
-        address: of its memory then.
+        written: the :meth:`stamp` after W' was written.
         gradient_version: of ``raw``'s gradient when it was assigned.
     """
 
@@ -62,8 +61,7 @@ class AttachedWeight:
     backend: Backend = "auto"
     parameters: tuple[nn.Parameter, ...] = field(init=False)
     excited: Excited = field(default_factory=Excited)
-    version: int = -1
-    address: int = 0
+    written: tuple[int, int] | None = None
     gradient_version: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +70,12 @@ class AttachedWeight:
     @property
     def memory(self) -> Tensor:
         """The Parameter's memory on this rank, detached."""
-        return local(self.parameter)
+        return self.parameter.detach() if self.shard is None else local(self.parameter)
+
+    def stamp(self) -> tuple[int, int]:
+        """Version and address of the Parameter's memory on this rank."""
+        memory = self.parameter if self.shard is None else self.memory
+        return memory._version, memory.data_ptr()
 
     @property
     def name(self) -> str:
