@@ -73,8 +73,8 @@ def in_site(file: Path) -> Path:
 
 def reference() -> str:
     """A page with the docstring of each public name."""
-    init = (ROOT / "we_surgery" / "__init__.py").read_text(encoding="utf-8")
-    names = [f"{module}.{name}" for module, name in PUBLIC.findall(init) if name[0] != "_"]
+    api = (ROOT / "we_surgery" / "api.py").read_text(encoding="utf-8")
+    names = [f"{module}.{name}" for module, name in PUBLIC.findall(api)]
     names += [f"we_surgery.fx.{name}" for name in ("ExcitePass", "StripPass")]
     ordered = sorted(names, key=lambda path: path.rpartition(".")[2].lower())
     return "# Reference\n\n" + "\n".join(f"::: {path}\n" for path in ordered)

@@ -354,8 +354,14 @@ def print_text(text: str) -> None:
 
 def print_table(content: RenderableType, **options: Any) -> None:
     """A command's result on stdout, for people; ``options`` are those of rich."""
+    stdout = console()
+    with stdout.capture() as captured:
+        stdout.print(content, crop=False, **options)
+    # Cells are filled up with spaces, the last ones of a line too.
+    lines = [f"{line.rstrip()}\n" for line in captured.get().splitlines()]
     with _printing():
-        console().print(content, crop=False, **options)
+        stdout.file.write("".join(lines))
+        stdout.file.flush()
 
 
 def table_width() -> int:
