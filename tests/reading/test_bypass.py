@@ -76,7 +76,12 @@ def test_a_planted_bypass_is_refused_and_leaves_the_model_as_it_was(
 
 def test_good_conversions_raise_no_alarm_and_count_their_weights() -> None:
     x = torch.randn(1, 3, 32, 32)
-    for build in (torchvision.models.resnet18, torchvision.models.swin_t):
+
+    def swin() -> nn.Module:
+        sizes = {"embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2], "window_size": [4, 4]}
+        return torchvision.models.SwinTransformer(patch_size=[4, 4], **sizes)
+
+    for build in (torchvision.models.resnet18, swin):
         plan = ws.plan(build(), example_inputs=x)
         converted = ws.convert(build(), plan=plan, example_inputs=x)
         assert prove_excited(converted, x) == len(plan.excited)

@@ -159,8 +159,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("act", [ws.plan, ws.convert])
-@pytest.mark.parametrize("kind", KINDS)
+ACTS = [*((kind, ws.plan) for kind in KINDS), (InLruCache, ws.convert), (InClass, ws.convert)]
+
+
+@pytest.mark.parametrize(("kind", "act"), ACTS)
 def test_no_stand_in_outlives_a_recording(kind: type[Kept], act: Callable[..., Any]) -> None:
     model, x = kind().eval(), torch.randn(1, 3, 5, 5)
     _forget()
