@@ -101,3 +101,5 @@ def test_links_of_the_pages_beside_the_readme_resolve(page: Path) -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == we_surgery.__version__
+    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert sections[0] == we_surgery.__version__
