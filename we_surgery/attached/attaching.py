@@ -69,8 +69,8 @@ def attach(
             they are.
         start: ``paused`` leaves each weight as it is until ``excitation.resume()``.
         example_inputs: as in :func:`we_surgery.plan`.
-        backend: who computes E where it has a closed form. ``eager`` is torch's operations one by
-            one. ``triton`` has kernels, 7 launches at most for layers of one kind; they run on a
+        backend: what computes E where it has a closed form. ``eager`` is torch's operations one
+            by one. ``triton`` has kernels, 7 launches at most for layers of one kind; they run on a
             GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
             ``auto`` takes the kernels on a GPU if they agree with eager on two small layers that
             are tried first, and eager everywhere else.

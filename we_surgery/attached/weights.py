@@ -45,7 +45,7 @@ class AttachedWeight:
         raw: what the optimizer trains in its place.
         excitation: E.
         shard: how both are divided among ranks; None where they are whole.
-        backend: who computes E; see :func:`we_surgery.attach`.
+        backend: what computes E; see :func:`we_surgery.attach`.
         parameters: those of the excitation.
         excited: what the last computation of W' left for the backward pass.
         written: the :meth:`stamp` after W' was written.

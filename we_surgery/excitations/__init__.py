@@ -1,4 +1,9 @@
-"""The mathematics: maps from weight to weight. No module here knows a model."""
+"""The mathematics: maps from weight to weight. No module here knows a model.
+
+Lives here: what excitations have in common (``base``), each method in a file of its own, their
+``composition`` in a layer, ``record`` for state dicts, ``registry``; ``compute`` has the closed
+form. May import: ``errors``. To add a method: one file, and one line in ``registry.py``.
+"""
 
 from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.composition import Composition as Composition

@@ -65,25 +65,19 @@ def parse_recipe(text: object, where: str) -> dict[str, dict[str, Any]]:
 
 
 def name_and_options(text: str, where: str) -> tuple[str, Mapping[str, Any]]:
-    """``lwe(reduction=8)`` as its name and options, neither of them checked.
-
-    Raises:
-        InputError: the options cannot be read.
-    """
+    """``lwe(reduction=8)`` as its name and options, neither of them checked."""
     name, _, rest = text.partition("(")
-    return name, _options(text, rest, where) if rest else {}
-
-
-def _options(stage: str, text: str, where: str) -> Mapping[str, Any]:
+    if not rest:
+        return name, {}
     unreadable = InputError(
-        f"{where}: the options of {stage!r} cannot be read",
+        f"{where}: the options of {text!r} cannot be read",
         "Write them as lwe(reduction=8)+mwe(epsilon=0.2).",
     )
-    if not text.endswith(")"):
+    if not rest.endswith(")"):
         raise unreadable
     try:
-        options = yaml.load("{" + text[:-1].replace("=", ": ") + "}", YAMLLoader)
+        options = yaml.load("{" + rest[:-1].replace("=", ": ") + "}", YAMLLoader)
     except yaml.YAMLError as error:
         raise unreadable from error
     assert isinstance(options, Mapping)
-    return options
+    return name, options
