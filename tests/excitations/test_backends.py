@@ -44,24 +44,25 @@ def _untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_auto_takes_kernels_that_agree_on_the_gpu(launches: list[str]) -> None:
     weight: Any = OnGPU()
     assert backends.runs_on_kernels("auto", weight, CURVE)
-    assert len(launches) == 7
+    assert len(launches) == 14
     assert backends.runs_on_kernels("auto", weight, CURVE)
-    assert len(launches) == 7
+    assert len(launches) == 14
 
 
 @pytest.mark.usefixtures("_untried")
-@pytest.mark.parametrize("fault", ["fails", "differs"])
+@pytest.mark.parametrize("fault", ["fails", "differs", "is not finite"])
 def test_auto_stays_eager_where_kernels_do_not(
     fault: str, kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = kernels.excite
+    original = kernels.differentiate
+    factors = [1.0, 1.0, 1.0, 1.1 if fault == "differs" else float("nan"), 1.0]
 
-    def excite(layers: Any) -> Any:
+    def differentiate(layers: Any) -> Any:
         if fault == "fails":
             raise RuntimeError("no binary for gpu")
-        return [(1.1 * excited, kept) for excited, kept in original(layers)]
+        return [[f * g for f, g in zip(factors, own, strict=True)] for own in original(layers)]
 
-    monkeypatch.setattr(kernels, "excite", excite)
+    monkeypatch.setattr(kernels, "differentiate", differentiate)
     weight: Any = OnGPU()
     assert not backends.runs_on_kernels("auto", weight, CURVE)
     assert "eager is used" in caplog.text

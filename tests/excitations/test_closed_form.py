@@ -331,6 +331,19 @@ def test_a_weight_changed_between_the_passes_is_noticed() -> None:
         excited.sum().backward()
 
 
+def test_gain_and_shift_may_be_written_between_the_passes() -> None:
+    """As DDP does, which broadcasts buffers before each forward pass."""
+    composition = compose("slr", (4, 3, 3, 3))
+    weight = torch.randn(4, 3, 3, 3, dtype=F64, requires_grad=True)
+    upstream = torch.randn_like(weight)
+    expected = gradients(composition(weight), [weight], upstream)
+    excited = composition(weight)
+    rescale = composition.get_submodule("rescale")
+    for buffer in rescale.buffers():
+        buffer.mul_(2)
+    assert_close(gradients(excited, [weight], upstream), expected, 0)
+
+
 # In a model
 
 

@@ -33,9 +33,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
-@pytest.mark.parametrize(
-    ("stages", "dynamic"), [("m", None), ("slrm", None), ("slm", True)]
-)
+@pytest.mark.parametrize(("stages", "dynamic"), [("m", None), ("slrm", None), ("slm", True)])
 def test_it_compiles_without_a_graph_break(stages: str, dynamic: bool | None) -> None:
     composition = compose(stages, (6, 4, 3, 3))
     compiled = torch.compile(composition, fullgraph=True, backend="aot_eager", dynamic=dynamic)

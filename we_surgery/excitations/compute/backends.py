@@ -16,7 +16,7 @@ from torch import Tensor
 
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.compute import formulas
-from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
 
 Backend = Literal["auto", "eager", "triton"]
 
@@ -101,26 +101,21 @@ def _largest_difference(device: torch.device) -> float:
         count = torch.Size(shape).numel()
         return torch.arange(count, device=device, dtype=torch.float32).mul_(1.7).sin_().view(shape)
 
-    def pullback(weight: Tensor, inputs: ClosedFormInputs, kept: Kept) -> Pullback:
-        return Pullback(weight.cos(), weight, inputs, kept, (True,) * 5)
-
-    layers: list[tuple[Tensor, ClosedFormInputs]] = []
+    differences: list[Tensor] = []
+    everything = (True,) * 5
     for rows, channels, hidden, kernel in ((24, 40, 5, (3, 3)), (5, 7, 35, ())):
         fc1, fc2 = wave(hidden, channels), wave(channels, hidden)
         inputs = ClosedFormInputs(
             *(fc1, wave(hidden), fc2, wave(channels)), standardize_epsilon=1e-5, mwe_epsilon=0.1
         )
-        layers.append((wave(rows, channels, *kernel), inputs))
-    expected: list[Tensor | None] = []
-    for layer in layers:
-        excited, kept = formulas.excite(*layer)
-        expected += [excited, *formulas.differentiate(*pullback(*layer, kept))]
-    found: list[Tensor | None] = []
-    results = kernels().excite(layers)
-    asked = [pullback(*layer, kept) for layer, (_, kept) in zip(layers, results, strict=True)]
-    for (excited, _), gradients in zip(results, kernels().differentiate(asked), strict=True):
-        found += [excited, *gradients]
-    pairs = [
-        (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
-    ]
-    return max(float((f - e).abs().max() / e.abs().max()) for f, e in pairs)
+        weight, upstream = wave(rows, channels, *kernel), wave(rows, channels, *kernel).cos()
+        excited, kept = formulas.excite(weight, inputs)
+        gradients = formulas.differentiate(upstream.clone(), weight, inputs, kept, everything)
+        ((found, kept),) = kernels().excite([(weight, inputs)])
+        asked = Pullback(upstream, weight, inputs, kept, everything)
+        (found_gradients,) = kernels().differentiate([asked])
+        for one, other in zip((found, *found_gradients), (excited, *gradients), strict=True):
+            assert one is not None
+            assert other is not None
+            differences.append((one - other).abs().max() / other.abs().max())
+    return float(torch.stack(differences).max())
