@@ -7,10 +7,10 @@ from we_surgery.checkpoint import load as load
 from we_surgery.checkpoint import save as save
 from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
+from we_surgery.converted.convert import convert as convert
 from we_surgery.converted.proof import StripReport as StripReport
-from we_surgery.converted.surgery import convert as convert
-from we_surgery.converted.surgery import strip as strip
-from we_surgery.converted.surgery import strip_with_report as strip_with_report
+from we_surgery.converted.strip import strip as strip
+from we_surgery.converted.strip import strip_with_report as strip_with_report
 from we_surgery.errors import AlreadyConvertedWarning as AlreadyConvertedWarning
 from we_surgery.errors import AttachmentError as AttachmentError
 from we_surgery.errors import ExcitationError as ExcitationError

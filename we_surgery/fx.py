@@ -20,8 +20,10 @@ from typing import Any, Unpack
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from we_surgery.converted.convert import convert
 from we_surgery.converted.options import ConvertOptions, resolve_options
-from we_surgery.converted.surgery import convert, is_converted, strip
+from we_surgery.converted.state import is_converted
+from we_surgery.converted.strip import strip
 from we_surgery.planning.decide import plan as make_plan
 
 

@@ -20,7 +20,7 @@ from we_surgery.checkpoint import (
 )
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.converted.layer import excited_layers
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE
+from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
 
 EVERYTHING = {"mode": "lwe+mwe", "depthwise": "mwe", "linear": "lwe+mwe"}

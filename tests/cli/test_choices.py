@@ -10,7 +10,7 @@ from we_surgery.analysis.pruning import CRITERIA
 from we_surgery.analysis.scores import SCORES
 from we_surgery.cli import choices
 from we_surgery.converted.sites import Init, Start
-from we_surgery.converted.surgery import DEPLOY_FORMS
+from we_surgery.converted.strip import DEPLOY_FORMS
 from we_surgery.jobs.targets import KINDS
 from we_surgery.jobs.verify import DTYPES
 from we_surgery.planning.policy import DEFAULT_MODE

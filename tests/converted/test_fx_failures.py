@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from toys import EVERYTHING
 
 import we_surgery as ws
-from we_surgery.converted import sites as grafting
-from we_surgery.converted import surgery
+from we_surgery.converted import excite, strip
 from we_surgery.fx import ExcitePass, StripPass
 
 
@@ -38,11 +37,11 @@ def test_a_graph_that_cannot_be_excited_is_left_as_it_was(
     assert repr(everything_of(graph_module)) == before
 
 
-@pytest.mark.parametrize(("at", "fails_at"), [("hold", 3), ("excite", 1), ("update_graphs", 1)])
+@pytest.mark.parametrize(("at", "fails_at"), [("excite_owner", 3), ("update_graphs", 1)])
 def test_a_failure_halfway_leaves_the_graph_as_it_was(
     at: str, fails_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(grafting, at), []
+    real, calls = getattr(excite, at), []
 
     def failing(*arguments: Any) -> None:
         calls.append(arguments)
@@ -52,7 +51,7 @@ def test_a_failure_halfway_leaves_the_graph_as_it_was(
 
     graph_module = traced()
     before = everything_of(graph_module)
-    monkeypatch.setattr(grafting, at, failing)
+    monkeypatch.setattr(excite, at, failing)
     with pytest.raises(OSError, match="no more"):
         ExcitePass(config=EVERYTHING)(graph_module)
     assert len(calls) >= fails_at
@@ -68,7 +67,7 @@ def test_a_failed_proof_leaves_the_graph_excited(monkeypatch: pytest.MonkeyPatch
     train_a_little(graph_module)
     before, expected = everything_of(graph_module), graph_module.eval()(X)
     graph_module.train()
-    monkeypatch.setattr(surgery, "check_outputs", refuse)
+    monkeypatch.setattr(strip, "check_outputs", refuse)
     with pytest.raises(ws.SurgeryError, match="not equal"):
         StripPass(example_inputs=X)(graph_module)
     assert everything_of(graph_module)[0] == before[0]

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery.converted import fold_in_place
-from we_surgery.converted import sites as grafting
+from we_surgery.converted import excite
+from we_surgery.converted import strip as stripping
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
 
@@ -90,7 +90,7 @@ def test_an_interruption_leaves_a_model_that_computes_what_it_did(
     model, x = converted(name)
     expected, output = ws.strip(model), model(x)
     calls: list[nn.Module] = []
-    real = grafting.restore
+    real = excite.restore_owner
 
     def restore(layer: nn.Module) -> None:
         if len(calls) == fails_at:
@@ -99,7 +99,7 @@ def test_an_interruption_leaves_a_model_that_computes_what_it_did(
         real(layer)
 
     with monkeypatch.context() as context:
-        context.setattr(grafting, "restore", restore)
+        context.setattr(excite, "restore_owner", restore)
         with pytest.raises(KeyboardInterrupt):
             ws.strip(model, inplace=True, layer_by_layer=True)
     assert torch.equal(model(x), output)
@@ -149,9 +149,9 @@ def test_outputs_cannot_be_compared_at_its_end() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_checksums_tell_one_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(6, 5, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
-    expected = fold_in_place._checksum(weight)
-    monkeypatch.setattr(fold_in_place, "_HASHED_AT_A_TIME", 100)
-    assert fold_in_place._checksum(weight.contiguous()) == expected
+    expected = stripping._checksum(weight)
+    monkeypatch.setattr(stripping, "_HASHED_AT_A_TIME", 100)
+    assert stripping._checksum(weight.contiguous()) == expected
     weight[5, 4, 2, 2] *= -1
-    assert fold_in_place._checksum(weight) != expected
-    assert fold_in_place._checksum(weight.double().float()) != expected
+    assert stripping._checksum(weight) != expected
+    assert stripping._checksum(weight.double().float()) != expected

@@ -14,7 +14,7 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery._util.transaction import AllOrNothing
-from we_surgery.converted.class_swap import excite, restore
+from we_surgery.converted.excite import excite_owner, restore_owner
 from we_surgery.converted.layer import ExcitedLayer, WEConv2d, WELinear, excited_class
 from we_surgery.excitations import WeightLayout, build_excitation
 from we_surgery.excitations.names import excitation_name, raw_name
@@ -23,7 +23,9 @@ from we_surgery.excitations.names import excitation_name, raw_name
 def excited_conv(*stages: str, bias: bool = True) -> ExcitedLayer:
     conv = nn.Conv2d(8, 6, 3, bias=bias)
     recipe = [{stage: {}} for stage in stages]
-    excite(conv, "weight", build_excitation(recipe, WeightLayout(conv.weight.shape)), "block.conv")
+    excite_owner(
+        conv, "weight", build_excitation(recipe, WeightLayout(conv.weight.shape)), "block.conv"
+    )
     assert isinstance(conv, ExcitedLayer)
     return conv
 
@@ -47,7 +49,7 @@ def test_a_layer_becomes_an_importable_subclass_and_computes_with_the_excited_we
     layer = ws.convert(vanilla, config=EVERYTHING)
     cls = type(layer)
     assert cls.__name__ == f"WE{name}"
-    assert getattr(importlib.import_module("we_surgery.converted.layer"), cls.__name__) is cls
+    assert getattr(importlib.import_module("we_surgery.converted"), cls.__name__) is cls
     assert isinstance(layer, type(vanilla))
     rank = int(name[-2]) if name[-1] == "d" else 0
     x = torch.randn(2, 8, *[7] * rank)
@@ -61,12 +63,12 @@ def test_the_raw_weight_is_the_very_parameter_at_the_very_place() -> None:
     conv = nn.Conv2d(8, 6, 3)
     weight, bias = conv.weight, conv.bias
     excitation = build_excitation([{"mwe": {}}], WeightLayout(conv.weight.shape))
-    excite(conv, "weight", excitation, "conv")
+    excite_owner(conv, "weight", excitation, "conv")
     assert list(conv._parameters) == ["raw_weight", "bias"]
     assert conv.raw_weight is weight
     assert conv.bias is bias
     assert conv.excitation is excitation
-    restore(conv)
+    restore_owner(conv)
     assert list(conv._parameters) == ["weight", "bias"]
     assert conv.weight is weight
     assert type(conv) is nn.Conv2d
@@ -76,8 +78,10 @@ def test_converting_and_restoring_leaves_no_trace_in_the_layer() -> None:
     conv = nn.Conv2d(8, 6, 3)
     before = {name: value for name, value in vars(conv).items() if name[0] != "_"}
     names = set(vars(conv))
-    excite(conv, "weight", build_excitation([{"mwe": {}}], WeightLayout((6, 8, 3, 3))), "conv")
-    restore(conv)
+    excite_owner(
+        conv, "weight", build_excitation([{"mwe": {}}], WeightLayout((6, 8, 3, 3))), "conv"
+    )
+    restore_owner(conv)
     assert set(vars(conv)) == names
     assert {name: value for name, value in vars(conv).items() if name[0] != "_"} == before
     assert not conv._modules
@@ -150,17 +154,21 @@ def test_assigning_a_weight_stores_the_raw_weight_that_gives_it() -> None:
 def test_assigning_a_weight_that_has_no_inverse_names_the_cure() -> None:
     layer = excited_conv("standardize", "lwe")
     with pytest.raises(ws.ExcitationError) as error:
-        layer.weight = torch.zeros(6, 8, 3, 3)
+        layer.weight = nn.Parameter(torch.zeros(6, 8, 3, 3))
     assert "'block.conv' (Conv2d)" in error.value.cause
     assert "standardize+lwe" in error.value.cause
     assert "raw_weight" in error.value.cure
 
 
-@pytest.mark.parametrize("value", [torch.zeros(6, 8), None, 3.0], ids=["shape", "None", "number"])
+@pytest.mark.parametrize(
+    "value",
+    [nn.Parameter(torch.zeros(6, 8)), torch.zeros(6, 8, 3, 3), None],
+    ids=["shape", "tensor", "None"],
+)
 def test_assigning_anything_but_a_weight_of_the_shape_is_an_input_error(value: object) -> None:
     layer = excited_conv("mwe")
     before = layer.raw_weight.detach().clone()
-    with pytest.raises(ws.InputError, match=re.escape("takes a tensor of shape (6, 8, 3, 3)")):
+    with pytest.raises(ws.InputError, match=re.escape("takes a Parameter of shape (6, 8, 3, 3)")):
         layer.weight = value
     assert torch.equal(layer.raw_weight, before)
 
@@ -352,7 +360,7 @@ def test_a_failed_swap_leaves_the_layer_as_it_was(monkeypatch: pytest.MonkeyPatc
     names, weight = set(vars(conv)), conv.weight
     excitation = build_excitation([{"mwe": {}}], WeightLayout((6, 8, 3, 3)))
     with pytest.raises(AttributeError), AllOrNothing([conv]):
-        excite(conv, "weight", excitation, "conv")
+        excite_owner(conv, "weight", excitation, "conv")
     assert set(vars(conv)) == names
     assert list(conv._parameters) == ["weight", "bias"]
     assert conv.weight is weight

@@ -15,8 +15,8 @@ from torch import nn
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
-from we_surgery.converted import layer as layers
-from we_surgery.converted.layer import excited_class
+from we_surgery import converted
+from we_surgery.converted.layer import excited_class, excited_layers
 from we_surgery.excitations.names import raw_name
 
 
@@ -60,10 +60,10 @@ def test_a_converted_model_travels_with_its_classes_and_values(
     name: str, travel: str, tmp_path: Path
 ) -> None:
     vanilla = MODELS[name]()
-    converted = ws.convert(vanilla, config=EVERYTHING)
-    arrived = TRAVELS[travel](converted, tmp_path)
-    assert_same_model(arrived, converted)
-    assert_same_model(ws.strip(arrived), ws.strip(converted))
+    model = ws.convert(vanilla, config=EVERYTHING)
+    arrived = TRAVELS[travel](model, tmp_path)
+    assert_same_model(arrived, model)
+    assert_same_model(ws.strip(arrived), ws.strip(model))
 
 
 def test_the_stripped_model_pickles_without_a_word_of_this_package() -> None:
@@ -77,9 +77,9 @@ def test_a_class_made_on_demand_is_found_again_in_a_fresh_process(tmp_path: Path
     model = timm.create_model("test_efficientnet.r160_in1k", num_classes=3).eval()
     model.conv_stem = Conv2dSame(3, model.conv_stem.out_channels, 3, stride=2, bias=False)
     model.attention = nn.MultiheadAttention(8, 2)
-    converted = ws.convert(model.eval())
+    model = ws.convert(model.eval())
     x = torch.randn(1, 3, 32, 32)
-    torch.save((converted, x, converted(x).detach()), tmp_path / "model.pt")
+    torch.save((model, x, model(x).detach()), tmp_path / "model.pt")
     program = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "model, x, y = torch.load(sys.argv[1], weights_only=False)\n"
@@ -102,24 +102,24 @@ def test_a_class_that_cannot_be_imported_fails_as_it_does_vanilla() -> None:
     class Local(nn.Linear):
         """Exists in this function alone."""
 
-    converted = ws.convert(Local(3, 3))
+    model = ws.convert(Local(3, 3))
     with pytest.raises((AttributeError, pickle.PicklingError), match="Local"):
         pickle.dumps(Local(3, 3))
     with pytest.raises((AttributeError, pickle.PicklingError), match="Local"):
-        pickle.dumps(converted)
-    assert type(copy.deepcopy(converted)) is type(converted)
+        pickle.dumps(model)
+    assert type(copy.deepcopy(model)) is type(model)
 
 
 def test_a_made_class_says_what_it_is_made_of() -> None:
     made = excited_class(Conv2dSame, ("weight",))
-    assert made.__module__ == "we_surgery.converted.layer"
-    assert getattr(layers, made.__qualname__) is made
+    assert made.__module__ == "we_surgery.converted"
+    assert getattr(converted, made.__qualname__) is made
     assert Conv2dSame.__name__ in made.__qualname__
 
 
 def test_an_unknown_attribute_of_the_module_is_an_ordinary_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'WEConv9d'"):
-        _ = layers.WEConv9d
+        _ = converted.WEConv9d
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -134,7 +134,7 @@ def test_a_deepcopy_strips_while_the_original_trains_on(name: str) -> None:
     state = original.state_dict()
     assert list(state) == list(before)
     assert all(torch.equal(state[key], value) for key, value in before.items())
-    for _, layer in layers.excited_layers(original):
+    for _, layer in excited_layers(original):
         for parameter in layer.excited_parameters:
             getattr(layer, parameter).sum().backward()
             assert getattr(layer, raw_name(parameter)).grad is not None

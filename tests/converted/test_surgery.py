@@ -14,7 +14,7 @@ from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 
 import we_surgery as ws
 from we_surgery.converted.layer import excited_layers
-from we_surgery.converted.surgery import stored_plan
+from we_surgery.converted.state import stored_plan
 from we_surgery.planning import plans
 from we_surgery.planning.plans import Decision, Plan
 

@@ -12,20 +12,20 @@ from torch.nn.utils import prune
 from toys import EVERYTHING, ConvNet, Zoo
 
 import we_surgery as ws
-from we_surgery.converted import sites as grafting
+from we_surgery.converted import excite as exciting
 from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
 
 @pytest.mark.parametrize("init", ["paper", "preserve"])
 @pytest.mark.parametrize("fails_at", range(6))
-def test_a_failure_at_any_graft_leaves_the_model_as_it_was(
+def test_a_failure_at_any_site_leaves_the_model_as_it_was(
     fails_at: int, init: Literal["paper", "preserve"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Zoo()
     model.attention.eval()
     plan = ws.plan(model, "lwe")
     assert len(plan.excited) == 5
-    before, calls, real = snapshot(model), [], grafting.excite
+    before, calls, real = snapshot(model), [], exciting.excite_owner
 
     def excite(*arguments: Any) -> None:
         if len(calls) == fails_at:
@@ -33,7 +33,7 @@ def test_a_failure_at_any_graft_leaves_the_model_as_it_was(
         calls.append(arguments)
         real(*arguments)
 
-    monkeypatch.setattr(grafting, "excite", excite)
+    monkeypatch.setattr(exciting, "excite_owner", excite)
     if fails_at == 5:
         ws.convert(model, plan=plan, init=init, inplace=True)
         assert snapshot(model) != before
@@ -60,7 +60,7 @@ def test_a_failure_at_any_restored_layer_leaves_the_model_as_it_was(
     fails_at: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained()
-    before, calls, real = snapshot(model), [], grafting.restore
+    before, calls, real = snapshot(model), [], exciting.restore_owner
 
     def restore(layer: nn.Module) -> None:
         if len(calls) == fails_at:
@@ -68,7 +68,7 @@ def test_a_failure_at_any_restored_layer_leaves_the_model_as_it_was(
         calls.append(layer)
         real(layer)
 
-    monkeypatch.setattr(grafting, "restore", restore)
+    monkeypatch.setattr(exciting, "restore_owner", restore)
     with pytest.raises(KeyboardInterrupt):
         ws.strip(model, inplace=inplace)
     assert snapshot(model) == before

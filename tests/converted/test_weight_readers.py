@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor.parallel import RowwiseParallel, style
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.utils import prune
 from toys import ConvNet
 
@@ -16,7 +21,6 @@ def excited() -> nn.Module:
     return ws.convert(ConvNet(), "lwe+mwe")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize(
     "act",
     [
@@ -25,24 +29,35 @@ def excited() -> nn.Module:
         lambda layer: prune.global_unstructured(
             [(layer, "weight")], pruning_method=prune.L1Unstructured, amount=0.5
         ),
-        lambda layer: nn.utils.weight_norm(layer),
     ],
 )
 def test_what_replaces_a_weight_is_refused_by_name_and_leaves_the_layer_as_it_was(act) -> None:
     model = excited()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ws.ExcitationError, match=r"torch\.nn\.utils\..* cannot replace 'weight'"):
+    with pytest.raises(ws.ExcitationError, match="'weight_orig' cannot be registered"):
         act(model.stem)
     assert list(model.state_dict()) == list(before)
     ws.strip(model.eval(), example_inputs=torch.randn(2, 3, 8, 8))
 
 
-def test_a_tensor_parallel_plan_is_refused_by_name() -> None:
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[DeviceMesh]:
+    address = (tmp_path / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_a_tensor_parallel_plan_is_refused_by_name(one_process: DeviceMesh) -> None:
     layer = ws.convert(nn.Sequential(nn.Linear(4, 4)), "mwe")[0]
-    with pytest.raises(ws.ExcitationError, match="RowwiseParallel cannot replace") as caught:
-        RowwiseParallel()._partition_linear_fn("fc", layer, None)
+    with pytest.raises(RuntimeError, match="non-leaf tensor"):
+        parallelize_module(layer, one_process, RowwiseParallel())
+    with (
+        torch.no_grad(),
+        pytest.raises(ws.ExcitationError, match="'weight' cannot be registered") as caught,
+    ):
+        parallelize_module(layer, one_process, RowwiseParallel())
     assert "FSDP2" in caught.value.cure
-    assert style.__name__ == "torch.distributed.tensor.parallel.style"
 
 
 def test_an_offloaded_excitation_is_named_and_the_hint_helps() -> None:

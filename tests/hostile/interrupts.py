@@ -24,8 +24,7 @@ import we_surgery as ws
 PACKAGE = Path(ws.__file__).parent
 # What changes a model lies here; the rest reads it.
 CHANGING = (
-    "surgery.py operations.py grafting.py class_swap.py layer_names.py fold_in_place.py graphs.py "
-    "layer_views.py transaction.py backends.py transplants"
+    "convert.py strip.py excite.py sites.py names.py graphs.py views.py transaction.py transplants"
 ).split()
 
 

@@ -23,9 +23,9 @@ import we_surgery as ws
 from we_surgery.checkpoint import staging as staging_module
 from we_surgery.checkpoint.safe_pickle import unpickle as unpickle_module
 from we_surgery.cli import convert_command, strip_command
-from we_surgery.converted import operations
-from we_surgery.converted import sites as grafting
-from we_surgery.converted.surgery import stored_plan
+from we_surgery.converted import excite
+from we_surgery.converted import strip as stripping
+from we_surgery.converted.state import stored_plan
 from we_surgery.excitations import Composition
 
 FAULTS = [RuntimeError("injected"), MemoryError(), torch.OutOfMemoryError("injected")]
@@ -76,8 +76,8 @@ def test_a_fault_at_any_row_of_a_plan_leaves_the_model_as_it_was(
     row: int, inplace: bool, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Zoo()
-    failing = FailsAt(grafting.excite, row, FAULTS[row % len(FAULTS)], after)
-    monkeypatch.setattr(grafting, "excite", failing)
+    failing = FailsAt(excite.excite_owner, row, FAULTS[row % len(FAULTS)], after)
+    monkeypatch.setattr(excite, "excite_owner", failing)
     with unchanged(model), pytest.raises(type(failing.fault)):
         ws.convert(model, config=EVERYTHING, inplace=inplace)
     assert failing.calls == row + 1
@@ -89,8 +89,8 @@ def test_a_fault_at_any_fold_leaves_the_model_converted(
     row: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ws.convert(Zoo(), config=EVERYTHING)
-    failing = FailsAt(operations.check_fold, row, FAULTS[row % len(FAULTS)])
-    monkeypatch.setattr(operations, "check_fold", failing)
+    failing = FailsAt(stripping.check_fold, row, FAULTS[row % len(FAULTS)])
+    monkeypatch.setattr(stripping, "check_fold", failing)
     with unchanged(model), pytest.raises(type(failing.fault)):
         ws.strip(model, inplace=inplace)
     assert failing.calls == row + 1

@@ -286,19 +286,19 @@ PLANNED: dict[str, Callable[[], Any]] = {
     ),
     "LBFGS keeps one flat history": lambda: old_optimizer(torch.optim.LBFGS, True),
     "weight of layer '...' (...) is computed by ... and cannot be assigned": lambda: setattr(
-        ws.convert(net())[0], "weight", torch.ones(8, 3, 3, 3)
+        ws.convert(net())[0], "weight", nn.Parameter(torch.ones(8, 3, 3, 3))
     ),
-    "functional_call was given 'weight'": lambda: torch.func.functional_call(
+    "weight of layer '...' (...) takes a Parameter": lambda: torch.func.functional_call(
         ws.convert(net()), {"0.weight": torch.ones(8, 3, 3, 3)}, (X,)
     ),
     "Error(s) in loading state_dict for Sequential: Missing key(s)": lambda: ws.convert(
         net()
     ).load_state_dict(ws.convert(net(), "mwe").state_dict()),
-    "torch.nn.utils.prune cannot replace 'weight' of layer '...'": lambda: prune.l1_unstructured(
+    "'weight_orig' cannot be registered in layer '...'": lambda: prune.l1_unstructured(
         ws.convert(net())[0], "weight", 0.5
     ),
-    "torch.nn.utils.weight_norm cannot replace 'weight' of layer '...'": lambda: (
-        nn.utils.weight_norm(ws.convert(net())[0])
+    "'weight' cannot be registered in layer '...'": lambda: ws.convert(net())[0].register_parameter(
+        "weight", nn.Parameter(torch.ones(8, 3, 3, 3))
     ),
     "the excited weight of layer '...' (...) cannot be computed: its excitation is on the meta "
     "device": lambda: offloaded(ws.convert(net()))(X),

@@ -15,7 +15,7 @@ import we_surgery as ws
 from we_surgery.cli import strip_command
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.converted.layer import ExcitedLayer
-from we_surgery.converted.surgery import is_converted
+from we_surgery.converted.state import is_converted
 from we_surgery.excitations.record import is_record, read_record
 
 lightning = pytest.importorskip("lightning.pytorch")

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
-from we_surgery.converted.surgery import is_converted
+from we_surgery.converted.state import is_converted
 from we_surgery.excitations.record import is_record, read_record
 
 pl = pytest.importorskip("pytorch_lightning")

@@ -11,7 +11,7 @@ from toys import is_vanilla
 
 import we_surgery as ws
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.converted.surgery import is_converted
+from we_surgery.converted.state import is_converted
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -177,7 +177,7 @@ def test_a_failing_proof_puts_the_convs_back(monkeypatch: pytest.MonkeyPatch) ->
 
     model = ws.convert(Small().eval(), "none", rules=[ws.Rule("pointwise", "mwe")])
     before = repr(model)
-    monkeypatch.setattr("we_surgery.converted.surgery.check_outputs", fail)
+    monkeypatch.setattr("we_surgery.converted.strip.check_outputs", fail)
     with pytest.raises(ws.SurgeryError, match="they differ"):
         ws.strip(model, example_inputs=torch.randn(1, 3, 9, 9), deploy="shift", inplace=True)
     assert repr(model) == before

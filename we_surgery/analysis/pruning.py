@@ -23,7 +23,7 @@ from we_surgery.analysis.multipliers import (
 from we_surgery.analysis.results import PruningCurve, PruningRow
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, find_weights, kernel_mask
-from we_surgery.converted.surgery import is_converted
+from we_surgery.converted.state import is_converted
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.layout import to_filters
 

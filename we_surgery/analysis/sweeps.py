@@ -18,7 +18,8 @@ from we_surgery.analysis.results import SparseRow, SparseTraining, Sweep, SweepR
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.analysis.variants import Variant
 from we_surgery.analysis.weights import find_weights
-from we_surgery.converted.surgery import is_converted, strip
+from we_surgery.converted.state import is_converted
+from we_surgery.converted.strip import strip
 from we_surgery.errors import InputError, SurgeryError
 
 MakeModel = Callable[[], nn.Module]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.attached import AttachedExcitation
+from we_surgery.converted.convert import convert
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.converted.surgery import convert
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition, Rescale
 from we_surgery.excitations.names import excitation_name

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from we_surgery._util.copies import copy_model
 from we_surgery._util.scripted import own_parameters
-from we_surgery.converted.surgery import is_converted, strip
+from we_surgery.converted.state import is_converted
+from we_surgery.converted.strip import strip
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import WeightLayout
 from we_surgery.excitations.layout import from_filters

@@ -16,7 +16,7 @@ from we_surgery.attached.riding import drop_loaded_states, loaded_states
 from we_surgery.attached.wrappers import inside_wrappers
 from we_surgery.converted.options import resolve_options
 from we_surgery.converted.sites import Init, Start
-from we_surgery.converted.surgery import is_converted, refuse_wrappers
+from we_surgery.converted.state import is_converted, refuse_wrappers
 from we_surgery.errors import InputError
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.backends import check_backend

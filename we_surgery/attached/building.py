@@ -19,7 +19,7 @@ from we_surgery.attached.weights import (
     raw_like,
 )
 from we_surgery.attached.wrappers import with_wrapped
-from we_surgery.converted.sites import Init, Start, build_grafts
+from we_surgery.converted.sites import Init, Start, build_sites
 from we_surgery.excitations import Backend
 from we_surgery.planning.plans import Plan
 
@@ -64,8 +64,8 @@ class Building:
         places: dict[int, list[tuple[str, str]]] = {}
         found: list[Trained] = []
         readable = self.readable_model()
-        grafts = build_grafts(readable, plan, self.init, self.start, form="attached")
-        for item in grafts:
+        sites = build_sites(readable, plan, self.init, self.start, form="attached")
+        for item in sites:
             parameter = self.model.get_submodule(item.module)._parameters[item.parameter]
             assert parameter is not None
             known = places.setdefault(id(parameter), [])

@@ -26,7 +26,7 @@ from we_surgery.attached.transform import is_current, write
 from we_surgery.attached.translation import converted_twin, from_converted
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter, optimizer_of
 from we_surgery.attached.wrappers import with_wrapped
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE
+from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import AttachmentError, InputError
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan

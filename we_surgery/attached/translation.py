@@ -10,7 +10,7 @@ from torch import nn
 
 from we_surgery._util.copies import copy_model
 from we_surgery.attached.weights import AttachedWeight
-from we_surgery.converted.sites import Graft, graft
+from we_surgery.converted.excite import ExcitationSite, excite
 from we_surgery.errors import AttachmentError, InputError
 from we_surgery.excitations.names import RAW_PREFIX, excitation_name
 from we_surgery.reading import converted_obstacle_of
@@ -37,13 +37,13 @@ def converted_twin(model: nn.Module, weights: Sequence[AttachedWeight]) -> nn.Mo
                 )
     twin = copy_model(model)
     memo: dict[int, Any] = {}
-    grafts = []
+    sites = []
     for weight in weights:
         excitation = copy.deepcopy(weight.excitation, memo)
         raw = weight.raw.detach().to(weight.parameter.dtype, copy=True)
         for position, (module, parameter) in enumerate(weight.places):
-            grafts.append(Graft(module, parameter, excitation, None if position else raw))
-    graft(twin, grafts)
+            sites.append(ExcitationSite(module, parameter, excitation, None if position else raw))
+    excite(twin, sites)
     return twin
 
 

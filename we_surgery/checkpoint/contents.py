@@ -17,7 +17,7 @@ from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards import open_files, resolve
 from we_surgery.checkpoint.shards.files import StateDict, TensorFiles
 from we_surgery.checkpoint.unwrap import Weights, speaks_of_average, unwrap
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE
+from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError, listed
 
 

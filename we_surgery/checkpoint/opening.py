@@ -17,8 +17,8 @@ from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.settling import settled
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
-from we_surgery.converted.sites import Graft, graft
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE, refuse_wrappers
+from we_surgery.converted.excite import ExcitationSite, excite
+from we_surgery.converted.state import PLAN_ATTRIBUTE, refuse_wrappers
 from we_surgery.errors import InputError, OldFormatWarning, near_matches
 from we_surgery.excitations import Composition
 from we_surgery.excitations.legacy import LEGACY_NOTE
@@ -145,7 +145,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], architecture: Architecture
     """Excites a vanilla model as ``state`` says, and loads ``state`` into it."""
     entries = list(find_excited(state))
     _match_dtypes(model, state, entries)
-    graft(model, _grafts(model, entries, architecture))
+    excite(model, _sites(model, entries, architecture))
     _match_layouts(model, state)
     versions = getattr(model.state_dict(), VERSIONS, None)
     if not hasattr(state, VERSIONS) and versions and state.keys() == model.state_dict().keys():
@@ -192,13 +192,13 @@ def _match_layouts(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.data = torch.empty_like(value, dtype=dtype, device=tensor.device)
 
 
-def _grafts(
+def _sites(
     model: nn.Module, entries: Sequence[ExcitedEntry], architecture: Architecture
-) -> list[Graft]:
+) -> list[ExcitationSite]:
     modules = dict(model.named_modules(remove_duplicate=False))
     by_parameter: dict[int, tuple[ExcitedEntry, Composition]] = {}
-    grafts: list[Graft] = []
-    grafted: set[tuple[int, str]] = set()
+    sites: list[ExcitationSite] = []
+    taken: set[tuple[int, str]] = set()
     parts: dict[Hashable, nn.Module] = {}
     for entry in entries:
         owner = modules.get(entry.layer)
@@ -213,10 +213,10 @@ def _grafts(
             excitation.share(parts)
             by_parameter[id(parameter)] = (entry, excitation)
         # A module that goes by two names has its entries under both.
-        if (id(owner), entry.parameter) not in grafted:
-            grafts.append(Graft(entry.layer, entry.parameter, excitation))
-            grafted.add((id(owner), entry.parameter))
-    return grafts
+        if (id(owner), entry.parameter) not in taken:
+            sites.append(ExcitationSite(entry.layer, entry.parameter, excitation))
+            taken.add((id(owner), entry.parameter))
+    return sites
 
 
 def _no_such_weight(

@@ -277,7 +277,7 @@ def _analyse(
     from we_surgery import analysis as analyses
     from we_surgery.analysis.saving import check_result, save_result, to_json
     from we_surgery.cli.user_functions import imported_metric
-    from we_surgery.converted.surgery import is_converted
+    from we_surgery.converted.state import is_converted
 
     run = getattr(analyses, analysis) if isinstance(analysis, str) else analysis
     for name in ("source", "arch", "arch_args", "key", "allow", "trust"):

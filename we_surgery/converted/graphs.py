@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
-from we_surgery.converted.class_swap import trace_whole
 from we_surgery.converted.fetches import Fetch, fetches, graph_modules
 from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.converted.views import own_memory
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.excitations import Composition
 from we_surgery.excitations.cached import uncached
-from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
+from we_surgery.excitations.names import excitation_name, raw_name
 from we_surgery.reading.obstacles import excited_names
 
 
@@ -74,19 +73,6 @@ def excited_weights(model: nn.Module) -> Iterator[ExcitedWeight]:
     for name, module in model.named_modules():
         for parameter in excited_names(module):
             yield ExcitedWeight(name, module, parameter)
-
-
-def hold(owner: nn.Module, parameter: str, excitation: Composition) -> None:
-    """Renames the parameter to its raw name, in its place, and adds the excitation beside it."""
-    rename_parameter(owner, parameter, raw_name(parameter))
-    owner._modules[excitation_name(parameter)] = trace_whole(excitation)
-
-
-def release(owner: nn.Module) -> None:
-    """Undoes :func:`hold` for each weight the owner holds; the raw tensors stay as they are."""
-    for parameter in _held_names(owner):
-        rename_parameter(owner, raw_name(parameter), parameter)
-        del owner._modules[excitation_name(parameter)]
 
 
 def update_graphs(model: nn.Module) -> None:
@@ -194,11 +180,6 @@ def _remove_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
     for node in removed:
         module.graph.erase_node(node)
     return bool(released)
-
-
-def _held_names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters that :func:`hold` renamed, by their vanilla names."""
-    return () if isinstance(module, ExcitedLayer) else excited_names(module)
 
 
 def _changed(what: str) -> SurgeryError:

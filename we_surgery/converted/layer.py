@@ -10,25 +10,27 @@ a vanilla model instead of being loaded with the wrong meaning.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery.converted.fresh_layers import item_or_slice, vanilla_initializer
 from we_surgery.converted.own_state import has_own_state, load_raw, save_raw
-from we_surgery.converted.views import drop_own_attributes, folded_parameters, vanilla_view
-from we_surgery.converted.weight_readers import REPLACING, refuse_offloaded, refused
+from we_surgery.converted.views import (
+    drop_own_attributes,
+    folded_parameters,
+    raw_view,
+    vanilla_view,
+)
 from we_surgery.errors import ExcitationError, InputError
 from we_surgery.excitations import Composition
 from we_surgery.excitations.names import MadeClass, excitation_name, raw_name
 
-_FUNCTIONAL_CALL = "torch.nn.utils._named_member_accessor"
-"""The module of torch that puts the tensors of a functional call into layers."""
+PUBLIC_PATH = "we_surgery.converted"
+"""Where pickles find the excited classes."""
 
 if TYPE_CHECKING:
     _ModuleBase = nn.Module
@@ -54,6 +56,20 @@ class ExcitedLayer(_ModuleBase):
             assign_excited(self, name, value)
             return
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Tensor parallelism registers `weight` anew, pruning registers `weight_orig`.
+        for parameter in self.excited_parameters:
+            if name in (parameter, f"{parameter}_orig"):
+                raise ExcitationError(
+                    f"{name!r} cannot be registered in layer {describe(self)}, whose {parameter!r} "
+                    "is computed from a raw weight",
+                    "To prune, strip the model (`we_surgery.strip`) and prune the result, or prune "
+                    "before converting. To shard, use FSDP2 (`fully_shard`), or ColwiseParallel on "
+                    "linear layers with MWE; or leave the layer alone by a rule "
+                    "(`we_surgery.Rule(pattern, 'skip')`).",
+                )
+        super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         base: Any = self.vanilla_class
@@ -112,10 +128,6 @@ def excited_property(parameter: str) -> property:
     raw, excitation = raw_name(parameter), excitation_name(parameter)
 
     def read(self: ExcitedLayer) -> Tensor:
-        if not torch.compiler.is_compiling():
-            reader = sys._getframe(1).f_globals.get("__name__", "")
-            if reader in REPLACING:
-                raise refused(reader, describe(self), parameter)
         try:
             # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
             # same: torch.fx puts a proxy there while it traces.
@@ -131,57 +143,60 @@ def excited_property(parameter: str) -> property:
                 f"Its {raw!r} or {excitation!r} was removed or replaced; convert the model again.",
             ) from error
         except Exception as error:
-            refuse_offloaded(describe(self), parameter, getattr(self, raw), own, error)
+            _refuse_offloaded(self, parameter, own, error)
             error.add_note(f"while computing the excited {parameter} of layer {describe(self)}")
             raise
 
     return property(read, doc=f"The excited {parameter}; its raw values are in `{raw}`.")
 
 
-def raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
-    """A method that calls the vanilla class's ``method`` on the raw parameters.
+def _refuse_offloaded(
+    layer: ExcitedLayer, parameter: str, excitation: nn.Module, error: Exception
+) -> None:
+    """Raises where a weight could not be computed because its excitation was offloaded.
 
-    Left as it is, ``reset_parameters`` would initialize a computed tensor, to no effect.
+    accelerate moves each module's own parameters to the device just before that module's forward,
+    and an excitation is read by its layer.
     """
-
-    def reset(self: ExcitedLayer) -> None:
-        raw = {name: getattr(self, raw_name(name)) for name in self.excited_parameters}
-        getattr(vanilla_view(self, raw), method)()
-
-    reset.__doc__ = "Initializes the raw weights as the vanilla class would; excitations are kept."
-    return reset
+    tensors = [*excitation.parameters(), *excitation.buffers()]
+    if not getattr(layer, raw_name(parameter)).is_meta and any(t.is_meta for t in tensors):
+        raise ExcitationError(
+            f"the excited {parameter} of layer {describe(layer)} cannot be computed: its "
+            "excitation is on the meta device, as accelerate's offloading leaves it",
+            "Pass `preload_module_classes=sorted({type(m).__name__ for m in model.modules() if "
+            "hasattr(m, 'excitation')})` to accelerate's `cpu_offload` or `dispatch_model`, or "
+            "strip the model first.",
+        ) from error
 
 
 def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
-    """``layer.weight = value``: stores the raw weight whose excitation is ``value``.
+    """``layer.weight = nn.Parameter(value)``: stores the raw weight whose excitation is ``value``.
+
+    Only a Parameter, as torch's own layers: :func:`torch.func.functional_call` assigns plain
+    tensors, and the raw weight would take a copy of them without a gradient.
 
     Raises:
         ExcitationError: the excitation has no inverse in closed form.
-        InputError: ``value`` is not a tensor of the weight's shape, or is to be put in and
-            taken out again by ``torch.func.functional_call``.
+        InputError: ``value`` is not a Parameter of the weight's shape.
     """
-    if sys._getframe(2).f_globals.get("__name__") == _FUNCTIONAL_CALL:
-        # The raw weight would take a copy, without a gradient, and not get its own value back.
+    raw: Tensor = getattr(layer, raw_name(name))
+    if not isinstance(value, nn.Parameter) or value.shape != raw.shape:
+        found = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
         raise InputError(
-            f"functional_call was given {name!r} of layer {describe(layer)}, which is computed",
-            f"Give it {raw_name(name)!r} and the excitation's tensors, by the names that "
+            f"{name} of layer {describe(layer)} takes a Parameter of shape {tuple(raw.shape)}, "
+            f"got {found}",
+            f"Assign `nn.Parameter(tensor)` of that shape. For `functional_call`, give "
+            f"{raw_name(name)!r} and the excitation's tensors, by the names that "
             "`model.named_parameters()` has for them.",
         )
-    raw: Tensor = getattr(layer, raw_name(name))
-    if not isinstance(value, Tensor) or value.shape != raw.shape:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            f"{name} of layer {describe(layer)} takes a tensor of shape {tuple(raw.shape)}, "
-            f"not {found}",
-            "Assign a tensor of that shape, or strip the model before changing its layers.",
-        )
+    excitation: Composition = getattr(layer, excitation_name(name))
     try:
         with torch.no_grad():
-            inverse = getattr(layer, excitation_name(name)).right_inverse(value.to(raw))
+            inverse = excitation.right_inverse(value.to(raw))
     except NotImplementedError as error:
+        stages = "+".join(stage.name for stage in excitation.stages)
         raise ExcitationError(
-            f"{name} of layer {describe(layer)} is computed by "
-            f"{describe_stages(getattr(layer, excitation_name(name)))} and cannot be assigned: "
+            f"{name} of layer {describe(layer)} is computed by {stages} and cannot be assigned: "
             f"{error}",
             f"Assign `{raw_name(name)}` to set the raw weight, or strip the model first.",
         ) from error
@@ -196,23 +211,81 @@ def excited_layers(model: nn.Module) -> Iterator[tuple[str, ExcitedLayer]]:
             yield name, module
 
 
-def excited_names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of ``module`` that are excited; none for a vanilla module."""
-    return module.excited_parameters if isinstance(module, ExcitedLayer) else ()
-
-
 def describe(layer: ExcitedLayer) -> str:
     """The layer's name and class, for messages."""
     return f"{layer.layer_name!r} ({layer.vanilla_class.__name__})"
 
 
-def describe_stages(excitation: Composition) -> str:
-    """The stages' names joined as in a config: ``standardize+lwe``."""
-    return "+".join(stage.name for stage in excitation.stages)
+# What an excited class overrides, by the vanilla class.
+
+
+def _raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
+    """A method that calls the vanilla class's ``method`` on the raw parameters.
+
+    Left as it is, ``reset_parameters`` would initialize a computed tensor, to no effect.
+    """
+
+    def reset(self: ExcitedLayer) -> None:
+        getattr(raw_view(self), method)()
+
+    reset.__doc__ = "Initializes the raw weights as the vanilla class would; excitations are kept."
+    return reset
+
+
+def _vanilla_initializer(base: Any) -> Callable[..., None]:
+    """An ``__init__`` that makes a vanilla ``base``.
+
+    Only a layer's own methods call it, as ``self.__class__(...)``; layers become excited by a swap
+    of their class, and copies and pickles initialize nothing.
+    """
+
+    @functools.wraps(base.__init__)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = base
+        self.__init__(*args, **kwargs)
+
+    return initialize
+
+
+def _item_or_slice(base: Any) -> Callable[[Any, Any], Any]:
+    """The ``__getitem__`` of an excited ``ParameterList``."""
+
+    def get(self: Any, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return base.__getitem__(self, index)
+        found = base()
+        for value in (self[i] for i in range(*index.indices(len(self)))):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                # Excited. Appended, it would become a Parameter, which passes no gradient on.
+                found.__dict__[str(len(found))] = value
+                found._size += 1
+            else:
+                found.append(value)
+        return found
+
+    return get
+
+
+def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
+    """The attributes of the class of a ``base`` layer whose ``parameters`` are excited."""
+    found: dict[str, Any] = {name: excited_property(name) for name in parameters}
+    for method in ("reset_parameters", "_reset_parameters"):
+        if hasattr(base, method):
+            found[method] = _raw_initializer(method)
+    if has_own_state(base):
+        found |= {"_save_to_state_dict": save_raw, "_load_from_state_dict": load_raw}
+    if issubclass(base, nn.ParameterList):
+        found["__getitem__"] = _item_or_slice(base)
+    return found | {
+        "__init__": _vanilla_initializer(base),
+        "vanilla_class": base,
+        "excited_parameters": parameters,
+        "__module__": PUBLIC_PATH,
+    }
 
 
 # Classes. Those of torch's own layers are written out; any other is made on demand and found
-# again by pickle through this module's __getattr__, under a name that says what it is made of.
+# again by pickle, under a name that says what it is made of.
 
 
 class WEConv1d(ExcitedLayer, nn.Conv1d):
@@ -253,43 +326,28 @@ _WRITTEN_OUT: dict[type[nn.Module], type[ExcitedLayer]] = {
     nn.Linear: WELinear,
 }
 for _vanilla, _excited in _WRITTEN_OUT.items():
-    _excited.vanilla_class = _vanilla
-    _excited.excited_parameters = ("weight",)
-    setattr(_excited, "weight", excited_property("weight"))  # noqa: B010
-    setattr(_excited, "reset_parameters", raw_initializer("reset_parameters"))  # noqa: B010
-    setattr(_excited, "__init__", vanilla_initializer(_vanilla))  # noqa: B010
+    for _name, _value in _overrides(_vanilla, ("weight",)).items():
+        setattr(_excited, _name, _value)
 
 
-@cache  # one class for one question, so that copies and pickles agree on it
+@functools.cache  # one class for one question, so that copies and pickles agree on it
 def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     """The class of a ``base`` layer whose ``parameters`` are excited; always the same object."""
     if parameters == ("weight",) and base in _WRITTEN_OUT:
         return _WRITTEN_OUT[base]
-    namespace: dict[str, Any] = {name: excited_property(name) for name in parameters}
-    for method in ("reset_parameters", "_reset_parameters"):
-        if hasattr(base, method):
-            namespace[method] = raw_initializer(method)
-    if has_own_state(base):
-        namespace |= {"_save_to_state_dict": save_raw, "_load_from_state_dict": load_raw}
-    if issubclass(base, nn.ParameterList):
-        namespace["__getitem__"] = item_or_slice(base)
-    namespace |= {
-        "__init__": vanilla_initializer(base),
-        "vanilla_class": base,
-        "excited_parameters": parameters,
-        "__module__": __name__,
-        "__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}.",
-    }
-    made = type(f"WE{base.__name__}", (ExcitedLayer, base), namespace)
+    described = {"__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}."}
+    made = type(
+        f"WE{base.__name__}", (ExcitedLayer, base), _overrides(base, parameters) | described
+    )
     made.__qualname__ = MadeClass.of(base, parameters).name
     return made
 
 
-def __getattr__(name: str) -> Any:
-    """Finds a class made by :func:`excited_class` in another process, for pickle."""
+def find_made_class(name: str) -> type[ExcitedLayer] | None:
+    """The class that pickles of another process call ``name``; None if it is no such name."""
     made = MadeClass.parse(name)
     if made is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return None
     base: Any = importlib.import_module(made.module)
     for part in made.classes:
         base = getattr(base, part)

@@ -8,16 +8,13 @@ afterwards.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from we_surgery.converted.views import vanilla_view
+from we_surgery.converted.views import raw_view
 from we_surgery.errors import SurgeryError
 from we_surgery.excitations.names import excitation_name, raw_name
-
-if TYPE_CHECKING:
-    from we_surgery.converted.layer import ExcitedLayer
 
 
 def has_own_state(base: type[nn.Module]) -> bool:
@@ -26,17 +23,17 @@ def has_own_state(base: type[nn.Module]) -> bool:
     return any(getattr(base, name) is not getattr(nn.Module, name) for name in methods)
 
 
-def save_raw(self: ExcitedLayer, destination: Any, prefix: str, keep_vars: bool) -> None:
+def save_raw(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
     """What the vanilla class saves of the raw weights, under their names."""
     saved: Any = OrderedDict()
-    _with_raw_weights(self)._save_to_state_dict(saved, prefix, keep_vars)
+    raw_view(self)._save_to_state_dict(saved, prefix, keep_vars)
     renamed = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
     for key, value in saved.items():
         destination[renamed.get(key, key)] = value
 
 
 def load_raw(
-    self: ExcitedLayer,
+    self: Any,
     state_dict: dict[str, Any],
     prefix: str,
     local_metadata: Any,
@@ -54,7 +51,7 @@ def load_raw(
         for key, value in state_dict.items()
         if not key.startswith(excitations)
     }
-    view = _with_raw_weights(self)
+    view = raw_view(self)
     missing: list[str] = []
     view._load_from_state_dict(
         given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
@@ -74,7 +71,7 @@ def load_raw(
             excitation.prepare(getattr(self, raw_name(name)))
 
 
-def refuse_lost(layer: ExcitedLayer, name: str) -> None:
+def refuse_lost(layer: Any, name: str) -> None:
     """Raises where a state dict of the layer would not hold its raw weights.
 
     Raises:
@@ -90,8 +87,3 @@ def refuse_lost(layer: ExcitedLayer, name: str) -> None:
                 "Leave it alone by a rule (`--skip` on the command line), or train it with "
                 "`we_surgery.attach`, which leaves layers as they are; nothing was changed.",
             )
-
-
-def _with_raw_weights(layer: ExcitedLayer) -> nn.Module:
-    raw = {name: layer._parameters[raw_name(name)] for name in layer.excited_parameters}
-    return vanilla_view(layer, raw)  # type: ignore[arg-type]

@@ -1,23 +1,17 @@
-"""Excitations attached to a model's weights, and taken off again."""
+"""The excitations that a plan asks for, checked against the model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery.converted.class_swap import excite, restore
-from we_surgery.converted.fetches import held_by_graphs
-from we_surgery.converted.graphs import (
-    hold,
-    refuse_ill_formed_graphs,
-    release,
-    update_graphs,
-)
+from we_surgery.converted.excite import ExcitationSite
+from we_surgery.converted.graphs import refuse_ill_formed_graphs
 from we_surgery.converted.proof import check_preserved, refuse_non_finite
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition, build_excitation
@@ -29,31 +23,14 @@ Init = Literal["paper", "preserve"]
 Start = Literal["on", "paused"]
 
 
-@dataclass(frozen=True)
-class Graft:
-    """One excitation and the parameter it goes to.
-
-    Attributes:
-        module: name of the owning module in the model.
-        parameter: the parameter's name in it.
-        excitation: shared by all grafts of one tied Parameter.
-        raw: the values the Parameter gets, ``[O, I, *K]``; None where it keeps its own.
-    """
-
-    module: str
-    parameter: str
-    excitation: Composition
-    raw: Tensor | None = None
-
-
-def build_grafts(
+def build_sites(
     model: nn.Module,
     plan: Plan,
     init: Init = "paper",
     start: Start = "on",
     *,
     form: Form = "converted",
-) -> list[Graft]:
+) -> list[ExcitationSite]:
     """The excitations a plan asks for, checked against the model, which is not changed.
 
     Args:
@@ -75,7 +52,7 @@ def build_grafts(
     names = [fact.name for fact in facts.values()]
     modules = dict(model.named_modules())
     by_parameter: dict[int, tuple[Decision, Composition]] = {}
-    grafts: list[Graft] = []
+    sites: list[ExcitationSite] = []
     taken: set[tuple[str, str]] = set()
     parts: dict[Hashable, nn.Module] = {}
     for decision in plan.excited:
@@ -116,25 +93,9 @@ def build_grafts(
                 pause(excitation, weight, decision.layer)
             elif init == "preserve":
                 raw = _preserve(excitation, weight, decision.layer)
-        grafts.append(Graft(decision.module, decision.parameter, excitation, raw))
+        sites.append(ExcitationSite(decision.module, decision.parameter, excitation, raw))
     _refuse_half_tied(facts.values(), taken)
-    return grafts
-
-
-def graft(model: nn.Module, grafts: Iterable[Graft]) -> None:
-    """Attaches excitations in place."""
-    is_held = held_by_graphs(model)
-    for item in grafts:
-        module = model.get_submodule(item.module)
-        item.excitation.train(module.training)
-        parameter = module._parameters[item.parameter]
-        if item.raw is not None and parameter is not None:
-            parameter.data = item.raw
-        if is_held(module, item.parameter):
-            hold(module, item.parameter, item.excitation)
-        else:
-            excite(module, item.parameter, item.excitation, item.module or "(the model itself)")
-    update_graphs(model)
+    return sites
 
 
 def pause(excitation: Composition, weight: Tensor, layer: str) -> None:
@@ -164,14 +125,6 @@ def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | N
         # In memory of its own, and with the weight's strides.
         is_same = not raw.is_meta and torch.equal(raw, weight)
         return None if is_same else torch.empty_like(weight).copy_(raw)
-
-
-def ungraft(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Takes the excitations of these modules of ``model`` off; raw weights become the weights."""
-    for module in modules:
-        restore(module)
-        release(module)
-    update_graphs(model)
 
 
 def _bare_parameter(owner: nn.Module | None, decision: Decision) -> LayerFacts | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from we_surgery.excitations.cached import uncached
 from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
 
-if TYPE_CHECKING:
-    from we_surgery.converted.layer import ExcitedLayer
 
-
-def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module:
-    """A vanilla layer that shares everything with ``layer`` but its excited parameters."""
-    view = layer.vanilla_class.__new__(layer.vanilla_class)
+def vanilla_view(layer: Any, values: Mapping[str, Tensor]) -> nn.Module:
+    """A vanilla layer that shares everything with an excited one but its excited parameters."""
+    view: nn.Module = layer.vanilla_class.__new__(layer.vanilla_class)
     view.__dict__.update(layer.__dict__)
     view.__dict__["_parameters"] = dict(layer._parameters)
     view.__dict__["_modules"] = dict(layer._modules)
@@ -29,27 +26,27 @@ def vanilla_view(layer: ExcitedLayer, values: Mapping[str, Tensor]) -> nn.Module
     return view
 
 
+def raw_view(layer: Any) -> nn.Module:
+    """A vanilla layer that has the raw weights of an excited one."""
+    raw = {name: layer._parameters[raw_name(name)] for name in layer.excited_parameters}
+    return vanilla_view(layer, raw)
+
+
 def drop_own_attributes(module: nn.Module) -> None:
     """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
     for name in ("layer_name", "__module__"):
         module.__dict__.pop(name, None)
 
 
-def folded_parameters(layer: ExcitedLayer) -> dict[str, nn.Parameter]:
+def folded_parameters(layer: Any) -> dict[str, nn.Parameter]:
     """The layer's excited weights as new Parameters, with the raw ones' ``requires_grad``."""
-    return {
-        name: nn.Parameter(
-            folded_tensor(layer, name), requires_grad=getattr(layer, raw_name(name)).requires_grad
-        )
-        for name in layer.excited_parameters
-    }
-
-
-def folded_tensor(layer: ExcitedLayer, parameter: str) -> Tensor:
-    """One excited weight of the layer, in memory of its own."""
-    with torch.inference_mode(False), torch.no_grad(), uncached():
-        excited: Tensor = getattr(layer, parameter)
-        return own_memory(excited.detach(), getattr(layer, raw_name(parameter)))
+    folded = {}
+    for name in layer.excited_parameters:
+        raw: Tensor = getattr(layer, raw_name(name))
+        with torch.inference_mode(False), torch.no_grad(), uncached():
+            values = own_memory(getattr(layer, name).detach(), raw)
+        folded[name] = nn.Parameter(values, requires_grad=raw.requires_grad)
+    return folded
 
 
 def own_memory(excited: Tensor, raw: Tensor) -> Tensor:

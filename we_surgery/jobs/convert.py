@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery._util.copies import drawing_nothing
 from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
+from we_surgery.converted.convert import convert
 from we_surgery.converted.sites import Init, Start
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE, convert, is_converted
+from we_surgery.converted.state import PLAN_ATTRIBUTE, is_converted
 from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.jobs.targets import check_extension, choose_target
 from we_surgery.planning.decide import plan as make_plan

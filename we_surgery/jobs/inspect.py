@@ -18,7 +18,7 @@ from we_surgery.analysis.learned import (
     weight_statistics,
 )
 from we_surgery.analysis.multipliers import multiplier_map
-from we_surgery.converted.surgery import PLAN_ATTRIBUTE
+from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
 from we_surgery.excitations.record import is_record
 from we_surgery.jobs.convert import Source

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from we_surgery.checkpoint import Architecture, cast
 from we_surgery.converted.proof import check_outputs, largest_differences, run_in_eval, same_bits
-from we_surgery.converted.surgery import strip_with_report
+from we_surgery.converted.strip import strip_with_report
 from we_surgery.errors import SurgeryError
 from we_surgery.jobs.convert import random_inputs
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery._util.progress import Progress
 from we_surgery.analysis.variants import initialize_excitations
-from we_surgery.converted.surgery import convert, is_converted, strip_with_report
+from we_surgery.converted.convert import convert
+from we_surgery.converted.state import is_converted
+from we_surgery.converted.strip import strip_with_report
 from we_surgery.errors import InputError
 from we_surgery.planning.decide import plan
 from we_surgery.planning.plans import Plan

@@ -21,8 +21,9 @@ from we_surgery.checkpoint import (
     strip_state_dict_with_report,
     write_safetensors,
 )
+from we_surgery.converted.convert import convert
 from we_surgery.converted.options import ConvertOptions, resolve_options
-from we_surgery.converted.surgery import convert, is_converted
+from we_surgery.converted.state import is_converted
 from we_surgery.errors import InputError, WESurgeryError
 from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
 from we_surgery.training.schedule import WESchedule, paused_until

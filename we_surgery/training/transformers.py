@@ -10,8 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from we_surgery.attached import AttachedExcitation
+from we_surgery.converted.convert import convert
 from we_surgery.converted.options import ConvertOptions, resolve_options
-from we_surgery.converted.surgery import convert, is_converted, strip
+from we_surgery.converted.state import is_converted
+from we_surgery.converted.strip import strip
 from we_surgery.errors import WESurgeryError
 from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
 from we_surgery.training.optimizers import add_to_optimizer

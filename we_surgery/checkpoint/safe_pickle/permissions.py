@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 from we_surgery._util.imports import working_folder_importable
 from we_surgery.checkpoint.safe_pickle import inert
 from we_surgery.checkpoint.safe_pickle.scan import Actions, Call, Made, Name
-from we_surgery.converted import layer as layers
+from we_surgery.converted.layer import PUBLIC_PATH, excited_class
 from we_surgery.excitations.names import MadeClass
 
 # Only where layers live: torch.distributed has a Module that makes code from strings, and whole
@@ -40,9 +40,12 @@ _PACKAGES = (
     "timm.layers",
     "timm.models",
     "we_surgery.excitations",
-    "we_surgery.converted.layer",
+    PUBLIC_PATH,
     "we_surgery.transplants",
 )
+
+RENAMED = {"we_surgery.layers": PUBLIC_PATH}
+"""Modules whose classes pickles of earlier versions name by another path."""
 
 # Their methods compile code they hold, or join a process group.
 _REFUSED_CLASSES: tuple[type, ...] = (
@@ -189,6 +192,7 @@ def covers(packages: Sequence[str], module: str) -> bool:
 
 def _find(name: Name, allow: tuple[str, ...]) -> Any:
     """The object a name stands for, or a :class:`Refusal`."""
+    name = replace(name, module=RENAMED.get(name.module, name.module))
     if name.path == _PARTIAL:
         return functools.partial
     if name.path == _NUMPY_DTYPE or name.path in _NUMPY_SCALARS:
@@ -197,7 +201,7 @@ def _find(name: Name, allow: tuple[str, ...]) -> Any:
         return argparse.Namespace
     if name.path in _RECORDS | _FUNCTIONS | _ENUMS:
         return _imported(name, ())
-    if name.module == layers.__name__ and (made := MadeClass.parse(name.name)) is not None:
+    if name.module == PUBLIC_PATH and (made := MadeClass.parse(name.name)) is not None:
         return _find_made_class(name.path, made, allow)
     return _find_module_class(name, allow)
 
@@ -228,7 +232,7 @@ def _checked(found: Any, name: Name, packages: tuple[str, ...]) -> Any:
 
 
 def _find_made_class(path: str, made: MadeClass, allow: tuple[str, ...]) -> Any:
-    """The class of an excited layer that is made on demand; see ``layers.excited_class``."""
+    """The class of an excited layer that is made on demand; see ``excited_class``."""
     outer, *nested = made.classes
     base_path = Name(made.module, outer)
     base = _find_module_class(base_path, allow)
@@ -240,7 +244,7 @@ def _find_made_class(path: str, made: MadeClass, allow: tuple[str, ...]) -> Any:
     # A property must take a parameter's place and no method's. torch takes no other names either.
     if any(not p or "." in p or p.startswith("__") or hasattr(base, p) for p in made.parameters):
         return Refusal(path, Why.MISUSED)
-    return layers.excited_class(base, made.parameters)
+    return excited_class(base, made.parameters)
 
 
 def _find_in_numpy(name: Name) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from we_surgery.converted.class_swap import is_traced_whole
+from we_surgery.converted.excite import is_traced_whole
 from we_surgery.errors import InputError
 
 _TABLES = ("_parameters", "_buffers", "_modules")

@@ -1,0 +1,146 @@
+"""Putting excitations on the weights of a model, in place, and taking them off again.
+
+The owner of an excited weight has the raw tensor under its raw name and the excitation beside it.
+A layer also gets an excited class, which computes the weight where it is read. A module that only
+holds a weight for a ``torch.fx`` graph keeps its class: there the graph gets a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from we_surgery.converted.fetches import held_by_graphs
+from we_surgery.converted.graphs import update_graphs
+from we_surgery.converted.layer import ExcitedLayer, excited_class
+from we_surgery.converted.own_state import has_own_state, refuse_lost
+from we_surgery.converted.views import drop_own_attributes
+from we_surgery.errors import SurgeryError
+from we_surgery.excitations import Composition
+from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
+from we_surgery.reading.obstacles import excited_names
+
+_TRACED_WHOLE = "torch.nn"
+
+Traced = TypeVar("Traced", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ExcitationSite:
+    """One excitation and the parameter it goes to.
+
+    Attributes:
+        module: name of the owning module in the model.
+        parameter: the parameter's name in it.
+        excitation: shared by all sites of one tied Parameter.
+        raw: the values the Parameter gets, ``[O, I, *K]``; None where it keeps its own.
+    """
+
+    module: str
+    parameter: str
+    excitation: Composition
+    raw: Tensor | None = None
+
+
+def excite(model: nn.Module, sites: Iterable[ExcitationSite]) -> None:
+    """Excites the weights of a model in place.
+
+    Raises:
+        SurgeryError: a layer's class takes no subclass, or saves its weights in a form of its own.
+    """
+    is_held = held_by_graphs(model)
+    for site in sites:
+        owner = model.get_submodule(site.module)
+        site.excitation.train(owner.training)
+        parameter = owner._parameters[site.parameter]
+        if site.raw is not None and parameter is not None:
+            parameter.data = site.raw
+        name = None if is_held(owner, site.parameter) else site.module or "(the model itself)"
+        excite_owner(owner, site.parameter, site.excitation, name)
+    update_graphs(model)
+
+
+def restore(model: nn.Module, owners: Iterable[nn.Module]) -> None:
+    """Undoes :func:`excite` for some owners of ``model``; raw weights become the weights."""
+    for owner in owners:
+        restore_owner(owner)
+    update_graphs(model)
+
+
+def excite_owner(
+    owner: nn.Module, parameter: str, excitation: Composition, layer_name: str | None
+) -> None:
+    """Excites one parameter of a module.
+
+    The raw tensor is the very Parameter the module had, at the very position it had
+    in ``_parameters``: optimizers index their state by position.
+
+    Args:
+        owner: a module that owns ``parameter``.
+        parameter: the parameter's name, such as ``weight`` or ``in_proj_weight``.
+        excitation: what computes it; shared between layers that share the Parameter.
+        layer_name: the layer's name in its model, for error messages; None for a module that holds
+            the parameter for a graph.
+    """
+    swapped = None if layer_name is None else _swapped_class(owner, parameter, layer_name)
+    rename_parameter(owner, parameter, raw_name(parameter))
+    owner._modules[excitation_name(parameter)] = trace_whole(excitation)
+    if swapped is None or layer_name is None:
+        return
+    owner.__dict__["layer_name"] = layer_name
+    if swapped.vanilla_class.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
+        trace_whole(owner)
+    owner.__class__ = swapped
+    if has_own_state(swapped.vanilla_class):
+        refuse_lost(owner, layer_name)
+
+
+def restore_owner(owner: nn.Module) -> None:
+    """Undoes :func:`excite_owner` for all parameters of the module."""
+    for parameter in excited_names(owner):
+        rename_parameter(owner, raw_name(parameter), parameter)
+        del owner._modules[excitation_name(parameter)]
+    if isinstance(owner, ExcitedLayer):
+        owner.__class__ = owner.vanilla_class  # type: ignore[assignment]
+        drop_own_attributes(owner)
+
+
+def _swapped_class(owner: nn.Module, parameter: str, layer_name: str) -> type[ExcitedLayer]:
+    base: Any = owner.vanilla_class if isinstance(owner, ExcitedLayer) else type(owner)
+    names = (*excited_names(owner), parameter)
+    try:
+        return excited_class(base, names)
+    except TypeError as error:
+        raise SurgeryError(
+            f"layer {layer_name!r} is of class {base.__qualname__}, which cannot be subclassed: "
+            f"{error}",
+            "Leave it alone by a rule (`--skip` on the command line); nothing was changed.",
+        ) from error
+
+
+def trace_whole(module: Traced) -> Traced:
+    """Makes torch.fx's own tracers call the module and not enter it; returns it.
+
+    They go by the instance's ``__module__``, and pickle goes by that of the class.
+    """
+    module.__dict__["__module__"] = _TRACED_WHOLE
+    return module
+
+
+def is_traced_whole(attributes: Mapping[str, Any]) -> bool:
+    """Whether these are attributes of a module that :func:`trace_whole` was given."""
+    return attributes.get("__module__") == _TRACED_WHOLE
+
+
+def change_since_conversion(layer: ExcitedLayer) -> str | None:
+    """What was done to an excited layer that no fold can undo, or None."""
+    for name in map(raw_name, layer.excited_parameters):
+        if layer._parameters.get(name) is None:
+            return f"its {name!r} is no Parameter any more"
+    base: Any = layer.vanilla_class
+    if type(layer) is not excited_class(base, layer.excited_parameters):
+        return f"its class is {type(layer).__name__} now"
+    return None
