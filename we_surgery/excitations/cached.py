@@ -24,7 +24,9 @@ def cached(model: nn.Module) -> Iterator[None]:
     batches, and for a forward pass that reads a weight several times.
 
     Inside the block a weight is not computed again when its values change, so do not call
-    ``optimizer.step()`` there. Reads with gradients, without gradients, and in train and eval
+    ``optimizer.step()`` there. Its graph is shared by all reads: add the losses up and call
+    ``backward()`` once, or pass ``retain_graph=True``; activation checkpointing does not work
+    across reads. Reads with gradients, without gradients, and in train and eval
     mode are kept apart. The block holds for the thread that entered it; other threads compute at
     each read, as do ``torch.compile``, ``torch.func`` transforms, tracing and CUDA graph capture.
 
