@@ -134,7 +134,7 @@ def test_a_step_within_a_block_is_not_a_silent_mistake(model: nn.Module) -> None
     with ws.cached(model):
         model(X).sum().backward()
         optimizer.step()
-        with pytest.raises(RuntimeError, match="second time|modified by an inplace"):
+        with pytest.raises(RuntimeError, match=r"second time|modified by an inplace"):
             model(X).sum().backward()
 
 
