@@ -136,6 +136,13 @@ def test_a_converted_model_is_measured_as_deployed() -> None:
     assert found == stripped
 
 
+def test_a_model_that_cannot_be_copied_is_refused_with_the_reason() -> None:
+    model = Residual()
+    model.batches = (number for number in range(3))  # type: ignore[assignment]
+    with pytest.raises(ws.SurgeryError, match=r"cannot be copied: .*generator.*\n.*deepcopy"):
+        location_maps(model, batches())
+
+
 def test_a_kernel_of_a_transposed_grouped_conv_is_one_of_a_filter() -> None:
     layout = WeightLayout((4, 3, 2, 2), groups=2, transposed=True)
     chosen = torch.zeros(6, 2, dtype=torch.bool)

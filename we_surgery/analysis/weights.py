@@ -12,7 +12,7 @@ from we_surgery._util.copies import copy_model
 from we_surgery._util.scripted import own_parameters
 from we_surgery.converted.state import is_converted
 from we_surgery.converted.strip import strip
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, SurgeryError, near_matches
 from we_surgery.excitations import WeightLayout
 from we_surgery.excitations.layout import from_filters
 from we_surgery.planning.rules import Rule
@@ -42,7 +42,13 @@ def deployed_copy(model: nn.Module) -> nn.Module:
     What is measured is what a deployed weight does. In a converted model the raw weight is not
     that: setting one to zero would change the standardization and the maximum of all others.
     """
-    return strip(model) if is_converted(model) else copy_model(model)
+    if is_converted(model):
+        return strip(model)
+    try:
+        return copy_model(model)
+    except SurgeryError as error:
+        hint = "Analyses measure a copy: give a model that `copy.deepcopy` can copy."
+        raise SurgeryError(error.cause, hint) from error
 
 
 def find_weights(
