@@ -1,4 +1,4 @@
-"""Convs with one weight a kernel as a shift and a 1x1 conv, exactly."""
+"""Convs with one weight per kernel as a shift and a 1x1 conv, exactly."""
 
 import copy
 

@@ -245,7 +245,7 @@ def _sweep(result: Sweep) -> Figure:
             )
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(f"{_UNITS[result.score]} (a mark a seed, the bar their mean)")
+    axes.set_xlabel(f"{_UNITS[result.score]} (one mark per seed, the bar is their mean)")
     return figure
 
 

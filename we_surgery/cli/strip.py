@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     type=click.Choice(DEPLOY_FORMS),
     default="dense",
     show_default=True,
-    help="shift: a shift and a 1x1 conv in the place of each conv with one weight a kernel, as "
+    help="shift: a shift and a 1x1 conv in the place of each conv with one weight per kernel, as "
     "hardened, shared shift attention leaves it. Such a file needs we_surgery.",
 )
 @output_options("File, or folder of shards,")

@@ -44,7 +44,7 @@ class ShiftAttention(Excitation):
     summary: ClassVar[str] = "attention within kernels that narrows to one position each"
     source: ClassVar[str] = "Hacene et al., Attention Based Pruning for Shift Networks"
     deploys_to: ClassVar[str] = (
-        "once hardened, the vanilla layer with one weight a kernel, bit-equal"
+        "once hardened, the vanilla layer with one weight per kernel, bit-equal"
     )
     adjustable: ClassVar[tuple[str, ...]] = ("hardening",)
     attention: nn.Parameter

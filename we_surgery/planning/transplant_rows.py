@@ -184,7 +184,7 @@ def _refuse_missing(model: nn.Module, row: TransplantDecision) -> None:
     modules = dict(model.named_modules())
     if row.place.partition("@")[0] not in modules:
         raise InputError(
-            f"the plan puts {row.transplant} at {row.place!r}, which the model has not"
+            f"the plan puts {row.transplant} at {row.place!r}, which does not exist in the model"
             f"{near_matches(row.place, modules)}",
             "Use a plan that was made for this model.",
         )

@@ -88,7 +88,7 @@ class BAM(nn.Module):
 class BAMTransplant(Transplant):
     """BAM behind the last block of each stage but the last: before each downsampling.
 
-    In training it needs more than one image a batch, for the norm of its channel branch.
+    In training it needs more than one image per batch, for the norm of its channel branch.
 
     Attributes:
         reduction: see :class:`BAM`.

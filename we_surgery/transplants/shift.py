@@ -1,4 +1,4 @@
-"""Convs with one weight a kernel as what they compute: a shift of each channel, and a 1x1 conv.
+"""Convs with one weight per kernel as what they compute: a shift of each channel, and a 1x1 conv.
 
 That is what Shift Attention Layers are trained for (Hacene et al., ICPR 2020): once hardened,
 each kernel ``W[o, i]`` holds one weight. Where it stands at the same place for all filters, so
@@ -145,7 +145,7 @@ class ShiftTransplant(Transplant):
     """:class:`ShiftConv2d` in the place of each conv that computes the same."""
 
     name: ClassVar[str] = "shift"
-    summary: ClassVar[str] = "convs with one weight a kernel, at shared places, as shift and 1x1"
+    summary: ClassVar[str] = "convs with one weight per kernel, at shared places, as shift and 1x1"
     source: ClassVar[str] = "Hacene et al., ICPR 2020; code eghouti/SAL"
     published: ClassVar[tuple[str, ...]] = (
         "20 layers of 83 maps, CIFAR-10: 882,124 words of 32 bits, dense 7,274,711 (from the "
@@ -168,7 +168,7 @@ class ShiftTransplant(Transplant):
         reason = unsupported_reason(conv)
         if reason is None and shared_positions(conv.weight) is None:
             reason = _SEVERAL
-        why = reason or "has one weight a kernel, at the same place in all filters"
+        why = reason or "has one weight per kernel, at the same place in all filters"
         return Site(name, qualified_name(type(conv)), why, fits=reason is None)
 
     def attach(self, model: nn.Module, place: str) -> None:
