@@ -29,11 +29,11 @@ from we_surgery.excitations import register_excitation as register_excitation
 from we_surgery.excitations.cached import cached as cached
 from we_surgery.planning.config import make_policy as make_policy
 from we_surgery.planning.decide import plan as plan
-from we_surgery.planning.plans import Decision as Decision
 from we_surgery.planning.plans import Plan as Plan
 from we_surgery.planning.policy import MODES as MODES
 from we_surgery.planning.policy import Mode as Mode
 from we_surgery.planning.policy import Policy as Policy
+from we_surgery.planning.rows import Decision as Decision
 from we_surgery.planning.rules import Rule as Rule
 from we_surgery.training import ShiftAttentionSchedule as ShiftAttentionSchedule
 from we_surgery.training import StaleOptimizerWarning as StaleOptimizerWarning

@@ -15,8 +15,9 @@ from toys import EVERYTHING, EXCITING_MODES, ZOO_INPUT, ConvNet, Zoo, is_vanilla
 import we_surgery as ws
 from we_surgery.converted.layer import excited_layers
 from we_surgery.converted.state import stored_plan
-from we_surgery.planning import plans
-from we_surgery.planning.plans import Decision, Plan
+from we_surgery.planning import rows
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.rows import Decision
 
 
 @pytest.mark.parametrize("mode", EXCITING_MODES)
@@ -289,7 +290,7 @@ def test_strip_builds_no_excitation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an excitation was built")
 
-    monkeypatch.setattr(plans, "build_excitation", refuse)
+    monkeypatch.setattr(rows, "build_excitation", refuse)
     assert is_vanilla(ws.strip(model, inplace=True))
 
 

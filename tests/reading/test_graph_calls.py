@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import we_surgery as ws
-from we_surgery.planning.plans import Decision
+from we_surgery.planning.rows import Decision
 from we_surgery.reading import LayerFacts, read_tree
 
 

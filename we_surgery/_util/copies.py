@@ -32,15 +32,7 @@ _VIEWS: dict[type, str] = {
 
 
 def copy_model(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
-    """A deep copy.
-
-    Args:
-        model: the model.
-        share_tensors: the modules are copied, their parameters and buffers are the same ones.
-
-    Raises:
-        SurgeryError: the model holds something that cannot be copied.
-    """
+    """A deep copy."""
     try:
         # Parameters that are made in inference mode cannot be trained.
         with torch.inference_mode(False):
@@ -63,10 +55,6 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
     What a forward has left in an attribute is copied without its graph: Python's deep copy refuses
     it. Views of dictionaries become views of the copies, and locks and Python modules are shared.
-
-    Args:
-        model: the model.
-        memo: as of ``copy.deepcopy``; it is filled.
     """
     with _Results():
         modules = (module for module in model.modules() if not is_scripted(module))

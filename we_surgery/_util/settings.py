@@ -14,14 +14,7 @@ Settings = TypeVar("Settings")
 
 
 def filled(kind: type[Settings], values: Any, where: str, hint: str) -> Settings:
-    """A dataclass from a mapping, each value checked against its field's type.
-
-    Args:
-        kind: the dataclass.
-        values: the mapping, in JSON types.
-        where: what it is, for messages.
-        hint: what to do where it is not a mapping or lacks a value.
-    """
+    """A dataclass from a mapping, each value checked against its field's type."""
     if not isinstance(values, Mapping):
         raise InputError(f"{where} is not a mapping but {values!r}", hint)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]

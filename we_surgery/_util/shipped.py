@@ -29,11 +29,7 @@ def find(name: str | Path, folder: Path) -> Path:
 
 
 def check_recipe(name: str | Path) -> Path:
-    """The recipe's file.
-
-    Raises:
-        InputError: there is no such file, and no recipe of that name.
-    """
+    """The recipe's file."""
     path = find(name, RECIPES)
     if not path.is_file():
         raise InputError(

@@ -15,7 +15,8 @@ from we_surgery.errors import InputError, quoted
 from we_surgery.excitations import Rescale, check_stage
 from we_surgery.excitations.legacy import LEGACY_NOTE, read_legacy, upgraded
 from we_surgery.excitations.record import RECORD_KEY, Record, outline
-from we_surgery.planning.plans import Decision, Plan
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.rows import Decision
 
 _HINT = "The file is damaged or was edited; give the checkpoint that it was made from."
 

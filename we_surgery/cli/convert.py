@@ -283,7 +283,7 @@ def _options(texts: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, Any]]
 
 
 def _show_plan(result: Converted, as_json: bool, wide: bool) -> None:
-    from we_surgery.planning.table import plan_table
+    from we_surgery.planning.plans import plan_table
 
     say_notes(result.notes)
     if as_json:
@@ -293,7 +293,7 @@ def _show_plan(result: Converted, as_json: bool, wide: bool) -> None:
 
 
 def _show_result(result: Converted, as_json: bool) -> None:
-    from we_surgery.planning.table import plan_summary
+    from we_surgery.planning.plans import plan_summary
 
     say_notes(result.notes)
     say(plan_summary(result.plan))

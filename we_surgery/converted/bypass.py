@@ -21,18 +21,8 @@ from we_surgery.reading.weights import written_weights
 def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
     """Records a converted model again and checks who reads its raw weights.
 
-    Args:
-        model: a converted model; it is not changed.
-        example_inputs: as the model's forward takes them.
-        ran_in_both: whether the vanilla model ran on them in eval and in train mode.
-
-    Returns:
-        How many excited weights the recorded forwards computed.
-
-    Raises:
-        SurgeryError: an operation outside the excitations reads a raw weight; an excitation
-            runs on activations, or not at all though its layer does; or the converted model
-            does not run on the inputs.
+    Returns how many excited weights were computed. ``ran_in_both`` says that the vanilla model ran
+    on the inputs in eval and in train mode.
     """
     recordings, notes = record_both_modes(model, example_inputs)
     if not recordings or (ran_in_both and notes):
@@ -67,11 +57,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
 
 
 def refuse_bypasses(recordings: Sequence[ModelGraph], raw_names: Sequence[str]) -> None:
-    """Raises if an operation outside the excitations reads one of the raw weights.
-
-    Raises:
-        SurgeryError: naming the weight, the operation and the module that ran it.
-    """
+    """Raises if an operation outside the excitations reads one of the raw weights."""
     for recording in recordings:
         for node in recording.graph.nodes:
             if node.op != "get_attr" or node.target not in raw_names:
@@ -99,9 +85,6 @@ def refuse_excited_activations(recordings: Sequence[ModelGraph]) -> None:
     """Raises if an excitation runs on anything that depends on the model's input.
 
     A module that owns a weight and runs all of its children runs the excitation among them.
-
-    Raises:
-        SurgeryError: naming the excitation.
     """
     for recording in recordings:
         for node in recording.graph.nodes:
@@ -114,11 +97,7 @@ def refuse_excited_activations(recordings: Sequence[ModelGraph]) -> None:
 
 
 def refuse_writes(recordings: Sequence[ModelGraph]) -> None:
-    """Raises if the forward writes into an excited weight: what it writes would be lost.
-
-    Raises:
-        SurgeryError: naming the excitation and the module that writes.
-    """
+    """Raises if the forward writes into an excited weight: what it writes would be lost."""
     for recording in recordings:
         excitations = {n.meta[MODULE] for n in recording.graph.nodes if n.meta.get(EXCITATION)}
         for name, writer in written_weights(recording).items():

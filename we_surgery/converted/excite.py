@@ -46,11 +46,7 @@ class ExcitationSite:
 
 
 def excite(model: nn.Module, sites: Iterable[ExcitationSite]) -> None:
-    """Excites the weights of a model in place.
-
-    Raises:
-        SurgeryError: a layer's class takes no subclass, or saves its weights in a form of its own.
-    """
+    """Excites the weights of a model in place."""
     is_held = held_by_graphs(model)
     for site in sites:
         owner = model.get_submodule(site.module)
@@ -76,14 +72,8 @@ def excite_owner(
     """Excites one parameter of a module.
 
     The raw tensor is the very Parameter the module had, at the very position it had
-    in ``_parameters``: optimizers index their state by position.
-
-    Args:
-        owner: a module that owns ``parameter``.
-        parameter: the parameter's name, such as ``weight`` or ``in_proj_weight``.
-        excitation: what computes it; shared between layers that share the Parameter.
-        layer_name: the layer's name in its model, for error messages; None for a module that holds
-            the parameter for a graph.
+    in ``_parameters``: optimizers index their state by position. A ``layer_name`` of None says
+    that the module holds the parameter for a graph and keeps its class.
     """
     swapped = None if layer_name is None else _swapped_class(owner, parameter, layer_name)
     rename_parameter(owner, parameter, raw_name(parameter))

@@ -52,12 +52,7 @@ class Fetch:
 
 
 def fetches(module: nn.Module, graph: fx.Graph | None = None) -> list[Fetch]:
-    """The nodes that read parameters, in their order.
-
-    Args:
-        module: what the nodes' targets start from.
-        graph: a graph of ``module``; by default its own, if it is a GraphModule.
-    """
+    """The nodes that read parameters, in their order."""
     found = []
     own: Any = module.graph if graph is None else graph
     for node in own.nodes:

@@ -90,11 +90,7 @@ def update_graphs(model: nn.Module) -> None:
 
 
 def refuse_ill_formed_graphs(model: nn.Module) -> None:
-    """Raises if ``graph.lint()`` finds fault with a graph in ``model``.
-
-    Raises:
-        InputError: naming the fault.
-    """
+    """Raises if ``graph.lint()`` finds fault with a graph in ``model``."""
     for name, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             try:
@@ -107,11 +103,7 @@ def refuse_ill_formed_graphs(model: nn.Module) -> None:
 
 
 def refuse_changed_graphs(model: nn.Module) -> None:
-    """Raises if a graph was rewritten so that its excitations can no longer be taken out.
-
-    Raises:
-        SurgeryError: a node reads a raw weight, or an excitation is fed with something else.
-    """
+    """Raises if a graph was rewritten so that its excitations can no longer be taken out."""
     for module in graph_modules(model):
         raw = [f for f in fetches(module) if f.is_excited and f.node.target == f.raw_target]
         sources = {fetch.node: fetch.excitation_target for fetch in raw}

@@ -174,10 +174,6 @@ def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
 
     Only a Parameter, as torch's own layers: :func:`torch.func.functional_call` assigns plain
     tensors, and the raw weight would take a copy of them without a gradient.
-
-    Raises:
-        ExcitationError: the excitation has no inverse in closed form.
-        InputError: ``value`` is not a Parameter of the weight's shape.
     """
     raw: Tensor = getattr(layer, raw_name(name))
     if not isinstance(value, nn.Parameter) or value.shape != raw.shape:

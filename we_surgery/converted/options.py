@@ -27,18 +27,7 @@ class ConvertOptions(TypedDict, total=False):
 
 
 def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions:
-    """Options that are known to fit together, before there is a model.
-
-    Args:
-        mode: as in :func:`we_surgery.convert`.
-        options: some or all of them.
-
-    Returns:
-        The options, with mode, config, rules and transplants as one policy under ``config``.
-
-    Raises:
-        InputError: an unknown option or value, or a plan together with what makes one.
-    """
+    """Options that are known to fit together, before there is a model."""
     known = ConvertOptions.__annotations__
     for name in options:
         if name not in known:

@@ -72,11 +72,7 @@ def load_raw(
 
 
 def refuse_lost(layer: Any, name: str) -> None:
-    """Raises where a state dict of the layer would not hold its raw weights.
-
-    Raises:
-        SurgeryError: the layer's class saves its weights in another form.
-    """
+    """Raises where a state dict of the layer would not hold its raw weights."""
     state = layer.state_dict(keep_vars=True)
     for parameter in layer.excited_parameters:
         raw = getattr(layer, raw_name(parameter))

@@ -50,16 +50,7 @@ class StripReport:
 
 
 def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
-    """Raises unless ``folded`` is finite and bit-equal to ``excited``.
-
-    Args:
-        name: the layer's name, for the message.
-        excited: the weight as the excited layer computes it.
-        folded: the weight as the vanilla layer will hold it.
-
-    Raises:
-        SurgeryError: a value is not finite, or a bit differs.
-    """
+    """Raises unless ``folded`` is finite and bit-equal to ``excited``."""
     if folded.is_meta:
         return
     refuse_non_finite(name, folded, "the folded weight")
@@ -127,17 +118,7 @@ def _form(tensor: Tensor) -> tuple[object, ...]:
 
 
 def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
-    """Raises unless an excitation starts as what the weight was.
-
-    Args:
-        name: the layer's name, for the message.
-        weight: the weight before the conversion.
-        excited: the excited weight after it; of a half-precision weight within its rounding.
-
-    Raises:
-        SurgeryError: they differ by more than 1e-5 of the largest weight (half precision: by
-            more than 8 times the spacing of numbers there).
-    """
+    """Raises unless an excitation starts as what the weight was."""
     if weight.is_meta or weight.numel() == 0:
         return
     tolerance = max(1e-5, 8 * torch.finfo(weight.dtype).eps)
@@ -173,14 +154,6 @@ def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors a model returns in eval mode, without gradients and with a fixed seed.
 
     The forward gets copies of the inputs, and what it leaves in the model is put back.
-
-    Args:
-        model: the model; a model that is run after it starts from the same state.
-        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments.
-
-    Raises:
-        InputError: the model returns no tensor, or fails on these inputs.
     """
     with _state_put_back(model), eval_mode(model), torch.no_grad(), fixed_seed(model):
         try:
@@ -200,11 +173,7 @@ def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
-    """The largest absolute and relative difference between two lists of outputs.
-
-    Raises:
-        SurgeryError: the outputs differ in number or shape.
-    """
+    """The largest absolute and relative difference between two lists of outputs."""
     if [t.shape for t in before] != [t.shape for t in after]:
         raise SurgeryError(
             "the stripped model returns other shapes than the excited one",
@@ -239,11 +208,7 @@ def _larger(a: float, b: float) -> float:
 
 
 def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
-    """The largest differences, within the tolerance.
-
-    Raises:
-        SurgeryError: the relative difference is over 1e-5.
-    """
+    """The largest differences, within the tolerance."""
     absolute, relative = largest_differences(before, after)
     if not relative <= RELATIVE_TOLERANCE:
         raise SurgeryError(

@@ -16,7 +16,8 @@ from we_surgery.converted.proof import check_preserved, refuse_non_finite
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import Composition, build_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.planning.plans import Decision, Plan
+from we_surgery.planning.plans import Plan
+from we_surgery.planning.rows import Decision
 from we_surgery.reading import Form, LayerFacts, converted_obstacle_of, obstacle_of, read_tree
 
 Init = Literal["paper", "preserve"]
@@ -31,22 +32,7 @@ def build_sites(
     *,
     form: Form = "converted",
 ) -> list[ExcitationSite]:
-    """The excitations a plan asks for, checked against the model, which is not changed.
-
-    Args:
-        model: a vanilla model.
-        plan: made for it.
-        init: as in :func:`we_surgery.convert`.
-        start: as in :func:`we_surgery.convert`.
-        form: ``attached`` for excitation in the optimizer's step, which has fewer obstacles;
-            excitations and raw weights of half-precision layers are then float32.
-
-    Raises:
-        InputError: a row names no such layer, another shape or kind, an excitation that does
-            not exist, a weight that cannot be excited, or another recipe than its tied layers;
-            or the model's torch.fx graph is not well-formed.
-        SurgeryError: a weight holds Inf or NaN.
-    """
+    """The excitations a plan asks for, checked against the model, which is not changed."""
     refuse_ill_formed_graphs(model)
     facts = {(f.module, f.parameter): f for f in read_tree(model)}
     names = [fact.name for fact in facts.values()]

@@ -34,15 +34,7 @@ def kept_plan(model: nn.Module) -> Plan | None:
 
 
 def refuse_wrappers(model: nn.Module, *, sharded: bool = True) -> None:
-    """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models.
-
-    Args:
-        model: the model.
-        sharded: whether to refuse FSDP2 too.
-
-    Raises:
-        InputError: the model is wrapped or sharded.
-    """
+    """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models."""
     kind = type(model).__name__
     if is_scripted(model):
         raise InputError(

@@ -222,13 +222,7 @@ def _fold(model: nn.Module, reference: nn.Module, progress: Progress | None) -> 
 def _put_in_place(
     model: nn.Module, weights: Sequence[ExcitedWeight], folded: Mapping[int, Tensor]
 ) -> None:
-    """Makes folded values the weights, and takes the excitations off.
-
-    Args:
-        model: a converted model.
-        weights: those to take off; all of their owners' and all of their raw Parameters'.
-        folded: each raw Parameter's new values, by its ``id``.
-    """
+    """Makes folded values the weights, and takes the excitations off."""
     for weight in _one_of_each_raw(weights):
         raw = weight.raw
         raw.data, raw.grad = folded[id(raw)], None
@@ -241,14 +235,6 @@ def _fold_layer_by_layer(model: nn.Module, progress: Progress | None = None) -> 
     All folds are proven before the first layer is changed, by checksums, so that no two weights
     are held at once. Whatever fails after that, such as memory or Ctrl-C, leaves a model that
     computes what it did, of which some layers are vanilla already; a second call goes on.
-
-    Args:
-        model: a converted model.
-        progress: called with (weights proven, weights in all).
-
-    Raises:
-        SurgeryError: a fold is not finite, or its excitation is not deterministic; nothing was
-            changed.
     """
     weights = list(excited_weights(model))
     checksums: dict[int, bytes] = {}

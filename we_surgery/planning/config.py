@@ -71,11 +71,7 @@ def _checked_rules(rules: Any) -> tuple[Rule, ...]:
 
 
 def policy_from_config(config: Mapping[str, Any], source: str = "the config") -> Policy:
-    """A policy from a config mapping (see ``configs/``); unknown keys are errors.
-
-    Raises:
-        InputError: an unknown key, mode, stage or option, or a value of the wrong type.
-    """
+    """A policy from a config mapping (see ``configs/``); unknown keys are errors."""
     if not isinstance(config, Mapping):
         raise InputError(
             f"{source} is not a mapping but {type(config).__name__}",
@@ -106,20 +102,12 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
 
 
 def policy_from_file(path: str | Path) -> Policy:
-    """A policy from a YAML file.
-
-    Raises:
-        InputError: the file cannot be read, is no YAML, or holds no valid config.
-    """
+    """A policy from a YAML file."""
     return policy_from_config(read_yaml(path), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds; an empty one holds an empty mapping.
-
-    Raises:
-        InputError: the file cannot be read, or is no YAML.
-    """
+    """What a YAML file holds; an empty one holds an empty mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         config = yaml.load(text, YAMLLoader)

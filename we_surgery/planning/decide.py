@@ -12,8 +12,9 @@ from torch import nn
 from we_surgery._util.copies import copy_model, drawing_nothing
 from we_surgery.errors import InputError, near_matches
 from we_surgery.planning.config import make_policy
-from we_surgery.planning.plans import Decision, Plan, added_parameters
+from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
+from we_surgery.planning.rows import Decision, added_parameters
 from we_surgery.planning.rules import Rule
 from we_surgery.planning.transplant_rows import TransplantDecision, decide
 from we_surgery.reading import Form, LayerFacts, Reading, read

@@ -1,87 +1,27 @@
-"""The plan: one row a layer, with the decision and the reason; as an object and as JSON."""
+"""The plan: one row per weight; as an object, as JSON and as a table."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from rich.console import Group, RenderableType
+from rich.text import Text
 
+from we_surgery._util.tables import NARROW, Legend, merge_rows, table_of
+from we_surgery._util.text import SafeConsole
 from we_surgery._util.version import __version__
 from we_surgery.errors import InputError
-from we_surgery.excitations import EXCITATIONS, Recipe, WeightLayout, build_excitation
+from we_surgery.planning.rows import Decision, read_rows, row_of
 from we_surgery.planning.transplant_rows import TransplantDecision
-from we_surgery.reading import layer_display_name
 
 SCHEMA_VERSION = 2
 _READ_VERSIONS = (1, 2)
 """Version 1 knew no transplants."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one weight gets.
-
-    Attributes:
-        module: name of the module that owns the weight ("" for the model itself).
-        parameter: the weight's name in it.
-        kind: ``conv2d``, ``linear``, ``attention``, ...
-        type_name: the module's class, qualified.
-        shape: the weight's shape.
-        groups: the layer's groups.
-        excitation: the stages and their options; empty when the layer is left alone.
-        reason: why.
-        added_parameters: parameters that training gains; 0 where the excitation is shared.
-        shared_with: the tied layer whose excitation this one shares, or None.
-    """
-
-    module: str
-    parameter: str
-    kind: str
-    type_name: str
-    shape: tuple[int, ...]
-    groups: int
-    excitation: Recipe
-    reason: str
-    added_parameters: int = 0
-    shared_with: str | None = None
-
-    @property
-    def layer(self) -> str:
-        """The name that patterns match."""
-        return layer_display_name(self.module, self.parameter)
-
-    @property
-    def layout(self) -> WeightLayout:
-        """How the weight's axes are read."""
-        return WeightLayout(self.shape, self.groups, "_transpose" in self.kind)
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The names of the stages; empty when the layer is left alone."""
-        return tuple(name for stage in self.excitation for name in stage)
-
-    @property
-    def verdict(self) -> str:
-        """The decision in a word: ``skip``, ``LWE``, ``LWE(skip=True)+MWE (standardized)``."""
-        if not self.stages:
-            return "skip"
-        stages = [(name, options) for stage in self.excitation for name, options in stage.items()]
-        named = "+".join(_named(*stage) for stage in stages if stage[0] != "standardize")
-        if "standardize" not in self.stages:
-            return named
-        return f"{named} (standardized)" if named else "standardize"
-
-
-def _named(stage: str, options: Mapping[str, Any]) -> str:
-    """``LWE(attention=cbam)``: with the options that are not the method's own."""
-    known = EXCITATIONS[stage].options() if stage in EXCITATIONS else {}
-    given = [f"{k}={v}" for k, v in options.items() if k not in known or v != known[k]]
-    return f"{stage.upper()}({', '.join(given)})" if given else stage.upper()
 
 
 @dataclass(frozen=True)
@@ -152,7 +92,7 @@ class Plan:
             "added_parameters": self.added_parameters,
             "pattern_matches": dict(self.pattern_matches),
             "transplants": [row.to_dict() for row in self.transplants],
-            "layers": [_row(decision) for decision in self.decisions],
+            "layers": [row_of(decision) for decision in self.decisions],
         }
 
     def to_json(self) -> str:
@@ -182,7 +122,7 @@ class Plan:
             # Older plans have them as `rung` and `rung_reason`.
             read_by=str(data.get("read_by", data.get("rung", ""))),
             read_by_reason=str(data.get("read_by_reason", data.get("rung_reason", ""))),
-            decisions=_decisions(data["layers"], source),
+            decisions=read_rows(data["layers"], source),
             model_parameters=int(data.get("model_parameters", 0)),
             pattern_matches=dict(data.get("pattern_matches", {})),
             transplants=tuple(
@@ -207,73 +147,85 @@ class Plan:
         return cls.from_dict(data, str(path))
 
     def __str__(self) -> str:
-        from we_surgery._util.tables import NARROW
-        from we_surgery._util.text import SafeConsole
-        from we_surgery.planning.table import plan_table
-
         buffer = io.StringIO()
         SafeConsole(file=buffer, width=NARROW).print(plan_table(self), crop=False)
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
-def added_parameters(
-    recipe: Recipe, layout: WeightLayout, parts: dict[Hashable, nn.Module] | None = None
-) -> int:
-    """How many parameters an excitation of this recipe adds; nothing is allocated.
+# The plan as a table for people.
 
-    Args:
-        recipe: its stages and their options.
-        layout: of the layer's weight.
-        parts: what layers counted before have in common and is not counted again; it is filled.
-    """
-    if not recipe:
-        return 0
-    parts = {} if parts is None else parts
-    known = {id(parameter) for part in parts.values() for parameter in part.parameters()}
-    excitation = build_excitation(recipe, layout, device="meta", parts=parts)
-    return sum(p.numel() for p in excitation.parameters() if id(p) not in known)
+_EXPENDABLE = ("kind", "class", "added", "shape")
+_RIGHT = ("n", "added")
 
 
-def _row(decision: Decision) -> dict[str, Any]:
-    row = asdict(decision)
-    row["shape"] = list(decision.shape)
-    row["excitation"] = [
-        {name: dict(options) for name, options in stage.items()} for stage in decision.excitation
+def plan_table(plan: Plan, *, wide: bool = False, width: int = NARROW) -> RenderableType:
+    """Transplants, weights and totals."""
+    weights = [
+        {
+            "layer": row.layer or "(the model itself)",
+            "kind": f"{row.kind} g{row.groups}" if row.groups > 1 else row.kind,
+            "shape": "x".join(map(str, row.shape)),
+            "decision": Text(row.verdict, style="green" if row.excitation else "dim"),
+            "added": row.added_parameters,
+            "why": row.reason,
+        }
+        for row in plan.decisions
     ]
-    return row
+    places = [
+        {
+            "place": row.place or "(the model itself)",
+            "class": row.type_name.rpartition(".")[2],
+            "transplant": _transplant(row),
+            "added": row.added_parameters,
+            "why": row.reason if row.attach else f"{row.transplant}: {row.reason}",
+        }
+        for row in plan.transplants
+    ]
+    tables: list[RenderableType] = []
+    for rows in (places, weights):
+        if rows:
+            tables += _wide(rows) if wide else _narrow(rows, width)
+    return Group(*tables, Text(plan_summary(plan)))
 
 
-def _decisions(rows: list[Any], source: str) -> tuple[Decision, ...]:
-    parts: dict[Hashable, nn.Module] = {}
-    return tuple(_decision(row, source, parts) for row in rows)
+def _transplant(row: TransplantDecision) -> Text:
+    options = ", ".join(f"{k}={v}" for k, v in row.options.items() if v is not None)
+    verdict = f"{row.transplant} ({options})" if options else row.transplant
+    return Text(verdict, style="green") if row.attach else Text("skip", style="dim")
 
 
-def _decision(row: Any, source: str, parts: dict[Hashable, nn.Module]) -> Decision:
-    try:
-        decision = Decision(
-            module=str(row["module"]),
-            parameter=str(row.get("parameter", "weight")),
-            kind=str(row["kind"]),
-            type_name=str(row["type_name"]),
-            shape=tuple(int(size) for size in row["shape"]),
-            groups=int(row["groups"]),
-            excitation=[
-                {str(name): dict(options or {}) for name, options in stage.items()}
-                for stage in row["excitation"]
-            ],
-            reason=str(row.get("reason", "")),
-            shared_with=row.get("shared_with"),
-        )
-        # Counted anew: the row may have been edited.
-        if decision.shared_with is None:
-            added = added_parameters(decision.excitation, decision.layout, parts)
-            decision = replace(decision, added_parameters=added)
-        return decision
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        known = ("module", "parameter", "kind", "type_name", "shape", "groups", "excitation")
-        raise InputError(
-            f"{source} has a row that cannot be read ({type(error).__name__}: {error}): {row!r}",
-            f'A row holds {", ".join(known)}; leave a layer alone with `"excitation": []`.',
-        ) from error
+Row = Mapping[str, Any]
+"""A cell for each heading; the name comes first, "added" is a number, "why" a reason."""
+
+
+def _wide(rows: Sequence[Row]) -> list[RenderableType]:
+    return [table_of([{**row, "added": _number(row["added"])} for row in rows], right=_RIGHT)]
+
+
+def _narrow(rows: Sequence[Row], width: int) -> list[RenderableType]:
+    legend = Legend(row["why"] for row in rows)
+    lettered = [{**row, "why": legend.letter(row["why"])} for row in rows]
+    shown = [{**row, "added": _number(count * row["added"])} for row, count in merge_rows(lettered)]
+    table = table_of(shown, width=width, expendable=_EXPENDABLE, right=_RIGHT)
+    return [table, "", legend.table(), ""]
+
+
+def _number(value: int) -> str:
+    return f"{value:,}" if value else ""
+
+
+def plan_summary(plan: Plan) -> str:
+    """Totals and how the model was read, in a few lines."""
+    train = plan.model_parameters + plan.added_parameters
+    lines = [
+        f"mode {plan.mode}; read by {plan.read_by}"
+        + (f" ({plan.read_by_reason})" if plan.read_by_reason else ""),
+        f"{len(plan.excited)} of {len(plan.decisions)} weights excited",
+        f"parameters: {train:,} in training ({plan.added_parameters:,} added), "
+        f"{plan.model_parameters + plan.kept_parameters:,} after strip",
+    ]
+    for name in dict.fromkeys(row.transplant for row in plan.transplants):
+        rows = [row for row in plan.transplants if row.transplant == name]
+        lines.append(f"{name}: put in at {sum(row.attach for row in rows)} of {len(rows)} places")
+    lines += [f"pattern {p!r} matched {n} layers" for p, n in plan.pattern_matches.items()]
+    return "\n".join(lines)

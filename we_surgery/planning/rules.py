@@ -85,11 +85,7 @@ class Rule:
 
 
 def check_standardize(value: object, where: str) -> str | None:
-    """``auto``, ``on``, ``off`` or None, as YAML gave it.
-
-    Raises:
-        InputError: it is none of these.
-    """
+    """``auto``, ``on``, ``off`` or None, as YAML gave it."""
     # YAML reads a bare on and off as true and false.
     value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
     if value is not None and value not in STANDARDIZE_CHOICES:

@@ -38,11 +38,7 @@ class TransplantDecision:
 
     @property
     def method(self) -> Transplant:
-        """The transplant with its options.
-
-        Raises:
-            InputError: there is no such transplant or option.
-        """
+        """The transplant with its options."""
         return build_transplant(self.transplant, self.options, f"the row of {self.place!r}")
 
     @property
@@ -56,11 +52,7 @@ class TransplantDecision:
 
     @staticmethod
     def from_dict(row: Any, source: str) -> TransplantDecision:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: a value is missing, unknown or of the wrong type.
-        """
+        """The inverse of :meth:`to_dict`."""
         try:
             decision = TransplantDecision(
                 transplant=str(row["transplant"]),
@@ -82,18 +74,7 @@ class TransplantDecision:
 
 
 def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[TransplantDecision, ...]:
-    """Where transplants go; they are put in on the way, for each changes what the next finds.
-
-    Args:
-        model: the model, changed in place.
-        transplants: in the order in which they go in.
-
-    Returns:
-        A row for each place.
-
-    Raises:
-        InputError: one fits nowhere, or its pattern matches nothing.
-    """
+    """Where transplants go; they are put in on the way, for each changes what the next finds."""
     rows: list[TransplantDecision] = []
     for transplant in transplants:
         sites = transplant.sites(model)
@@ -117,19 +98,7 @@ def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[Transpl
 def attach(
     model: nn.Module, rows: Sequence[TransplantDecision], *, loading: bool = False
 ) -> list[TransplantDecision]:
-    """Puts in what the rows say.
-
-    Args:
-        model: the model, changed in place.
-        rows: in the order in which they go in.
-        loading: the weights are yet to be loaded.
-
-    Returns:
-        The rows with their parameters counted anew.
-
-    Raises:
-        InputError: a row does not fit the model.
-    """
+    """Puts in what the rows say."""
     counted: list[TransplantDecision] = []
     for row in rows:
         if not row.attach:
