@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -39,6 +40,9 @@ def write_report(results: Path, page: Path = PAGE) -> None:
         rows = Lines(results / f"evidence_{network}.jsonl").rows()
         if rows:
             parts.append(_section(network, rows, results))
+    public = results / "evidence_public.json"
+    if public.exists():
+        parts.append(_public_section(json.loads(public.read_text(encoding="utf-8"))))
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -77,6 +81,23 @@ def _section(network: str, rows: list[Row], results: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _public_section(found: Row) -> str:
+    lines = [
+        "### Beside the authors' layers\n",
+        "The batch-norm ResNet with plain layers that compute what the public code computes, and with",
+        "`attach`, in float64, from the same weights, on the same batches:",
+        "`python benchmarks/evidence_public.py`.\n",
+        "| arm | steps | mean loss of the last epoch | accuracy | largest difference of a loss |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in found["runs"]:
+        losses = " and ".join(f"{curve[-1]:.8f}" for curve in run["losses"])
+        accuracies = " and ".join(f"{accuracy:.2f}" for accuracy in run["test_accuracy"])
+        cells = [f"`{run['arm']}`", str(run["steps"]), losses, accuracies]
+        lines.append(f"| {' | '.join(cells)} | {run['largest_difference']:.1e} |")
+    return "\n".join([*lines, ""])
 
 
 def by_arm(rows: list[Row]) -> ByArm:

@@ -43,6 +43,14 @@ def written(tmp_path):
         if seed < 12:
             lost = {"diverged": True, "test_loss": None} if seed == 3 else {}
             lines.append(line("mwe", seed, base + 1, **lost))
+    public = {
+        "arm": "lwe",
+        "steps": 62,
+        "losses": [[2.0, 1.25], [2.0, 1.25]],
+        "test_accuracy": [70.0, 70.0],
+        "largest_difference": 1e-12,
+    }
+    (tmp_path / "evidence_public.json").write_text(json.dumps({"runs": [public]}))
     path = tmp_path / "evidence_resnet_gn.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     page = tmp_path / "page.md"
@@ -81,6 +89,10 @@ def test_only_the_section_is_replaced(written, tmp_path):
 def test_the_page_has_the_section():
     page = evidence_report.PAGE.read_text(encoding="utf-8")
     assert page.index(evidence_report.BEGIN) < page.index(evidence_report.END)
+
+
+def test_the_public_layers_are_beside(written):
+    assert "| `lwe` | 62 | 1.25000000 and 1.25000000 | 70.00 and 70.00 | 1.0e-12 |" in written
 
 
 def test_curve_measures():
