@@ -86,8 +86,8 @@ def _section(network: str, rows: list[Row], results: Path) -> str:
 def _public_section(found: Row) -> str:
     lines = [
         "### Beside the authors' layers\n",
-        "The batch-norm ResNet with plain layers that compute what the public code computes, and with",
-        "`attach`, in float64, from the same weights, on the same batches:",
+        "The batch-norm ResNet with plain layers that compute what the public code computes, and",
+        "with `attach`, in float64, from the same weights, on the same batches:",
         "`python benchmarks/evidence_public.py`.\n",
         "| arm | steps | mean loss of the last epoch | accuracy | largest difference of a loss |",
         "| --- | --- | --- | --- | --- |",
