@@ -186,12 +186,14 @@ def _other_table(arms: Mapping[str, Arm], counted: ByArm) -> list[str]:
         "ECE": lambda row: _number(row["test_ece"]),
         "gap": lambda row: row["train_accuracy"] - row["test_accuracy"],
         "roughness": roughness,
+        "norm of raw weights": lambda row: _number(row["raw_norm"][-1]),
         "change of weights": lambda row: _number(row["weight_change"][min(1, _last(row))]),
     }
     lines = [
         "Means of the runs; nan where one diverged. Epochs: the median until the validation curve",
-        "reaches plain's mean final value; inf is never. Change of weights: in the second epoch,",
-        "relative to their norm. Time: CPU time over plain's, beside other processes.\n",
+        "reaches plain's mean final value; inf is never. Norm: of all weights that the optimizer",
+        "moves, at the end. Change of weights: of the (excited) weights in the second epoch, over",
+        "their norm. Time: CPU time over plain's, beside other processes.\n",
         f"| arm | {' | '.join(measures)} | epochs | time |",
         f"| --- |{' --- |' * (len(measures) + 2)}",
     ]

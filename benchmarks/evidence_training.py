@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import evidence_data as data
@@ -45,9 +46,11 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     images = _loaded(folder)
     experiment = EXPERIMENTS[run.network]
-    model, optimizer = prepare(experiment, run, images)
+    model, optimizer, excitation = prepare(experiment, run, images)
     training = data.draw(images.pool, experiment.images, run.seed)
-    measured = _train(experiment, run, model, optimizer, training, images.validation)
+    shown = images.validation.part(slice(0, data.CURVE))
+    watch = _Watch(model, excitation, shown)
+    measured = _train(experiment, run, model, optimizer, training, watch)
     measured["train_accuracy"] = measure(model, training.part(slice(0, data.CURVE)))["accuracy"]
     measured["validation_accuracy"] = measure(model, images.validation)["accuracy"]
     if run.phase == "count":
@@ -58,7 +61,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 
 def prepare(
     experiment: Experiment, run: Run, images: Data
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+) -> tuple[nn.Module, torch.optim.Optimizer, ws.AttachedExcitation | None]:
     """The model, its optimizer, and what the arm adds to them.
 
     All arms of a seed begin with the same weights, but for those that have other layers.
@@ -76,10 +79,10 @@ def prepare(
     optimizer = experiment.make_optimizer(model, run.lr, run.decay)
     if arm.scales_gradients:
         scale_gradients(model, optimizer, experiment.epsilon, experiment.gain_from)
-    if arm.config is not None:
-        init = "preserve" if experiment.pretrained else "paper"
-        ws.attach(model, optimizer, config=arm.config, init=init)
-    return model, optimizer
+    if arm.config is None:
+        return model, optimizer, None
+    init = "preserve" if experiment.pretrained else "paper"
+    return model, optimizer, ws.attach(model, optimizer, config=arm.config, init=init)
 
 
 @lru_cache(maxsize=2)
@@ -96,44 +99,61 @@ def _pretrained(network: str, seed: int, images: Data) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+class _Watch:
+    """Measures the model at the end of each epoch."""
+
+    def __init__(
+        self, model: nn.Module, excitation: ws.AttachedExcitation | None, shown: Split
+    ) -> None:
+        self._model, self._excitation, self._shown = model, excitation, shown
+        self._weights = _weights(model)
+        self.found: dict[str, list[float]] = {
+            name: [] for name in ("validation_curve", "train_loss", "weight_change", "raw_norm")
+        }
+
+    def __call__(self, train_loss: float) -> None:
+        after = _weights(self._model)
+        trained = self._model if self._excitation is None else self._excitation.converted()
+        raw = [
+            weight.detach().square().sum().item()
+            for name, weight in trained.named_parameters()
+            if weight.dim() > 1 and ".excitation." not in name
+        ]
+        measured = {
+            "validation_curve": measure(self._model, self._shown)["accuracy"],
+            "train_loss": round(train_loss, 4),
+            "weight_change": _relative_change(self._weights, after),
+            "raw_norm": round(sum(raw) ** 0.5, 3),
+        }
+        for name, value in measured.items():
+            self.found[name].append(value)
+        self._weights = after
+
+
 def _train(
     experiment: Experiment,
     run: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     training: Split,
-    validation: Split,
+    watch: _Watch,
 ) -> dict[str, Any]:
     steps = experiment.steps(run.arm)
     schedule = _schedule(optimizer, steps)
-    shown = validation.part(slice(0, data.CURVE))
-    curve: list[float] = []
+    spent = 0.0
     losses: list[float] = []
-    changes: list[float] = []
-    before, spent, total = _weights(model), 0.0, 0.0
     feed = data.batches(training, experiment.batch, steps, run.seed)
     for step, (inputs, labels) in enumerate(feed, start=1):
         start = time.process_time()
-        loss = _step(model, optimizer, schedule, inputs, labels)
+        losses.append(_step(model, optimizer, schedule, inputs, labels))
         spent += time.process_time() - start
-        total += loss
-        if step % experiment.steps_per_epoch == 0 or step == steps or not math.isfinite(loss):
-            curve.append(measure(model, shown)["accuracy"])
-            since = (step - 1) % experiment.steps_per_epoch + 1
-            losses.append(round(total / since, 4))
-            after = _weights(model)
-            changes.append(_relative_change(before, after))
-            before, total = after, 0.0
-        if not math.isfinite(loss):
+        diverged = not math.isfinite(losses[-1])
+        if step % experiment.steps_per_epoch == 0 or step == steps or diverged:
+            watch(mean(losses))
+            losses.clear()
+        if diverged:
             break
-    return {
-        "diverged": not math.isfinite(loss),
-        "cpu_seconds": round(spent, 2),
-        "validation_curve": curve,
-        "train_loss": losses,
-        "weight_change": changes,
-        "weight_norm": round(sum(w.square().sum().item() for w in before) ** 0.5, 3),
-    }
+    return {"diverged": diverged, "cpu_seconds": round(spent, 2)} | watch.found
 
 
 def _step(

@@ -20,6 +20,7 @@ def line(arm, seed, accuracy, phase="count", **changed):
         "cpu_seconds": 10.0 + 3 * (arm != "plain"),
         "validation_curve": [70.0, accuracy],
         "weight_change": [0.5, 0.1],
+        "raw_norm": [10.0, 9.0],
         "train_accuracy": 90.0,
         "validation_accuracy": accuracy,
         "test_accuracy": accuracy,

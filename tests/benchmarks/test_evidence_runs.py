@@ -97,6 +97,15 @@ def test_tuning_chooses_and_does_not_see_the_test_images(folder, toy, tmp_path):
     assert counted["settings"]["steps"] == 4
 
 
+def test_norms_of_raw_weights_are_not_those_of_excited_ones(folder, toy):
+    run = Run("resnet_bn", "tune", "standardize", 0, 0.03, 5e-4)
+    measured = evidence_training.perform(run, folder)
+    plain = evidence_training.perform(dataclasses.replace(run, arm="plain"), folder)
+    # Each filter of the ResNet's convs has a deviation of 1 after standardization: a norm of 500.
+    assert measured["raw_norm"] == pytest.approx(plain["raw_norm"], rel=0.1)
+    assert len(measured["raw_norm"]) == len(measured["validation_curve"]) == 2
+
+
 def test_two_processes_cannot_write_one_file(tmp_path):
     lines = evidence_lines.Lines(tmp_path / "lines.jsonl")
     with lines.locked(), pytest.raises(SystemExit, match="another process"), lines.locked():
@@ -113,9 +122,9 @@ def test_arms_of_a_seed_begin_with_the_same_raw_weights(network, folder):
     def made(arm):
         return evidence_training.prepare(experiment, Run(network, "count", arm, 3, lr, decay), data)
 
-    plain, _ = made("plain")
+    plain, _, _ = made("plain")
     for arm in ("standardize", "lwe", "mwe", "default"):
-        _, optimizer = made(arm)
+        _, optimizer, _ = made(arm)
         state = optimizer.state_dict()["state"]["we_surgery"]
         raw = [value for name, value in flat(state) if name.endswith("raw")]
         assert raw
