@@ -155,3 +155,38 @@ def assert_equal_runs(converted: Run, attached: Run) -> None:
 def assert_forms_agree(make_optimizer: Callable[[Any], Any], *args: Any, **options: Any) -> None:
     converted = train("converted", make_optimizer, *args, **options)
     assert_equal_runs(converted, train("attached", make_optimizer, *args, **options))
+
+
+def of(kind: Any, *args: Any, **options: Any) -> Callable[[Any], Any]:
+    return lambda model: kind(model.parameters(), *args, **options)
+
+
+O = torch.optim  # noqa: E741
+TORCH = {
+    "sgd": of(O.SGD, 0.1),
+    "sgd momentum": of(O.SGD, 0.1, momentum=0.9, weight_decay=1e-3),
+    "sgd nesterov": of(O.SGD, 0.1, momentum=0.9, nesterov=True),
+    "sgd foreach": of(O.SGD, 0.1, momentum=0.9, foreach=True),
+    "sgd fused": of(O.SGD, 0.1, momentum=0.9, fused=True),
+    "sgd maximize": of(O.SGD, 0.01, maximize=True),
+    "adam": of(O.Adam, 1e-2),
+    "adam amsgrad": of(O.Adam, 1e-2, amsgrad=True),
+    "adam foreach": of(O.Adam, 1e-2, foreach=True),
+    "adam fused": of(O.Adam, 1e-2, fused=True),
+    "adam decay": of(O.Adam, 1e-2, weight_decay=1e-2),
+    "adam tensor lr": lambda m: O.Adam(m.parameters(), torch.tensor(1e-2)),
+    "adamw": of(O.AdamW, 1e-2),
+    "adamw foreach": of(O.AdamW, 1e-2, foreach=True),
+    "adamw fused": of(O.AdamW, 1e-2, fused=True),
+    "adamax": of(O.Adamax, 1e-2),
+    "nadam": of(O.NAdam, 1e-2),
+    "radam": of(O.RAdam, 1e-2),
+    "adagrad": of(O.Adagrad, 1e-2, initial_accumulator_value=0.1),
+    "adagrad fused": of(O.Adagrad, 1e-2, fused=True),
+    "adadelta": of(O.Adadelta),
+    "asgd": of(O.ASGD, 1e-2),
+    "rprop": of(O.Rprop, 1e-3),
+    "rmsprop": of(O.RMSprop, 1e-3, momentum=0.9, centered=True),
+    "adafactor": of(O.Adafactor, 1e-2),
+}
+SGD = of(O.SGD, 0.1, momentum=0.9, weight_decay=1e-3)

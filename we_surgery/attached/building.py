@@ -31,15 +31,7 @@ Trained = tuple[AttachedWeight, Any]
 
 @dataclass(frozen=True)
 class Building:
-    """How excitations are built, the first time and for layers that are thawed later.
-
-    Attributes:
-        model: the model, without wrappers.
-        optimizers: those that train it.
-        init: as in :func:`we_surgery.attach`.
-        start: as there.
-        backend: as there.
-    """
+    """How excitations are built, the first time and for layers that are thawed later."""
 
     model: nn.Module
     optimizers: Sequence[Any]
@@ -55,12 +47,7 @@ class Building:
         return whole_model(self.model)
 
     def weights_of(self, plan: Plan) -> list[Trained]:
-        """The planned weights that an optimizer trains. The model is not changed.
-
-        Raises:
-            InputError: the plan does not fit the model.
-            SurgeryError: a weight holds Inf or NaN.
-        """
+        """The planned weights that an optimizer trains. The model is not changed."""
         places: dict[int, list[tuple[str, str]]] = {}
         found: list[Trained] = []
         readable = self.readable_model()

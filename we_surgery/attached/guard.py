@@ -24,18 +24,12 @@ class Tripwire:
     Fused optimizers, NumPy and writes through ``.data`` leave the version of a tensor alone, so
     that a few values of each weight are compared too. On a GPU that comparison is read one step
     later, since waiting for it would stop the queue.
-
-    Attributes:
-        holding: says whether the model still holds a weight's Parameter, and gets the weights of
-            which something moved: it adopts what is equal to W', or raises.
-        step: decides which values are compared.
-        samples: the values of each weight as they were remembered, by the weight's ``id``.
-        pending: comparisons on a GPU that have not been read: weights, flag and event.
     """
 
     holding: Holding
-    step: int = 0
+    step: int = 0  # decides which values are compared
     samples: dict[int, Tensor] = field(default_factory=dict)
+    # Comparisons on a GPU that have not been read: weights, flag and event.
     pending: list[tuple[list[AttachedWeight], Tensor, torch.cuda.Event]] = field(
         default_factory=list
     )

@@ -14,13 +14,7 @@ from we_surgery.errors import AttachmentError
 
 
 class Holding:
-    """What an attached model should hold, and what is done where it holds something else.
-
-    Attributes:
-        model: the model.
-        modules: its modules by name, as they were when excitation was attached.
-        remember: called with weights that hold W' again.
-    """
+    """What an attached model should hold, and what is done where it holds something else."""
 
     def __init__(
         self, model: nn.Module, remember: Callable[[Sequence[AttachedWeight]], None]
@@ -44,11 +38,7 @@ class Holding:
 
     @torch.no_grad()
     def report(self, weights: Sequence[AttachedWeight]) -> None:
-        """Adopts what is W' in another place; raises for what is not.
-
-        Raises:
-            AttachmentError: naming the first layer.
-        """
+        """Adopts what is W' in another place; raises for what is not."""
         for weight in weights:
             if not self.is_held(weight):
                 raise AttachmentError(

@@ -106,14 +106,7 @@ def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any)
 
 
 def supported_optimizers(given: Any) -> list[Any]:
-    """The optimizers that step, inside their wrappers.
-
-    Args:
-        given: one optimizer, a list of them, or a mapping whose values they are.
-
-    Raises:
-        InputError: one is not supported, or there is none.
-    """
+    """The optimizers that step, inside their wrappers."""
     several = given.values() if isinstance(given, Mapping) else given
     found = [unwrapped(each) for each in (several if isinstance(several, Iterable) else [given])]
     if not found:

@@ -18,24 +18,17 @@ EVERY = 100
 
 
 class Copies:
-    """The processes that train copies of one model. They meet once there are several.
-
-    Attributes:
-        have_met: whether they have.
-        group: in which they tell each other of errors, on the host so that no GPU is waited for;
-            None where they train different weights, or there is one process.
-    """
+    """The processes that train copies of one model. They meet once there are several."""
 
     def __init__(self) -> None:
         self.have_met = False
-        self.group: Any = None
+        self.group: Any = None  # on the host, so that no GPU is waited for
         self._are_copies = False
 
     def meet(self, weights: Sequence[AttachedWeight]) -> bool:
         """Gives all ranks the weights of rank 0, the first time that there are ranks; collective.
 
-        Returns:
-            Whether it was the first time.
+        True if it was the first time.
         """
         if self.have_met or not _has_ranks():
             return False
@@ -52,11 +45,7 @@ class Copies:
         return self._are_copies and _has_ranks() and step % EVERY == EVERY - 1
 
     def raise_together(self, error: AttachmentError | None) -> None:
-        """Raises on all ranks if there is an error on one: the others would wait for it forever.
-
-        Raises:
-            AttachmentError: the rank's own error, or that another rank has one.
-        """
+        """Raises on all ranks if there is an error on one: the others would wait for it forever."""
         if self.group is not None and _has_ranks():
             errors = torch.tensor(float(error is not None))
             dist.all_reduce(errors, group=self.group)

@@ -24,17 +24,7 @@ State = dict[str, Any]
 def ride(
     step: OptimizerStep, plan: Callable[[], str], load: Load, *, per_parameter: bool
 ) -> Callable[[], None]:
-    """Makes an optimizer's state dict carry the state of its excited weights.
-
-    Args:
-        step: of the optimizer.
-        plan: gives the plan as JSON.
-        load: loads a checked state.
-        per_parameter: whether each Parameter's state carries its own part.
-
-    Returns:
-        What undoes it.
-    """
+    """Makes an optimizer's state dict carry the state of its excited weights."""
     taken: list[Mapping[str, Any]] = []
 
     def add(_: Any, state: State) -> State:

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """How a weight is divided.
-
-    Attributes:
-        mesh: the device mesh of its DTensor.
-        placements: the DTensor's.
-        group: the processes that share its rows.
-        first: index of the first row here.
-        rows: how many are here; it may be none.
-    """
+    """How a weight is divided."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -76,11 +68,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def shard_of(parameter: Tensor, name: str) -> Shard | None:
-    """How a Parameter is divided; None where it is whole.
-
-    Raises:
-        InputError: it is divided along another axis, as tensor parallelism does.
-    """
+    """How a Parameter is divided; None where it is whole."""
     if not is_sharded(parameter):
         return None
     from torch.distributed.tensor import Replicate

@@ -69,12 +69,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def check_state(
     state: Any, weights: Sequence[AttachedWeight], parameters: Sequence[ExcitationParameter]
 ) -> None:
-    """Raises where the state is not one of these weights.
-
-    Raises:
-        InputError: it is not a state of an attached excitation, or of a newer version.
-        AttachmentError: it is of other weights, or of another excitation.
-    """
+    """Raises where the state is not one of these weights."""
     if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
         raise InputError(
             "this is not the state of an attached excitation",

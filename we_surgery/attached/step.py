@@ -28,37 +28,20 @@ from we_surgery.errors import AttachmentError, InputError, ThawedLayerWarning
 
 @dataclass(eq=False)
 class OptimizerStep:
-    """The exchange of one optimizer.
+    """The exchange of one optimizer."""
 
-    Attributes:
-        optimizer: the outermost one, which the training loop steps.
-        weights: those it trains.
-        parameters: of their excitations.
-        tripwire: finds what was written into the model's weights since the last step.
-        raise_together: called with the rank's own error or None; raises on all ranks.
-        clip_raw: largest norm of all gradients that the optimizer sees, raw ones among them; None
-            leaves them as they are.
-        synchronize: called with this before each step; gives all ranks the same raw weights.
-        depth: how many calls of the optimizer are running, one within the other.
-        exchanged: the weights whose raw weight stands in the groups now.
-        steps: how many steps have moved a raw weight.
-        companion: trains the excitations' parameters that no group can take.
-        is_hidden: whether this step only makes states, and excitations take no part in it.
-        frozen: layers that are not excited because they were frozen, with their Parameters.
-    """
-
-    optimizer: Any
+    optimizer: Any  # the outermost one, which the training loop steps
     weights: list[AttachedWeight]
     parameters: list[ExcitationParameter]
     tripwire: Tripwire
-    synchronize: Callable[[OptimizerStep], None]
-    raise_together: Callable[[AttachmentError | None], None]
-    clip_raw: float | None = None
-    depth: int = 0
+    synchronize: Callable[[OptimizerStep], None]  # gives all ranks the same raw weights
+    raise_together: Callable[[AttachmentError | None], None]  # raises on all ranks
+    clip_raw: float | None = None  # the largest norm of all gradients that the optimizer sees
+    depth: int = 0  # how many calls of the optimizer are running, one within the other
     exchanged: list[AttachedWeight] = field(default_factory=list)
-    steps: int = 0
-    is_hidden: bool = False
-    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+    steps: int = 0  # how many have moved a raw weight
+    is_hidden: bool = False  # whether this step only makes states, without excitations
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)  # and not excited therefore
     is_open: bool = False
     companion: torch.optim.AdamW = field(default_factory=new_companion)
     _undo: list[Callable[[], None]] = field(default_factory=list)

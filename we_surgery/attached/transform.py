@@ -30,9 +30,7 @@ from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
 def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
     """Computes W' = E(raw) into each Parameter's own memory.
 
-    Args:
-        weights: the weights.
-        advance: whether buffers that follow training, such as a power iteration's, move first.
+    With ``advance`` buffers that follow training, such as a power iteration's, move first.
     """
     closed: dict[Backend, list[tuple[AttachedWeight, ClosedFormInputs]]] = {}
     rows: list[tuple[AttachedWeight, ClosedFormInputs]] = []
@@ -78,9 +76,6 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
 
     The last weight comes first, as in the backward pass of a model: a parameter that several
     excitations share then sums its gradients in the same order.
-
-    Args:
-        weights: those whose Parameter has a gradient; it is not changed.
     """
     closed: dict[Backend, list[AttachedWeight]] = {}
     for weight in weights:

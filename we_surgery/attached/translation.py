@@ -17,11 +17,7 @@ from we_surgery.reading import converted_obstacle_of
 
 
 def converted_twin(model: nn.Module, weights: Sequence[AttachedWeight]) -> nn.Module:
-    """A converted copy of the model.
-
-    Raises:
-        InputError: the model is sharded, or a layer can be excited in the attached form alone.
-    """
+    """A converted copy of the model."""
     if any(weight.shard is not None for weight in weights):
         raise InputError(
             "the model is sharded, so that no rank has it whole",
@@ -50,16 +46,7 @@ def converted_twin(model: nn.Module, weights: Sequence[AttachedWeight]) -> nn.Mo
 def from_converted(
     state: Mapping[str, Any], own: dict[str, Any], weights: Sequence[AttachedWeight]
 ) -> dict[str, Any] | None:
-    """A state of these weights, of the state dict of a converted model; None if it is not one.
-
-    Args:
-        state: whatever was given.
-        own: the present state, whose optimizer states stay.
-        weights: those that are excited here.
-
-    Raises:
-        AttachmentError: a weight is excited there and not here.
-    """
+    """A state of these weights, of the state dict of a converted model; None if it is not one."""
     there = _converted_weights(state) if isinstance(state, Mapping) else {}
     if not there:
         return None

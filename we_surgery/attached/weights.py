@@ -18,51 +18,29 @@ from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept
 
 @dataclass(slots=True)
 class Excited:
-    """What the forward pass of one weight leaves for its backward pass.
+    """What the forward pass of one weight leaves for its backward pass."""
 
-    Attributes:
-        terms: the closed form's inputs; None for a weight computed under autograd.
-        kept: the closed form's own intermediates, a few numbers per filter.
-        edge: autograd's node of W'; None for the closed form, and where nothing is trained.
-        is_identity: whether W' is the raw weight, as of a paused excitation.
-    """
-
-    terms: ClosedFormInputs | None = None
-    kept: Kept | None = None
-    edge: GradientEdge | None = None
-    is_identity: bool = False
+    terms: ClosedFormInputs | None = None  # of the closed form
+    kept: Kept | None = None  # by it: a few numbers per filter
+    edge: GradientEdge | None = None  # autograd's node of W', where there is no closed form
+    is_identity: bool = False  # as of a paused excitation
 
 
 @dataclass(eq=False)
 class AttachedWeight:
-    """One Parameter of the model and the raw weight it is excited from.
+    """One Parameter of the model, which holds W' = E(raw), and the raw weight."""
 
-    Attributes:
-        layer: the layer's name in the plan, for messages.
-        places: the names under which the model holds the Parameter, the first one first:
-            (module, parameter).
-        parameter: the model's own Parameter, which holds W' = E(raw).
-        raw: what the optimizer trains in its place.
-        excitation: E.
-        shard: how both are divided among ranks; None where they are whole.
-        backend: what computes E; see :func:`we_surgery.attach`.
-        parameters: those of the excitation.
-        excited: what the last computation of W' left for the backward pass.
-        written: the :meth:`stamp` after W' was written.
-        gradient_version: of ``raw``'s gradient when it was assigned.
-    """
-
-    layer: str
-    places: tuple[tuple[str, str], ...]
+    layer: str  # its name in the plan
+    places: tuple[tuple[str, str], ...]  # (module, parameter); several for tied layers
     parameter: nn.Parameter
     raw: nn.Parameter
     excitation: Composition
     shard: Shard | None = None
     backend: Backend = "auto"
-    parameters: tuple[nn.Parameter, ...] = field(init=False)
+    parameters: tuple[nn.Parameter, ...] = field(init=False)  # of the excitation
     excited: Excited = field(default_factory=Excited)
-    written: tuple[int, int] | None = None
-    gradient_version: int = 0
+    written: tuple[int, int] | None = None  # the stamp after W' was written
+    gradient_version: int = 0  # of the raw weight's gradient when it was assigned
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.excitation.parameters())
@@ -85,27 +63,15 @@ class AttachedWeight:
 
 @dataclass(eq=False)
 class ExcitationParameter:
-    """A trained parameter of an excitation, which is in the optimizer during a step only.
+    """A trained parameter of an excitation, which is in the optimizer during a step only."""
 
-    Attributes:
-        name: the qualified name of its weight, a colon, and its name in that excitation.
-        parameter: the parameter.
-        entry: what stands for it in the optimizer: itself, or for a sharded weight the same
-            memory as a DTensor.
-        group: the index of the parameter group it joins, or of its weight's.
-        is_apart: whether no group can take it, so that a companion optimizer trains it.
-        replicated: makes a DTensor of a tensor, for a sharded weight.
-        states: what the optimizer and those it wraps keep for it, one after the other; None
-            where one keeps nothing yet.
-    """
-
-    name: str
+    name: str  # of its weight, a colon, and its name in that excitation
     parameter: nn.Parameter
-    entry: nn.Parameter
-    group: int
-    is_apart: bool = False
-    replicated: Callable[[Tensor], nn.Parameter] | None = None
-    states: list[Any] = field(default_factory=list)
+    entry: nn.Parameter  # in the optimizer: itself, or the same memory as a DTensor
+    group: int  # that it joins, or that its weight is in
+    is_apart: bool = False  # trained by the companion, since no group can take it
+    replicated: Callable[[Tensor], nn.Parameter] | None = None  # makes a DTensor of a tensor
+    states: list[Any] = field(default_factory=list)  # of the optimizer and those it wraps
 
 
 def raw_like(parameter: nn.Parameter, values: Tensor, shard: Shard | None = None) -> nn.Parameter:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from we_surgery.training.lightning_base import ExcitingCallback, StrippingIO
+from we_surgery.training.lightning_base import LightningCallback, StrippingIO
 
 
 class StrippingCheckpointIO(StrippingIO, CheckpointIO):
     """Saves and loads as another does, with a stripped file beside each checkpoint."""
 
 
-class WeightExcitation(ExcitingCallback, Callback):
+class WeightExcitation(LightningCallback, Callback):
     """Converts the model before its optimizers are made, and strips each checkpoint it saves.
 
     The conversion happens in ``setup``, so checkpoints resume as ever. Beside each checkpoint

@@ -15,45 +15,29 @@ from typing import Any, ClassVar, Unpack
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from we_surgery.attached import AttachedExcitation
 from we_surgery.checkpoint import (
     is_excited_state_dict,
     strip_state_dict_with_report,
     write_safetensors,
 )
 from we_surgery.converted.convert import convert
-from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.converted.state import is_converted
 from we_surgery.errors import InputError, WESurgeryError
-from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
-from we_surgery.training.schedule import WESchedule, paused_until
+from we_surgery.training.callback import CallbackOptions, ExcitingCallback
 
 SIDE_FILE = ".stripped.safetensors"
 
 
-class ExcitingCallback:
+class LightningCallback(ExcitingCallback):
     """The methods of the callback ``WeightExcitation``, which stands in the modules that use it."""
 
     checkpoint_io: ClassVar[type[StrippingIO]]
 
     def __init__(
-        self,
-        mode: str | None = None,
-        *,
-        form: Form = "converted",
-        submodule: str = "",
-        start_epoch: int | None = None,
-        strip_checkpoints: bool = True,
-        **options: Unpack[ConvertOptions],
+        self, mode: str | None = None, *, submodule: str = "", **options: Unpack[CallbackOptions]
     ) -> None:
-        super().__init__()
-        check_form(form)
-        self.form = form
-        self.excitation: AttachedExcitation | None = None
-        self.start_epoch = start_epoch
-        self.options = resolve_options(mode, paused_until(start_epoch, options))
+        super().__init__(mode, **options)
         self.submodule = submodule
-        self.strip_checkpoints = strip_checkpoints
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         if self.form == "attached":
@@ -70,13 +54,9 @@ class ExcitingCallback:
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         if self.form == "attached":
-            self.excitation = attach_or_go_on(
-                self.network(pl_module),
-                trainer.optimizers,
-                self.options,
-                # It has loaded the model by now and loads the optimizers next.
-                is_resumed=trainer.ckpt_path is not None,
-            )
+            # It has loaded the model by now and loads the optimizers next.
+            is_resumed = trainer.ckpt_path is not None
+            self.attach(self.network(pl_module), trainer.optimizers, is_resumed=is_resumed)
             return
         if not is_converted(pl_module):
             raise InputError(
@@ -87,19 +67,9 @@ class ExcitingCallback:
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        if self.start_epoch is None:
-            return
-        if self.excitation is not None:
-            if trainer.current_epoch >= self.start_epoch:
-                self.excitation.resume()
-        else:
-            averages = (
-                value
-                for callback in trainer.callbacks
-                for value in vars(callback).values()
-                if isinstance(value, AveragedModel)
-            )
-            WESchedule(pl_module, self.start_epoch, *averages).step(trainer.current_epoch)
+        kept = [value for callback in trainer.callbacks for value in vars(callback).values()]
+        averages = [value for value in kept if isinstance(value, AveragedModel)]
+        self.begin_epoch(trainer.current_epoch, pl_module, *averages)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
         # The epoch for the norms' statistics after SWA: Lightning runs no backward and steps all
@@ -145,21 +115,10 @@ class ExcitingCallback:
 
 
 class StrippingIO:
-    """Saves and loads as another does, with a stripped file beside each checkpoint.
-
-    Args:
-        inner: what saves and loads.
-        callback: whose model it is.
-        trainer: the callback's.
-        pl_module: the trainer's.
-    """
+    """Saves and loads as ``inner`` does, with a stripped file beside each checkpoint."""
 
     def __init__(
-        self,
-        inner: Any,
-        callback: ExcitingCallback,
-        trainer: Any,
-        pl_module: nn.Module,
+        self, inner: Any, callback: LightningCallback, trainer: Any, pl_module: nn.Module
     ) -> None:
         super().__init__()
         self.inner = inner
@@ -200,13 +159,7 @@ class StrippingIO:
 
 
 def refuse_child_process(trainer: Any) -> None:
-    """Refuses to convert in a process whose parent gets the weights back by their vanilla names.
-
-    Lightning loads them there without a word about those that do not fit.
-
-    Raises:
-        InputError: the strategy starts child processes by spawn or fork.
-    """
+    """Raises where Lightning loads the weights of child processes into the vanilla model."""
     if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
         raise InputError(
             "the strategy trains in child processes and hands the weights back to a model that is "
@@ -228,17 +181,7 @@ def side_file(checkpoint: str | Path) -> Path:
 
 
 def write_stripped(checkpoint: Mapping[str, Any], path: Path, submodule: str = "") -> None:
-    """Writes the vanilla weights of a Lightning checkpoint as safetensors.
-
-    Args:
-        checkpoint: what Lightning saves, with its ``state_dict``.
-        path: the file; overwritten.
-        submodule: whose weights alone are written, by the names they have in it.
-
-    Raises:
-        InputError: the state dict is sharded or cannot be written.
-        SurgeryError: a folded weight is not finite, or writing failed.
-    """
+    """Writes the vanilla weights of a Lightning checkpoint, or of one submodule, as safetensors."""
     state, _ = strip_state_dict_with_report(checkpoint, key="state_dict")
     prefix = f"{submodule}." if submodule else ""
     network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -24,29 +24,14 @@ PAPER_WEIGHT_DECAY = 1e-4
 
 @dataclass
 class Group:
-    """One parameter group.
-
-    Attributes:
-        options: everything but the parameters: ``lr``, ``weight_decay``, ``lr_scale``, ...
-        params: Parameters, or ``(name, Parameter)`` pairs, which torch's optimizers take too.
-    """
+    """One parameter group: its options, and Parameters or ``(name, Parameter)`` pairs."""
 
     options: dict[str, Any]
     params: list[Any] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The Parameters without their names."""
         return [entry[1] if isinstance(entry, tuple) else entry for entry in self.params]
-
-    @property
-    def is_named(self) -> bool:
-        """Whether the parameters come with names."""
-        return any(isinstance(entry, tuple) for entry in self.params)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The group as an optimizer takes it."""
-        return {"params": list(self.params), **self.options}
 
 
 def param_groups(
@@ -114,15 +99,11 @@ def param_groups(
     trained = {id(tensor) for group in groups for tensor in group.tensors}
     for excitation in excitation_parameters(model, trained):
         _join(groups, excitation, decay_excitations, excitation_lr, own_rule=base is None)
-    return [group.to_dict() for group in groups if group.params]
+    return [{"params": list(g.params), **g.options} for g in groups if g.params]
 
 
 def refuse_groups_of_another_model(groups: Iterable[Group], model: nn.Module) -> None:
-    """Raises where no group holds anything of the model: training would leave it as it is.
-
-    Raises:
-        InputError: as said; a copy was converted, and the groups are those of the original.
-    """
+    """Raises where no group holds anything of the model: training would leave it as it is."""
     held = {id(tensor) for group in groups for tensor in group.tensors}
     if held and not held & {id(parameter) for parameter in model.parameters()}:
         raise InputError(
@@ -208,4 +189,5 @@ def _join(
         if lr is not None:
             options["lr"] = lr
         group = find_or_add(groups, options, after=home)
-        group.params.append((name, parameter) if home.is_named else parameter)
+        is_named = any(isinstance(entry, tuple) for entry in home.params)
+        group.params.append((name, parameter) if is_named else parameter)

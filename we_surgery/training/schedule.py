@@ -109,12 +109,7 @@ class WESchedule:
 
 
 def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOptions:
-    """The options of a conversion that is paused until an epoch; as they are if there is none.
-
-    Raises:
-        InputError: ``start_epoch`` is negative or no integer, or the options say
-            ``start="on"``.
-    """
+    """The options of a conversion that is paused until an epoch; as they are if there is none."""
     if start_epoch is None:
         return options
     _check_epoch(start_epoch)
@@ -127,11 +122,7 @@ def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOpt
 
 
 def _refuse_copied_buffers(averages: Iterable[nn.Module]) -> None:
-    """Raises where an average would take gain and shift of the model's weights for its own.
-
-    Raises:
-        InputError: naming the layer.
-    """
+    """Raises where an average would take gain and shift of the model's weights for its own."""
     for average in averages:
         if not isinstance(average, AveragedModel) or average.use_buffers:
             continue

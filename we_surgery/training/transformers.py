@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from we_surgery.attached import AttachedExcitation
 from we_surgery.converted.convert import convert
-from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.converted.state import is_converted
 from we_surgery.converted.strip import strip
 from we_surgery.errors import WESurgeryError
-from we_surgery.training.attached_form import Form, attach_or_go_on, check_form
+from we_surgery.training.callback import ExcitingCallback
 from we_surgery.training.optimizers import add_to_optimizer
-from we_surgery.training.schedule import WESchedule, paused_until
 from we_surgery.training.vanilla_view import inside_wrappers
 
 STRIPPED_FOLDER = "stripped"
 
 
-class WeightExcitation(TrainerCallback):
+class WeightExcitation(ExcitingCallback, TrainerCallback):
     """Converts the Trainer's model before its optimizer is made, and strips each checkpoint.
 
     The conversion happens in place when the Trainer has been built, so checkpoints resume as
@@ -60,79 +57,32 @@ class WeightExcitation(TrainerCallback):
         >>> strip(trainer.model, inplace=True)
     """
 
-    def __init__(
-        self,
-        mode: str | None = None,
-        *,
-        form: Form = "converted",
-        start_epoch: int | None = None,
-        strip_checkpoints: bool = True,
-        **options: Unpack[ConvertOptions],
-    ) -> None:
-        check_form(form)
-        self.form = form
-        self.excitation: AttachedExcitation | None = None
-        self.start_epoch = start_epoch
-        self.options = resolve_options(mode, paused_until(start_epoch, options))
-        self.strip_checkpoints = strip_checkpoints
-        self._next_epoch = 0
+    _next_epoch = 0
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = inside_wrappers(kwargs["model"])
         if self.form == "converted" and not is_converted(model):
             convert(model, inplace=True, **self.options)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that is resumed within an epoch begins at a fraction.
         self._next_epoch = int(state.epoch or 0)
         optimizer = kwargs.get("optimizer")
         if self.form == "attached":
             # A checkpoint's state is in the optimizer by now.
-            self.excitation = attach_or_go_on(
-                inside_wrappers(kwargs["model"]), [optimizer], self.options, is_resumed=False
-            )
+            self.attach(inside_wrappers(kwargs["model"]), [optimizer], is_resumed=False)
             return
         # One that was given to the Trainer was made before the conversion. DeepSpeed's holds
         # pieces of tensors, and was made by the Trainer.
         if optimizer is not None and not args.deepspeed:
             add_to_optimizer(optimizer, kwargs["model"])
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted: of data without a length, the state has each epoch as a fraction of the whole.
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        if self.start_epoch is None:
-            return
-        if self.excitation is not None:
-            if epoch >= self.start_epoch:
-                self.excitation.resume()
-        else:
-            WESchedule(kwargs["model"], self.start_epoch).step(epoch)
+        self.begin_epoch(epoch, kwargs["model"])
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.form == "attached":
             return
         if not (self.strip_checkpoints and state.is_world_process_zero):

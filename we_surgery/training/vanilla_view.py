@@ -15,16 +15,8 @@ from we_surgery.excitations.names import excitation_name, raw_name, rename_param
 
 @dataclass(frozen=True)
 class ExcitationParameters:
-    """The trainable parameters that one raw weight's excitation brings.
+    """The trainable parameters of one raw weight's excitation, by their names in the model."""
 
-    Attributes:
-        layer: the layer's name in messages.
-        raw: the raw weight.
-        named: the excitation's parameters by their names in the converted model; none for one
-            without parameters, such as MWE.
-    """
-
-    layer: str
     raw: nn.Parameter
     named: tuple[tuple[str, nn.Parameter], ...]
 
@@ -34,12 +26,8 @@ def excitation_parameters(
 ) -> Iterator[ExcitationParameters]:
     """For each excited weight, in the model's order, what its excitation trains.
 
-    Parameters that several excitations have in common, or tied layers, are yielded with the first
-    layer whose raw weight is trained; with the first of all if none is.
-
-    Args:
-        model: the model, without wrappers.
-        trained: the ``id`` of each raw weight that is trained.
+    Parameters that several excitations have in common are yielded with the first layer whose raw
+    weight is among the ids ``trained``; with the first of all if none is.
     """
     weights = list(excited_weights(model))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -53,7 +41,7 @@ def excitation_parameters(
             for parameter in weight.excitation.parameters()
             if parameter.requires_grad and first[id(parameter)] is weight
         )
-        yield ExcitationParameters(weight.name, weight.raw, named)
+        yield ExcitationParameters(weight.raw, named)
 
 
 def vanilla_view(model: nn.Module) -> nn.Module:
