@@ -11,6 +11,7 @@ from recipe_toys import picture, tiny_network
 from timm.utils import CheckpointSaver
 from torch import nn
 
+import we_surgery as ws
 from we_surgery.checkpoint import Architecture
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.jobs.convert import Source
@@ -42,6 +43,10 @@ def test_a_run_trains_and_reports(form, recipe, image_folder, tmp_path):
     found = inspect_file(Source(str(tmp_path / "run" / "last.pth.tar")))
     assert [layer.name for layer in found.layers] == ["0.weight", "3.weight", "8.weight"]
     assert found.is_attached == (form == "attached")
+    saved = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)["state_dict"]
+    # The model of an attached run is what is deployed.
+    deployed = ws.strip_state_dict(saved) if form == "converted" else saved
+    assert all(torch.equal(deployed[key], value) for key, value in vanilla.state_dict().items())
 
 
 @pytest.mark.parametrize(
