@@ -94,3 +94,10 @@ def test_a_class_that_packs_its_weights_is_refused_by_name() -> None:
         ws.convert(model, "mwe", example_inputs=torch.randn(2, 6), inplace=True)
     assert type(model[0]) is Packing
     assert list(model[0]._parameters) == ["weight", "bias"]
+
+
+def test_places_and_parameters_are_kept() -> None:
+    vanilla, model = make(), converted()
+    names = [key.replace("raw_weight", "weight") for key in model.state_dict()]
+    assert [key for key in names if "excitation" not in key] == list(vanilla.state_dict())
+    assert model.state_dict(keep_vars=True)["0.raw_weight"] is model[0].raw_weight

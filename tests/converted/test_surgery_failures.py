@@ -17,7 +17,7 @@ from we_surgery.excitations import Composition, WeightLayout, build_excitation
 
 
 @pytest.mark.parametrize("init", ["paper", "preserve"])
-@pytest.mark.parametrize("fails_at", range(6))
+@pytest.mark.parametrize("fails_at", [0, 3, 5])
 def test_a_failure_at_any_site_leaves_the_model_as_it_was(
     fails_at: int, init: Literal["paper", "preserve"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +55,7 @@ def trained() -> nn.Module:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("fails_at", range(5))
+@pytest.mark.parametrize("fails_at", [0, 2, 4])
 def test_a_failure_at_any_restored_layer_leaves_the_model_as_it_was(
     fails_at: int, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,11 +101,6 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
     )
 
 
-def policy_from_file(path: str | Path) -> Policy:
-    """A policy from a YAML file."""
-    return policy_from_config(read_yaml(path), str(path))
-
-
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds; an empty one holds an empty mapping."""
     try:

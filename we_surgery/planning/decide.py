@@ -16,7 +16,7 @@ from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
 from we_surgery.planning.rows import Decision, added_parameters
 from we_surgery.planning.rules import Rule
-from we_surgery.planning.transplant_rows import TransplantDecision, decide
+from we_surgery.planning.transplant_rows import TransplantDecision, count_parameters, decide
 from we_surgery.reading import Form, LayerFacts, Reading, read
 
 
@@ -50,7 +50,7 @@ def plan(
         InputError: an unknown mode, option or key, or a pattern that matches no layer.
     """
     policy = make_policy(mode, config, rules, transplants)
-    vanilla_parameters = sum(_numel(parameter) for parameter in model.parameters())
+    vanilla_parameters = count_parameters(model)
     places: tuple[TransplantDecision, ...] = ()
     if policy.transplants:
         # What they add is read as well: a gate's layers are found as such.
@@ -143,7 +143,3 @@ def _count_matches(
                 "Correct it; `we-convert MODEL --dry-run` lists the layers' names.",
             )
     return counts
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from we_surgery._util.settings import filled
 from we_surgery.errors import InputError, near_matches
 from we_surgery.planning.rules import Rule
 from we_surgery.transplants.base import Site, Transplant
@@ -53,22 +54,9 @@ class TransplantDecision:
     @staticmethod
     def from_dict(row: Any, source: str) -> TransplantDecision:
         """The inverse of :meth:`to_dict`."""
-        try:
-            decision = TransplantDecision(
-                transplant=str(row["transplant"]),
-                place=str(row["place"]),
-                type_name=str(row.get("type_name", "")),
-                attach=_flag(row["attach"]),
-                options=dict(row.get("options") or {}),
-                reason=str(row.get("reason", "")),
-                added_parameters=int(row.get("added_parameters", 0)),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{source} has a transplant that cannot be read ({type(error).__name__}: "
-                f"{error}): {row!r}",
-                'A row holds transplant, place and attach; leave one out with `"attach": false`.',
-            ) from error
+        hint = 'A row holds transplant, place and attach; leave one out with `"attach": false`.'
+        values = {"type_name": "", **row} if isinstance(row, Mapping) else row
+        decision = filled(TransplantDecision, values, f"a transplant in {source}", hint)
         _ = decision.method
         return decision
 
@@ -105,10 +93,10 @@ def attach(
             counted.append(replace(row, added_parameters=0))
             continue
         _refuse_missing(model, row)
-        before = _count_parameters(model)
+        before = count_parameters(model)
         method = row.method
         (method.reattach if loading else method.attach)(model, row.place)
-        counted.append(replace(row, added_parameters=_count_parameters(model) - before))
+        counted.append(replace(row, added_parameters=count_parameters(model) - before))
     return counted
 
 
@@ -159,14 +147,9 @@ def _refuse_missing(model: nn.Module, row: TransplantDecision) -> None:
         )
 
 
-def _count_parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """How many parameters a model has; those of lazy layers do not count yet."""
     return sum(
         0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
         for parameter in model.parameters()
     )
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"`attach` is true or false, not {value!r}")
-    return value
