@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-Progress = Callable[[int, int | None], None]
-"""Called with the steps done and the steps in all; None where that is not known."""
+Progress = Callable[[int, int], None]
+"""Called with the steps done and the steps in all, which are 0 where that is not known."""
 
 
 @contextmanager
@@ -30,12 +30,12 @@ def progress_bar(what: str = "measuring", unit: str = "evaluations") -> Iterator
     task = bar.add_task(what, total=None)
     start = time.perf_counter()
 
-    def update(done: int, total: int | None) -> None:
+    def update(done: int, total: int) -> None:
         nonlocal start
         if done == 0:
             start = time.perf_counter()
-        bar.update(task, completed=done, total=total)
-        if unit and done == 1 and total is not None:
+        bar.update(task, completed=done, total=total or None)
+        if unit and done == 1 and total:
             seconds = total * (time.perf_counter() - start)
             console.print(f"{total:,} {unit}, about {_duration(seconds)}", highlight=False)
 

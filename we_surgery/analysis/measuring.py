@@ -88,7 +88,8 @@ def measure(
         job: what a progress file is checked against besides the model and the changes.
         progress_file: keeps results while the run lasts; taken up if it is there, removed at the
             end.
-        progress: called with (measurements done, measurements in all).
+        progress: called with (measurements done, measurements in all), the latter 0 where a loader
+            does not say its length.
 
     Raises:
         InputError: the metric is neither of the two, does not run the model, or does not give a
@@ -107,10 +108,10 @@ def measure(
     )
     if callable(metric):
         measurements: Iterable[Measurement] = [lambda: (_value(model, metric), 1)]
-        length: int | None = 1
+        length = 1
     else:
         measurements, length = _batches(model, metric, score, kept), _length(metric)
-    left = None if length is None else _left(changes, length, kept)
+    left = _left(changes, length, kept)
     index, done = -1, 0
     for index, measurement in enumerate(measurements):
         _measure_baseline(index, measurement, kept)
@@ -202,11 +203,12 @@ def _check_batch(index: int, inputs: Any, labels: Tensor, kept: ProgressFile) ->
         )
 
 
-def _length(batches: LabelledBatches) -> int | None:
+def _length(batches: LabelledBatches) -> int:
+    """The number of batches, 0 where the loader does not say it."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
-        return None
+        return 0
 
 
 def _value(model: nn.Module, metric: MetricFunction) -> float:

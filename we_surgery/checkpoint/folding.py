@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from we_surgery._util.progress import Progress
 from we_surgery.checkpoint.excited_entry import (
     ExcitedEntry,
     cast,
@@ -42,7 +43,6 @@ from we_surgery.errors import (
 from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.excitations.names import RAW_PREFIX
 
-Progress = Callable[[int, int], None]
 _SAFETENSORS = ".safetensors"
 
 

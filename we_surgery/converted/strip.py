@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from we_surgery._util.copies import copy_model
+from we_surgery._util.progress import Progress
 from we_surgery._util.transaction import AllOrNothing
 from we_surgery.converted.excite import change_since_conversion, restore
 from we_surgery.converted.graphs import ExcitedWeight, excited_weights, refuse_changed_graphs
@@ -37,7 +38,6 @@ from we_surgery.transplants.shift import ShiftTransplant
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 
 DEPLOY_FORMS: dict[str, tuple[Transplant, ...]] = {"dense": (), "shift": (ShiftTransplant(),)}
 """What is put into a folded model, by the name of its form."""

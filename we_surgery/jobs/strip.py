@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from we_surgery import checkpoint
 from we_surgery._util.copies import copy_model
+from we_surgery._util.progress import Progress
 from we_surgery.checkpoint import Contents, Metadata
 from we_surgery.converted.proof import StripReport, same_bits
 from we_surgery.converted.state import is_converted, stored_plan
-from we_surgery.converted.strip import Progress, strip_with_report
+from we_surgery.converted.strip import strip_with_report
 from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.jobs.convert import Source
 from we_surgery.jobs.targets import Target, check_extension, choose_target
