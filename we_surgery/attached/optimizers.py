@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from we_surgery.attached.wrappers import unwrapped, with_wrapped
 from we_surgery.errors import InputError
 
-_REFUSED = {
+SHARDED_OR_FLAT = {
     "ZeroRedundancyOptimizer": "divides its parameters among the processes",
     "DeepSpeedZeroOptimizer": "keeps flat copies of the parameters",
     "DeepSpeedZeroOptimizer_Stage3": "keeps flat copies of the parameters",
@@ -114,8 +114,8 @@ def supported_optimizers(given: Any) -> list[Any]:
     for each in found:
         for layer in with_wrapped(each):
             name = type(layer).__name__
-            if name in _REFUSED or name.startswith("DeepSpeed"):
-                reason = _REFUSED.get(name, "keeps flat copies of the parameters")
+            if name in SHARDED_OR_FLAT or name.startswith("DeepSpeed"):
+                reason = SHARDED_OR_FLAT.get(name, "keeps flat copies of the parameters")
                 raise InputError(
                     f"{name} is not supported: it {reason}",
                     "Convert the model instead (`we_surgery.convert`), before it is wrapped.",

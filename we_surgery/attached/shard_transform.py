@@ -59,10 +59,6 @@ def write_rows(weights: Sequence[tuple[AttachedWeight, ClosedFormInputs]]) -> No
             _finish(weight, terms, curved, kept)
 
 
-def _largest(values: Tensor) -> Tensor:
-    return values.abs().amax() if values.numel() else values.new_zeros(())
-
-
 def _before_curve(weight: AttachedWeight, terms: ClosedFormInputs) -> tuple[Tensor, Kept | None]:
     rows = local(weight.raw)
     straight = terms._replace(mwe_epsilon=None)

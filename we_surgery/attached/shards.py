@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from we_surgery._util.views import view_of
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,34 +133,21 @@ def whole_model(model: nn.Module) -> nn.Module:
         values = whole(parameter) if is_sharded(parameter) else None
         if values is not None:
             parameters[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-    return _view(model, parameters, {})
 
-
-def _view(
-    module: nn.Module, parameters: dict[int, nn.Parameter], views: dict[int, nn.Module]
-) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule
 
-    if id(module) in views:
-        return views[id(module)]
-    is_fsdp = isinstance(module, FSDPModule)
-    # FSDP2 derives a class from FSDPModule and the layer's own.
-    kind = type(module).__mro__[2] if is_fsdp else type(module)
-    view: nn.Module = object.__new__(kind)
-    views[id(module)] = view
-    view.__dict__.update(module.__dict__)
-    if is_fsdp:
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            view.__dict__[hooks] = type(module.__dict__[hooks])()
-    view.__dict__["_parameters"] = {
-        name: None if p is None else parameters.get(id(p), p)
-        for name, p in module._parameters.items()
-    }
-    view.__dict__["_modules"] = {
-        name: None if child is None else _view(child, parameters, views)
-        for name, child in module._modules.items()
-    }
-    return view
+    def class_of(module: nn.Module) -> type[nn.Module]:
+        # FSDP2 derives a class from FSDPModule and the layer's own.
+        return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+    def adapt(module: nn.Module, view: nn.Module) -> None:
+        if isinstance(module, FSDPModule):
+            view.__dict__["_forward_hooks"] = type(module._forward_hooks)()
+            view.__dict__["_forward_pre_hooks"] = type(module._forward_pre_hooks)()
+        for name, own in view._parameters.items():
+            view._parameters[name] = parameters.get(id(own), own)
+
+    return view_of(model, class_of, adapt)
 
 
 def share_again(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from we_surgery.attached.optimizers import (
+    SHARDED_OR_FLAT,
     group_for,
     group_options,
     start_early_state,
@@ -28,11 +29,8 @@ from we_surgery.training.vanilla_view import (
 
 logger = logging.getLogger(__name__)
 
-_FIXED = {
+_FIXED = SHARDED_OR_FLAT | {
     "LBFGS": "keeps one flat history over all of its parameters, whose size is fixed",
-    "ZeroRedundancyOptimizer": "has divided its parameters among the processes",
-    "DeepSpeedZeroOptimizer": "has divided its parameters among the processes",
-    "DeepSpeedZeroOptimizer_Stage3": "has divided its parameters among the processes",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from we_surgery._util.views import view_of
 from we_surgery.attached.wrappers import inside_wrappers as inside_wrappers
 from we_surgery.converted.graphs import ExcitedWeight, excited_weights
 from we_surgery.converted.layer import ExcitedLayer
@@ -48,32 +49,18 @@ def vanilla_view(model: nn.Module) -> nn.Module:
     """The vanilla model around the very Parameters of ``model``: for reading names, not to run.
 
     Classes, names and order are those of the model before its conversion, each raw weight
-    stands under its vanilla name, and no excitation is there. Nothing is copied but the
-    modules' own dictionaries, so that a sharded model, which cannot be deep-copied, has one too.
+    stands under its vanilla name, and no excitation is there.
     """
     excited: dict[int, list[str]] = {}
     for weight in excited_weights(model):
         excited.setdefault(id(weight.owner), []).append(weight.parameter)
-    return _view(model, excited, {})
 
+    def class_of(module: nn.Module) -> type[nn.Module]:
+        return module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
 
-def _view(
-    module: nn.Module, excited: dict[int, list[str]], views: dict[int, nn.Module]
-) -> nn.Module:
-    if id(module) in views:
-        return views[id(module)]
-    kind = module.vanilla_class if isinstance(module, ExcitedLayer) else type(module)
-    # Not the class's own __new__: that of a sharded module builds a whole new module.
-    view = views[id(module)] = object.__new__(kind)
-    view.__dict__.update(module.__dict__)
-    view.__dict__["_parameters"] = dict(module._parameters)
-    names = excited.get(id(module), [])
-    for name in names:
-        rename_parameter(view, raw_name(name), name)
-    gone = {excitation_name(name) for name in names}
-    view.__dict__["_modules"] = {
-        name: None if child is None else _view(child, excited, views)
-        for name, child in module._modules.items()
-        if name not in gone
-    }
-    return view
+    def adapt(module: nn.Module, view: nn.Module) -> None:
+        for name in excited.get(id(module), []):
+            rename_parameter(view, raw_name(name), name)
+            view._modules.pop(excitation_name(name), None)
+
+    return view_of(model, class_of, adapt)
