@@ -46,6 +46,7 @@ class House:
     lines: int
     files: int
     rooms: dict[str, dict[str, int]]
+    arrows: dict[str, list[str]]
     files_in_root: int
     floors: int
     floors_with_all_imports: int
@@ -172,6 +173,7 @@ def measure(package: Path) -> House:
         lines=sum(sizes.values()),
         files=len(sizes),
         rooms=rooms,
+        arrows=_arrows(modules),
         files_in_root=rooms.get(ROOT, {}).get("files", 0),
         floors=len(at_import),
         floors_with_all_imports=len(longest_chain(import_graph(modules, KINDS))),
@@ -182,6 +184,15 @@ def measure(package: Path) -> House:
         longest_file=max(sizes.items(), key=lambda item: item[1]),
         longest_function=max(functions.items(), key=lambda item: item[1], default=("", 0)),
     )
+
+
+def _arrows(modules: Mapping[str, Module]) -> dict[str, list[str]]:
+    """The rooms that each room imports, at any time and for whatever reason."""
+    arrows: dict[str, set[str]] = {module.room: set() for module in modules.values()}
+    for module in modules.values():
+        for imported in set().union(*module.imports.values()):
+            arrows[module.room].add(modules[imported].room)
+    return {room: sorted(others - {room}) for room, others in arrows.items()}
 
 
 def describe(house: House) -> str:

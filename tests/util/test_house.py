@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "benchmarks" / "house.py"
 FILES = {
     "__init__.py": "from house.top import job\n",
@@ -64,6 +64,7 @@ def test_figures_of_a_known_package(house: ModuleType, package: Path) -> None:
         "house.low.first",
     ]
     assert found.floors == 4
+    assert found.arrows == {"(root)": ["top"], "top": ["(root)", "low"], "low": []}
     assert found.floors_with_all_imports == 4  # the circle is one floor
     assert found.circles == [["house.low.first", "house.low.second"]]
     assert found.longest_function == (str(Path("top/job.py work")), 4)
