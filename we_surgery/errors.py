@@ -88,6 +88,11 @@ def no_such_file(path: Path) -> InputError:
     )
 
 
+def damaged(cause: str) -> InputError:
+    """The error for a file whose content does not fit together."""
+    return InputError(cause, "Save or fetch it again.")
+
+
 def listed(texts: Iterable[str], limit: int = 8) -> str:
     """The texts with commas, the number of those left out, and "none" for none."""
     texts = list(texts)

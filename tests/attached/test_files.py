@@ -135,6 +135,8 @@ def test_each_of_several_optimizers_has_its_part(tmp_path: Path) -> None:
             "no weight of this name",
         ),
         (lambda own: own.update(plan="[1"), "cannot be read"),
+        (lambda own: own.update(plan=3), "cannot be read"),
+        (lambda own: own.update(steps="many"), "cannot be read"),
     ],
 )
 def test_a_damaged_excitation_is_an_error(
@@ -143,10 +145,13 @@ def test_a_damaged_excitation_is_an_error(
     model, _, excitation = trained
     own = excitation.state_dict()
     damage(own)
-    torch.save({"model": model.state_dict(), "excitation": own}, tmp_path / "run.pt")
-    result = CliRunner().invoke(inspect_command, [str(tmp_path / "run.pt")])
-    assert result.exit_code == 2
-    assert re.search(message, " ".join(result.output.split())), result.output
+    saved = {"model": model.state_dict(), "excitation": own}
+    torch.save(saved, tmp_path / "run.pt")
+    write_dcp(saved, tmp_path / "folder")
+    for place in ("run.pt", "folder"):
+        result = CliRunner().invoke(inspect_command, [str(tmp_path / place)])
+        assert result.exit_code == 2
+        assert re.search(message, " ".join(result.output.split())), result.output
 
 
 def test_analyses_of_multipliers_take_an_attached_run(

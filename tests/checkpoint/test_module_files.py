@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
 import we_surgery as ws
-from we_surgery.checkpoint import read, write_module
+from we_surgery.checkpoint import read, write
 from we_surgery.checkpoint.safe_pickle.permissions import permit
 from we_surgery.checkpoint.safe_pickle.scan import Actions, Name
 from we_surgery.errors import InputError
@@ -67,7 +67,7 @@ def assert_same(found, expected):
 
 
 def test_a_vanilla_module_comes_back_bit_equal_without_trust(model, tmp_path):
-    write_module(model, tmp_path / "model.pt")
+    write(model, tmp_path / "model.pt", "module")
     contents = read(tmp_path / "model.pt")
     assert contents.kind == "module"
     assert contents.metadata is None
@@ -76,7 +76,7 @@ def test_a_vanilla_module_comes_back_bit_equal_without_trust(model, tmp_path):
 
 def test_a_converted_module_comes_back_bit_equal_without_trust(model, tmp_path):
     converted = ws.convert(model, config={"mode": "lwe+mwe", "depthwise": "mwe"})
-    write_module(converted, tmp_path / "model.pt")
+    write(converted, tmp_path / "model.pt", "module")
     contents = read(tmp_path / "model.pt")
     assert_same(contents.model, converted)
     plan = ws.Plan.from_dict(contents.metadata.plan)
@@ -86,7 +86,7 @@ def test_a_converted_module_comes_back_bit_equal_without_trust(model, tmp_path):
 def test_a_partial_over_a_layer_comes_back(tmp_path):
     model = nn.Linear(2, 2)
     model.norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
-    write_module(model, tmp_path / "model.pt")
+    write(model, tmp_path / "model.pt", "module")
     found = read(tmp_path / "model.pt").model.norm_layer
     assert found.func is nn.LayerNorm
     assert found.keywords == {"eps": 1e-6}
@@ -135,7 +135,7 @@ def test_a_converted_file_needs_nothing_but_torch_load(tmp_path):
     x = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
     model(x)
     converted = ws.convert(model, mode="lwe+mwe")
-    write_module(converted, tmp_path / "model.pt")
+    write(converted, tmp_path / "model.pt", "module")
     torch.save((x, converted(x).detach()), tmp_path / "expected.pt")
     result = run_elsewhere(
         """
@@ -155,8 +155,8 @@ def test_a_converted_file_needs_nothing_but_torch_load(tmp_path):
 
 def test_a_stripped_file_opens_where_this_package_is_not_installed(tmp_path):
     model = ws.convert(MODELS["StdConv"](), mode="lwe+mwe")
-    write_module(ws.strip(model), tmp_path / "model.pt")
-    write_module(model, tmp_path / "excited.pt")
+    write(ws.strip(model), tmp_path / "model.pt", "module")
+    write(model, tmp_path / "excited.pt", "module")
     result = run_elsewhere(
         """
         import sys

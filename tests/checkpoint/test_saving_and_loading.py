@@ -15,8 +15,7 @@ from we_surgery.checkpoint import (
     model_from,
     read,
     save,
-    write_safetensors,
-    write_state_dict,
+    write,
 )
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.converted.layer import excited_layers
@@ -179,7 +178,7 @@ def test_mixed_dtypes_come_back_each(tmp_path):
 def test_an_index_that_was_cast_with_the_weights_stays_an_index(tmp_path):
     model = torchvision.models.mobilenet_v3_small()
     state = {key: value.half() for key, value in model.state_dict().items()}
-    write_state_dict(state, tmp_path / "half.pt", metadata=None)
+    write(state, tmp_path / "half.pt", "state_dict")
     found = load(tmp_path / "half.pt", architecture="torchvision:mobilenet_v3_small")
     assert found.features[0][1].num_batches_tracked.dtype == torch.int64
     assert found.features[0][0].weight.dtype == torch.float16
@@ -213,7 +212,7 @@ def test_weights_without_an_architecture_ask_for_one(tmp_path):
 def test_the_callers_architecture_comes_before_the_files(tmp_path):
     model = Architecture.parse("timm:test_vit", {"num_classes": 3}).build()
     metadata = Metadata(architecture=Architecture("timm:test_vit"))
-    write_state_dict(model.state_dict(), tmp_path / "m.pt", metadata=metadata)
+    write(model.state_dict(), tmp_path / "m.pt", "state_dict", metadata=metadata)
     with pytest.raises(InputError, match="does not fit timm:test_vit"):
         load(tmp_path / "m.pt")
     found = load(tmp_path / "m.pt", architecture=Architecture("timm:test_vit", {"num_classes": 3}))
@@ -264,7 +263,7 @@ def test_a_trainers_checkpoint_loads_with_a_key_and_an_architecture(tmp_path):
 def test_weights_that_do_not_fit_say_where(change, message, tmp_path):
     state = dict(converted("saved_nets:transposed").state_dict())
     change(state)
-    write_safetensors(state, tmp_path / "m.safetensors", metadata=None)
+    write(state, tmp_path / "m.safetensors", "safetensors")
     with pytest.raises(InputError, match=message) as caught:
         load(tmp_path / "m.safetensors", architecture="saved_nets:transposed")
     assert "num_classes" in caught.value.cure
@@ -273,7 +272,7 @@ def test_weights_that_do_not_fit_say_where(change, message, tmp_path):
 def test_one_parameter_with_two_values_in_the_file_is_refused(tmp_path):
     state = dict(converted("saved_nets:Tied").state_dict())
     state["second.raw_weight"] = state["second.raw_weight"] + 1
-    write_safetensors(state, tmp_path / "m.safetensors", metadata=None)
+    write(state, tmp_path / "m.safetensors", "safetensors")
     with pytest.raises(InputError, match="one Parameter"):
         load(tmp_path / "m.safetensors", architecture="saved_nets:Tied")
 
@@ -290,7 +289,7 @@ def test_a_stripped_file_loads_into_the_vanilla_architecture_by_torch_alone(tmp_
     for name, shape in cases.items():
         model = converted(name)
         state = ws.strip(model).state_dict()
-        write_state_dict(state, tmp_path / "stripped.pt", metadata=None, force=True)
+        write(state, tmp_path / "stripped.pt", "state_dict", force=True)
         vanilla = Architecture.parse(name).build()
         found = torch.load(tmp_path / "stripped.pt", weights_only=True)
         assert getattr(found, VERSIONS) == getattr(state, VERSIONS)

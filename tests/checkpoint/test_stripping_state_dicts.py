@@ -15,7 +15,7 @@ from we_surgery.checkpoint import (
 )
 from we_surgery.checkpoint.unwrap import VERSIONS
 from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError
-from we_surgery.excitations import formulas
+from we_surgery.excitations.compute import formulas
 from we_surgery.excitations.record import make_record, to_tensor
 from we_surgery.jobs.convert import Source
 from we_surgery.jobs.inspect import inspect_file

@@ -130,7 +130,7 @@ def test_an_unknown_key_names_near_ones_and_all():
     assert "'epoch'" in caught.value.cure
     with pytest.raises(InputError, match="holds no further keys"):
         unwrap(checkpoint, key="epoch.x")
-    with pytest.raises(InputError, match="no state dict but int") as caught:
+    with pytest.raises(InputError, match="is int and not a state dict") as caught:
         unwrap(checkpoint, key="epoch")
     assert "'state_dict'" in caught.value.cure
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_a_state_dict_is_refused(checkpoint):
 
 @pytest.mark.parametrize("checkpoint", [None, 3, [1], nn.Linear(1, 1)])
 def test_what_is_no_mapping_is_refused(checkpoint):
-    with pytest.raises(InputError, match="no mapping"):
+    with pytest.raises(InputError, match="not a mapping"):
         unwrap(checkpoint)
 
 

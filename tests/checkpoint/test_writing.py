@@ -18,20 +18,18 @@ from we_surgery.checkpoint import (
     disk,
     read,
     staged,
-    write_module,
-    write_safetensors,
-    write_state_dict,
 )
 from we_surgery.checkpoint import staging as staging_module
+from we_surgery.checkpoint import write as write_file
 from we_surgery.checkpoint.shards.safetensors_file import SafetensorsWriter
 from we_surgery.errors import InputError, SurgeryError
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
 WRITERS = {
-    "module": lambda path, **options: write_module(nn.Linear(3, 2), path, **options),
-    "state_dict": lambda path, **options: write_state_dict(STATE, path, metadata=None, **options),
-    "safetensors": lambda path, **options: write_safetensors(STATE, path, metadata=None, **options),
+    "module": lambda path, **options: write_file(nn.Linear(3, 2), path, "module", **options),
+    "state_dict": lambda path, **options: write_file(STATE, path, "state_dict", **options),
+    "safetensors": lambda path, **options: write_file(STATE, path, "safetensors", **options),
 }
 
 
@@ -120,7 +118,7 @@ def test_a_module_that_cannot_be_pickled_says_so_and_leaves_nothing(tmp_path):
     model = nn.Linear(2, 2)
     model.activation = lambda x: x
     with pytest.raises(SurgeryError, match="cannot be pickled") as caught:
-        write_module(model, tmp_path / "out.pt")
+        write_file(model, tmp_path / "out.pt", "module")
     assert "state dict" in caught.value.cure
     assert names(tmp_path) == []
 
@@ -305,7 +303,7 @@ def test_an_error_of_the_disk_after_the_rename_says_that_the_file_is_there(tmp_p
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(SurgeryError, match="written and in place") as caught:
-        write_state_dict(STATE, tmp_path / "out", metadata=None)
+        write_file(STATE, tmp_path / "out", "state_dict")
     assert "as it was" not in str(caught.value)
     read(tmp_path / "out")
 
@@ -330,7 +328,7 @@ def test_what_a_killed_run_left_is_named_and_removed_by_the_next(folder, tmp_pat
     with staged(tmp_path / "alive", folder=True):
         assert left not in names(tmp_path)
         # One that lives is left alone.
-        write_state_dict(STATE, tmp_path / "other", metadata=None)
+        write_file(STATE, tmp_path / "other", "state_dict")
         assert len(names(tmp_path)) == 2
     assert names(tmp_path) == ["alive", "other"]
     assert [record.getMessage() for record in caplog.records] == [
@@ -342,7 +340,7 @@ def test_what_a_killed_run_left_is_named_and_removed_by_the_next(folder, tmp_pat
 def test_what_a_killed_run_had_moved_aside_comes_back(shards, tmp_path):
     killed(shards, folder=True, with_old=True)
     assert not shards.exists()
-    write_state_dict(STATE, tmp_path / "other", metadata=None)
+    write_file(STATE, tmp_path / "other", "state_dict")
     assert names(tmp_path) == ["other", "out"]
     assert (shards / "model.safetensors").read_text() == "before"
 
@@ -401,13 +399,13 @@ METADATA = Metadata(
 
 
 def test_a_bare_state_dict_is_just_that(tmp_path):
-    write_state_dict(STATE, tmp_path / "out.pt", metadata=None)
+    write_file(STATE, tmp_path / "out.pt", "state_dict")
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert list(found) == list(STATE)
 
 
 def test_a_state_dict_describes_itself_under_weights_only(tmp_path):
-    write_state_dict(STATE, tmp_path / "out.pt", metadata=METADATA)
+    write_file(STATE, tmp_path / "out.pt", "state_dict", metadata=METADATA)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert list(found) == ["we_surgery", "state_dict"]
     assert found["we_surgery"]["schema"] == 1
@@ -418,13 +416,13 @@ def test_a_state_dict_describes_itself_under_weights_only(tmp_path):
 
 
 def test_a_safetensors_header_describes_the_file(tmp_path):
-    write_safetensors(STATE, tmp_path / "out.safetensors", metadata=METADATA)
+    write_file(STATE, tmp_path / "out.safetensors", "safetensors", metadata=METADATA)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         header = file.metadata()
     assert header["format"] == "pt"
     assert json.loads(header["we_surgery"]) == METADATA.to_dict()
     assert read(tmp_path / "out.safetensors").metadata == METADATA
-    write_safetensors(STATE, tmp_path / "bare.safetensors", metadata=None)
+    write_file(STATE, tmp_path / "bare.safetensors", "safetensors")
     assert read(tmp_path / "bare.safetensors").metadata is None
 
 
@@ -450,7 +448,7 @@ def test_tied_and_strided_tensors_are_whole_in_safetensors(tmp_path):
         "half": torch.ones(2, dtype=torch.bfloat16),
         "grad": nn.Parameter(torch.ones(3)),
     }
-    write_safetensors(state, tmp_path / "out.safetensors", metadata=None)
+    write_file(state, tmp_path / "out.safetensors", "safetensors")
     found = load_file(tmp_path / "out.safetensors")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
@@ -459,7 +457,7 @@ def test_tied_and_strided_tensors_are_whole_in_safetensors(tmp_path):
 def test_a_state_dict_keeps_ties_and_memory_formats(tmp_path):
     tied = torch.ones(3)
     strided = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    write_state_dict({"a": tied, "b": tied, "c": strided}, tmp_path / "out.pt", metadata=None)
+    write_file({"a": tied, "b": tied, "c": strided}, tmp_path / "out.pt", "state_dict")
     found = read(tmp_path / "out.pt").state_dict
     assert found["a"].data_ptr() == found["b"].data_ptr()
     assert found["c"].stride() == strided.stride()
@@ -467,17 +465,15 @@ def test_a_state_dict_keeps_ties_and_memory_formats(tmp_path):
 
 def test_what_safetensors_cannot_hold_is_named(tmp_path):
     with pytest.raises(InputError, match="'sparse'"):
-        write_safetensors(
-            {"sparse": torch.ones(2, 2).to_sparse()}, tmp_path / "out.safetensors", metadata=None
+        write_file(
+            {"sparse": torch.ones(2, 2).to_sparse()}, tmp_path / "out.safetensors", "safetensors"
         )
     assert names(tmp_path) == []
 
 
 def test_an_object_among_the_tensors_is_named(tmp_path):
     with pytest.raises(InputError, match=r"'0\._extra_state' is of type dict") as caught:
-        write_safetensors(
-            {"0._extra_state": {"scale": 2}}, tmp_path / "out.safetensors", metadata=None
-        )
+        write_file({"0._extra_state": {"scale": 2}}, tmp_path / "out.safetensors", "safetensors")
     assert caught.value.cause.startswith("safetensors holds only tensors")
     assert "--to state_dict, or --to module" in caught.value.cure
     assert names(tmp_path) == []
@@ -488,7 +484,7 @@ def test_conjugate_and_negative_views_are_written_as_they_are(tmp_path):
     state = {"conjugate": turning.conj(), "negative": turning.conj().imag}
     assert state["conjugate"].is_conj()
     assert state["negative"].is_neg()
-    write_safetensors(state, tmp_path / "out.safetensors", metadata=None)
+    write_file(state, tmp_path / "out.safetensors", "safetensors")
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[key], state[key]) for key in state)
 

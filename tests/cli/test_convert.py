@@ -210,7 +210,7 @@ def test_converting_twice_says_so_and_writes_nothing(model_file: Path) -> None:
         (["--mode", "lew"], 2, "lew"),
         (["--seed", str(2**64)], 2, "not in the range"),
         (["-o", ""], 2, "has no name"),
-        (["-o", "new/"], 2, "by its slash"),
+        (["-o", "new/"], 2, "yields a single file"),
     ],
 )
 def test_a_slip_is_one_line_of_cause_and_one_of_cure(

@@ -53,10 +53,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("done", [False, True])
-@pytest.mark.parametrize("exchanges", [True, False])
-@pytest.mark.parametrize("existing", [False, True])
+DISK, INTERRUPT = OSError(errno.EIO, "I/O error"), KeyboardInterrupt()
+
+
+# Each pair of the four choices.
+@pytest.mark.parametrize(
+    ("existing", "exchanges", "done", "fault"),
+    [
+        (False, False, False, DISK),
+        (False, True, True, INTERRUPT),
+        (True, False, True, INTERRUPT),
+        (True, True, False, INTERRUPT),
+        (True, True, True, DISK),
+    ],
+)
 def test_both_or_none(
     existing: bool,
     exchanges: bool,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
 from we_surgery.checkpoint.attached_runs import RUN_OBJECTS, AttachedRun, find_attached_run
+from we_surgery.checkpoint.excited_entry import with_records
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards import open_files, resolve
 from we_surgery.checkpoint.shards.files import StateDict, TensorFiles
 from we_surgery.checkpoint.unwrap import Weights, speaks_of_average, unwrap
 from we_surgery.converted.state import PLAN_ATTRIBUTE
-from we_surgery.errors import InputError, listed
+from we_surgery.errors import InputError, damaged, listed
 
 
 @dataclass
@@ -118,12 +120,10 @@ def _from_files(
             f"{files.path} is a safetensors file, which has no key {key!r} around its tensors",
             "Leave out --key (`key=`).",
         )
-    try:
+    with _errors_named(files.path):
         saved = files.checkpoint(RUN_OBJECTS if with_excitation else ())
         state, notes, run = _unwrapped(saved, key, weights, with_excitation=with_excitation)
-    except InputError as error:
-        raise InputError(f"{files.path}: {error.cause}", error.cure) from error
-    found = files.located(state, notes)
+        found = _in_present_form(files.located(state, notes), files.metadata)
     return Contents(
         files.kind,
         weights=found,
@@ -132,6 +132,19 @@ def _from_files(
         path=files.path,
         is_attached=run is not None,
     )
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Errors say which file they are of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error.cause}", error.cure) from error
+    # A doctored file can hold anything anywhere, and give a mapping attributes that hide its
+    # methods.
+    except Exception as error:
+        raise damaged(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _unwrapped(
@@ -144,6 +157,10 @@ def _unwrapped(
     if run is None:
         return state, notes, None
     return run.converted(state), [*notes, run.note], run
+
+
+def _in_present_form(weights: StateDict, metadata: Metadata | None) -> StateDict:
+    return with_records(weights, has_plan=metadata is not None and metadata.plan is not None)
 
 
 def _metadata_of(run: AttachedRun | None) -> Metadata | None:
@@ -180,24 +197,18 @@ def _from_mapping(
     with_excitation: bool,
 ) -> Contents:
     metadata = None
-    try:
+    with _errors_named(path):
         if METADATA_KEY in found:
             metadata = Metadata.from_dict(found[METADATA_KEY], "the file")
         state, notes, run = _unwrapped(found, key, weights, with_excitation=with_excitation)
-    except InputError as error:
-        raise InputError(f"{path}: {error.cause}", error.cure) from error
-    # A doctored file can give a mapping attributes that hide its methods.
-    except Exception as error:
-        raise InputError(
-            f"{path} cannot be read: {type(error).__name__}: {error}", "Save or fetch it again."
-        ) from error
-    if metadata is not None and key is None:
-        notes = [note for note in notes if note != "used 'state_dict'"]
+        if metadata is not None and key is None:
+            notes = [note for note in notes if note != "used 'state_dict'"]
+        own = _in_present_form(StateDict(state, notes), metadata)
     return Contents(
         "state_dict",
-        weights=StateDict(state, notes),
+        weights=own,
         metadata=metadata or _metadata_of(run),
-        notes=notes,
+        notes=own.notes,
         path=path,
         is_attached=run is not None,
     )

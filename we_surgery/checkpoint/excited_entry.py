@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from we_surgery.checkpoint.shards.files import StateDict
+from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.converted.proof import is_finite, refuse_non_finite
 from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.excitations.legacy import has_marks, read_legacy
+from we_surgery.excitations.legacy import LEGACY_NOTE, has_marks, upgraded
 from we_surgery.excitations.names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.excitations.record import RECORD_KEY, Record, is_record, read_record
 
@@ -31,14 +33,12 @@ class ExcitedEntry:
         parameter: the weight's name in it.
         raw: the raw weight.
         excitation: the excitation's entries, named from the excitation on.
-        is_legacy: whether its state dict is older than records.
     """
 
     layer: str
     parameter: str
     raw: Tensor
     excitation: dict[str, Tensor] = field(default_factory=dict)
-    is_legacy: bool = False
 
     @property
     def vanilla_key(self) -> str:
@@ -74,15 +74,14 @@ class ExcitedEntry:
 
     def record(self) -> Record:
         """What the excitation is, in words."""
-        with self._named():
-            if RECORD_KEY in self.excitation:
-                return read_record(self.excitation[RECORD_KEY])
-            if self.is_legacy:
-                return read_legacy(self.excitation)[0]
-            raise no_record([self.raw_key])
+        with self.named_errors():
+            if RECORD_KEY not in self.excitation:
+                raise no_record([self.raw_key])
+            return read_record(self.excitation[RECORD_KEY])
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named_errors(self) -> Iterator[None]:
+        """Errors say which layer they are of."""
         try:
             yield
         except InputError as error:
@@ -91,9 +90,8 @@ class ExcitedEntry:
     def rebuild(self) -> Composition:
         """The excitation, sharing memory with the state dict where that is aligned."""
         record = self.record()
-        tensors = read_legacy(self.tensors)[1] if self.is_legacy else self.tensors
-        with self._named():
-            return rebuild_excitation({k: _aligned(v) for k, v in tensors.items()}, record)
+        with self.named_errors():
+            return rebuild_excitation({k: _aligned(v) for k, v in self.tensors.items()}, record)
 
     def fold(self, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
         """The excited weight, in the raw one's memory format.
@@ -151,7 +149,6 @@ class ExcitedEntry:
             self.parameter,
             replace(self.raw_key, self.raw),
             {key: replace(prefix + key, value) for key, value in self.excitation.items()},
-            self.is_legacy,
         )
 
 
@@ -163,8 +160,7 @@ def is_excited_state_dict(state: Mapping[str, Any]) -> bool:
 def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
     """Each excited weight of a state dict, in its order.
 
-    A ``raw_...`` entry without an excitation beside it is not one. Without any record, but with
-    the marks that stood for them, the state dict is read in the old form.
+    A ``raw_...`` entry without an excitation beside it is not one.
     """
     entries: dict[str, ExcitedEntry] = {}
     for key, value in state.items():
@@ -178,8 +174,6 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
         if prefix is not None and isinstance(value, Tensor):
             entries[prefix].excitation[key.removeprefix(prefix)] = value
     found = [entry for entry in entries.values() if entry.excitation]
-    has_records = any(RECORD_KEY in entry.excitation for entry in found)
-    is_legacy = not has_records and any(has_marks(entry.excitation) for entry in found)
     for entry in found:
         if entry.vanilla_key in state:
             raise InputError(
@@ -187,7 +181,39 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
                 f"{_join(entry.layer, raw_name(entry.parameter))!r}",
                 "Give the state dict of one model, converted or vanilla.",
             )
-        yield replace(entry, is_legacy=is_legacy)
+        yield entry
+
+
+def with_records(weights: StateDict, *, has_plan: bool) -> StateDict:
+    """A state dict in the old form, from before records, in the present one.
+
+    It is known by marks that stood for records. One with a plan, which is held against what its
+    tensors say, may lack them.
+    """
+    found = list(find_excited(weights.tensors))
+    old = [entry for entry in found if RECORD_KEY not in entry.excitation]
+    has_marks_alone = len(old) == len(found) and any(has_marks(e.excitation) for e in old)
+    if not old or not (has_plan or has_marks_alone):
+        return weights
+    loaded = {entry.raw_key: entry for entry in find_excited(weights.with_excitations())}
+    by_raw_key = {entry.raw_key: loaded[entry.raw_key] for entry in old}
+    gone = {e.excitation_prefix + key for e in old for key in e.excitation}
+    tensors: dict[str, Tensor] = {}
+    for key, value in weights.tensors.items():
+        if key not in gone:
+            tensors[key] = value
+        if key in by_raw_key:
+            entry = by_raw_key[key]
+            with entry.named_errors():
+                own = upgraded(entry.excitation)
+            tensors |= {entry.excitation_prefix + name: tensor for name, tensor in own.items()}
+    versions = getattr(weights.tensors, VERSIONS, None)
+    return replace(
+        weights,
+        tensors=tensors if versions is None else with_versions(tensors, versions),
+        stored={key: place for key, place in weights.stored.items() if key not in gone},
+        notes=[*weights.notes, f"the state dict {LEGACY_NOTE}"],
+    )
 
 
 def excitation_of(key: str, prefixes: Container[str]) -> str | None:

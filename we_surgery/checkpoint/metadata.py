@@ -9,7 +9,7 @@ from typing import Any
 
 from we_surgery._util.version import __version__
 from we_surgery.checkpoint.architecture import Architecture
-from we_surgery.errors import InputError
+from we_surgery.errors import InputError, damaged
 from we_surgery.planning.plans import Plan
 
 METADATA_KEY = "we_surgery"
@@ -56,9 +56,7 @@ class Metadata:
             or schema != SCHEMA_VERSION
             or not (plan is None or isinstance(plan, Mapping))
         ):
-            raise InputError(
-                f"the metadata of {source} cannot be read", "The file is damaged; save it again."
-            )
+            raise damaged(f"the metadata of {source} cannot be read")
         architecture = data.get("architecture")
         return Metadata(
             plan=plan,
@@ -81,10 +79,7 @@ class Metadata:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"the metadata of {source} cannot be read: {error}",
-                "The file is damaged; save it again.",
-            ) from error
+            raise damaged(f"the metadata of {source} cannot be read: {error}") from error
         return Metadata.from_dict(data, source)
 
 
@@ -106,7 +101,4 @@ def _refuse_unreadable(data: Any, source: str) -> None:
             pending.extend(value)
         elif not (value is None or isinstance(value, str | int | float)):
             break
-    raise InputError(
-        f"the metadata of {source} is too large or not plain JSON",
-        "The file is damaged; save it again.",
-    )
+    raise damaged(f"the metadata of {source} is too large or not plain JSON")

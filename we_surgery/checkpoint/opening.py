@@ -14,9 +14,9 @@ from we_surgery.checkpoint.architecture import Architecture
 from we_surgery.checkpoint.contents import Contents, read
 from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
 from we_surgery.checkpoint.metadata import Metadata
-from we_surgery.checkpoint.settling import settled
+from we_surgery.checkpoint.plan_check import check_plan
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
-from we_surgery.checkpoint.writing import write_module, write_safetensors, write_state_dict
+from we_surgery.checkpoint.writing import write
 from we_surgery.converted.excite import ExcitationSite, excite
 from we_surgery.converted.state import PLAN_ATTRIBUTE, refuse_wrappers
 from we_surgery.errors import InputError, OldFormatWarning, near_matches
@@ -58,11 +58,11 @@ def save(
         architecture = Architecture.parse(architecture)
     metadata = Metadata(plan=model.__dict__.get(PLAN_ATTRIBUTE), architecture=architecture)
     if path.suffix == ".safetensors":
-        write_safetensors(_tensors(model), path, metadata=metadata, force=force)
+        write(_tensors(model), path, "safetensors", metadata=metadata, force=force)
     elif architecture is None:
-        write_module(model, path, force=force)
+        write(model, path, "module", force=force)
     else:
-        write_state_dict(_tensors(model), path, metadata=metadata, force=force)
+        write(_tensors(model), path, "state_dict", metadata=metadata, force=force)
 
 
 def load(
@@ -90,9 +90,9 @@ def load(
         InputError: the file cannot be read or is refused, no architecture is known, or the
             weights do not fit it.
     """
-    contents = settled(read(path, key=key, allow=allow, trust=trust), str(path))
-    is_legacy = any(entry.is_legacy for entry in find_excited(contents.state_dict or {}))
-    if is_legacy or any(LEGACY_NOTE in note for note in contents.notes):
+    contents = read(path, key=key, allow=allow, trust=trust)
+    check_plan(contents)
+    if any(LEGACY_NOTE in note for note in contents.notes):
         warnings.warn(f"{path} {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     return model_from(contents, architecture=architecture, allow=allow)
 

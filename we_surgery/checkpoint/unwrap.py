@@ -251,44 +251,47 @@ def _is_state_dict(value: Mapping[Any, Any]) -> bool:
 def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
     """The tensors of ``state`` under the names of the model inside its wrappers."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if len(tensors) < len(state):
-        others = [
-            f"{key!r} ({type(value).__name__})"
-            for key, value in state.items()
-            if key not in tensors
-        ]
+    others = [f"{k!r} ({type(value).__name__})" for k, value in state.items() if k not in tensors]
+    if others:
         notes.append(f"dropped what is not a tensor: {listed(others)}")
-    versions = getattr(state, VERSIONS, None)
     averaged = _averaged_in(tensors)
+    wrappers = {_PARALLEL}
     if averaged is not None:
+        wrappers.add(averaged.model)
         prefix = f"{averaged.model}."
-        kept = {key: value for key, value in tensors.items() if key.startswith(prefix)}
-        dropped = quoted(key for key in tensors if key not in kept)
-        notes.append(f"dropped {dropped} of {averaged.of}")
-        tensors = kept
-    names = {key: _without_compiled(key) for key in tensors}
-    owners = {key: _without_compiled(key) for key in versions or {}}
+        dropped = [key for key in tensors if not key.startswith(prefix)]
+        notes.append(f"dropped {quoted(dropped)} of {averaged.of}")
+        tensors = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+    versions: Mapping[str, Any] | None = getattr(state, VERSIONS, None)
+    names, owners, removed = _without_wrappers(tensors, versions or {}, wrappers)
+    if len(set(names.values())) < len(names):
+        raise InputError(
+            f"without the prefixes {quoted(removed)} two entries of the state dict have one name",
+            "Save the state dict of the model inside its wrappers.",
+        )
+    if removed:
+        notes.append(f"removed the prefix {quoted(removed)} from the names")
+    cleaned = {names[key]: value for key, value in tensors.items()}
+    if versions is None:
+        return cleaned
+    # The innermost owner of a name is the model itself; those around it are its wrappers.
+    return with_versions(cleaned, {owners[key]: value for key, value in versions.items()})
+
+
+def _without_wrappers(
+    keys: Iterable[str], modules: Iterable[str], wrappers: set[str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """The names inside wrappers of tensors and of modules, and the prefixes that are gone."""
+    names = {key: _without_compiled(key) for key in keys}
+    owners = {key: _without_compiled(key) for key in modules}
     removed = [f"{_COMPILED}."] if names.keys() != set(names.values()) else []
-    wrappers = {_PARALLEL} if averaged is None else {_PARALLEL, averaged.model}
     while (wrapper := _shared_beginning(names.values())) in wrappers:
         prefix = f"{wrapper}."
         names = {key: name.removeprefix(prefix) for key, name in names.items()}
         # The wrapper itself is called "", and the model in it as the prefix says.
         owners = {key: f"{name}.".removeprefix(prefix)[:-1] for key, name in owners.items()}
         removed.append(prefix)
-    if len(set(names.values())) < len(names):
-        raise InputError(
-            f"without the prefixes {quoted(dict.fromkeys(removed))} two entries of the state "
-            "dict have one name",
-            "Save the state dict of the model inside its wrappers.",
-        )
-    if removed:
-        notes.append(f"removed the prefix {quoted(dict.fromkeys(removed))} from the names")
-    cleaned = {names[key]: value for key, value in tensors.items()}
-    if versions is None:
-        return cleaned
-    # The innermost owner of a name is the model itself; those around it are its wrappers.
-    return with_versions(cleaned, {owners[key]: value for key, value in versions.items()})
+    return names, owners, list(dict.fromkeys(removed))
 
 
 def _averaged_in(state: Mapping[str, Any]) -> _Averaged | None:

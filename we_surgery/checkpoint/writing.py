@@ -15,41 +15,39 @@ from we_surgery.checkpoint.staging import staged
 from we_surgery.errors import InputError, SurgeryError
 
 
-def write_module(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
-    """Writes a whole model with ``torch.save``."""
-    with staged(path, force=force) as temporary:
-        save_module(model, temporary)
-
-
-def write_state_dict(
-    state: Mapping[str, Tensor],
+def write(
+    content: nn.Module | Mapping[str, Tensor],
     path: str | Path,
+    kind: str,
     *,
-    metadata: Metadata | None,
+    metadata: Metadata | None = None,
     force: bool = False,
 ) -> None:
-    """Writes a state dict with ``torch.save``; tied tensors stay tied.
-
-    With metadata the file holds ``{"we_surgery": ..., "state_dict": state}``.
-    """
+    """Writes a model, or a state dict of the kind ``state_dict`` or ``safetensors``."""
     with staged(path, force=force) as temporary:
-        save_state_dict(state, temporary, metadata)
+        write_to(content, temporary, kind, metadata)
 
 
-def write_safetensors(
-    state: Mapping[str, Tensor],
-    path: str | Path,
-    *,
-    metadata: Metadata | None,
-    force: bool = False,
+def write_to(
+    content: nn.Module | Mapping[str, Tensor],
+    temporary: Path,
+    kind: str,
+    metadata: Metadata | None = None,
 ) -> None:
-    """Writes a state dict as safetensors, with its metadata in the header.
+    """:func:`write` to a name of :func:`staged`.
 
-    The format knows neither ties nor memory formats: tied tensors are written once for each key, so
-    that strict loading finds all of them, and tensors in other memory formats become contiguous.
+    A state dict with metadata becomes ``{"we_surgery": ..., "state_dict": content}``. Safetensors
+    has the metadata in the header. It knows neither ties nor memory formats: tied tensors are
+    written once for each key, so that strict loading finds all of them.
     """
-    with staged(path, force=force) as temporary:
-        save_safetensors(state, temporary, metadata)
+    if isinstance(content, nn.Module):
+        _torch_save(content, temporary)
+    elif kind == "safetensors":
+        _write_safetensors(content, temporary, metadata)
+    elif metadata is None:
+        _torch_save(content if isinstance(content, dict) else dict(content), temporary)
+    else:
+        _torch_save({METADATA_KEY: metadata.to_dict(), "state_dict": content}, temporary)
 
 
 def write_bytes(content: bytes, path: str | Path, *, force: bool = False) -> None:
@@ -58,25 +56,9 @@ def write_bytes(content: bytes, path: str | Path, *, force: bool = False) -> Non
         temporary.write_bytes(content)
 
 
-def save_module(model: nn.Module, temporary: Path) -> None:
-    """:func:`write_module` to a name of :func:`staged`."""
-    _torch_save(model, temporary)
-
-
-def save_state_dict(
+def _write_safetensors(
     state: Mapping[str, Tensor], temporary: Path, metadata: Metadata | None
 ) -> None:
-    """:func:`write_state_dict` to a name of :func:`staged`."""
-    content: Any = state if isinstance(state, dict) else dict(state)
-    if metadata is not None:
-        content = {METADATA_KEY: metadata.to_dict(), "state_dict": content}
-    _torch_save(content, temporary)
-
-
-def save_safetensors(
-    state: Mapping[str, Tensor], temporary: Path, metadata: Metadata | None
-) -> None:
-    """:func:`write_safetensors` to a name of :func:`staged`."""
     for name, tensor in state.items():
         # A module's extra state is any object.
         if not isinstance(tensor, Tensor):

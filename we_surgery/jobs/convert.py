@@ -26,16 +26,10 @@ from we_surgery.planning.rules import Rule
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from, and what may be done to open it.
+    """Where a model comes from: a file or an architecture, and how to open it.
 
-    Attributes:
-        name: a file, or ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``.
-        architecture: the same three forms, for a file that holds only weights.
-        arguments: keyword arguments of the architecture's factory.
-        key: where in a wrapped checkpoint the state dict is.
-        weights: the trained ones or their average, instead of ``key``.
-        allow: further packages whose ``nn.Module`` classes a pickle may name.
-        trust: unpickle whatever the file says, running its code.
+    Attributes are the arguments of :func:`we_surgery.checkpoint.read`; ``architecture`` is for a
+    file that holds only weights.
     """
 
     name: str
@@ -125,27 +119,12 @@ def convert_file(
     init: Init = "paper",
     start: Start = "on",
 ) -> Converted:
-    """Reads a model, converts it, and writes it in the kind it came in.
+    """Reads a model, converts it as :func:`we_surgery.convert` does, and writes it.
 
-    Args:
-        source: the model.
-        mode: as in :func:`we_surgery.convert`.
-        config: as in :func:`we_surgery.convert`.
-        rules: as in :func:`we_surgery.convert`.
-        transplants: as in :func:`we_surgery.convert`.
-        plan: a plan to do exactly, instead of mode, config, rules and transplants.
-        output: the file to write; by default beside the input, ``model.we.pt``.
-        to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
-        force: overwrite an existing file.
-        seed: seeds the new parameters; torch's own generator is left as it was.
-        input_shape: reads the model by recording a forward on random inputs of this shape,
-            and proves on them that no converted weight is bypassed.
-        init: as in :func:`we_surgery.convert`.
-        start: as in :func:`we_surgery.convert`.
-
-    Raises:
-        InputError: bad usage, an unreadable input, or a model that is converted already.
-        SurgeryError: no layer would be excited, or a weight is not finite.
+    The result has the kind of the input, or ``to``, and lies beside it as ``model.we.pt``, or at
+    ``output``. A plan is done exactly. The seed is that of the new parameters; torch's own
+    generator is left as it was. An input shape reads the model by recording a forward pass on
+    random inputs, and proves on them that no converted weight is bypassed.
     """
     # Usage first: a slip in -o must not cost reading a large file.
     check_extension(output, to)
@@ -175,7 +154,7 @@ def convert_file(
     metadata = Metadata(plan=converted.__dict__[PLAN_ATTRIBUTE], architecture=architecture)
     with checkpoint.staged_together() as stage:
         temporary = target.stage(stage, force=force, like=contents.path)
-        target.save(temporary, converted, converted.state_dict(), metadata)
+        target.save(temporary, converted, metadata)
     notes = list(contents.notes)
     has_weights = contents.kind != "architecture" or (
         architecture is not None and architecture.fetches_weights

@@ -12,7 +12,7 @@ from we_surgery._util.version import __version__
 from we_surgery.analysis.learned import learned_nothing
 from we_surgery.analysis.results import LocationMaps
 from we_surgery.errors import InputError
-from we_surgery.jobs.inspect import Comparison, InspectedWeight, Inspection
+from we_surgery.jobs.inspect import Comparison, Inspection
 from we_surgery.planning.plans import Plan
 
 _BAR = 220
@@ -32,12 +32,7 @@ _VIRIDIS = (
 
 
 def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None) -> str:
-    """The page as text.
-
-    Args:
-        found: of one file or several.
-        maps: importance maps to show.
-    """
+    """The page about one file or several as text, with importance maps to show."""
     files = found.inspections if isinstance(found, Comparison) else [found]
     environment = Environment(
         loader=PackageLoader("we_surgery", "."),
@@ -45,73 +40,17 @@ def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["fmt"] = format
     return environment.get_template("report.html.j2").render(
         title=" and ".join(file.source for file in files),
         version=__version__,
-        files=[_file(file) for file in files],
+        files=files,
+        plans=[(file.source, plan) for file in files if (plan := _plan(file)) is not None],
         costs=_costs(files),
-        comparison=_comparison(found) if isinstance(found, Comparison) else None,
+        comparison=found if isinstance(found, Comparison) else None,
         maps=None if maps is None else _maps(maps),
+        learned_nothing=learned_nothing,
     )
-
-
-def _file(file: Inspection) -> dict[str, Any]:
-    found = [layer.statistics.multiplier for layer in file.layers]
-    multipliers = [statistics for statistics in found if statistics is not None]
-    return {
-        "source": file.source,
-        "kind": file.kind,
-        "tensors": file.tensors,
-        "architecture": file.architecture,
-        "mode": file.mode,
-        "notes": file.notes,
-        "is_attached": file.is_attached,
-        "learned": file.learned,
-        "nothing": learned_nothing(layer.statistics.verdict for layer in file.layers),
-        "low": f"{min((one.low for one in multipliers), default=0):g}",
-        "high": f"{max((one.high for one in multipliers), default=1):g}",
-        "has_start": any(layer.statistics.raw_distance is not None for layer in file.layers),
-        "has_gain": any(layer.statistics.gain is not None for layer in file.layers),
-        "layers": [_layer(layer) for layer in file.layers],
-        "plan": _plan(file),
-    }
-
-
-def _layer(layer: InspectedWeight) -> dict[str, Any]:
-    found = layer.statistics
-    multiplier, gain = found.multiplier, found.gain
-    distances = (found.raw_distance, found.excitation_distance)
-    return {
-        "name": layer.name,
-        "shape": " x ".join(map(str, layer.shape)),
-        "stages": "+".join(layer.stages),
-        "bars": [] if multiplier is None else _bars(multiplier.histogram),
-        "range": ""
-        if multiplier is None
-        else f"{multiplier.minimum:.2f} to {multiplier.maximum:.2f}",
-        "mean": "" if multiplier is None else f"{multiplier.mean:.3f} ± {multiplier.deviation:.3f}",
-        "near_zero": "" if multiplier is None else f"{multiplier.near_zero:.1%}",
-        "near_one": "" if multiplier is None else f"{multiplier.near_one:.1%}",
-        "gain": ""
-        if gain is None
-        else f"{gain.mean:.2f}, {gain.percentile_99:.2f}, {gain.maximum:.2f}",
-        "norms": f"{found.raw_norm:.4g} → {found.excited_norm:.4g}",
-        "start": ", ".join(f"{distance:.1%}" for distance in distances if distance is not None),
-        "verdict": found.verdict,
-    }
-
-
-def _bars(histogram: Sequence[int]) -> list[dict[str, str]]:
-    highest = max(max(histogram), 1)
-    return [
-        {
-            "x": f"{1 + 6 * index}",
-            "y": f"{33 - 32 * count / highest:.1f}",
-            "height": f"{32 * count / highest:.1f}",
-        }
-        for index, count in enumerate(histogram)
-        if count
-    ]
 
 
 def _costs(files: Sequence[Inspection]) -> list[dict[str, Any]]:
@@ -120,13 +59,13 @@ def _costs(files: Sequence[Inspection]) -> list[dict[str, Any]]:
     for file in files:
         multiply_adds = sum(layer.statistics.multiply_adds for layer in file.layers)
         named = f"{file.source}: " if len(files) > 1 else ""
-        kinds = [
-            ("in training" if file.layers else "vanilla", file.values, file.size, multiply_adds)
-        ]
+        form = "in training" if file.layers else "vanilla"
+        kinds = [(form, file.values, file.size, multiply_adds)]
         if file.layers:
             kinds.append(("after strip", file.stripped_values, file.stripped_size, 0))
         for name, values, size, work in kinds:
             kept = min(values, file.stripped_values)
+            added = values - kept
             rows.append(
                 {
                     "name": named + name,
@@ -134,11 +73,7 @@ def _costs(files: Sequence[Inspection]) -> list[dict[str, Any]]:
                     "size": _bytes(size),
                     "multiply_adds": work,
                     "width": f"{_BAR * kept / largest:.1f}",
-                    "added_width": f"{_BAR * (values - kept) / largest:.1f}"
-                    if values > kept
-                    else "",
-                    "color": "#1b3a6b",
-                    "share_text": f"{values:,} values",
+                    "added_width": f"{_BAR * added / largest:.1f}" if added else "",
                 }
             )
     return rows
@@ -148,50 +83,11 @@ def _bytes(size: int) -> str:
     return f"{size / 1e6:,.2f} MB" if size >= 1e4 else f"{size:,} bytes"
 
 
-def _comparison(found: Comparison) -> list[dict[str, Any]]:
-    rows = []
-    for weight in found.weights:
-        statistics = [None if w is None else w.statistics.multiplier for w in weight.weights]
-        rows.append(
-            {
-                "name": weight.name,
-                "cells": [
-                    {"mean": "", "deviation": ""}
-                    if one is None
-                    else {"mean": f"{one.mean:.3f}", "deviation": f"{one.deviation:.3f}"}
-                    for one in statistics
-                ],
-                "correlation": "" if weight.correlation is None else f"{weight.correlation:.2f}",
-                "distance": "" if weight.distance is None else f"{weight.distance:.1%}",
-            }
-        )
-    return rows
-
-
-def _plan(file: Inspection) -> dict[str, Any] | None:
-    if file.plan is None:
-        return None
+def _plan(file: Inspection) -> Plan | None:
     try:
-        plan = Plan.from_dict(file.plan, file.source)
+        return None if file.plan is None else Plan.from_dict(file.plan, file.source)
     except InputError:  # of another version: the page is worth having without it
         return None
-    rows = [
-        {
-            "layer": row.layer or "(the model itself)",
-            "kind": f"{row.kind} g{row.groups}" if row.groups > 1 else row.kind,
-            "shape": " x ".join(map(str, row.shape)),
-            "verdict": row.verdict,
-            "skipped": not row.excitation,
-            "reason": row.reason,
-            "added": f"{row.added_parameters:,}" if row.added_parameters else "",
-        }
-        for row in plan.decisions
-    ]
-    summary = (
-        f"{len(plan.excited)} of {len(plan.decisions)} weights excited; how the model was read: "
-        f"{plan.read_by}" + (f" ({plan.read_by_reason})" if plan.read_by_reason else "") + "."
-    )
-    return {"rows": rows, "summary": summary}
 
 
 def _maps(maps: LocationMaps) -> dict[str, Any]:

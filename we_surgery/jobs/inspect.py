@@ -26,14 +26,9 @@ from we_surgery.jobs.convert import Source
 
 @dataclass(frozen=True)
 class InspectedWeight:
-    """A row of an :class:`Inspection`.
+    """A row of an :class:`Inspection`: the weight by its vanilla key, and what it has become.
 
-    Attributes:
-        name: its key in the vanilla state dict.
-        shape: of the weight.
-        stages: of its excitation.
-        added: values that the excitation keeps, all gone after strip.
-        statistics: what it has become.
+    ``added`` counts the values that the excitation keeps, all gone after strip.
     """
 
     name: str
@@ -114,11 +109,9 @@ class Inspection:
 
 @dataclass(frozen=True)
 class ComparedWeight:
-    """One weight in several files.
+    """One weight in several files; None where it is not excited.
 
     Attributes:
-        name: its key in the vanilla state dict.
-        weights: what each file has under it; None where it is not excited.
         correlation: of the multipliers in the last file with those in the first (Pearson's);
             None where there are none, or they do not vary.
         distance: of the last file's excited weight from the first's, over the norm of the
@@ -152,26 +145,14 @@ class Comparison:
 def inspect_file(source: Source, start: Source | None = None) -> Inspection:
     """What a file or architecture is, which of its weights are excited, and what they learned.
 
-    Args:
-        source: the file.
-        start: the same model before training, converted or vanilla; tells how far it has come.
-
-    Raises:
-        InputError: a file cannot be read, or the start is of another model.
+    ``start`` is the same model before training, converted or vanilla; it tells how far the model
+    has come.
     """
     return _read(source, None if start is None else _starts(start))[0]
 
 
 def compare_files(sources: Sequence[Source], start: Source | None = None) -> Comparison:
-    """Several files and the weights that any of them excites, side by side.
-
-    Args:
-        sources: at least two.
-        start: as in :func:`inspect_file`.
-
-    Raises:
-        InputError: a file cannot be read, or the start is of another model.
-    """
+    """At least two files and the weights that any of them excites, side by side."""
     starts = None if start is None else _starts(start)
     read = [_read(source, starts) for source in sources]
     rows = [{layer.name: layer for layer in inspection.layers} for inspection, _ in read]
@@ -204,27 +185,10 @@ def _read(
     entries = {entry.vanilla_key: entry for entry in checkpoint.find_excited(state)}
     if starts is not None and entries:
         _refuse_other_start(entries, starts, source.name)
-    layers = []
-    for name, entry in entries.items():
-        entry.refuse_no_weight()
-        excitation = entry.rebuild()
-        try:
-            raw = _in_memory(contents, entry).raw
-            statistics = weight_statistics(excitation, raw, (starts or {}).get(name))
-        except RuntimeError as error:
-            raise InputError(
-                f"{source.name}: the excited {name!r} cannot be computed: {error}",
-                "The file is damaged, or mixes the tensors of two models.",
-            ) from error
-        layers.append(
-            InspectedWeight(
-                name=name,
-                shape=tuple(entry.raw.shape),
-                stages=tuple(stage.name for stage in excitation.stages),
-                added=sum(value.numel() for value in entry.tensors.values()),
-                statistics=statistics,
-            )
-        )
+    layers = [
+        _layer(name, entry, contents, (starts or {}).get(name), source.name)
+        for name, entry in entries.items()
+    ]
     added = {e.excitation_prefix + key for e in entries.values() for key in e.excitation}
     excited = {key for e in entries.values() for key in (e.raw_key, e.vanilla_key)}
     distinct = _distinct({key: value for key, value in state.items() if not is_record(key)})
@@ -272,6 +236,31 @@ def _plain_weights(state: Mapping[str, Tensor]) -> list[PlainWeight]:
             dtype = str(value.dtype).removeprefix("torch.")
             found.append(PlainWeight(name, tuple(value.shape), dtype, is_quantized))
     return found
+
+
+def _layer(
+    name: str,
+    entry: checkpoint.ExcitedEntry,
+    contents: checkpoint.Contents,
+    start: Start | None,
+    source: str,
+) -> InspectedWeight:
+    entry.refuse_no_weight()
+    excitation = entry.rebuild()
+    try:
+        statistics = weight_statistics(excitation, _in_memory(contents, entry).raw, start)
+    except RuntimeError as error:
+        raise InputError(
+            f"{source}: the excited {name!r} cannot be computed: {error}",
+            "The file is damaged, or mixes the tensors of two models.",
+        ) from error
+    return InspectedWeight(
+        name=name,
+        shape=tuple(entry.raw.shape),
+        stages=tuple(stage.name for stage in excitation.stages),
+        added=sum(value.numel() for value in entry.tensors.values()),
+        statistics=statistics,
+    )
 
 
 def _in_memory(

@@ -122,7 +122,8 @@ def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> 
     done: list[Stripped] = []
     with checkpoint.staged_together() as stage:
         for source, mark in sources:
-            contents = checkpoint.settled(source.read(), source.name)
+            contents = source.read()
+            checkpoint.check_plan(contents)
             target = choose_target(
                 source.name,
                 contents.kind,
@@ -132,7 +133,6 @@ def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> 
                 keep_shards=True,
             )
             target = target.marked(mark) if mark else target
-            target.check(force=options.force)
             needs_model = target.kind == "module" or options.deploy != "dense"
             strip = _strip_model if needs_model or contents.model else _strip_weights
             temporary = target.stage(stage, force=options.force, like=contents.path)
@@ -200,7 +200,7 @@ def _fold(
     stripped, found = checkpoint.strip_state_dict_with_report(
         state, dtype=options.dtype, progress=options.progress
     )
-    checkpoint.save_state_dict(stripped, temporary, metadata)
+    checkpoint.write_to(stripped, temporary, "state_dict", metadata)
     again, _ = checkpoint.strip_state_dict_with_report(state, dtype=options.dtype)
     _check_written(checkpoint.read(temporary).state_dict, again)
     return found
@@ -232,7 +232,7 @@ def _strip_model(
             differences = rounding_effect(model, copy_model(stripped), shape)
             report = _with_differences(report, differences)
     state = stripped.state_dict()
-    target.save(temporary, stripped, state, _kept_metadata(stored_plan(stripped), source, contents))
+    target.save(temporary, stripped, _kept_metadata(stored_plan(stripped), source, contents))
     # Nothing is in this file but what this process holds.
     written = checkpoint.read(temporary, trust=target.kind == "module")
     found = written.state_dict if written.model is None else written.model.state_dict()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from we_surgery import checkpoint
 from we_surgery.checkpoint import Metadata
@@ -22,12 +21,7 @@ _TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 @dataclass(frozen=True)
 class Target:
-    """A file or folder to write.
-
-    Attributes:
-        path: its name.
-        kind: one of :data:`KINDS`, or ``sharded`` for a folder.
-    """
+    """A file or folder to write, of one of :data:`KINDS` or ``sharded`` for a folder."""
 
     path: Path
     kind: str
@@ -50,29 +44,14 @@ class Target:
         """A name to write to first, as :meth:`~we_surgery.checkpoint.Staging.add`."""
         return stage.add(self.path, force=force, folder=self.is_folder, like=like)
 
-    def save(
-        self,
-        temporary: Path,
-        model: nn.Module | None,
-        state: Mapping[str, Tensor],
-        metadata: Metadata | None = None,
-    ) -> None:
+    def save(self, temporary: Path, model: nn.Module, metadata: Metadata | None = None) -> None:
         """Writes the model, or its state dict, to a staged name."""
-        if self.kind == "module":
-            assert model is not None
-            checkpoint.save_module(model, temporary)
-        elif self.kind == "safetensors":
-            checkpoint.save_safetensors(state, temporary, metadata)
-        else:
-            checkpoint.save_state_dict(state, temporary, metadata)
+        content = model if self.kind == "module" else model.state_dict()
+        checkpoint.write_to(content, temporary, self.kind, metadata)
 
 
 def check_extension(output: str | Path | None, to: str | None) -> None:
-    """Raises if the two contradict each other, before anything is read.
-
-    Raises:
-        InputError: one of them says safetensors and the other does not, or the name is empty.
-    """
+    """Raises if the two contradict each other, before anything is read."""
     if output is None:
         return
     if not os.fspath(output):
@@ -93,19 +72,11 @@ def choose_target(
     *,
     keep_shards: bool = False,
 ) -> Target:
-    """The file to write: same kind in, same kind out, unless something says else.
+    """The file to write: same kind in, same kind out, unless ``output`` or ``to`` say else.
 
-    Args:
-        source: the input, beside which it lies by default.
-        kind: the input's, as :attr:`~we_surgery.checkpoint.Contents.kind`.
-        output: the name to use; text that ends in a slash names a folder.
-        to: the kind to use.
-        mark: what is put before the ending, such as ``.we``.
-        keep_shards: whether an input of several files gives a folder of several, or one file
-            of safetensors.
-
-    Raises:
-        InputError: the name is a folder's, and one file is to be written.
+    By default it lies beside the source, with ``mark`` before its ending. An output that ends in a
+    slash is a folder. With ``keep_shards`` an input of several files gives a folder of several, and
+    otherwise one file of safetensors.
     """
     names_folder = isinstance(output, str) and output.endswith(_SLASHES)
     output = None if output is None else Path(output)
@@ -125,7 +96,7 @@ def choose_target(
         kind = "module"
     if names_folder and kind != "sharded":
         raise InputError(
-            f"the output {output} is to be a folder, by its slash, and {source} gives one file",
+            f'the output ends in "/", but {source} yields a single file',
             "Give the file's name (-o FILE).",
         )
     if output is None:

@@ -35,16 +35,8 @@ def compare_outputs(
     of their own: the excited model against its fold, both as precise as they were trained or in
     float32, and the stripped model's values against that fold's, rounded once, to the bit.
 
-    Args:
-        excited: the model as it was trained.
-        vanilla: the stripped one.
-        shape: of the random inputs.
-        dtype: what the stripped one was cast to, if it was. Both models are changed.
-
-    Raises:
-        InputError: a model fails on such inputs.
-        SurgeryError: the relative difference is over 1e-5, for half precision that of the fold; or
-            a value is not the fold's rounded to ``dtype``.
+    The stripped model was cast to ``dtype``, if there is one; both models are changed. The relative
+    difference, for half precision that of the fold, must not be over 1e-5.
     """
     if dtype in _HALF:
         if any(is_half(tensor) for tensor in excited.state_dict().values()):
@@ -64,9 +56,6 @@ def rounding_effect(
     """How far the rounding of all values moves the outputs, at most: absolute and relative.
 
     Both models compute in float32, so that nothing else shows, and are changed.
-
-    Raises:
-        SurgeryError: it makes an output infinite or NaN.
     """
     excited, rounded = excited.float(), rounded.float()
     inputs = inputs_for(excited, shape)
@@ -123,11 +112,7 @@ def input_shape_of(
 
 
 def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts a model's floating-point parameters and buffers, in place.
-
-    Raises:
-        SurgeryError: a value is beyond the numbers of ``dtype``.
-    """
+    """Casts a model's floating-point parameters and buffers, in place."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             cast(name, tensor, dtype)

@@ -286,7 +286,7 @@ def _finish(
     if run.process.rank != 0:
         return None
     file = output / "stripped.pt"
-    checkpoint.write_state_dict(deployed.state_dict(), file, metadata=None, force=True)
+    checkpoint.write(deployed.state_dict(), file, "state_dict", force=True)
     result = RunResult(
         recipe=run.recipe.name,
         source=run.recipe.source,

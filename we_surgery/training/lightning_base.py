@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from we_surgery.checkpoint import (
     is_excited_state_dict,
     strip_state_dict_with_report,
-    write_safetensors,
+    write,
 )
 from we_surgery.converted.convert import convert
 from we_surgery.converted.state import is_converted
@@ -185,7 +185,7 @@ def write_stripped(checkpoint: Mapping[str, Any], path: Path, submodule: str = "
     state, _ = strip_state_dict_with_report(checkpoint, key="state_dict")
     prefix = f"{submodule}." if submodule else ""
     network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    write_safetensors(network, path, metadata=None, force=True)
+    write(network, path, "safetensors", force=True)
 
 
 def _warn(path: Any, cause: str) -> None:

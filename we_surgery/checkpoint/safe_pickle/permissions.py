@@ -13,7 +13,7 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -293,29 +293,22 @@ def _may_call(call: Call, objects: dict[str, Any], stood_in: Mapping[str, Refusa
         # As torch.save writes modules. Their constructors are never called.
         is_module = isinstance(objects[path], type) and issubclass(objects[path], nn.Module)
         return call.arguments == () and (is_module or path in _RECORDS)
-    rule = _reduce_rule(path)
-    return rule is not None and _is_tuple(call.arguments) and rule(call.arguments, objects)
+    return _is_tuple(call.arguments) and _may_reduce(path, call.arguments, objects)
 
 
-def _reduce_rule(path: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool] | None:
-    """What ``function(*arguments)`` may be called with; None: with nothing."""
+def _may_reduce(path: str, arguments: tuple[Any, ...], objects: dict[str, Any]) -> bool:
+    """Whether ``function(*arguments)`` may be called."""
     if path == _PARTIAL:
-        return lambda arguments, objects: _is_layer(arguments[0], objects)
+        return _is_layer(arguments[0], objects)
     if path in _ENUMS:
-        return lambda arguments, _: len(arguments) == 1 and isinstance(arguments[0], str)
+        return len(arguments) == 1 and isinstance(arguments[0], str)
     if path == _NUMPY_DTYPE:
-        return lambda arguments, _: (
-            arguments[1:] == (False, True)
-            and isinstance(arguments[0], str)
-            and _NUMBER.fullmatch(arguments[0]) is not None
-        )
+        is_number = isinstance(arguments[0], str) and _NUMBER.fullmatch(arguments[0]) is not None
+        return is_number and arguments[1:] == (False, True)
     if path in _NUMPY_SCALARS:
-        return lambda arguments, _: (
-            len(arguments) == 2
-            and all(isinstance(argument, Made) for argument in arguments)
-            and [_path(argument.by) for argument in arguments] == [_NUMPY_DTYPE, "_codecs.encode"]
-        )
-    return None
+        makers = [_path(value.by) if isinstance(value, Made) else "" for value in arguments]
+        return makers == [_NUMPY_DTYPE, "_codecs.encode"]
+    return False
 
 
 def _holds_inert(arguments: Any, stood_in: Mapping[str, Refusal]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from we_surgery.errors import InputError, no_such_file
+from we_surgery.errors import InputError, damaged, no_such_file
 
 _EAGER = (
     "Give the eager model saved with `torch.save(model, ...)`, or its state_dict with --arch "
@@ -72,7 +72,7 @@ def recognize(path: Path) -> FileKind:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}", "Check its permissions.") from error
     if not start:
-        raise InputError(f"{path} is empty", "Save or fetch it again.")
+        raise damaged(f"{path} is empty")
     if start.startswith(b"PK\x03\x04"):
         return _recognize_zip(path)
     # Read as a tar by torch.load, whatever else the same bytes may mean.
@@ -84,13 +84,10 @@ def recognize(path: Path) -> FileKind:
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and len(start) > 8:
         if header + 8 > size:
-            raise InputError(
-                f"{path} is cut short: {size} bytes, and its header alone has {header}",
-                "Save or fetch it again.",
-            )
+            raise damaged(f"{path} is cut short: {size} bytes, and its header alone has {header}")
         return FileKind.SAFETENSORS
     if _LEGACY_START.startswith(start):
-        raise InputError(f"{path} is cut short after {size} bytes", "Save or fetch it again.")
+        raise damaged(f"{path} is cut short after {size} bytes")
     if start[:1] == b"\x80":
         raise InputError(f"{path} is a pickle that torch.save did not write", _KNOWN_FORMATS)
     raise InputError(
@@ -152,9 +149,7 @@ def _records(content: Path | IO[bytes], path: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(content) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"{path} is a damaged or cut short zip archive: {error}", "Save or fetch it again."
-        ) from error
+        raise damaged(f"{path} is a damaged or cut short zip archive: {error}") from error
 
 
 def _refuse_traps(records: Sequence[zipfile.ZipInfo], size: int, path: Path) -> None:
@@ -169,7 +164,4 @@ def _refuse_traps(records: Sequence[zipfile.ZipInfo], size: int, path: Path) -> 
         len({record.filename for record in records}) < len(records)
         or sum(record.file_size for record in records) > size
     ):
-        raise InputError(
-            f"{path} is a damaged or doctored zip archive: its records repeat or overlap",
-            "Save or fetch it again.",
-        )
+        raise damaged(f"{path} is a damaged or doctored zip archive: its records repeat or overlap")

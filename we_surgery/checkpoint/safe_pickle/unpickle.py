@@ -30,7 +30,7 @@ from we_surgery.checkpoint.safe_pickle.permissions import (
 from we_surgery.checkpoint.safe_pickle.recognize import FileKind
 from we_surgery.checkpoint.safe_pickle.scan import Actions, scan
 from we_surgery.checkpoint.safe_pickle.soundness import refuse_unsound
-from we_surgery.errors import InputError, listed
+from we_surgery.errors import InputError, damaged, listed
 
 # Magic number, protocol, system, the object, the keys of its storages.
 _LEGACY_PICKLES = 5
@@ -40,9 +40,7 @@ def map_tensors(path: Path, kind: FileKind) -> dict[str, Tensor]:
     """The tensors of a state dict in a file of torch.save, each read where it is used."""
     found = unpickle(path, kind, mapped=kind is FileKind.ZIP)
     if not isinstance(found, Mapping):
-        raise InputError(
-            f"{path} holds {type(found).__name__} and not a state dict", "Save or fetch it again."
-        )
+        raise damaged(f"{path} holds {type(found).__name__} and not a state dict")
     return {key: value.detach() for key, value in found.items() if isinstance(value, Tensor)}
 
 

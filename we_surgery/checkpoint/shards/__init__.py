@@ -1,6 +1,6 @@
 """Tensors in files, read one by one: a safetensors file, shards with an index, or a DCP folder.
 
-May import: ``metadata``, ``unwrap`` and ``safe_pickle`` of this room, and what lies below. To add a
+May import: ``metadata`` and ``safe_pickle`` of this room, and what lies below. To add a
 layout, write a :class:`~we_surgery.checkpoint.shards.files.TensorFiles` and name it in
 :func:`open_files`.
 """

@@ -23,10 +23,9 @@ from torch import Tensor
 from we_surgery.checkpoint.safe_pickle.recognize import FileKind, check_archive
 from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards.files import Load, TensorFiles, check_file_name
-from we_surgery.errors import InputError, quoted
+from we_surgery.errors import InputError, damaged, quoted
 
 _Record = TypeVar("_Record")
-_SAVE_AGAIN = "Save or fetch the whole folder again."
 
 # Plain dataclasses of DCP, by name alone: several versions of torch have them in other modules.
 _RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")
@@ -69,8 +68,8 @@ class DistributedCheckpoint(TensorFiles):
             raise
         # Whatever else a doctored pickle leads to: no attribute, no number, no memory.
         except Exception as error:
-            raise InputError(
-                f"{path / '.metadata'} is damaged: {type(error).__name__}: {error}", _SAVE_AGAIN
+            raise damaged(
+                f"{path / '.metadata'} is damaged: {type(error).__name__}: {error}"
             ) from error
         self._check_files()
         self.shards = self._grouped()
@@ -106,9 +105,7 @@ class DistributedCheckpoint(TensorFiles):
                 file = self.path / piece.file
                 if not file.is_file() or piece.start + piece.length > file.stat().st_size:
                     what = "cut short" if file.is_file() else "missing"
-                    raise InputError(
-                        f"{file}, which holds a piece of {name!r}, is {what}", _SAVE_AGAIN
-                    )
+                    raise damaged(f"{file}, which holds a piece of {name!r}, is {what}")
 
     def _grouped(self) -> list[list[str]]:
         """The tensors in order, in groups no larger than the largest file or tensor."""
@@ -148,10 +145,9 @@ class DistributedCheckpoint(TensorFiles):
         for piece in self._pieces[name]:
             part = self._load_piece(name, piece)
             if (tuple(part.shape), part.dtype) != (piece.sizes, expected.dtype):
-                raise InputError(
+                raise damaged(
                     f"the piece of {name!r} in {self.path / piece.file} is {tuple(part.shape)} of "
-                    f"{part.dtype}, but .metadata says {piece.sizes} of {expected.dtype}",
-                    _SAVE_AGAIN,
+                    f"{part.dtype}, but .metadata says {piece.sizes} of {expected.dtype}"
                 )
             if part.shape == expected.shape:
                 return part
@@ -162,15 +158,14 @@ class DistributedCheckpoint(TensorFiles):
             whole[box] = part
             filled[box] = True
         if not filled.all():
-            raise InputError(f"the pieces of {name!r} in {self.path} do not fill it", _SAVE_AGAIN)
+            raise damaged(f"the pieces of {name!r} in {self.path} do not fill it")
         return whole
 
     def _load_piece(self, name: str, piece: Piece) -> Tensor:
         part = self._open_piece(name, piece)
         if not isinstance(part, Tensor):
-            raise InputError(
-                f"{self.path / piece.file} holds {type(part).__name__} where {name!r} should be",
-                _SAVE_AGAIN,
+            raise damaged(
+                f"{self.path / piece.file} holds {type(part).__name__} where {name!r} should be"
             )
         return part.detach()
 
@@ -183,9 +178,7 @@ class DistributedCheckpoint(TensorFiles):
                 return unpickle(path, FileKind.ZIP, content=content)
         except (InputError, OSError, MemoryError) as error:
             cause = error.cause if isinstance(error, InputError) else str(error)
-            raise InputError(
-                f"{path} cannot be read where it holds {name!r}: {cause}", _SAVE_AGAIN
-            ) from error
+            raise damaged(f"{path} cannot be read where it holds {name!r}: {cause}") from error
 
 
 class _Window(io.RawIOBase):
@@ -258,24 +251,21 @@ class _Unpickler(pickle._Unpickler):
 
 def _checked(found: Any, kind: type[_Record]) -> _Record:
     if not isinstance(found, kind):
-        raise InputError(
-            f"the .metadata holds {type(found).__name__} where {kind.__name__} should be",
-            _SAVE_AGAIN,
-        )
+        raise damaged(f"the .metadata holds {type(found).__name__} where {kind.__name__} should be")
     return found
 
 
 def _numbers(sizes: Any) -> tuple[int, ...]:
     numbers = tuple(sizes)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise InputError(f"the .metadata has a shape {numbers}", _SAVE_AGAIN)
+        raise damaged(f"the .metadata has a shape {numbers}")
     return numbers
 
 
 def _dtype(properties: Any) -> torch.dtype:
     state = properties.state if isinstance(properties, _Unread) else None
     if not isinstance(state, tuple) or not isinstance(state[0], torch.dtype):
-        raise InputError("the .metadata has a tensor without a dtype", _SAVE_AGAIN)
+        raise damaged("the .metadata has a tensor without a dtype")
     return state[0]
 
 
@@ -286,7 +276,7 @@ def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Pi
     offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
     index = MetadataIndex(name, offsets)
     if index not in stored:
-        raise InputError(f"{folder} does not say where {name!r} is", _SAVE_AGAIN)
+        raise damaged(f"{folder} does not say where {name!r} is")
     return _place(folder, name, stored[index], offsets, sizes)
 
 
@@ -317,4 +307,4 @@ def _check_pieces(folder: Path, name: str, size: tuple[int, ...], pieces: Sequen
         for piece in pieces
     )
     if not (inside and pieces) or sum(math.prod(p.sizes) for p in pieces) != math.prod(size):
-        raise InputError(f"the pieces of {name!r} in {folder} do not fill its {size}", _SAVE_AGAIN)
+        raise damaged(f"the pieces of {name!r} in {folder} do not fill its {size}")

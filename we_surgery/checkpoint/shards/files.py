@@ -12,12 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from we_surgery.checkpoint.metadata import Metadata
-from we_surgery.checkpoint.unwrap import Weights, unwrap
-from we_surgery.errors import InputError
+from we_surgery.errors import damaged
 from we_surgery.excitations.names import EXCITATION
-
-SAVE_AGAIN = "Save or fetch all of it again."
-"""The hint for files that do not fit together."""
 
 Load = Callable[[str], Tensor]
 
@@ -56,14 +52,6 @@ class TensorFiles(ABC):
         They may be overwritten, and used until it closes: one may be a view of the file, mapped
         so that what is written to it stays in memory.
         """
-
-    def state_dict(self, key: str | None = None, weights: Weights | None = None) -> StateDict:
-        """The state dict in the files, without wrappers, with vanilla names."""
-        try:
-            state, notes = unwrap(self.checkpoint(), key, weights)
-        except InputError as error:
-            raise InputError(f"{self.path}: {error.cause}", error.cure) from error
-        return self.located(state, notes)
 
     def located(self, state: dict[str, Tensor], notes: Sequence[str]) -> StateDict:
         """A state dict that was found in :meth:`checkpoint`, and where its values are."""
@@ -114,10 +102,9 @@ class StateDict:
                 stored = files.tensors[self.stored[name]]
                 tensor = load_stored(self.stored[name])
                 if (tensor.shape, tensor.dtype) != (stored.shape, stored.dtype):
-                    raise InputError(
+                    raise damaged(
                         f"{files.path} says that {name!r} is {_form(stored)}, but the file "
-                        f"has {_form(tensor)}",
-                        SAVE_AGAIN,
+                        f"has {_form(tensor)}"
                     )
                 # Sparse tensors know no reshape.
                 return tensor if tensor.shape == expected.shape else tensor.reshape(expected.shape)
@@ -146,9 +133,8 @@ class StateDict:
 def check_file_name(path: Path, name: object) -> str:
     """The name, if it is that of a file beside or in ``path``."""
     if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
-        raise InputError(
-            f"{path} refers to a shard {name!r}, which is not the name of a file beside it",
-            SAVE_AGAIN,
+        raise damaged(
+            f"{path} refers to a shard {name!r}, which is not the name of a file beside it"
         )
     return name
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.safe_pickle.recognize import FileKind, recognize
 from we_surgery.checkpoint.safe_pickle.unpickle import map_tensors
-from we_surgery.checkpoint.shards.files import SAVE_AGAIN, Load, TensorFiles, check_file_name
+from we_surgery.checkpoint.shards.files import Load, TensorFiles, check_file_name
 from we_surgery.checkpoint.shards.safetensors_file import SafetensorsReader
-from we_surgery.errors import InputError, quoted
+from we_surgery.errors import InputError, damaged, quoted
 
 INDEX_ENDING = ".index.json"
 
@@ -34,7 +34,7 @@ class SafetensorsFile(TensorFiles):
         with closing(SafetensorsReader(path)) as reader:
             header, self.tensors = reader.metadata, reader.tensors
         if not self.tensors:
-            raise InputError(f"{path} holds no tensors", "Save or fetch it again.")
+            raise damaged(f"{path} holds no tensors")
         # `safetensors.torch.save_model` writes a shared tensor once, and in the header its names.
         self._kept = {
             name: kept
@@ -70,9 +70,8 @@ class IndexedShards(TensorFiles):
             with _open_file(file, kind) as (tensors, _):
                 missing = [key for key in keys if key not in tensors]
                 if missing:
-                    raise InputError(
-                        f"{path} says that {file.name} holds {quoted(missing)}, but it does not",
-                        SAVE_AGAIN,
+                    raise damaged(
+                        f"{path} says that {file.name} holds {quoted(missing)}, but it does not"
                     )
                 found |= {key: _described(tensors[key]) for key in keys}
                 unlisted = sorted(tensors.keys() - names.keys())
@@ -95,7 +94,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}", "Check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not an index of shards: {error}", SAVE_AGAIN) from error
+        raise damaged(f"{path} is not an index of shards: {error}") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
         raise InputError(
@@ -107,7 +106,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _shard_kind(index: Path, file: Path) -> FileKind:
     if not file.exists():
-        raise InputError(f"{index} refers to the shard {file.name}, which is missing", SAVE_AGAIN)
+        raise damaged(f"{index} refers to the shard {file.name}, which is missing")
     return recognize(file)
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
-from we_surgery.errors import InputError
+from we_surgery.errors import InputError, damaged
 
 # The values begin at a multiple of this, so that every dtype is aligned.
 _ALIGNMENT = 64
@@ -172,10 +172,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"{file} is a damaged or cut short safetensors file: {error}",
-            "Save or fetch it again.",
-        ) from error
+        raise damaged(f"{file} is a damaged or cut short safetensors file: {error}") from error
 
 
 def _described(entry: Mapping[str, Any]) -> Tensor:

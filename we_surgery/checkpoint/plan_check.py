@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from we_surgery.checkpoint.contents import Contents
-from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
-from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
+from we_surgery.checkpoint.excited_entry import find_excited
 from we_surgery.errors import InputError, quoted
 from we_surgery.excitations import Rescale, check_stage
-from we_surgery.excitations.legacy import LEGACY_NOTE, read_legacy, upgraded
-from we_surgery.excitations.record import RECORD_KEY, Record, outline
+from we_surgery.excitations.record import Record, outline
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.rows import Decision
 
 _HINT = "The file is damaged or was edited; give the checkpoint that it was made from."
 
 
-def settled(contents: Contents, name: str) -> Contents:
-    """The contents, their excited weights being those of the file's own plan.
-
-    A state dict in the old form gets records where the plan agrees with its tensors.
-    """
+def check_plan(contents: Contents) -> None:
+    """Raises unless the excited weights of a file are those of the file's own plan."""
     plan = None if contents.metadata is None else contents.metadata.stored_plan
     if plan is None:
-        return contents
+        return
+    name = str(contents.path)
     weights = contents.weights
     if weights is not None:
         state = weights.with_excitations()
@@ -36,27 +31,10 @@ def settled(contents: Contents, name: str) -> Contents:
         state = {} if contents.model is None else _tensors(contents.model.state_dict())
     entries = {(entry.layer, entry.parameter): entry for entry in find_excited(state)}
     _refuse_lost(entries, plan, name)
-    old: list[ExcitedEntry] = []
     for row in plan.decisions:
         entry = entries.get((row.module, row.parameter))
-        if entry is None:
-            continue
-        if RECORD_KEY in entry.excitation:
-            record = entry.record()
-        else:
-            record = read_legacy(entry.excitation)[0]
-            old.append(entry)
-        _refuse_other(row, record, name)
-    if weights is None or not old:
-        return contents
-    tensors = _upgraded(weights.tensors, old)
-    in_files = {key for key, value in tensors.items() if value.is_meta}
-    stored = {key: place for key, place in weights.stored.items() if key in in_files}
-    return replace(
-        contents,
-        weights=replace(weights, tensors=tensors, stored=stored),
-        notes=[*contents.notes, f"{name} {LEGACY_NOTE}"],
-    )
+        if entry is not None:
+            _refuse_other(row, entry.record(), name)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -109,18 +87,3 @@ def _differ(stage: str, planned: Mapping[str, Any], said: Mapping[str, Any]) -> 
         elif value is not None and own is not None and value != own:
             return True
     return False
-
-
-def _upgraded(state: Mapping[str, Tensor], old: Iterable[ExcitedEntry]) -> dict[str, Tensor]:
-    by_raw_key = {entry.raw_key: entry for entry in old}
-    gone = {e.excitation_prefix + key for e in by_raw_key.values() for key in e.excitation}
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key not in gone:
-            found[key] = value
-        if key in by_raw_key:
-            entry = by_raw_key[key]
-            own = upgraded(entry.excitation)
-            found |= {entry.excitation_prefix + name: tensor for name, tensor in own.items()}
-    versions = getattr(state, VERSIONS, None)
-    return found if versions is None else with_versions(found, versions)
