@@ -30,9 +30,10 @@ def line(arm, seed, accuracy, phase="count", **changed):
     return row | changed
 
 
-@pytest.fixture
-def written(tmp_path):
-    """Pairs with a gain, a loss and neither; one arm is incomplete and one run diverged."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A gain, a loss and neither; one arm is incomplete, and one run diverged."""
+    folder = tmp_path_factory.mktemp("results")
     rng = np.random.default_rng(0)
     lines = []
     for seed in range(30):
@@ -51,13 +52,18 @@ def written(tmp_path):
         "test_accuracy": [70.0, 70.0],
         "largest_difference": 1e-12,
     }
-    (tmp_path / "evidence_public.json").write_text(json.dumps({"runs": [public]}))
-    path = tmp_path / "evidence_resnet_gn.jsonl"
+    (folder / "evidence_public.json").write_text(json.dumps({"runs": [public]}))
+    path = folder / "evidence_resnet_gn.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    page = tmp_path / "page.md"
+    page = folder / "page.md"
     page.write_text(f"before\n{evidence_report.BEGIN}old\n{evidence_report.END}\nafter\n")
-    evidence_report.write_report(tmp_path, page)
-    return page.read_text()
+    evidence_report.write_report(folder, page)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    return (folder / "page.md").read_text()
 
 
 def row_of(page, arm):
@@ -78,13 +84,13 @@ def test_what_is_missing_is_marked(written):
     assert "incomplete" not in row_of(written, "lwe")
 
 
-def test_only_the_section_is_replaced(written, tmp_path):
+def test_only_the_section_is_replaced(written, folder):
     assert written.startswith("before\n")
     assert written.endswith(f"{evidence_report.END}\nafter\n")
     assert "old" not in written
-    evidence_report.write_report(tmp_path, tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_text() == written
-    assert (tmp_path / "evidence_resnet_gn.svg").stat().st_size < 100_000
+    evidence_report.write_report(folder, folder / "page.md")
+    assert (folder / "page.md").read_text() == written
+    assert (folder / "evidence_resnet_gn.svg").stat().st_size < 100_000
 
 
 def test_the_page_has_the_section():
