@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from we_surgery.checkpoint.safe_pickle.scan import Actions, Made, Name
-from we_surgery.checkpoint.safe_pickle.soundness import held_by
+from we_surgery.checkpoint.safe_pickle.soundness import everything_in
 
 # By this, pickle finds a method of a class; of a stand-in alone.
 GETATTR = "builtins.getattr"
@@ -94,26 +94,13 @@ def holds_only_weights_aside(found: Any) -> bool:
     """Whether no model and no tensor of a file is a stand-in, or holds one, and it has tensors."""
     if not isinstance(found, Mapping):
         return False
-    everything = list(_within(found))
+    everything = list(everything_in(found))
     used = [value for value in everything if isinstance(value, nn.Module | Tensor)]
     if not any(isinstance(value, Tensor) for value in used):
         return False
     if any(isinstance(value, Inert) and value.was_module for value in everything):
         return False
-    return not any(_is_stand_in(value) for value in _within(*used))
-
-
-def _is_stand_in(value: Any) -> bool:
-    return isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert))
-
-
-def _within(*found: Any) -> Iterator[Any]:
-    """The objects and all that they hold, each once."""
-    seen: set[int] = set()
-    pending = [*found]
-    while pending:
-        value = pending.pop()
-        if id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            pending.extend(held_by(value))
+    return not any(
+        isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert))
+        for value in everything_in(*used)
+    )

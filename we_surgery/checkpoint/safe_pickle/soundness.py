@@ -53,14 +53,8 @@ def refuse_unsound(found: Any, path: Path) -> None:
 
 
 def _fault(found: Any) -> str | None:
-    seen: set[int] = set()
     modules: list[nn.Module] = []
-    pending = [found]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
+    for value in everything_in(found):
         fault: str | None = None
         if isinstance(value, nn.Module):
             modules.append(value)
@@ -71,11 +65,22 @@ def _fault(found: Any) -> str | None:
             fault = _fault_in_attributes(value)
         if fault is not None:
             return fault
-        pending.extend(held_by(value))
     return _cycle(modules)
 
 
-def held_by(value: Any) -> Iterator[Any]:
+def everything_in(*found: Any) -> Iterator[Any]:
+    """The objects and all that they hold, each once, and before what it holds."""
+    seen: set[int] = set()
+    pending = [*found]
+    while pending:
+        value = pending.pop()
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            pending.extend(_held_by(value))
+
+
+def _held_by(value: Any) -> Iterator[Any]:
     """What an object holds, found without calling a method that a file may have put there."""
     if isinstance(value, dict):
         yield from dict.keys(value)
