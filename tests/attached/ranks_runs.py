@@ -220,8 +220,9 @@ def hybrid_cases(rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
-    torch.set_num_threads(1)
     found = cases(rank) if ranks == 2 else hybrid_cases(rank)
+    if ranks == 2:
+        found["losses"] = partial(stage_of_a_run, folder, 0)
     if stage is not None:
         found = {"losses": partial(stage_of_a_run, folder, stage)}
     result: dict[str, Any] = {}
@@ -243,6 +244,7 @@ def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     place, *numbers = sys.argv[1:]
     own, count, *stages = map(int, numbers)
     main(Path(place), own, count, stages[0] if stages else None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
-from ranks_runs import SHARDED, alone, alone_by, cases, hybrid_cases
+from ranks_runs import SHARDED, alone, alone_by, cases, hybrid_cases, main
 
 import we_surgery as ws
 
@@ -42,8 +42,13 @@ def run_on(ranks: int, folder: Path, *stage: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on(2, tmp_path_factory.mktemp("ranks"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_on(2, folder)
 
 
 @pytest.mark.parametrize("name", [name for name in cases(0) if name.endswith("DDP")])
@@ -114,16 +119,22 @@ def test_what_one_rank_writes_is_an_error_on_all(ranks: list[dict[str, Any]]) ->
     assert "'stem' was changed outside" in second[0]
 
 
-def test_a_run_goes_on_over_two_three_and_one_ranks(tmp_path: Path) -> None:
+def test_a_run_goes_on_over_two_three_and_one_ranks(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
     torch.manual_seed(0)
     model = Net(is_tied=False)
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     ws.attach(model, optimizer, config=SHARDED["lwe+mwe"])
     expected = [plain_step(optimizer, model, batch, 0) for batch in batches(6)]
+    three = run_on(3, folder, 1)
+    main(folder, 0, 1, 2)  # in this process
+    one = [torch.load(folder / "rank-0-2.pt")]
     losses: list[float] = []
-    for stage, ranks in enumerate((2, 3, 1)):
-        found = [rank["losses"] for rank in run_on(ranks, tmp_path, stage)]
-        assert all(isinstance(own, list) for own in found), found[0]
-        losses += [sum(own) / ranks for own in zip(*found, strict=True)]
+    for found in (ranks, three, one):
+        for rank in found:
+            assert isinstance(rank["losses"], list), rank["losses"]
+        each = zip(*(rank["losses"] for rank in found), strict=True)
+        losses += [sum(own) / len(found) for own in each]
     assert losses == pytest.approx(expected, rel=1e-4)
