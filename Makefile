@@ -18,7 +18,7 @@ docs: $(READY)
 
 # The pages, and that what they show runs.
 test-docs: $(READY)
-	$(BIN)/python -m pytest -n auto -k 'page or documentation or shown'
+	$(BIN)/python -m pytest -n auto tests/pages
 
 lint: $(READY) lint-files
 	$(BIN)/ruff check

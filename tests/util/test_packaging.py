@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"we_surgery"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "we_surgery").rglob("*.py")}
     assert sources <= set(names)
-    assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= set(names)
+    assert {"we_surgery/py.typed", "we_surgery/jobs/report.html.j2"} <= set(names)
     for rights in ("LICENSE", "NOTICE"):
         assert any(name.endswith(f"licenses/{rights}") for name in names)
     data = {p.suffix for p in (ROOT / "we_surgery").rglob("*.*")} - {".py", ".pyc"}
@@ -57,7 +57,7 @@ def test_the_source_archive_builds_the_same(dist: Path) -> None:
     assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml"} <= names
     configs = [p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rglob("*.yaml")]
     assert {f"we_surgery/configs/{path.as_posix()}" for path in configs} <= names
-    assert {"we_surgery/py.typed", "we_surgery/report.html.j2"} <= names
+    assert {"we_surgery/py.typed", "we_surgery/jobs/report.html.j2"} <= names
     # Half of them would be there by default, without the helpers they import.
     assert not [name for name in names if name.startswith("tests")]
 

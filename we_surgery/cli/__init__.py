@@ -1,4 +1,9 @@
-"""The command line: ``we-convert``, ``we-strip``, ``we-inspect``, and ``we-surgery`` over them."""
+"""The command line: ``we-convert``, ``we-strip``, ``we-inspect``, and ``we-surgery`` over them.
+
+Lives here: options and printing; what a command does is in ``jobs``. May import: every room, but
+those that import torch only within functions, after the arguments were checked. To add a command:
+one file, and one line below.
+"""
 
 import click
 

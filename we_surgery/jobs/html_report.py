@@ -35,7 +35,7 @@ def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None
     """The page about one file or several as text, with importance maps to show."""
     files = found.inspections if isinstance(found, Comparison) else [found]
     environment = Environment(
-        loader=PackageLoader("we_surgery", "."),
+        loader=PackageLoader("we_surgery.jobs", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
