@@ -197,9 +197,10 @@ def _arrows(modules: Mapping[str, Module]) -> dict[str, list[str]]:
 
 def describe(house: House) -> str:
     """The figures as text."""
-    rows = [f"{'room':<14}{'files':>7}{'lines':>8}"]
+    rows = [f"{'room':<14}{'files':>7}{'lines':>8}  imports"]
     for name, room in sorted(house.rooms.items()):
-        rows.append(f"{name:<14}{room['files']:>7}{room['lines']:>8,}")
+        imported = ", ".join(house.arrows[name])
+        rows.append(f"{name:<14}{room['files']:>7}{room['lines']:>8,}  {imported}")
     rows += [
         f"{'in all':<14}{house.files:>7}{house.lines:>8,}",
         "",
