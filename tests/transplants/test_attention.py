@@ -266,7 +266,7 @@ def test_a_graph_module_gets_it_too() -> None:
 @pytest.mark.parametrize(
     ("name", "transplant", "extension"),
     [
-        ("torchvision:resnet18", "bam", "pt"),
+        ("timm:resnet10t", "bam", "pt"),
         ("timm:resnet10t", "se", "safetensors"),
         ("timm:resnet10t", "cbam", "pt"),
     ],
