@@ -17,8 +17,7 @@ ADDRESS = re.compile(r'(?:src|href)="([^"#?]+)(?:[#?][^"]*)?"')
 
 def test_the_reference_has_each_public_name() -> None:
     listed = set(re.findall(r"^::: [\w.]*?(\w+)$", SCRIPT["reference"](), re.M))
-    public = {name for name in vars(ws) if name[0].isupper() or callable(getattr(ws, name))}
-    assert {name for name in public if not name.startswith("_")} <= listed
+    assert set(ws.__all__) <= listed
 
 
 def test_each_page_is_in_the_navigation() -> None:
