@@ -140,7 +140,7 @@ def test_what_cannot_be_proven_changes_nothing(
 
 def test_outputs_cannot_be_compared_at_its_end() -> None:
     model, x = converted("convs")
-    with pytest.raises(ws.InputError, match="cannot be taken back") as caught:
+    with pytest.raises(ws.InputError, match="cannot be rolled back") as caught:
         ws.strip(model, example_inputs=x, inplace=True, layer_by_layer=True)
     assert "layer_by_layer" in caught.value.cure
     assert not is_vanilla(model)

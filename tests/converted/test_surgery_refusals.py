@@ -76,8 +76,11 @@ def change_row(plan: Plan, layer: str, **changes: Any) -> Plan:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"module": "stemm"}, "a layer 'stemm' that the model has not; did you mean 'stem'"),
-        ({"parameter": "bias"}, "a layer 'stem.bias' that the model has not"),
+        (
+            {"module": "stemm"},
+            "layer 'stemm', which does not exist in this model; did you mean 'stem'",
+        ),
+        ({"parameter": "bias"}, "layer 'stem.bias', which does not exist in this model"),
         ({"shape": (8, 3, 5, 5)}, "shape (8, 3, 5, 5) and 1 groups, the model as conv2d"),
         ({"groups": 3}, "3 groups, the model"),
         ({"kind": "conv_transpose2d"}, "as conv_transpose2d of shape"),

@@ -217,7 +217,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "there is no mode called '...'": lambda: ws.plan(net(), "lwee"),
     "the config has an unknown key '...'": lambda: ws.plan(net(), config={"mod": "lwe"}),
     "the config ... cannot be read": lambda: ws.plan(net(), config="configs/none.yaml"),
-    "layer '...' cannot start as what it is": lambda: ws.convert(
+    "layer '...' cannot be initialized as the identity": lambda: ws.convert(
         net(), config={"conv": "shift_attention"}, start="paused"
     ),
     "the model is wrapped in DistributedDataParallel": lambda: ws.convert(
@@ -235,7 +235,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "aten.convolution in module '...' reads '...raw_weight' itself": lambda: ws.convert(
         Bypassing(), example_inputs=X
     ),
-    "the plan names a layer '...' that the model has not": lambda: ws.convert(
+    "the plan names layer '...', which does not exist in this model": lambda: ws.convert(
         net(), plan=foreign_plan()
     ),
     "both a plan and a mode, config, rules or transplants were given": lambda: ws.convert(

@@ -315,8 +315,8 @@ def test_an_edited_plan_is_done_exactly() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "is no plan: it has no list `layers`"),
-        ({}, "is no plan: it has no list `layers`"),
+        ([], "is not a plan: it has no list `layers`"),
+        ({}, "is not a plan: it has no list `layers`"),
         ({"layers": []}, "has schema None; this version reads 1 and 2"),
         ({"layers": [], "schema": 99}, "has schema 99; this version reads 1 and 2"),
         ({"layers": [{}], "schema": 1}, "a row that cannot be read .*module"),

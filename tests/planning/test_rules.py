@@ -90,7 +90,7 @@ def test_a_rule_that_makes_no_sense_is_refused_at_once(
 
 
 def test_a_broken_regular_expression_is_named() -> None:
-    with pytest.raises(InputError, match=r"'re:\(' is no regular expression"):
+    with pytest.raises(InputError, match=r"'re:\(' is not a valid regular expression"):
         Rule("re:(")
 
 

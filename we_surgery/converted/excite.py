@@ -129,7 +129,7 @@ def change_since_conversion(layer: ExcitedLayer) -> str | None:
     """What was done to an excited layer that no fold can undo, or None."""
     for name in map(raw_name, layer.excited_parameters):
         if layer._parameters.get(name) is None:
-            return f"its {name!r} is no Parameter any more"
+            return f"its {name!r} is not a Parameter any more"
     base: Any = layer.vanilla_class
     if type(layer) is not excited_class(base, layer.excited_parameters):
         return f"its class is {type(layer).__name__} now"

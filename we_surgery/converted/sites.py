@@ -96,7 +96,7 @@ def _named(layer: str, instead: str) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise InputError(
-            f"layer {layer!r} cannot start as what it is: {error}",
+            f"layer {layer!r} cannot be initialized as the identity: {error}",
             f"Convert with `{instead}`, or give it another excitation by a rule.",
         ) from error
 
@@ -134,7 +134,7 @@ def _check_row(
 ) -> None:
     if fact is None:
         raise InputError(
-            f"the plan names a layer {decision.layer!r} that the model has not"
+            f"the plan names layer {decision.layer!r}, which does not exist in this model"
             f"{near_matches(decision.layer, names)}",
             "Use a plan that was made for this model.",
         )

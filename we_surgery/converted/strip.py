@@ -121,7 +121,7 @@ def strip_with_report(
         )
     if layer_by_layer and example_inputs is not None:
         raise InputError(
-            "a strip layer by layer cannot be taken back when its outputs turn out to differ",
+            "a strip layer by layer cannot be rolled back if output verification fails",
             "Leave out the example inputs, each weight is compared in any case; or leave out "
             "`layer_by_layer`.",
         )

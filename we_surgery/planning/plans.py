@@ -108,7 +108,7 @@ class Plan:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("layers"), list):
             raise InputError(
-                f"{source} is no plan: it has no list `layers`",
+                f"{source} is not a plan: it has no list `layers`",
                 "Make one with `we-convert MODEL --dry-run --json`.",
             )
         if data.get("schema") not in _READ_VERSIONS:
@@ -135,7 +135,7 @@ class Plan:
         """A plan from a JSON file, edited or not.
 
         Raises:
-            InputError: the file cannot be read or holds no plan.
+            InputError: the file cannot be read or does not hold a plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ class Rule:
                 re.compile(self.match[3:])
             except re.error as error:
                 raise InputError(
-                    f"the pattern {self.match!r} is no regular expression: {error}",
+                    f"the pattern {self.match!r} is not a valid regular expression: {error}",
                     "Correct it, or drop 're:' to use it as a name glob.",
                 ) from error
 
