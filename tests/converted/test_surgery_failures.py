@@ -173,11 +173,11 @@ def test_example_inputs_that_do_not_fit_change_nothing(inplace: bool) -> None:
     [
         (
             lambda m: prune.l1_unstructured(m.stem, "raw_weight", 0.5),
-            "layer 'stem' was changed after its conversion: its 'raw_weight' is no Parameter",
+            "layer 'stem' was changed after its conversion: its 'raw_weight' is not a Parameter",
         ),
         (
             lambda m: torch.nn.utils.parametrizations.weight_norm(m.stem, "raw_weight"),
-            "'raw_weight' is no Parameter",
+            "'raw_weight' is not a Parameter",
         ),
         (
             lambda m: torch.nn.utils.parametrize.register_parametrization(
