@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all, which are 0 where that is not known."""
 
@@ -22,6 +20,7 @@ def progress_bar(what: str = "measuring", unit: str = "evaluations") -> Iterator
         >>> with progress_bar() as progress:
         ...     maps = location_maps(model, loader, progress=progress)
     """
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
