@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on(folder: Path) -> None:
     assert (folder / "out.progress.jsonl").exists()
     resumed = analyse(*words, "--metric", "users_code:metric")
     assert resumed.exit_code == 0, resumed.output
-    assert "going on from out.progress.jsonl" in resumed.stderr
+    assert "continuing from out.progress.jsonl" in resumed.stderr
     assert "3 evaluations, about" in resumed.stderr
     assert not (folder / "out.progress.jsonl").exists()
 

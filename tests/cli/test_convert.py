@@ -95,7 +95,7 @@ def test_an_edited_plan_is_done_exactly(model_file: Path) -> None:
 
 def test_a_recorded_dry_run_names_its_reading(model_file: Path) -> None:
     result = run(model_file, "--dry-run", "--input-shape", "2,4,8,8")
-    assert "read by recorded" in result.stdout
+    assert "graph from a recorded forward pass" in result.stdout
 
 
 def test_skip_and_rule_report_how_many_layers_they_matched(model_file: Path) -> None:

@@ -69,7 +69,7 @@ def measuring_options(command: Command) -> Command:
                 type=click.Choice(SCORES),
                 default="accuracy",
                 show_default=True,
-                help="Of a loader. log_likelihood moves where no prediction does.",
+                help="How batches are scored; log_likelihood changes even if no prediction does.",
             ),
             click.option(
                 "-o",
@@ -77,8 +77,8 @@ def measuring_options(command: Command) -> Command:
                 type=click.Path(path_type=Path),
                 required=True,
                 metavar="STEM",
-                help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg. While it runs, "
-                "STEM.progress.jsonl keeps what is done, and the same command goes on from it.",
+                help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg. Progress is "
+                "kept in STEM.progress.jsonl: run the same command again to continue.",
             ),
             click.option("--no-picture", is_flag=True, help="Write no PNG and SVG."),
             click.option("--force", is_flag=True, help="Overwrite files that exist."),
@@ -151,12 +151,12 @@ def location_command(samples: tuple[int, int], **options: Any) -> None:
     "granularities",
     multiple=True,
     type=click.Choice(GRANULARITIES),
-    help="What one unit is. Repeatable.  [default: all]",
+    help="The unit that is removed. Repeatable.  [default: all]",
 )
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
-    help="Remove that share of the units of each layer instead of one.",
+    help="Remove this share of each layer's units instead of a single one.",
 )
 @click.option(
     "--random-draws",
@@ -187,7 +187,7 @@ def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
     type=click.FloatRange(0, 1),
     default=(0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     show_default=True,
-    help="Of the kernels of each layer. Repeatable.",
+    help="Share of each layer's kernels to remove. Repeatable.",
 )
 @click.option(
     "--criterion",
@@ -296,7 +296,7 @@ def _analyse(
         )
     progress_file = output.with_name(f"{output.name}.progress.jsonl")
     if progress_file.exists():
-        say(f"going on from {progress_file}")
+        say(f"continuing from {progress_file}")
     with analyses.progress_bar() as progress:
         result = run(
             model,

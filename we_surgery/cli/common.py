@@ -53,7 +53,7 @@ _WIDTH_WITHOUT_TERMINAL = 140
 
 
 class SurgeryCommand(click.Command):
-    """A command whose errors are two lines, cause and cure, and an exit code."""
+    """A command whose errors are two lines, cause and hint, and an exit code."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -68,8 +68,8 @@ TRACEBACK_VARIABLE = "WE_SURGERY_TRACEBACK"
 """The environment variable with which an unexpected error shows where it came from."""
 
 _UNEXPECTED = (
-    "Is the input sound? If it is, please report this, with the traceback that "
-    f"{TRACEBACK_VARIABLE}=1 before the command shows."
+    "If the input is valid, please report this, with the traceback that the command shows "
+    f"when {TRACEBACK_VARIABLE}=1 is set."
 )
 _OUT_OF_MEMORY = "Give the process more memory, or a smaller input."
 _WRITTEN = "we_surgery.written"
@@ -213,7 +213,7 @@ def opening_options(command: Command) -> Command:
             click.option(
                 "--key",
                 metavar="NAME",
-                help="Where in a wrapped checkpoint the state dict is, such as state_dict_ema.",
+                help="Key of the state dict in a wrapped checkpoint, such as state_dict_ema.",
             ),
             click.option(
                 "--allow",
@@ -225,8 +225,8 @@ def opening_options(command: Command) -> Command:
             click.option(
                 "--trust",
                 is_flag=True,
-                help="Unpickle whatever the file says, which runs its code. Only for files of "
-                "your own.",
+                help="Unpickle the file without any restriction, which runs its code. Only for "
+                "files of your own.",
             ),
         ]
     ):
@@ -373,7 +373,7 @@ def table_width() -> int:
 wide_option = click.option(
     "--wide",
     is_flag=True,
-    help="Show all columns, a line for each weight, and reasons in full, however long.",
+    help="Show all columns, one line per weight, and reasons in full, however long.",
 )
 
 

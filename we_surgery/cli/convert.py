@@ -58,7 +58,7 @@ class _ConvertCommand(SurgeryCommand):
     "--mode",
     type=click.Choice(MODES),
     help="lwe: LWE on convs, MWE on linear layers. mwe: MWE on all. we: as lwe, and MWE on "
-    "depthwise and shift-fed convs. lwe+mwe: both on convs. --list-modes tells of all.  "
+    "depthwise and shift-fed convs. lwe+mwe: both on convs. --list-modes explains all.  "
     f"[default: {DEFAULT_MODE}]",
 )
 @click.option(
@@ -79,7 +79,7 @@ class _ConvertCommand(SurgeryCommand):
     "plan_path",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Do exactly this plan, made with --dry-run --json and edited or not.",
+    help="Apply exactly this plan: the output of --dry-run --json, edited or not.",
 )
 @click.option(
     "--skip",
@@ -109,7 +109,7 @@ class _ConvertCommand(SurgeryCommand):
     "transplants",
     multiple=True,
     metavar="NAME",
-    help="Put in another method of the papers first, such as max_dropout or "
+    help="Insert another method of the papers first, such as max_dropout or "
     "'max_dropout(rate=0.3)'; --list-modes names them. Repeatable.",
 )
 @click.option(
@@ -118,22 +118,22 @@ class _ConvertCommand(SurgeryCommand):
     default="paper",
     show_default=True,
     help="paper: excitations start as new layers do, for models that were never trained. "
-    "preserve: the converted model starts by computing what the model computes.",
+    "preserve: the converted model starts with the outputs of the model.",
 )
 @click.option(
     "--start",
     type=click.Choice(STARTS),
     default="on",
     show_default=True,
-    help="paused: the model trains as the vanilla one until ws.resume or a WESchedule switches "
+    help="paused: the model trains like the vanilla one until ws.resume or a WESchedule turns "
     "excitation on.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the new parameters.")
 @click.option(
     "--input-shape",
     metavar="SHAPE",
-    help="Read the model by recording one forward on inputs such as 1,3,224,224, and prove on "
-    "them that no converted weight is bypassed.",
+    help="Record one forward pass on inputs of this shape, such as 1,3,224,224, to read the "
+    "model, and check that no converted weight is bypassed.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @wide_option

@@ -37,7 +37,7 @@ _PLAIN_BLOCKS = " .:-=+*#@"
 
 
 @click.command(
-    "inspect", cls=SurgeryCommand, short_help="Tell what files hold and what they learned."
+    "inspect", cls=SurgeryCommand, short_help="Show what files hold and what they learned."
 )
 @click.argument("sources", nargs=-1, required=True, type=FILE)
 @opening_options
@@ -45,7 +45,7 @@ _PLAIN_BLOCKS = " .:-=+*#@"
     "--start",
     type=FILE,
     metavar="FILE",
-    help="The same model before training; tells how far each weight and excitation has come.",
+    help="The same model before training, to show how far each weight and excitation moved.",
 )
 @click.option(
     "--html",
@@ -73,9 +73,9 @@ def inspect_command(
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Tell what SOURCES are, which of their weights are excited, and what these learned.
+    """Show what SOURCES are, which of their weights are excited, and what these learned.
 
-    With several SOURCES they are put side by side.
+    Several SOURCES are compared side by side.
 
     \b
     Examples:
@@ -239,7 +239,7 @@ def _summary(found: Inspection) -> str:
             f"attached: {excited}; the model is vanilla, and {added:,} values of excitations are "
             "in the optimizer's state"
             if found.is_attached
-            else f"converted: {excited}; {added:,} values are gone after we-strip"
+            else f"converted: {excited}; we-strip will remove {added:,} values"
         )
         lines.append(found.learned)
     else:

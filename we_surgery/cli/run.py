@@ -67,18 +67,18 @@ _SEED = click.IntRange(0, 2**31 - 1)
     "--step-batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Images of one process in one step; gradients are accumulated to the recipe's batch.",
+    help="Images per process and step; gradients are accumulated to the recipe's batch size.",
 )
 @click.option(
     "--form",
     type=click.Choice(["attached", "converted"]),
-    help="Where the excitation is, in place of the recipe's choice: in the optimizer's step or in "
+    help="Where the excitation is, instead of the recipe's choice: in the optimizer's step or in "
     "the layers. Both train the same weights.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the forward pass, in place of the recipe's; half precision is mixed (AMP).",
+    help="Precision of the forward pass, instead of the recipe's; half precision is mixed (AMP).",
 )
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seeds the whole run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

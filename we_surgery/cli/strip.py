@@ -104,7 +104,7 @@ def strip_command(
 
     \b
     Exit codes: 0 done, 1 a proof failed or there is nothing to strip, 2 bad usage or
-    unreadable input. No file is written but with exit code 0.
+    unreadable input. Files are written only on exit code 0.
     """
     if raw + ema + both > 1:
         raise InputError(

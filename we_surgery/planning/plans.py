@@ -214,11 +214,18 @@ def _number(value: int) -> str:
     return f"{value:,}" if value else ""
 
 
+_READ_BY = {
+    "recorded": "graph from a recorded forward pass",
+    "symbolic": "graph from symbolic tracing",
+    "listed": "module tree alone, no graph",
+}
+
+
 def plan_summary(plan: Plan) -> str:
     """Totals and how the model was read, in a few lines."""
     train = plan.model_parameters + plan.added_parameters
     lines = [
-        f"mode {plan.mode}; read by {plan.read_by}"
+        f"mode {plan.mode}; {_READ_BY.get(plan.read_by, plan.read_by)}"
         + (f" ({plan.read_by_reason})" if plan.read_by_reason else ""),
         f"{len(plan.excited)} of {len(plan.decisions)} weights excited",
         f"parameters: {train:,} in training ({plan.added_parameters:,} added), "
