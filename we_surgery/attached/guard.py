@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.attached.holding import Holding
-from we_surgery.attached.shards import any_rank
+from we_surgery.attached.ranks import any_rank
 from we_surgery.attached.weights import AttachedWeight
 
 SAMPLES = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,3 +87,13 @@ def broadcast(weights: Sequence[AttachedWeight]) -> None:
             dist.broadcast(whole, 0)
             if whole is not tensor:
                 tensor.copy_(whole)
+
+
+def any_rank(weights: Iterable[AttachedWeight], flag: bool) -> bool:
+    """Whether it is true on any rank that shares these weights; collective for sharded ones."""
+    groups = {id(w.shard.group): w.shard for w in weights if w.shard is not None}
+    for shard in groups.values():
+        votes = torch.tensor([float(flag)], device=shard.mesh.device_type)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=shard.group)
+        flag = bool(votes)
+    return flag

@@ -8,9 +8,9 @@ axis is not that of filters, are gathered, computed on each rank and cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from we_surgery._util.views import view_of
 from we_surgery.errors import InputError
-
-if TYPE_CHECKING:
-    from we_surgery.attached.weights import AttachedWeight
 
 
 @dataclass(frozen=True)
@@ -159,16 +156,6 @@ def share_again(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def any_rank(weights: Iterable[AttachedWeight], flag: bool) -> bool:
-    """Whether it is true on any rank that shares these weights; collective for sharded ones."""
-    groups = {id(w.shard.group): w.shard for w in weights if w.shard is not None}
-    for shard in groups.values():
-        votes = torch.tensor([float(flag)], device=shard.mesh.device_type)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=shard.group)
-        flag = bool(votes)
-    return flag
 
 
 def largest_over_ranks(values: Sequence[Tensor], group: Any) -> Tensor:

@@ -19,7 +19,8 @@ from torch import nn
 
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import companion_group, new_companion
-from we_surgery.attached.shards import any_rank, local
+from we_surgery.attached.ranks import any_rank
+from we_surgery.attached.shards import local
 from we_surgery.attached.transform import drop_gradient, pull_back, write
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped

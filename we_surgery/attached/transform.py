@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from we_surgery.attached.ranks import any_rank
 from we_surgery.attached.shard_transform import (
     pull_back_gathered,
     pull_back_rows,
@@ -19,7 +20,7 @@ from we_surgery.attached.shard_transform import (
     write_gathered,
     write_rows,
 )
-from we_surgery.attached.shards import any_rank, local
+from we_surgery.attached.shards import local
 from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.closed_form import excite_into
