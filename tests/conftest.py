@@ -42,20 +42,30 @@ def launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-OF_TORCH_2_8 = (
-    # It instantiates autograd functions while it compiles them.
-    "ignore:.*should not be instantiated:DeprecationWarning",
-    # The interpreter of its Triton, on NumPy since 1.25.
-    "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
-    # Its own way of writing checkpoints of many processes.
-    "ignore:TypedStorage is deprecated:UserWarning",
-)
+# What versions of torch warn of in their own code.
+OF_TORCH = {
+    "2.8.": (
+        # It instantiates autograd functions while it compiles them.
+        "ignore:.*should not be instantiated:DeprecationWarning",
+        # The interpreter of its Triton, on NumPy since 1.25.
+        "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
+        # Its own way of writing checkpoints of many processes.
+        "ignore:TypedStorage is deprecated:UserWarning",
+    ),
+    "2.13.": (
+        "ignore:.*should not be instantiated:DeprecationWarning",
+        # Its export, and its exporter to ONNX.
+        "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
+        # Where it compiles for a CPU; later versions have another category, which is left alone.
+        "ignore:`torch.jit.* is deprecated:DeprecationWarning",
+    ),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if torch.__version__.startswith("2.8."):
-        for warning in OF_TORCH_2_8:
+    for version, warnings in OF_TORCH.items():
+        for warning in warnings if torch.__version__.startswith(version) else ():
             config.addinivalue_line("filterwarnings", warning)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As a shell has it for what it runs in the background; some tests press Ctrl-C.
