@@ -164,6 +164,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "TransformerTemporalModel": {"in_channels": 32, "out_channels": None,
                                  "cross_attention_dim": None},
     "FluxTransformer2DModel": {"in_channels": 16, "out_channels": 16, "guidance_embeds": False},
+    "HunyuanVideoTransformer3DModel": {"guidance_embeds": False},
     "LuminaNextDiT2DModel": {"patch_size": 2, "sample_size": 16},
     "Kandinsky3UNet": {"block_out_channels": (16, 32), "groups": 4, "attention_head_dim": 8},
 }  # fmt: skip
