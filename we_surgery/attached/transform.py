@@ -65,9 +65,11 @@ def _write_by_autograd(weight: AttachedWeight, advance: bool) -> None:
     weight.excitation.train(advance)
     with torch.enable_grad():
         excited = weight.excitation(weight.raw)
+        # The node and not W' itself, which lies in the Parameter. The view's: torch 2.8 takes no
+        # edge to the node of a Function.
+        edge = get_gradient_edge(excited.view_as(excited)) if excited.requires_grad else None
     weight.excitation.eval()
-    # The node and not W' itself, which lies in the Parameter.
-    weight.excited = Excited(edge=get_gradient_edge(excited) if excited.requires_grad else None)
+    weight.excited = Excited(edge=edge)
     with torch.no_grad():
         weight.parameter.copy_(excited)
 
