@@ -32,7 +32,12 @@ def test_each_python_block_runs_and_prints_what_the_page_shows(
     monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(code, str(page), "exec"), {})
     printed = capsys.readouterr().out.rstrip()
-    assert not printed or printed in page.read_text()
+    assert not printed or without_rules(printed) in without_rules(page.read_text())
+
+
+def without_rules(text: str) -> str:
+    """The line below a table's head: before version 14.3, rich draws it a sign longer."""
+    return re.sub("─+", "─", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
