@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from attached_run import OUTSIDE, go_on, same, snapshot, steps
+from attached_run import OUTSIDE, go_on, same, sgd, snapshot, steps
 from equal_forms import Net, batches
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -41,6 +41,19 @@ def test_a_single_value_is_found_within_a_few_steps(run):
     model.mix.weight.detach().numpy()[7, 3] += 1e-3
     with pytest.raises(ws.AttachmentError, match="'mix'"):
         steps(model, optimizer, 3)
+
+
+def test_a_write_is_found_in_a_weight_with_gaps_in_memory():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5))
+    model[0].weight = nn.Parameter(torch.randn(10, 24)[::2, ::2])
+    optimizer = sgd(model)
+    ws.attach(model, optimizer, "mwe")
+    model(torch.ones(3, 12)).sum().backward()
+    optimizer.step()
+    model[0].weight.data.mul_(0.5)
+    with pytest.raises(ws.AttachmentError, match="'0'"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)

@@ -95,7 +95,8 @@ def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
     gathered = {
         place
         for weight in weights
-        if weight.shard is not None and rows_terms(weight) is None
+        if weight.shard is not None
+        and rows_terms(weight.shard, weight.excitation.closed_form(weight.raw)) is None
         for place in weight.places
     }
     rows = [

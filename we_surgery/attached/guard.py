@@ -27,8 +27,8 @@ class Tripwire:
     """
 
     holding: Holding
-    step: int = 0  # decides which values are compared
-    samples: dict[int, Tensor] = field(default_factory=dict)
+    # Of each weight a view of some of its values, and what they should be.
+    samples: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # Comparisons on a GPU that have not been read: weights, flag and event.
     pending: list[tuple[list[AttachedWeight], Tensor, torch.cuda.Event]] = field(
         default_factory=list
@@ -36,11 +36,11 @@ class Tripwire:
 
     def remember(self, weights: Sequence[AttachedWeight], step: int) -> None:
         """Takes the weights for what they should be before the next step."""
-        self.step = step
         for same_device in _by_device(weights):
-            taken = [_sample(weight, step) for weight in same_device]
-            parts = torch.split(torch.cat(taken), [part.numel() for part in taken])
-            self.samples |= {id(w): part for w, part in zip(same_device, parts, strict=True)}
+            views = [_sample(weight, step) for weight in same_device]
+            values = torch.split(torch.cat(views), [view.shape[0] for view in views])
+            pairs = zip(views, values, strict=True)
+            self.samples |= zip(map(id, same_device), pairs, strict=True)
 
     def check(self, weights: Sequence[AttachedWeight]) -> None:
         """Reports the weights that are not as they were remembered."""
@@ -59,8 +59,9 @@ class Tripwire:
 
     def _differing(self, weights: list[AttachedWeight]) -> list[AttachedWeight]:
         """The weights, if any sampled value of theirs is not what was remembered."""
-        now = torch.cat([_sample(weight, self.step) for weight in weights])
-        then = torch.cat([self.samples[id(weight)] for weight in weights])
+        # The views are of the weights' memory: each weight's address is that of then.
+        views, values = zip(*(self.samples[id(weight)] for weight in weights), strict=True)
+        now, then = torch.cat(views), torch.cat(values)
         if now.device.type != "cuda":
             return [] if torch.equal(now, then) else weights
         ready = [entry for entry in self.pending if entry[2].query()]  # type: ignore[no-untyped-call]
@@ -81,13 +82,16 @@ def _by_device(weights: Sequence[AttachedWeight]) -> list[list[AttachedWeight]]:
 
 
 def _sample(weight: AttachedWeight, step: int) -> Tensor:
-    """Up to 64 values spread over the weight; others at each step."""
+    """A view of up to 64 values spread over the weight; of others at each step."""
     values = weight.memory
+    if not (values.is_contiguous() or _is_dense(values)):
+        while values.ndim > 1:
+            shortest = min(range(values.ndim), key=values.shape.__getitem__)
+            values = values.select(shortest, step * _A_PRIME % values.shape[shortest])
+        return values
     count = values.numel()
     stride = max(count // SAMPLES, 1)
     offset = step * _A_PRIME % stride
-    if not (values.is_contiguous() or _is_dense(values)):
-        return values.flatten()[offset : offset + SAMPLES * stride : stride]
     return values.as_strided((min(count, SAMPLES),), (stride,), values.storage_offset() + offset)
 
 

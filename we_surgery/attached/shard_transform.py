@@ -20,11 +20,9 @@ from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullba
 from we_surgery.excitations.mwe import curve_limit
 
 
-def rows_terms(weight: AttachedWeight) -> ClosedFormInputs | None:
+def rows_terms(shard: Shard, terms: ClosedFormInputs | None) -> ClosedFormInputs | None:
     """The closed form of this rank's rows; None where they cannot be computed by themselves."""
-    shard = weight.shard
-    terms = weight.excitation.closed_form(weight.raw)
-    if shard is None or terms is None or terms.transposed_groups is not None:
+    if terms is None or terms.transposed_groups is not None:
         return None
     if terms.mwe_epsilon is not None and not terms.detach_max:
         return None

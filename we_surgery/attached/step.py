@@ -330,5 +330,6 @@ def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
-    if source in state:
-        state[target] = state.pop(source)
+    found = state.pop(source, None)
+    if found is not None:
+        state[target] = found

@@ -25,7 +25,7 @@ from we_surgery.attached.weights import AttachedWeight, Excited
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.closed_form import excite_into
 from we_surgery.excitations.compute.closed_form import pull_back as pull_back_in_closed_form
-from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
+from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback, changes_nothing
 
 
 def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
@@ -36,19 +36,18 @@ def write(weights: Sequence[AttachedWeight], *, advance: bool) -> None:
     closed: dict[Backend, list[tuple[AttachedWeight, ClosedFormInputs]]] = {}
     rows: list[tuple[AttachedWeight, ClosedFormInputs]] = []
     for weight in weights:
-        if weight.shard is not None and not weight.excitation.is_identity(weight.raw):
-            terms = rows_terms(weight)
-            if terms is None:
-                write_gathered(weight, advance=advance)
-            else:
-                rows.append((weight, terms))
-            continue
         terms = weight.excitation.closed_form(weight.raw)
-        if terms is not None:
-            closed.setdefault(weight.backend, []).append((weight, terms))
-        elif weight.excitation.is_identity(weight.raw):
+        if terms is not None and changes_nothing(terms):
             weight.excited = Excited(is_identity=True)
             weight.memory.copy_(local(weight.raw))
+        elif weight.shard is not None:
+            by_rows = rows_terms(weight.shard, terms)
+            if by_rows is None:
+                write_gathered(weight, advance=advance)
+            else:
+                rows.append((weight, by_rows))
+        elif terms is not None:
+            closed.setdefault(weight.backend, []).append((weight, terms))
         else:
             _write_by_autograd(weight, advance)
     for backend, pairs in closed.items():
@@ -156,7 +155,8 @@ def drop_gradient(weight: AttachedWeight) -> None:
 def _gradient(weight: AttachedWeight) -> Tensor:
     gradient = weight.parameter.grad
     assert gradient is not None
-    return gradient.to(weight.raw.dtype)
+    dtype = weight.raw.dtype
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _pullback(weight: AttachedWeight) -> Pullback:

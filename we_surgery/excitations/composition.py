@@ -20,7 +20,7 @@ from we_surgery.excitations.base import (
 )
 from we_surgery.excitations.cached import block_of
 from we_surgery.excitations.compute.closed_form import excite_in_closed_form, excite_in_place
-from we_surgery.excitations.compute.inputs import ClosedFormInputs, changes_nothing
+from we_surgery.excitations.compute.inputs import NO_STAGES, ClosedFormInputs, changes_nothing
 from we_surgery.excitations.compute.rerun import excite_and_rerun
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
@@ -76,7 +76,8 @@ class Composition(Excitation):
     @property
     def is_paused(self) -> bool:
         """Whether the excited weight is the raw weight until :meth:`resume`."""
-        return self.paused is not None and self.paused.shape[0] > 0
+        paused = self.paused  # once: a step asks this of each weight
+        return paused is not None and paused.shape[0] > 0
 
     def set_paused(self, paused: bool, device: torch.device | str = "cpu") -> None:
         if paused != self.is_paused:
@@ -142,24 +143,19 @@ class Composition(Excitation):
         return excite_and_rerun(self, weight)
 
     def closed_form(self, weight: Tensor) -> ClosedFormInputs | None:
-        """What the closed form is given for this weight; None where something else computes."""
-        if self.is_paused or weight.numel() == 0:
-            return None
-        inputs = self._inputs(weight)
-        return None if inputs is None or changes_nothing(inputs) else inputs
+        """What the closed form is given for this weight; None where something else computes.
 
-    def is_identity(self, weight: Tensor) -> bool:
-        """Whether the excited weight is the raw weight itself."""
+        No stages, where the excited weight is the raw weight itself.
+        """
         if self.is_paused or weight.numel() == 0:
-            return True
-        inputs = self._inputs(weight)
-        return inputs is not None and changes_nothing(inputs)
+            return NO_STAGES
+        return self._inputs(weight)
 
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
         """:meth:`forward` to the bit; a large weight's closed form in its own memory."""
         inputs = self.closed_form(weight)
-        if inputs is None:
+        if inputs is None or changes_nothing(inputs):
             return self(weight)  # type: ignore[no-any-return]
         return excite_in_place(weight, inputs)
 

@@ -31,6 +31,10 @@ class ClosedFormInputs(NamedTuple):
     transposed_groups: int | None = None
 
 
+NO_STAGES = ClosedFormInputs()
+"""Of a weight that is not excited, as in a pause."""
+
+
 class Kept(NamedTuple):
     """What the forward pass leaves for the backward pass; None where a stage is absent."""
 
@@ -61,8 +65,12 @@ class Pullback(NamedTuple):
 
 def changes_nothing(inputs: ClosedFormInputs) -> bool:
     """Whether the excited weight is the raw one."""
-    stages = (inputs.standardize_epsilon, inputs.fc1_weight, inputs.gain, inputs.mwe_epsilon)
-    return all(stage is None for stage in stages)
+    return inputs is NO_STAGES or (
+        inputs.standardize_epsilon is None
+        and inputs.fc1_weight is None
+        and inputs.gain is None
+        and inputs.mwe_epsilon is None
+    )
 
 
 def fcs_in(inputs: ClosedFormInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
