@@ -29,6 +29,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"learn": "mix"},
         {"curve": "novel_log10", "rescale": False},
         {"curve": "tanh"},
+        {"curve": "novel", "relative": False},
     ],
     "shift_attention": [{"shared": True, "inverse_temperature": 0.15}],
 }

@@ -62,6 +62,21 @@ def test_a_curve_bends_the_weights_over_the_limit(curve: str, rescale: bool) -> 
     torch.testing.assert_close(found, torch.tensor([expected], dtype=F64))
 
 
+@pytest.mark.parametrize("curve", [curve for curve in CURVES if curve != "atanh"])
+def test_a_curve_may_take_the_weight_itself(curve: str) -> None:
+    weight = torch.tensor([[3.0, -4.0, 0.5, 0.01]], dtype=F64)
+    expected = [BY_HAND[curve](w) for w in weight[0].tolist()]
+    found = MWE(0.1, curve=curve, relative=False, dtype=F64)(weight)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=F64))
+
+
+def test_equation_37_as_printed_raises_large_weights_and_lowers_small_ones() -> None:
+    weight = torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0], dtype=F64)  # of standardized filters
+    ratio = MWE(curve="novel", relative=False)(weight) / weight
+    assert (ratio[:3] < 1).all()
+    assert (ratio[3:] > 1).all()
+
+
 def steps(model: nn.Module) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
@@ -125,6 +140,8 @@ def test_an_epsilon_that_is_driven_down_keeps_the_weights_finite() -> None:
         ({"curve": "atan"}, "mwe: curve must be one of atanh, sigmoid"),
         ({"learn": "all"}, "mwe: learn must be one of none, epsilon, mix"),
         ({"rescale": 0}, "mwe: rescale must be true or false"),
+        ({"relative": False}, "mwe: relative=False takes another curve than atanh"),
+        ({"relative": False, "curve": "tanh", "learn": "epsilon"}, "has no epsilon to learn"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, object], message: str) -> None:
@@ -132,13 +149,8 @@ def test_an_option_out_of_range_is_refused(options: dict[str, object], message: 
         ws.plan(nn.Linear(3, 3), config={"mwe": options})
 
 
-@pytest.mark.parametrize(
-    ("options", "instead"),
-    [({"init": "preserve"}, "init='paper'"), ({"start": "paused"}, "start='on'")],
-)
-def test_a_curve_without_an_inverse_cannot_start_as_the_model_does(
-    options: dict[str, str], instead: str
-) -> None:
+@pytest.mark.parametrize("start", ["on", "paused"])
+def test_a_curve_without_an_inverse_cannot_start_as_the_model_does(start: str) -> None:
     with pytest.raises(ws.InputError, match="mwe cannot start as an identity") as caught:
-        ws.convert(nn.Linear(3, 3), config={"mwe": {"curve": "gelu"}}, **options)
-    assert f"`{instead}`" in caught.value.cure
+        ws.convert(nn.Linear(3, 3), config={"mwe": {"curve": "gelu"}}, init="preserve", start=start)
+    assert "`init='paper'`" in caught.value.cure

@@ -79,7 +79,7 @@ def reworded(old: str, new: str) -> Callable[[dict[str, Tensor]], object]:
     [
         (lambda s: s.pop("_extra_state"), "has no record"),
         (lambda s: s.update({"_extra_state": torch.zeros(9)}), "cannot be read"),
-        (lambda s: s.update({"_extra_state": to_tensor({"schema": 2})}), "has schema 2"),
+        (lambda s: s.update({"_extra_state": to_tensor({"schema": 3})}), "has schema 3"),
         (reworded('"mwe"', '"lve"'), "did you mean"),
         (reworded('"gate": "sigmoid"', '"gate": "wide"'), "gate must be one of"),
         (reworded('"gate": "sigmoid", ', ""), "its record should be"),

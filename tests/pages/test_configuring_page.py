@@ -38,6 +38,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "mwe.curve": tuple(CURVES),
     "mwe.rescale": FLAG,
     "mwe.learn": _LEARNABLE,
+    "mwe.relative": FLAG,
     "shift_attention.shared": FLAG,
     "bam.form": FORMS,
     "max_dropout.rate": ("null",),

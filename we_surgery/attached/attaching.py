@@ -36,7 +36,7 @@ def attach(
     config: str | Path | Mapping[str, Any] | Policy | None = None,
     rules: Sequence[Rule] | None = (),
     plan: Plan | None = None,
-    init: Init = "paper",
+    init: Init | None = None,
     start: Start = "on",
     example_inputs: Any = None,
     backend: Backend = "auto",
@@ -67,7 +67,8 @@ def attach(
         plan: a plan made before, instead of mode, config and rules.
         init: as in :func:`we_surgery.convert`; with ``preserve`` the model's weights stay what
             they are.
-        start: ``paused`` leaves each weight as it is until ``excitation.resume()``.
+        start: ``paused`` leaves each weight as it is until ``excitation.resume()``; as in
+            :func:`we_surgery.convert`, ``init`` says how excitation sets in then.
         example_inputs: as in :func:`we_surgery.plan`.
         backend: what computes E where it has a closed form. ``eager`` is torch's operations one
             by one. ``triton`` has kernels, 7 launches at most for layers of one kind; they run on a

@@ -35,7 +35,7 @@ class Building:
 
     model: nn.Module
     optimizers: Sequence[Any]
-    init: Init
+    init: Init | None
     start: Start
     backend: Backend
 

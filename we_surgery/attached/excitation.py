@@ -187,7 +187,9 @@ class AttachedExcitation:
 
     @torch.no_grad()
     def resume(self) -> int:
-        """Switches excitation on that was attached with ``start="paused"``, without a jump.
+        """Switches excitation on that was attached with ``start="paused"``.
+
+        The model's weights stay what they are, but for those that were to set in by ``paper``.
 
         Returns:
             How many weights are excited from now on; 0 if none was paused.

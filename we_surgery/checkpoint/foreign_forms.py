@@ -25,6 +25,7 @@ from we_surgery.errors import InputError, listed
 from we_surgery.excitations import EXCITATIONS, LWE, Rescale, check_stage
 from we_surgery.excitations.names import EXCITATION, excitation_name, raw_name
 from we_surgery.excitations.record import (
+    OLD_SCHEMA,
     RECORD_KEY,
     is_record,
     make_record,
@@ -71,7 +72,8 @@ def read_public_code(state: Mapping[str, Tensor], modules: Iterable[str]) -> Rea
         for entry in _GATE:
             renamed[f"{layer}.{entry}"] = f"{layer}.{EXCITATION}.lwe.{entry}"
     lwe = LWE(1, device="meta").chosen_options() | {"reduction": None}
-    record = to_tensor(make_record([{"standardize": {"epsilon": 1e-5}}, {"lwe": lwe}]))
+    stages = [{"standardize": {"epsilon": 1e-5}}, {"lwe": lwe}]
+    record = to_tensor(make_record(stages, schema=OLD_SCHEMA))
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
         if key not in renamed:
@@ -180,6 +182,7 @@ def _said(
         [stage for own in found for stage in own["stages"]],
         transposed_groups=found[0]["transposed_groups"],
         paused=found[0]["paused"],
+        schema=found[0]["schema"],
     )
     return names, to_tensor(record)
 

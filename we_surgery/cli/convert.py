@@ -115,10 +115,9 @@ class _ConvertCommand(SurgeryCommand):
 @click.option(
     "--init",
     type=click.Choice(INITS),
-    default="paper",
-    show_default=True,
-    help="paper: excitations start as new layers do, for models that were never trained. "
-    "preserve: the converted model starts with the outputs of the model.",
+    help="paper (the default): excitations start as new layers do, for models that were never "
+    "trained. preserve: the converted model starts with the outputs of the model. With --start "
+    "paused it says how excitation sets in, and preserve is the default where it can be.",
 )
 @click.option(
     "--start",
@@ -146,7 +145,7 @@ def convert_command(
     rule_texts: Sequence[str],
     option_texts: Sequence[str],
     transplants: Sequence[str],
-    init: Init,
+    init: Init | None,
     start: Start,
     seed: int,
     input_shape: str | None,

@@ -39,7 +39,7 @@ def convert(
     rules: Sequence[Rule] | None = (),
     transplants: Sequence[Any] | None = (),
     plan: Plan | None = None,
-    init: Init = "paper",
+    init: Init | None = None,
     start: Start = "on",
     example_inputs: Any = None,
     inplace: bool = False,
@@ -61,9 +61,11 @@ def convert(
         plan: a plan made before, edited or not; instead of mode, config, rules, transplants.
         init: ``paper`` draws the excitations as any new layer, and the model computes something
             else than before until it is trained; ``preserve`` starts them so that it computes
-            what it did, within rounding: for pretrained models.
+            what it did, within rounding: for pretrained models. By default ``paper``.
         start: ``paused`` makes each excited weight the raw weight itself until
-            :func:`we_surgery.resume` (thesis, section 3.4); ``init`` then says nothing.
+            :func:`we_surgery.resume` (thesis, section 3.4). ``init`` then says how excitation
+            sets in: ``paper`` switches it on, with a jump in what the model computes;
+            ``preserve`` avoids the jump, and is the default for each layer that can start so.
         example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
             model is read by recording a forward, and recorded again once converted, which
             proves that no operation reads a converted weight raw.

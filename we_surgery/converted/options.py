@@ -21,7 +21,7 @@ class ConvertOptions(TypedDict, total=False):
     rules: Sequence[Rule] | None
     transplants: Sequence[Any] | None
     plan: Plan | None
-    init: Init
+    init: Init | None
     start: Start
     example_inputs: Any
 
@@ -36,7 +36,7 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
                 f"The options are those of `convert`: {', '.join(known)}.",
             )
     for name, value, choices in (
-        ("init", options.get("init", "paper"), get_args(Init)),
+        ("init", options.get("init") or "paper", get_args(Init)),
         ("start", options.get("start", "on"), get_args(Start)),
     ):
         if value not in choices:

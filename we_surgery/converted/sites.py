@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,6 +20,8 @@ from we_surgery.planning.plans import Plan
 from we_surgery.planning.rows import Decision
 from we_surgery.reading import Form, LayerFacts, converted_obstacle_of, obstacle_of, read_tree
 
+logger = logging.getLogger(__name__)
+
 Init = Literal["paper", "preserve"]
 Start = Literal["on", "paused"]
 
@@ -27,7 +29,7 @@ Start = Literal["on", "paused"]
 def build_sites(
     model: nn.Module,
     plan: Plan,
-    init: Init = "paper",
+    init: Init | None = None,
     start: Start = "on",
     *,
     form: Form = "converted",
@@ -76,7 +78,7 @@ def build_sites(
                 excitation.prepare(weight)
             by_parameter[id(parameter)] = (decision, excitation)
             if start == "paused":
-                pause(excitation, weight, decision.layer)
+                pause(excitation, weight, decision.layer, init)
             elif init == "preserve":
                 raw = _preserve(excitation, weight, decision.layer)
         sites.append(ExcitationSite(decision.module, decision.parameter, excitation, raw))
@@ -84,28 +86,37 @@ def build_sites(
     return sites
 
 
-def pause(excitation: Composition, weight: Tensor, layer: str) -> None:
-    """Makes a new excitation the identity for now."""
-    with torch.inference_mode(False), _named(layer, "start='on'"):
-        excitation.pause(weight.detach())
+def pause(excitation: Composition, weight: Tensor, layer: str, init: Init | None = None) -> None:
+    """Makes a new excitation the identity for now.
+
+    Without an ``init`` it sets in by ``preserve`` where it can, else by ``paper``.
+    """
+    with torch.inference_mode(False):
+        try:
+            excitation.pause(weight.detach(), init or "preserve")
+        except NotImplementedError as error:
+            if init is not None:
+                raise _no_identity(layer, error) from error
+            logger.warning(
+                "the weight of layer %r will jump when its excitation sets in: %s", layer, error
+            )
+            excitation.pause(weight.detach(), "paper")
 
 
-@contextlib.contextmanager
-def _named(layer: str, instead: str) -> Iterator[None]:
-    try:
-        yield
-    except NotImplementedError as error:
-        raise InputError(
-            f"layer {layer!r} cannot be initialized as the identity: {error}",
-            f"Convert with `{instead}`, or give it another excitation by a rule.",
-        ) from error
+def _no_identity(layer: str, error: NotImplementedError) -> InputError:
+    return InputError(
+        f"layer {layer!r} cannot be initialized as the identity: {error}",
+        "Convert with `init='paper'`, or give it another excitation by a rule.",
+    )
 
 
 def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | None:
     """The raw weight whose excitation is the weight; None if it is the weight itself."""
     with torch.inference_mode(False):
-        with _named(layer, "init='paper'"):
+        try:
             raw = excitation.preserve(weight)
+        except NotImplementedError as error:
+            raise _no_identity(layer, error) from error
         with torch.no_grad():
             check_preserved(layer, weight, excitation(raw))
         # In memory of its own, and with the weight's strides.

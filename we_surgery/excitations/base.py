@@ -16,6 +16,7 @@ from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.record import (
     RECORD_KEY,
+    SCHEMA_VERSION,
     Record,
     make_record,
     outline,
@@ -191,6 +192,11 @@ class Excitation(nn.Module, ABC):
         """
         return {name: getattr(self, name) for name in self.options()}
 
+    @classmethod
+    def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a record of an earlier version, with defaults for those it lacks."""
+        return {**cls.options(), **options}
+
     @property
     def stages(self) -> tuple[Excitation, ...]:
         """What its record speaks of: itself, or the stages of a composition."""
@@ -212,7 +218,9 @@ class Excitation(nn.Module, ABC):
             if outline(mine) != outline(theirs):
                 raise ValueError(f"the model has {outline(mine)}, the checkpoint {outline(theirs)}")
             for stage, said in zip(self.stages, theirs["stages"], strict=True):
-                stage.take_over(said[stage.name])
+                options = said[stage.name]
+                is_old = theirs["schema"] < SCHEMA_VERSION
+                stage.take_over(stage.completed(options) if is_old else options)
         except ValueError as error:
             raise InputError(
                 str(error), "Convert the model in the way that the checkpoint's was converted."

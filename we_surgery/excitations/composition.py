@@ -25,7 +25,7 @@ from we_surgery.excitations.compute.rerun import excite_and_rerun
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
-from we_surgery.excitations.record import Record, to_tensor
+from we_surgery.excitations.record import Paused, PausedInit, Record, to_tensor
 from we_surgery.excitations.standardize import Rescale, Standardize
 
 
@@ -52,6 +52,8 @@ class Composition(Excitation):
     transposed_groups: int | None
     paused: Tensor | None
     """Not empty in a pause, so that no average of the model goes on over the end of one."""
+    sets_in: PausedInit
+    """How it begins after a pause: ``preserve`` keeps the weight that it has then."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -67,6 +69,7 @@ class Composition(Excitation):
         self.transposed_groups = transposed_groups
         # Not in a state dict, whose record says it.
         self.register_buffer("paused", None, persistent=False)
+        self.sets_in = "preserve"
 
     @property
     def stages(self) -> tuple[Excitation, ...]:
@@ -79,15 +82,18 @@ class Composition(Excitation):
         paused = self.paused  # once: a step asks this of each weight
         return paused is not None and paused.shape[0] > 0
 
-    def set_paused(self, paused: bool, device: torch.device | str = "cpu") -> None:
-        if paused != self.is_paused:
+    def set_paused(self, paused: Paused, device: torch.device | str = "cpu") -> None:
+        """Begins a pause that ends in the way given, or ends one."""
+        if paused:
+            self.sets_in = paused
+        if bool(paused) != self.is_paused:
             held = torch.zeros(1, dtype=torch.uint8, device=device)
             self.paused = held if paused else held[:0]
 
     @property
     def record(self) -> Record:
-        own = {"transposed_groups": self.transposed_groups, "paused": self.is_paused}
-        return super().record | own
+        paused = self.sets_in if self.is_paused else False
+        return super().record | {"transposed_groups": self.transposed_groups, "paused": paused}
 
     def adopt(self, saved: Tensor) -> Record:
         record = super().adopt(saved)
@@ -100,19 +106,30 @@ class Composition(Excitation):
         return to_tensor(self.record)
 
     @torch.no_grad()
-    def pause(self, weight: Tensor) -> None:
-        """Makes this the identity until :meth:`resume`, with all tensors that it will have then."""
-        self.preserve(weight)
-        self.set_paused(True, "cpu" if weight.is_meta else weight.device)
+    def pause(self, weight: Tensor, sets_in: PausedInit = "preserve") -> None:
+        """Makes this the identity until :meth:`resume`, with all tensors that it will have then.
+
+        Raises:
+            NotImplementedError: it is to set in by ``preserve``, and a stage cannot.
+        """
+        if sets_in == "preserve":
+            self.preserve(weight)
+        self.set_paused(sets_in, "cpu" if weight.is_meta else weight.device)
 
     @torch.no_grad()
     def resume(self, weight: Tensor) -> Tensor:
-        """Ends the pause; returns the raw weight whose excitation is the present one."""
+        """Ends the pause; returns the raw weight to go on with.
+
+        Where it sets in by ``preserve``, that is the one whose excitation is the present weight.
+        """
         if not self.is_paused:
             return weight
-        raw = self.preserve(weight)
+        if self.sets_in == "preserve":
+            weight = self.preserve(weight)
+        else:
+            self.prepare(weight)
         self.set_paused(False, weight.device)
-        return raw
+        return weight
 
     def __prepare_scriptable__(self) -> Self:
         """What ``torch.jit.script`` asks each module for."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from we_surgery.errors import InputError
-from we_surgery.excitations.record import RECORD_KEY, Record, make_record, to_tensor
+from we_surgery.excitations.record import OLD_SCHEMA, RECORD_KEY, Record, make_record, to_tensor
 
 LEGACY_NOTE = (
     "was saved before we_surgery wrote records: what was excited was read off the names of its "
@@ -70,7 +70,8 @@ def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
     record = make_record(
         stages,
         transposed_groups=None if groups is None else groups.shape[0],
-        paused=paused is not None and paused.numel() > 0,
+        paused="preserve" if paused is not None and paused.numel() > 0 else False,
+        schema=OLD_SCHEMA,
     )
     return record, {key: value for key, value in tensors.items() if not _MARK.fullmatch(key)}
 

@@ -133,6 +133,11 @@ class LWE(Excitation):
         self.gate = check_choice("lwe: gate", gate, ACTIVATIONS)
         self.inner = inner
 
+    @classmethod
+    def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        lacks = cls._kind_of(options.get("attention", "se")).lacks
+        return {k: v for k, v in super().completed(options).items() if k not in lacks}
+
     def chosen_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.options() if name not in self.lacks}
 

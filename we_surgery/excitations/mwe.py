@@ -68,6 +68,9 @@ class MWE(Excitation):
         rescale: the curve of w / M_A is multiplied by M_A again. ``False`` with
             ``curve="novel_log10"`` is the thesis' code; the weight then has a scale of about 1
             whatever it was, and needs a norm after it.
+        relative: ``False`` gives ``curve(w)`` of the weight itself, which is eq. 3.7 of the thesis
+            as it is printed with ``curve="novel"``. There is no M_A then, so that ``epsilon``,
+            ``detach_max`` and ``rescale`` mean nothing; atanh is not defined for all weights.
         learn: ``epsilon`` trains epsilon, as ``softplus(rho)`` over 1e-6; ``mix`` trains a, from
             1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea and no form).
         device, dtype: those of the layer, for what is learned.
@@ -100,6 +103,7 @@ class MWE(Excitation):
         curve: str = "atanh",
         rescale: bool = True,
         learn: str = "none",
+        relative: bool = True,
         *,
         device: Device = None,
         dtype: DType = None,
@@ -111,6 +115,11 @@ class MWE(Excitation):
         self.curve = check_choice("mwe: curve", curve, CURVES)
         self.rescale = check_flag("mwe: rescale", rescale)
         self.learn = check_choice("mwe: learn", learn, _LEARNABLE)
+        self.relative = check_flag("mwe: relative", relative)
+        if not relative and (curve == "atanh" or learn == "epsilon"):
+            raise ValueError(
+                "mwe: relative=False takes another curve than atanh, and has no epsilon to learn"
+            )
         if learn == "epsilon":
             rho = math.log(math.expm1(max(epsilon - _SMALLEST_EPSILON, _SMALLEST_EPSILON)))
             self.rho = nn.Parameter(torch.full((1,), rho, device=device, dtype=dtype))
@@ -136,11 +145,13 @@ class MWE(Excitation):
 
     @property
     def _is_paper_curve(self) -> bool:
-        return self.curve == "atanh" and self.rescale
+        return self.curve == "atanh" and self.rescale and self.relative
 
     def excite(self, weight: Tensor) -> Tensor:
         if self._is_paper_curve:
             excited = amplified(weight, self._epsilon(), self.detach_max)
+        elif not self.relative:
+            excited = CURVES[self.curve](weight)
         else:
             held = weight.detach() if self.detach_max else weight
             limit = curve_limit(held, self._epsilon())
@@ -191,8 +202,10 @@ class MWE(Excitation):
         curve: str = "atanh",
         rescale: bool = True,
         learn: str = "none",
+        relative: bool = True,
     ) -> Self:
-        return cls(epsilon, detach_max, curve, rescale, learn, device=device, dtype=dtype)
+        options = (epsilon, detach_max, curve, rescale, learn, relative)
+        return cls(*options, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
@@ -206,7 +219,8 @@ class MWE(Excitation):
         shown = f"epsilon={epsilon:g}, detach_max={self.detach_max}"
         if self._is_paper_curve and self.learn == "none":
             return shown
-        return f"{shown}, curve={self.curve}, rescale={self.rescale}, learn={self.learn}"
+        chosen = f"curve={self.curve}, rescale={self.rescale}, relative={self.relative}"
+        return f"{shown}, {chosen}, learn={self.learn}"
 
 
 def amplified(weight: Tensor, epsilon: Tensor | float, detach_max: bool) -> Tensor:

@@ -3,23 +3,27 @@
 A state dict has one record per excitation, beside its tensors: ``layer1.0.conv1.excitation.
 _extra_state``, the key that torch has for a module's state that is not a tensor. It is JSON::
 
-    {"schema": 1,
+    {"schema": 2,
      "stages": [{"standardize": {"epsilon": 1e-05}}, {"lwe": {"attention": "se", ...}}],
      "transposed_groups": null,
      "paused": false}
 
-The stages are in the order in which they run, each with all of its options. The text is stored as
-a uint8 tensor of its UTF-8 bytes, which safetensors, ``weights_only=True`` and
+The stages are in the order in which they run, each with all of its options. ``paused`` says how
+excitation will set in, ``"preserve"`` or ``"paper"``, or is false. The text is stored as a uint8
+tensor of its UTF-8 bytes, which safetensors, ``weights_only=True`` and
 torch.distributed.checkpoint take like any other. It is made anew for each state dict, so that
 nothing that averages, casts or broadcasts parameters and buffers can change it; where somebody
 casts a whole state dict, each byte is still a whole number.
+
+Records of schema 1 know fewer options: those that they lack have their defaults. Their ``paused``
+is true or false.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +31,13 @@ from torch import Tensor
 from we_surgery.errors import InputError
 
 RECORD_KEY = "_extra_state"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLD_SCHEMA = 1
 _LONGEST = 2**16  # bytes; a record of ours has a few hundred
 
 Record = dict[str, Any]
+PausedInit = Literal["preserve", "paper"]
+Paused = Literal[False] | PausedInit
 
 
 def is_record(key: str) -> bool:
@@ -42,11 +49,12 @@ def make_record(
     stages: Sequence[Mapping[str, Mapping[str, Any]]],
     *,
     transposed_groups: int | None = None,
-    paused: bool = False,
+    paused: Paused = False,
+    schema: int = SCHEMA_VERSION,
 ) -> Record:
-    """A record of the current schema."""
+    """A record, by default of the current schema."""
     return {
-        "schema": SCHEMA_VERSION,
+        "schema": schema,
         "stages": [{name: dict(options) for name, options in stage.items()} for stage in stages],
         "transposed_groups": transposed_groups,
         "paused": paused,
@@ -97,20 +105,22 @@ def read_record(tensor: Any) -> Record:
         )
     if not _is_well_formed(record):
         raise _unreadable(f"unexpected content: {str(record)[:200]}")
+    if record["paused"] is True:
+        record["paused"] = "preserve"
     return record  # type: ignore[no-any-return]
 
 
 def _is_well_formed(record: Any) -> bool:
     if not isinstance(record, dict) or record.keys() != make_record([]).keys():
         return False
-    stages, groups = record["stages"], record["transposed_groups"]
+    stages, groups, paused = record["stages"], record["transposed_groups"], record["paused"]
     return (
-        record["schema"] == SCHEMA_VERSION
+        record["schema"] in (OLD_SCHEMA, SCHEMA_VERSION)
         and isinstance(stages, list)
         and all(isinstance(stage, dict) and len(stage) == 1 for stage in stages)
         and all(isinstance(options, dict) for stage in stages for options in stage.values())
         and (groups is None or (type(groups) is int and groups > 0))
-        and type(record["paused"]) is bool
+        and (type(paused) is bool or paused in ("preserve", "paper"))
     )
 
 

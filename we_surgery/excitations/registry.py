@@ -17,6 +17,7 @@ from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.record import (
     RECORD_KEY,
+    SCHEMA_VERSION,
     Record,
     is_record,
     make_record,
@@ -202,6 +203,7 @@ def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None
                 "Give all of the model's state dict, `model.state_dict()`.",
             )
         record = read_record(state[RECORD_KEY])
+    record = _completed(record)
     by_stage: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stage, _, rest = key.partition(".")
@@ -229,6 +231,18 @@ def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None
             "The file is damaged or comes from another version; save it again.",
         ) from error
     return composition
+
+
+def _completed(record: Record) -> Record:
+    """The record of an earlier version as this one would have written it."""
+    if record["schema"] == SCHEMA_VERSION:
+        return record
+    stages = [
+        {name: _stage_class(name).completed(options)}
+        for stage in record["stages"]
+        for name, options in stage.items()
+    ]
+    return {**record, "schema": SCHEMA_VERSION, "stages": stages}
 
 
 def _stage_class(name: str) -> type[Excitation]:

@@ -116,7 +116,7 @@ def convert_file(
     force: bool = False,
     seed: int = 0,
     input_shape: Sequence[int] | None = None,
-    init: Init = "paper",
+    init: Init | None = None,
     start: Start = "on",
 ) -> Converted:
     """Reads a model, converts it as :func:`we_surgery.convert` does, and writes it.
@@ -159,7 +159,7 @@ def convert_file(
     has_weights = contents.kind != "architecture" or (
         architecture is not None and architecture.fetches_weights
     )
-    if init == "paper" and start == "on" and has_weights:
+    if init != "preserve" and start == "on" and has_weights:
         notes.append(
             "the model no longer computes what the weights that were read made it compute, until "
             "it is trained further; to start from what it computed, add `--init preserve`"

@@ -92,7 +92,7 @@ class Training:
     smoothing: float = 0.0
     sparsity: float = 0.0
     excite_from: int = 0
-    init: Init = "paper"
+    init: Init | None = None
     excitation_init: Initialization = "default"
     ema_decay: float | None = None
     precision: Precision = "float32"

@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def resume(model: nn.Module | AttachedExcitation, *averages: nn.Module) -> int:
-    """Switches paused excitations on, without a jump in what the model computes.
+    """Switches paused excitations on.
 
-    The raw weights get the values whose excitation the weights are; they stay the same
+    Without a jump in what the model computes, but where the conversion said ``init="paper"``:
+    the raw weights get the values whose excitation the weights are. They stay the same
     Parameters, and an optimizer that holds them goes on. Momentum is of the weights before.
 
     Args:
@@ -60,7 +61,8 @@ def resume(model: nn.Module | AttachedExcitation, *averages: nn.Module) -> int:
     for name, raw, excitation in paused.values():
         before = raw.clone()
         raw.copy_(excitation.resume(raw))
-        check_preserved(name, before, excitation(raw))
+        if excitation.sets_in == "preserve":
+            check_preserved(name, before, excitation(raw))
     if paused:
         logger.info("resumed %d excitations", len(paused))
     return len(paused)
