@@ -14,7 +14,7 @@ from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
 from we_surgery.attached.riding import drop_loaded_states, loaded_states
 from we_surgery.attached.wrappers import inside_wrappers
-from we_surgery.converted.options import resolve_options
+from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.state import is_converted, refuse_wrappers
 from we_surgery.errors import InputError
@@ -101,37 +101,19 @@ def attach(
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> excitation = ws.attach(model, optimizer, mode="lwe")
     """
-    if clip_raw is not None and not clip_raw > 0:
-        raise InputError(f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to not clip.")
-    if state not in get_args(Rides):
-        raise InputError(
-            f"`state` must be 'optimizer', 'parameter' or 'separate', got {state!r}",
-            "Leave it out: the state then rides in the optimizer's.",
-        )
-    check_backend(backend)
+    _check_options(backend, state, clip_raw)
     root = inside_wrappers(model)
     optimizers = supported_optimizers(optimizer)
     _refuse_model(root)
-    options = resolve_options(
-        mode,
-        {"config": config, "rules": rules, "plan": plan, "init": init, "start": start},
+    policy = _policy_of(
+        mode, {"config": config, "rules": rules, "plan": plan, "init": init, "start": start}
     )
-    policy = options.get("config")
-    _refuse_transplants(plan.transplants if plan else policy.transplants)  # type: ignore[union-attr]
     building = Building(root, optimizers, init, start, backend)
     if plan is None:
         readable = building.readable_model()
         plan = make_plan(readable, config=policy, example_inputs=example_inputs, form="attached")
-    saved: Any = resume if isinstance(resume, Mapping) else None
-    if resume is True:
-        saved = loaded_states(optimizers)
-    found = building.weights_of(plan)
-    if not found:
-        raise InputError(
-            f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
-            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
-        )
-    _refuse_steps_behind(found, resume, saved)
+    found = _trained_weights(building, plan)
+    saved = _state_to_continue(found, optimizers, resume)
     handle = AttachedExcitation(
         root,
         with_gathered(plan, [weight for weight, _ in found]),
@@ -144,6 +126,17 @@ def attach(
     handle.add(found, saved)
     drop_loaded_states(optimizers)
     return handle
+
+
+def _check_options(backend: str, state: str, clip_raw: float | None) -> None:
+    check_backend(backend)
+    if clip_raw is not None and not clip_raw > 0:
+        raise InputError(f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to not clip.")
+    if state not in get_args(Rides):
+        raise InputError(
+            f"`state` must be 'optimizer', 'parameter' or 'separate', got {state!r}",
+            "Leave it out: the state then rides in the optimizer's.",
+        )
 
 
 def _refuse_model(root: nn.Module) -> None:
@@ -162,17 +155,42 @@ def _refuse_model(root: nn.Module) -> None:
             )
 
 
-def _refuse_transplants(transplants: Sequence[Any]) -> None:
-    if transplants:
+def _policy_of(mode: str | None, options: ConvertOptions) -> Any:
+    """What decides over layers; None where a plan has decided."""
+    resolved = resolve_options(mode, options)
+    policy, plan = resolved.get("config"), resolved.get("plan")
+    decided: Any = plan or policy
+    if decided.transplants:
         raise InputError(
             "transplants change the model's layers, and attach leaves them alone",
             "Convert with the transplants and without excitation first, then attach.",
         )
+    return policy
 
 
-def _refuse_steps_behind(found: Sequence[Trained], resume: Any, saved: Any) -> None:
-    if saved is not None or resume is False:
-        return
+def _trained_weights(building: Building, plan: Plan) -> list[Trained]:
+    found = building.weights_of(plan)
+    if not found:
+        raise InputError(
+            f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
+            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
+        )
+    return found
+
+
+def _state_to_continue(
+    found: Sequence[Trained], optimizers: Sequence[Any], resume: bool | Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """The state of a run with excitation; raises where its steps are there and it is not."""
+    if isinstance(resume, Mapping):
+        return resume
+    saved = loaded_states(optimizers) if resume else None
+    if resume and saved is None:
+        _refuse_steps_behind(found)
+    return saved
+
+
+def _refuse_steps_behind(found: Sequence[Trained]) -> None:
     for weight, optimizer in found:
         kept = optimizer.state.get(weight.parameter)
         if kept and kept.get("step", 1) != 0:  # Adagrad's state is made with the optimizer
