@@ -85,7 +85,7 @@ def change_row(plan: Plan, layer: str, **changes: Any) -> Plan:
         ({"groups": 3}, "3 groups, the model"),
         ({"kind": "conv_transpose2d"}, "as conv_transpose2d of shape"),
         ({"excitation": [{"lew": {}}]}, "no excitation called 'lew'"),
-        ({"excitation": [{"lwe": {"reduction": 0}}]}, "reduction must be a positive integer"),
+        ({"excitation": [{"lwe": {"reduction": 0}}]}, "reduction must be an integer of at least 1"),
         ({"module": "head"}, "'head'"),
     ],
 )

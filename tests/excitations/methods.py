@@ -31,6 +31,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"curve": "tanh"},
         {"curve": "novel", "relative": False},
     ],
+    "scaled_standardize": [{"gamma": 1.7}],
+    "expand": [{"rate": 2}],
+    "gain": [{"attention": "se"}],
+    "weight_compander": [{"a": 3, "b": 1.5}, {"learn": False}],
     "shift_attention": [{"shared": True, "inverse_temperature": 0.15}],
 }
 OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]

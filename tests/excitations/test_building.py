@@ -42,7 +42,7 @@ def test_a_recipe_that_cannot_be_built_says_why(recipe: Any, message: str) -> No
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])
 def test_a_reduction_must_be_a_positive_integer(value: Any) -> None:
-    with pytest.raises(InputError, match="lwe: reduction must be a positive integer"):
+    with pytest.raises(InputError, match="lwe: reduction must be an integer of at least 1"):
         build_excitation([{"lwe": {"reduction": value}}], LAYOUT)
 
 

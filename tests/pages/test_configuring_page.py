@@ -15,6 +15,7 @@ from torch import nn
 import we_surgery as ws
 from we_surgery.excitations import LWE
 from we_surgery.excitations.functions import ACTIVATIONS
+from we_surgery.excitations.gain import ATTENTIONS as GAIN_ATTENTIONS
 from we_surgery.excitations.lwe_global import RESIZINGS
 from we_surgery.excitations.mwe import _LEARNABLE, CURVES
 from we_surgery.planning.config import make_policy
@@ -40,22 +41,26 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "mwe.learn": _LEARNABLE,
     "mwe.relative": FLAG,
     "shift_attention.shared": FLAG,
+    "gain.attention": GAIN_ATTENTIONS,
+    "weight_compander.learn": FLAG,
     "bam.form": FORMS,
     "max_dropout.rate": ("null",),
     "max_dropout.always_on": FLAG,
 }
 """What stands in code in the column of values; all others are ranges."""
 
+POSITIVE = ("a finite number over 0", (1e-9,), (0, float("inf")))
+NULL_OR_POSITIVE = (f"`null`, {POSITIVE[0]}", *POSITIVE[1:])
 # A range in words, a value on each of its ends that is taken, and one beyond each that is not.
 RANGES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "standardize.epsilon": ("a finite number from 0 on", (0, 5), (-1e-9, float("inf"))),
     "lwe.reduction": (INTEGER, (1,), (0, 1.5)),
     "mwe.epsilon": ("a number from 1e-6 to 1", (1e-6, 1), (9e-7, 1.01)),
-    "shift_attention.inverse_temperature": (
-        "a finite number over 0",
-        (1e-9,),
-        (0, float("inf")),
-    ),
+    "shift_attention.inverse_temperature": POSITIVE,
+    "scaled_standardize.gamma": POSITIVE,
+    "expand.rate": ("an integer from 2 on", (2,), (1, 2.5)),
+    "weight_compander.a": NULL_OR_POSITIVE,
+    "weight_compander.b": NULL_OR_POSITIVE,
     "se.reduction": (INTEGER, (1,), (0, 1.5)),
     "cbam.reduction": (INTEGER, (1,), (0, 1.5)),
     "bam.reduction": (INTEGER, (1,), (0, 1.5)),

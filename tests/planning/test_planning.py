@@ -342,7 +342,7 @@ def test_a_plan_file_that_is_broken_names_the_file(tmp_path: Path) -> None:
     [
         ([{"lew": {}}], "no excitation called 'lew'; did you mean 'lwe'"),
         ([{"lwe": {"reductoin": 2}}], "no option 'reductoin'; did you mean 'reduction'"),
-        ([{"lwe": {"reduction": 0}}], "reduction must be a positive integer"),
+        ([{"lwe": {"reduction": 0}}], "reduction must be an integer of at least 1"),
         ([{"lwe": {}}, {"lwe": {}}], "each stage once"),
         ("lwe", "a row that cannot be read"),
         (None, "a row that cannot be read"),

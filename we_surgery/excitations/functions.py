@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import TypeGuard
 
@@ -38,6 +39,20 @@ def check_flag(where: str, value: object) -> bool:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an int or a float, and not a flag."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_positive(where: str, value: object) -> float:
+    """``value`` if it is a positive finite number; else it raises a ``ValueError``."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{where} must be positive and finite, not {value!r}")
+    return float(value)
+
+
+def check_count(where: str, value: object, least: int = 1) -> int:
+    """``value`` if it is an integer from ``least`` on; else it raises a ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where} must be an integer of at least {least}, not {value!r}")
+    return value
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

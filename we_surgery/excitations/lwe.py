@@ -13,6 +13,7 @@ from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
+    check_count,
     check_flag,
     kernel_mean,
     linear,
@@ -110,8 +111,7 @@ class LWE(Excitation):
         super().__init__()
         widths = {"in_channels": in_channels, "groups": groups, "reduction": reduction}
         for name, value in widths.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"lwe: {name} must be a positive integer, not {value!r}")
+            check_count(f"lwe: {name}", value)
         if in_channels % groups:
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
         self._choose(reduction, skip, activation, gate, inner, **further)

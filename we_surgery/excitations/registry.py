@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.composition import Composition
+from we_surgery.excitations.do_conv import DOConv
 from we_surgery.excitations.dynamic_sparse import DynamicSparse
+from we_surgery.excitations.expand import Expand
+from we_surgery.excitations.gain import Gain
 from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
@@ -25,10 +28,12 @@ from we_surgery.excitations.record import (
     stage_names,
     to_tensor,
 )
+from we_surgery.excitations.scaled_standardize import ScaledStandardize
 from we_surgery.excitations.shift_attention import ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm
 from we_surgery.excitations.standardize import Rescale, Standardize
 from we_surgery.excitations.weight_align import WeightAlign
+from we_surgery.excitations.weight_compander import WeightCompander
 from we_surgery.excitations.weight_norm import WeightNorm
 
 _FAMILY: tuple[type[Excitation], ...] = (
@@ -40,6 +45,11 @@ _FAMILY: tuple[type[Excitation], ...] = (
     MWE,
     DynamicSparse,
     ShiftAttention,
+    ScaledStandardize,
+    DOConv,
+    Expand,
+    Gain,
+    WeightCompander,
 )
 
 EXCITATIONS: dict[str, type[Excitation]] = {stage.name: stage for stage in _FAMILY}

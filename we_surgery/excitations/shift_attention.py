@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Device, DType, Excitation
-from we_surgery.excitations.functions import check_choice, check_flag
+from we_surgery.excitations.functions import check_choice, check_flag, check_positive
 from we_surgery.excitations.layout import WeightLayout
 
 HARDENINGS = ("soft", "argmax", "round")
@@ -67,12 +67,7 @@ class ShiftAttention(Excitation):
         super().__init__()
         if math.prod(kernel_size) < 2:
             raise ValueError("shift_attention: a kernel of one position has nothing to choose from")
-        is_number = isinstance(inverse_temperature, int | float)
-        if not (is_number and 0 < inverse_temperature < math.inf):
-            raise ValueError(
-                "shift_attention: inverse_temperature must be positive and finite, not "
-                f"{inverse_temperature!r}"
-            )
+        check_positive("shift_attention: inverse_temperature", inverse_temperature)
         self.shared = check_flag("shift_attention: shared", shared)
         self.hardening = "soft"
         filters = 1 if shared else out_channels

@@ -1,0 +1,116 @@
+"""ExpandNets: three linear convs in the place of one, 1x1, k x k and 1x1, folded into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
+from we_surgery.excitations.functions import check_count
+from we_surgery.excitations.layout import WeightLayout
+
+
+class Expand(Excitation):
+    """``W'[o, i, k] = sum_pq after[o, p] core[p, q, k] before[q, i]``: 1x1 . k x k . 1x1.
+
+    Guo et al. (NeurIPS 2020, arXiv 1811.10495), ExpandNet-CL: the conv between the two 1x1
+    convs has r times the input and output channels, no activation stands between them, and all
+    three are trained. The layer's own weight is the core's first O x I block and keeps its
+    shape; what r adds is held here. In a grouped conv each group is expanded by itself, as the
+    authors do with depthwise ones; a linear layer is the same with a kernel of one position.
+    The three start as convs do in torch. Started with ``preserve``, the 1x1 convs pass on the
+    layer's own block alone, and the others learn from the second step on.
+
+    Args:
+        groups: the layer's groups g.
+        outputs: O / g, the filters of one group.
+        channels: I, the input channels that one filter sees.
+        kernel_size: K; empty for a linear layer.
+        rate: r, from 2 on; the paper's is 4.
+        device, dtype: those of the layer.
+
+    Parameters are ``before``, ``[g, r I, I]``, ``after``, ``[g, O / g, r O / g]``, and the rest of
+    the core: ``beside``, ``[g, O / g, (r - 1) I, *K]``, and ``below``,
+    ``[g, (r - 1) O / g, r I, *K]``.
+
+    Raises:
+        ValueError: the rate is not an integer from 2 on.
+    """
+
+    name: ClassVar[str] = "expand"
+    order: ClassVar[int] = -30
+    summary: ClassVar[str] = "the product of three linear convs, 1x1, k x k and 1x1"
+    source: ClassVar[str] = "Guo et al., ExpandNets (arXiv 1811.10495), ExpandNet-CL"
+    published: ClassVar[tuple[str, ...]] = (
+        "ImageNet, rate 4: MobileNet 66.48 -> 69.40 top-1, MobileNetV2 63.75 -> 65.62, "
+        "ShuffleNetV2 0.5x 56.89 -> 57.38 (README of GUOShuxuan/expandnets)",
+        "CIFAR-10, small nets: 3x3 kernels 73.32 -> 73.96; 7x7 78.63 -> 78.47, which did not help",
+    )
+
+    before: nn.Parameter
+    after: nn.Parameter
+    beside: nn.Parameter
+    below: nn.Parameter
+
+    def __init__(
+        self,
+        groups: int,
+        outputs: int,
+        channels: int,
+        kernel_size: tuple[int, ...] = (),
+        rate: int = 4,
+        *,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        self.rate = check_count("expand: rate", rate, 2)
+        wide, tall = rate * channels, rate * outputs
+        fan_in = wide * math.prod(kernel_size)
+        parts: dict[str, tuple[int, tuple[int, ...]]] = {
+            "before": (channels, (groups, wide, channels)),
+            "after": (tall, (groups, outputs, tall)),
+            "beside": (fan_in, (groups, outputs, wide - channels, *kernel_size)),
+            "below": (fan_in, (groups, tall - outputs, wide, *kernel_size)),
+        }
+        for name, (seen, shape) in parts.items():
+            values = torch.empty(shape, device=device, dtype=dtype)
+            bound = seen**-0.5
+            self.register_parameter(name, nn.Parameter(values.uniform_(-bound, bound)))
+
+    def excite(self, weight: Tensor) -> Tensor:
+        parts = (self.before, self.after, self.beside, self.below)
+        before, after, beside, below = (part.to(weight.dtype) for part in parts)
+        groups, outputs = after.shape[:2]
+        own = weight.reshape(groups, outputs, *weight.shape[1:])
+        core = torch.cat([torch.cat([own, beside], 2), below], 1)
+        mixed = (after @ core.flatten(2)).reshape(groups, outputs, core.shape[2], -1)
+        return (before.mT.unsqueeze(1) @ mixed).reshape(weight.shape)
+
+    @torch.no_grad()
+    def start_affine(self, weight: Tensor) -> Affine:
+        for matrix in (self.before, self.after):
+            matrix.zero_()
+            matrix.diagonal(dim1=1, dim2=2).fill_(1)
+        return Affine()
+
+    @classmethod
+    def for_layout(
+        cls, layout: WeightLayout, *, device: Device, dtype: DType, rate: int = 4
+    ) -> Self:
+        sizes = (layout.groups, layout.out_channels // layout.groups, layout.channels)
+        return cls(*sizes, layout.kernel_size, rate, device=device, dtype=dtype)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        groups, outputs, _ = state["after"].shape
+        channels, dtype = state["before"].shape[2], state["after"].dtype
+        kernel = tuple(state["below"].shape[3:])
+        return cls(groups, outputs, channels, kernel, options["rate"], device="meta", dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

@@ -1,0 +1,113 @@
+"""A gain per filter: what remains of channel attention whose values no longer change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from we_surgery.excitations.base import Affine, Device, DType, Excitation
+from we_surgery.excitations.functions import check_choice, linear, spread
+from we_surgery.excitations.layout import WeightLayout
+
+ATTENTIONS = ("none", "se")
+_REDUCTION = 16
+_START = 0.1
+"""Of the learned input, in the authors' code."""
+
+
+class Gain(Excitation):
+    """``g_j W_j`` for each filter j, with a trained g.
+
+    With ``attention="se"`` it is ASR (Huang et al., ECCV 2024, arXiv 2304.06345), "attention-alike
+    structural re-parameterization": channel attention that is given a learned vector in the place
+    of the activations' means, ``g = sigmoid(fc2(relu(fc1(input))))``, and so is a constant once
+    trained. The authors put it behind the norm and fold it into that; here it is folded into the
+    weight, so biases are not multiplied, and a norm after the layer undoes its value, though not
+    its effect on the gradients.
+
+    Args:
+        out_channels: O, the layer's filters.
+        attention: ``none`` trains g itself, from 1; ``se`` is ASR, with O / 16 hidden units.
+        device, dtype: those of the layer.
+
+    The parameter is ``gain``, ``[O]``; or ``input``, ``[O]``, and the layers ``fc1`` and ``fc2``.
+
+    Raises:
+        ValueError: there is no such attention.
+    """
+
+    name: ClassVar[str] = "gain"
+    order: ClassVar[int] = 12
+    summary: ClassVar[str] = "a trained gain per filter, plain or of attention to a learned vector"
+    source: ClassVar[str] = "Huang et al., ASR (arXiv 2304.06345)"
+    published: ClassVar[tuple[str, ...]] = (
+        "CIFAR-100, ResNet164, behind the norm: 74.10 -> 75.21, SE 75.03, both 76.23 (README of "
+        "zhongshsh/ASR)",
+    )
+
+    def __init__(
+        self,
+        out_channels: int,
+        attention: str = "none",
+        *,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
+        super().__init__()
+        self.attention = check_choice("gain: attention", attention, ATTENTIONS)
+        if attention == "none":
+            self.gain = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
+            return
+        hidden = max(round(out_channels / _REDUCTION), 1)
+        start = torch.full((out_channels,), _START, device=device, dtype=dtype)
+        self.input = nn.Parameter(start)
+        self.fc1 = nn.Linear(out_channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, out_channels, device=device, dtype=dtype)
+
+    def excite(self, weight: Tensor) -> Tensor:
+        return weight * spread(self._gains(weight.dtype), weight)
+
+    def _gains(self, dtype: torch.dtype) -> Tensor:
+        if self.attention == "none":
+            return self.gain.to(dtype)
+        return torch.sigmoid(linear(F.relu(self._hidden(dtype)), self.fc2.weight, self.fc2.bias))
+
+    def _hidden(self, dtype: torch.dtype) -> Tensor:
+        return linear(self.input.to(dtype), self.fc1.weight, self.fc1.bias)
+
+    @torch.no_grad()
+    def start_affine(self, weight: Tensor) -> Affine:
+        if self.attention == "none":
+            self.gain.fill_(1)
+            return Affine()
+        # A hidden unit that is off for the only input would never learn: it is mirrored.
+        sign = torch.where(self._hidden(weight.dtype) <= 0, -1.0, 1.0).to(self.fc1.weight.dtype)
+        self.fc1.weight.mul_(sign.unsqueeze(1))
+        self.fc1.bias.mul_(sign)
+        self.fc2.weight.zero_()
+        self.fc2.bias.zero_()
+        return Affine(2.0)
+
+    @classmethod
+    def for_layout(
+        cls,
+        layout: WeightLayout,
+        *,
+        device: Device,
+        dtype: DType,
+        attention: str = "none",
+    ) -> Self:
+        return cls(layout.out_channels, attention, device=device, dtype=dtype)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+        values = next(iter(state.values()))
+        size = state["gain" if options["attention"] == "none" else "input"].shape[0]
+        return cls(size, **options, device="meta", dtype=values.dtype)
+
+    def extra_repr(self) -> str:
+        return f"attention={self.attention}"
