@@ -119,11 +119,11 @@ def test_scaled_standardization_by_the_text_and_by_timm(gamma: float) -> None:
 
 
 def test_asr_multiplies_channels_by_attention_to_a_learned_vector() -> None:
-    layout = WeightLayout((32, 5, 3, 3))
+    layout = WeightLayout((64, 5, 3, 3))
     stage = randomized("gain", layout, attention="se")
-    assert stage.fc1.out_features == 2
+    assert stage.fc1.out_features == 4
     fresh = EXCITATIONS["gain"].for_layout(layout, device=None, dtype=None, attention="se")
-    assert fresh.input.tolist() == pytest.approx([0.1] * 32)
+    assert fresh.input.tolist() == pytest.approx([0.1] * 64)
     weight, x = torch.randn(layout.shape, dtype=F64), torch.randn(2, 5, 6, 6, dtype=F64)
     vector, first, a, second, b = (p.detach().numpy() for p in stage.parameters())
     hidden = [max(row @ vector + bias, 0.0) for row, bias in zip(first, a, strict=True)]
