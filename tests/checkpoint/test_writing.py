@@ -221,7 +221,7 @@ def test_a_folder_keeps_what_appears_in_it_meanwhile(shards, tmp_path):
     staging = staged(shards, force=True, folder=True)
     (staging.__enter__() / "model.safetensors").write_text("after")
     (shards / "notes.txt").write_text("precious")
-    with pytest.raises(InputError, match="other things than shards"):
+    with pytest.raises(InputError, match="would delete files"):
         staging.__exit__(None, None, None)
     assert names(tmp_path) == ["out"]
     assert names(shards) == ["model.safetensors", "notes.txt"]

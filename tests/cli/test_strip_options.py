@@ -156,7 +156,7 @@ def test_a_folder_of_one_file_lends_its_own_name(
     monkeypatch.chdir(tmp_path / "run" / ("inner" if where == ".." else ""))
     done = strip(where)
     assert done.exit_code == 0, done.output
-    assert names(tmp_path) == ["run", "run.stripped.safetensors"]
+    assert names(tmp_path) == ["run", "run.stripped"]
 
 
 def test_both_write_no_file_where_one_fails(

@@ -25,6 +25,7 @@ from we_surgery.checkpoint.folding import (
 from we_surgery.checkpoint.folding_to_files import save_stripped as save_stripped
 from we_surgery.checkpoint.folding_to_files import strip_sharded as strip_sharded
 from we_surgery.checkpoint.metadata import Metadata as Metadata
+from we_surgery.checkpoint.model_folder import ModelFolder as ModelFolder
 from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save

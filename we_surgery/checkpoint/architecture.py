@@ -16,9 +16,11 @@ from typing import Any
 from torch import nn
 
 from we_surgery._util.imports import working_folder_importable
+from we_surgery.checkpoint import transformers_folder
 from we_surgery.errors import InputError, near_matches
 
-_FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
+FORMS = "torchvision:NAME, timm:NAME, transformers:FOLDER or package.module:factory"
+_LIBRARIES = ("torchvision", "timm", "transformers")
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 # What the arguments of torchvision's and timm's factories begin with that fetch or read files.
@@ -30,7 +32,8 @@ class Architecture:
     """How to build a model: a factory's name and its keyword arguments.
 
     Attributes:
-        name: ``torchvision:resnet50``, ``timm:mixer_s16_224`` or ``package.module:factory``.
+        name: ``torchvision:resnet50``, ``timm:mixer_s16_224``, ``package.module:factory``, or
+            ``transformers:FOLDER`` for what the ``config.json`` in a folder says.
         arguments: keyword arguments of the factory; JSON types where they are to be stored.
         from_file: whether a file says so and not the caller. Such a name imports no code but
             torchvision and timm, and fetches no weights.
@@ -45,13 +48,18 @@ class Architecture:
         """An architecture from its name, checked for its form and not yet for its existence.
 
         Raises:
-            InputError: the name has none of the three forms.
+            InputError: the name has none of these forms.
         """
         if not _is_named_like_architecture(name):
             raise InputError(
-                f"{name!r} is not an architecture{_qualified_matches(name)}", f"Give {_FORMS}."
+                f"{name!r} is not an architecture{_qualified_matches(name)}", f"Give {FORMS}."
             )
         return Architecture(name, dict(arguments or {}))
+
+    @property
+    def names_folder(self) -> bool:
+        """Whether it is found in a folder, which no file can rely on."""
+        return self.name.startswith("transformers:")
 
     @property
     def fetches_weights(self) -> bool:
@@ -78,11 +86,13 @@ class Architecture:
             factory, arguments = _torchvision_factory(name, arguments)
         elif source == "timm":
             factory = _timm_factory(name)
+        elif source == "transformers":
+            factory = _transformers_factory(name)
         else:
             factory = _imported_factory(source, name)
         try:
-            # torchvision and timm import optional packages, which are not sought in that folder.
-            is_own = source not in ("torchvision", "timm")
+            # Libraries import optional packages, which are not sought in that folder.
+            is_own = source not in _LIBRARIES
             with working_folder_importable() if is_own else nullcontext():
                 model = factory(**arguments)
         except Exception as error:
@@ -155,7 +165,8 @@ def looks_like_architecture(source: str) -> bool:
 
 
 def _is_named_like_architecture(name: str) -> bool:
-    return name.startswith(("torchvision:", "timm:")) or _FACTORY.fullmatch(name) is not None
+    source, colon, _ = name.partition(":")
+    return (bool(colon) and source in _LIBRARIES) or _FACTORY.fullmatch(name) is not None
 
 
 def _qualified_matches(name: str) -> str:
@@ -214,6 +225,15 @@ def _timm_factory(name: str) -> Callable[..., Any]:
     return create
 
 
+def _transformers_factory(folder: str) -> Callable[..., Any]:
+    if not Path(folder, "config.json").is_file():
+        raise InputError(
+            f"there is no config.json in {folder or '.'!r}",
+            "Give the folder of a model of transformers.",
+        )
+    return lambda **arguments: transformers_folder.build(folder, arguments)
+
+
 def _imported_factory(module: str, name: str) -> Callable[..., Any]:
     try:
         with working_folder_importable():
@@ -229,7 +249,7 @@ def _imported_factory(module: str, name: str) -> Callable[..., Any]:
         public = [known for known, value in vars(imported).items() if callable(value)]
         raise InputError(
             f"{module} has no class or function {name!r}{near_matches(name, public)}",
-            f"Give {_FORMS}.",
+            f"Give {FORMS}.",
         )
     return factory  # type: ignore[no-any-return]
 

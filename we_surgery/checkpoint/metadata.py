@@ -32,11 +32,13 @@ class Metadata:
 
     def to_dict(self) -> dict[str, Any]:
         """The metadata as JSON types, with the schema's version."""
+        architecture = self.architecture
+        is_stored = architecture is not None and not architecture.names_folder
         return {
             "schema": SCHEMA_VERSION,
             "we_surgery": __version__,
             "plan": None if self.plan is None else dict(self.plan),
-            "architecture": None if self.architecture is None else self.architecture.to_dict(),
+            "architecture": architecture.to_dict() if architecture and is_stored else None,
         }
 
     @staticmethod

@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from we_surgery.checkpoint.architecture import Architecture
+from we_surgery.checkpoint import transformers_folder
+from we_surgery.checkpoint.architecture import FORMS, Architecture
 from we_surgery.checkpoint.contents import Contents, read
-from we_surgery.checkpoint.excited_entry import ExcitedEntry, find_excited
+from we_surgery.checkpoint.excited_entry import (
+    ExcitedEntry,
+    find_excited,
+    is_excited_state_dict,
+)
 from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.plan_check import check_plan
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write
 from we_surgery.converted.excite import ExcitationSite, excite
 from we_surgery.converted.state import PLAN_ATTRIBUTE, refuse_wrappers
-from we_surgery.errors import InputError, OldFormatWarning, near_matches
+from we_surgery.errors import InputError, OldFormatWarning, near_matches, quoted
 from we_surgery.excitations import Composition
 from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.planning.transplant_rows import attach
@@ -115,8 +120,7 @@ def model_from(
     if architecture is None:
         raise InputError(
             f"{contents.path} holds weights and does not say of which architecture",
-            "Name it with --arch (`architecture=`): torchvision:NAME, timm:NAME or "
-            "package.module:factory.",
+            f"Name it with --arch (`architecture=`): {_forms_for(contents.path)}.",
         )
     # The weights drawn here are replaced, so the caller's random numbers stay as they were.
     with torch.random.fork_rng(devices=[]):
@@ -124,10 +128,20 @@ def model_from(
         plan = None if contents.metadata is None else contents.metadata.stored_plan
         if plan is not None:
             attach(model, plan.transplants, loading=True)
+    if architecture.names_folder and not is_excited_state_dict(state):
+        state, unused = transformers_folder.named_as_in(model, state)
+        if unused:
+            contents.notes.append(f"left out {quoted(unused)}, which {architecture.name} lacks")
     _fill(model, state, architecture)
     if plan is not None:
         model.__dict__[PLAN_ATTRIBUTE] = plan.to_dict()
     return model
+
+
+def _forms_for(path: Path | None) -> str:
+    if path is not None and (path.parent / "config.json").is_file():
+        return f"transformers:{path.parent} if transformers wrote this folder, else {FORMS}"
+    return FORMS
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

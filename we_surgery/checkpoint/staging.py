@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +31,25 @@ _ELSEWHERE = "Give another file to write (-o FILE)."
 # The system makes what has a name here; a link in these folders is not a file of the user's.
 _SYSTEM_FOLDERS = (Path("/dev"), Path("/proc"), Path("/sys"))
 _MEMORY_FOLDER = Path("/dev/shm")
+_SHARDS = (".safetensors", ".safetensors.index.json")
 
 
-def check_target(path: str | Path, *, force: bool = False, folder: bool = False) -> None:
-    """Raises InputError if a file, or a folder of shards, cannot be written at ``path``."""
+def check_target(
+    path: str | Path,
+    *,
+    force: bool = False,
+    folder: bool = False,
+    others: Collection[str] = (),
+) -> None:
+    """Raises InputError if a file, or a folder of shards, cannot be written at ``path``.
+
+    The names of ``others`` are of files, beside shards, that the folder will hold.
+    """
     path = Path(path)
     try:
         _refuse_system_folders(path)
         if folder:
-            _check_folder(path)
+            _check_folder(path, others)
         elif path.is_dir():
             raise InputError(f"{path} is a folder", _ELSEWHERE)
         elif path.exists() and not path.is_file():
@@ -73,7 +83,7 @@ def _refuse_system_folders(path: Path) -> None:
         raise InputError(f"{path} is not a regular file", _ELSEWHERE)
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, others: Collection[str]) -> None:
     if path.is_symlink():
         raise InputError(
             f"{path} is a symbolic link, and only a folder can be replaced by a folder",
@@ -82,20 +92,23 @@ def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, not a folder", "Give another folder (-o FOLDER).")
     if path.is_dir():
-        _refuse_other_files(path, path)
+        _refuse_lost_files(path, path, others)
 
 
-def _refuse_other_files(folder: Path, called: Path) -> None:
-    """Raises unless a folder holds only shards, since one that is replaced is deleted."""
-    others = [
-        file.name
-        for file in folder.iterdir()
-        if file.is_dir() or not file.name.endswith((".safetensors", ".safetensors.index.json"))
+def _refuse_lost_files(folder: Path, called: Path, others: Collection[str]) -> None:
+    """Raises if a folder holds files that the new one will not, since it will be deleted."""
+    lost = [
+        name
+        for file in folder.rglob("*")
+        if not file.is_dir() or file.is_symlink() or not any(file.iterdir())
+        if (name := file.relative_to(folder).as_posix()) not in others
+        and not ("/" not in name and name.endswith(_SHARDS))
     ]
-    if others:
+    if lost:
         raise InputError(
-            f"the folder {called} holds other things than shards: {quoted(sorted(others))}",
-            "Give a new folder (-o FOLDER); only a folder of shards is ever replaced.",
+            f"replacing the folder {called} would delete files that the new one does not have: "
+            f"{quoted(sorted(lost))}",
+            "Give a new folder (-o FOLDER), or move these files.",
         )
 
 
@@ -110,6 +123,7 @@ class _Staged:
     place: Path
     force: bool
     folder: bool
+    others: Collection[str]
     mode: int = 0
     identity: tuple[int, int] = (0, 0)
 
@@ -125,9 +139,8 @@ class _Staged:
 
     def finish(self) -> None:
         """Makes sure that what was written is on the disk, with its permissions."""
-        for file in self.new.iterdir() if self.folder else ():
-            sync(file)
-        (sync_folder if self.folder else sync)(self.new)
+        for path in (*self.new.rglob("*"), self.new) if self.folder else (self.new,):
+            (sync_folder if path.is_dir() else sync)(path)
         self.new.chmod(self.mode)
         # Not before: a writer may have put another file under the name.
         self.identity = _identity(self.new)
@@ -142,7 +155,7 @@ class _Staged:
             exchange(self.new, self.path, self.old)
             if self.folder:
                 # What came at the last moment is not deleted either.
-                _refuse_other_files(self.new, self.path)
+                _refuse_lost_files(self.new, self.path, self.others)
 
     def give_back(self) -> None:
         """Undoes :meth:`take_place`, however far it came."""
@@ -176,6 +189,7 @@ class Staging:
         *,
         force: bool = False,
         folder: bool = False,
+        others: Collection[str] = (),
         like: Path | None = None,
     ) -> Path:
         """A name to write one of the targets to.
@@ -184,15 +198,16 @@ class Staging:
             path: the target.
             force: replace an existing target, which keeps its permissions.
             folder: stage a folder of files instead of one file. An existing folder is only
-                replaced if it holds a sharded state dict and nothing else.
+                replaced if it holds a sharded state dict and ``others``.
+            others: the files that the folder will hold beside shards, relative to it.
             like: the source. Who cannot read it cannot read a new target.
         """
         path = Path(path)
         self.paths.append(str(path))
-        check_target(path, force=force, folder=folder)
+        check_target(path, force=force, folder=folder, others=others)
         remove_left_over(path.parent)
         self._places.append(HiddenFolder(path.parent))
-        staged = _Staged(path, self._places[-1].path, force, folder)
+        staged = _Staged(path, self._places[-1].path, force, folder, others)
         if folder:
             staged.new.mkdir()
         else:
@@ -208,7 +223,9 @@ class Staging:
             staged.finish()
         for staged in self._staged:
             # Anything may have come there since the first look: folding takes its time.
-            check_target(staged.path, force=staged.force, folder=staged.folder)
+            check_target(
+                staged.path, force=staged.force, folder=staged.folder, others=staged.others
+            )
         try:
             for staged in self._staged:
                 staged.take_place()

@@ -201,7 +201,7 @@ def opening_options(command: Command) -> Command:
                 "--arch",
                 metavar="NAME",
                 help="Architecture of a file that holds only weights: torchvision:NAME, "
-                "timm:NAME or package.module:factory.",
+                "timm:NAME, transformers:FOLDER or package.module:factory.",
             ),
             click.option(
                 "--arch-arg",

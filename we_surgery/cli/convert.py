@@ -159,10 +159,11 @@ def convert_command(
 ) -> None:
     """Give the layers of SOURCE excited weights, ready to train.
 
-    SOURCE is a pickled module, a state dict or .safetensors file with --arch, or an
-    architecture itself: torchvision:resnet50, timm:mixer_s16_224, package.module:factory.
-    The result is of the same kind and lies beside SOURCE, as model.we.pt, unless -o or
-    --to say otherwise.
+    SOURCE is a pickled module, a state dict or .safetensors file with --arch, a folder of
+    transformers or accelerate, or an architecture itself: torchvision:resnet50,
+    timm:mixer_s16_224, package.module:factory. The result is of the same kind and lies beside
+    SOURCE, as model.we.pt, unless -o or --to say otherwise. A folder gives a folder with
+    everything else in it.
 
     \b
     Examples:
@@ -172,6 +173,7 @@ def convert_command(
       we-convert model.pt --start paused
       we-convert torchvision:resnet50 --mode we -o resnet50.we.pt
       we-convert weights.safetensors --arch timm:mixer_s16_224 --skip head
+      we-convert folder/ --arch transformers:folder --init preserve -o excited/
       we-convert model.pt --option lwe.attention=cbam --rule 'layer4.*=lwe(skip=true)+mwe'
       we-convert model.pt --dry-run --json > plan.json; we-convert model.pt --plan plan.json
 

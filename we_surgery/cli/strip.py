@@ -90,8 +90,8 @@ def strip_command(
     wrapped, pickled or .safetensors; an index of shards, or a folder of
     torch.distributed.checkpoint, which are stripped tensor by tensor. A state dict needs no
     model code. The result is of the same kind and lies beside SOURCE, as model.stripped.pt; it
-    needs nothing of we_surgery. A sharded one gives a folder of safetensors shards, or one
-    file with -o FILE.safetensors.
+    needs nothing of we_surgery. A sharded one gives a folder of safetensors shards, a folder of
+    transformers or accelerate one with its other files too; -o FILE.safetensors gives one file.
 
     \b
     Examples:
@@ -100,6 +100,7 @@ def strip_command(
       we-strip last.pth.tar --ema --arch timm:resnet50 --verify
       we-strip last.pth.tar --both --dtype bfloat16
       we-strip model.safetensors.index.json -o deploy/
+      we-strip checkpoint-500/ -o deploy/
       we-strip dcp_folder/ --key model -o deploy.safetensors
 
     \b

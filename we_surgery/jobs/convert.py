@@ -129,7 +129,7 @@ def convert_file(
     # Usage first: a slip in -o must not cost reading a large file.
     check_extension(output, to)
     contents, model = _read_vanilla(source)
-    target = choose_target(source.name, contents.kind, output, to, ".we")
+    target = choose_target(source.name, contents, output, to, ".we")
     target.check(force=force)
     inputs = None if input_shape is None else random_inputs(input_shape)
     decided = plan or make_plan(
@@ -155,7 +155,7 @@ def convert_file(
     with checkpoint.staged_together() as stage:
         temporary = target.stage(stage, force=force, like=contents.path)
         target.save(temporary, converted, metadata)
-    notes = list(contents.notes)
+    notes = [*contents.notes, *target.notes]
     has_weights = contents.kind != "architecture" or (
         architecture is not None and architecture.fetches_weights
     )

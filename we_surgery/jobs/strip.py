@@ -62,8 +62,8 @@ class StripOptions:
 
     Attributes:
         output: the file to write; by default beside the input, ``model.stripped.pt``, or
-            ``model.stripped.ema.pt`` for the average. For an input of several files a name
-            without the ending of a file gives a folder of shards.
+            ``model.stripped.ema.pt`` for the average. For an input of several files, or a folder,
+            a name without the ending of a file gives a folder.
         to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
         force: overwrite what is there.
         dtype: of all floating-point values; by default each tensor keeps its own. Weights are
@@ -126,7 +126,7 @@ def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> 
             checkpoint.check_plan(contents)
             target = choose_target(
                 source.name,
-                contents.kind,
+                contents,
                 options.output,
                 options.to,
                 ".stripped",
@@ -137,7 +137,13 @@ def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> 
             strip = _strip_model if needs_model or contents.model else _strip_weights
             temporary = target.stage(stage, force=options.force, like=contents.path)
             stripped = strip(source, contents, target, temporary, options)
-            done.append(replace(stripped, sha256=_sha256(temporary, target.path)))
+            done.append(
+                replace(
+                    stripped,
+                    sha256=_sha256(target.staged_files(temporary)),
+                    notes=[*stripped.notes, *target.notes],
+                )
+            )
     return done
 
 
@@ -190,7 +196,7 @@ def _fold(
         return checkpoint.save_stripped(
             contents.weights,
             temporary,
-            folder=target.is_folder,
+            folder=target.kind == "sharded",
             dtype=options.dtype,
             metadata=metadata,
             progress=options.progress,
@@ -281,12 +287,10 @@ def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, An
         )
 
 
-def _sha256(written: Path, target: Path) -> dict[str, str]:
+def _sha256(written: Sequence[tuple[Path, Path]]) -> dict[str, str]:
     """The checksum of each file written, by the name it is going to have."""
-    files = sorted(written.iterdir()) if written.is_dir() else [written]
     sums: dict[str, str] = {}
-    for file in files:
+    for file, name in written:
         with file.open("rb") as content:
-            name = target / file.name if written.is_dir() else target
             sums[str(name)] = hashlib.file_digest(content, "sha256").hexdigest()
     return sums
