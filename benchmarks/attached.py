@@ -1,19 +1,24 @@
 """What a training step costs with excitation attached and converted, over the vanilla step.
 
-    python benchmarks/attached.py            # five networks, about half an hour
-    python benchmarks/attached.py --quick    # two networks, few rounds
+    python benchmarks/attached.py --minutes 6             # as many rows as fit, `lwe` first
+    python benchmarks/attached.py --minutes 6 --resume    # goes on with the rows that are missing
+    python benchmarks/attached.py --rounds 1 --networks resnet18 --output /tmp/rehearsal
 
 A step is some forward and backward passes (micro-batches), then one SGD step. The three forms take
-turns, and only ratios of one round are reported. Times are CPU seconds of one thread.
+turns, and only ratios of one round are reported. Times are CPU seconds of one thread. Without
+``--minutes`` all rows are measured, in a quarter of an hour.
 
-Writes ``attached.json`` and ``attached.md`` into ``benchmarks/results``.
+Writes ``attached.json`` and ``attached.md`` into ``benchmarks/results``, after each row.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -48,8 +53,16 @@ NETWORKS = {
     "vit_small_patch16_224": (2, 224),
 }
 """Batch and pixels: small, so that excitation weighs most."""
-QUICK = ("resnet50", "mobilenet_v2")
-MICRO_BATCHES = (1, 4)
+ROWS = [
+    (name, mode, micro_batches)
+    for mode in ("lwe", "lwe+mwe")
+    for name in NETWORKS
+    for micro_batches in (1, 4)
+    if mode == "lwe" or not name.startswith("vit")  # whose linear layers get MWE in both
+]
+FORMS = ("converted", "attached")
+MAX_ROUNDS, MIN_ROUNDS, SECONDS = 11, 3, 40
+"""A row has as many rounds as take some seconds."""
 
 
 def network(name: str) -> nn.Module:
@@ -63,16 +76,17 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
 
 
-def attached(name: str, mode: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def attached(
+    name: str, mode: str
+) -> tuple[nn.Module, torch.optim.Optimizer, ws.AttachedExcitation]:
     """The network with excitation in the step of its optimizer."""
     model = network(name)
     optimizer = sgd(model)
-    ws.attach(model, optimizer, mode)
-    return model, optimizer
+    return model, optimizer, ws.attach(model, optimizer, mode)
 
 
-def compare_steps(name: str, mode: str, micro_batches: int, rounds: int) -> dict[str, Spread]:
-    """Converted and attached over vanilla."""
+def compare_steps(name: str, mode: str, micro_batches: int, rounds: int | None) -> dict[str, Any]:
+    """Converted and attached over vanilla, as a row of the results."""
     batch, pixels = NETWORKS[name]
     torch.manual_seed(0)
     vanilla = network(name)
@@ -80,32 +94,67 @@ def compare_steps(name: str, mode: str, micro_batches: int, rounds: int) -> dict
     forms = {
         "vanilla": (vanilla, sgd(vanilla)),
         "converted": (converted, sgd(converted)),
-        "attached": attached(name, mode),
+        "attached": attached(name, mode)[:2],
     }
     images = torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,))
 
     def measure(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-        def step() -> float:
-            start = time.process_time()
+        def step() -> None:
             optimizer.zero_grad()
             for _ in range(micro_batches):
                 F.cross_entropy(model(images), labels).backward()
             optimizer.step()
-            return time.process_time() - start
 
-        return step
+        return lambda: seconds(step)
 
     measures = {form: measure(*pair) for form, pair in forms.items()}
-    return compare(measures, "vanilla", rounds)
+    if rounds is None:
+        once = sum(act() for act in measures.values())
+        rounds = min(max(round(SECONDS / once), MIN_ROUNDS), MAX_ROUNDS)
+    ratios = compare(measures, "vanilla", rounds)
+    note(name, mode, micro_batches, {form: str(ratio) for form, ratio in ratios.items()})
+    row = {"network": name, "mode": mode, "micro_batches": micro_batches, "rounds": rounds}
+    return row | {form: asdict(ratio) for form, ratio in ratios.items()}
 
 
-def passes_are_vanilla(name: str, mode: str) -> dict[str, Any]:
+def excited_and_held(excitation: ws.AttachedExcitation) -> tuple[int, int]:
+    """Bytes of the excited weights, and those that excitation holds between steps."""
+    excited = {(row.module, row.parameter) for row in excitation.plan.excited}
+    weights = {excitation.model.get_submodule(m).get_parameter(p) for m, p in excited}
+    return sum(w.nbytes for w in weights), sum(p.nbytes for p in excitation.parameters())
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """The most memory that a call allocates beyond what there was, as the allocator counts it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        act()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def memory(name: str, mode: str) -> dict[str, float]:
+    """What excitation holds between steps, and a step takes beyond vanilla, over the weights."""
+    model, optimizer, excitation = attached(name, mode)
+    excited, held = excited_and_held(excitation)
+    vanilla = network(name)
+    peaks = []
+    for own, stepped in ((vanilla, sgd(vanilla)), (model, optimizer)):
+        for parameter in own.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        stepped.step()  # makes its state
+        peaks.append(peak_bytes(stepped.step))
+    return {"held": held / excited, "step": (peaks[1] - peaks[0]) / excited}
+
+
+def passes(name: str, mode: str) -> dict[str, Any]:
     """Bytes kept for the backward pass, and nodes of its graph, of vanilla and attached."""
     batch, pixels = NETWORKS[name]
     images = torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
     torch.manual_seed(0)
-    vanilla, (model, _) = network(name), attached(name, mode)
+    vanilla, (model, *_) = network(name), attached(name, mode)
     return {
         "bytes": [kept_bytes(each, images) for each in (vanilla, model)],
         "nodes": [graph_nodes(each(images)) for each in (vanilla, model)],
@@ -139,44 +188,59 @@ def guards_milliseconds(rounds: int) -> float:
     return statistics.median(times["attached"]) - statistics.median(times["vanilla"])
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements as plain data; progress goes to stderr."""
-    names = QUICK if options.quick else tuple(NETWORKS)
-    rounds = options.rounds or (3 if options.quick else 11)
-    found: dict[str, Any] = {"machine": describe_machine(), "rounds": rounds, "steps": []}
-    for name in names:
-        for mode in ("lwe",) if name.startswith("vit") else ("lwe", "lwe+mwe"):
-            for micro_batches in MICRO_BATCHES:
-                ratios = compare_steps(name, mode, micro_batches, rounds)
-                note(name, mode, micro_batches, {form: str(r) for form, r in ratios.items()})
-                row = {"network": name, "mode": mode, "micro_batches": micro_batches}
-                found["steps"].append(row | {form: asdict(r) for form, r in ratios.items()})
-    found["passes"] = {name: passes_are_vanilla(name, "lwe") for name in names}
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run on this machine has measured; with --resume."""
+    machine, path = describe_machine(), options.output / "attached.json"
+    found: dict[str, Any] = {"machine": machine, "steps": [], "networks": {}}
+    if options.resume and path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["machine"] == machine and "networks" in earlier:
+            return earlier
+        note("The results are of another machine or version: all is measured anew.")
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what is missing, until the time is up; progress goes to stderr."""
+    start, found = time.monotonic(), measured(options)
+    for name in options.networks:
+        if name not in found["networks"]:
+            found["networks"][name] = passes(name, "lwe") | memory(name, "lwe")
+            note(name, found["networks"][name])
     found["guards_ms"] = guards_milliseconds(101)
     note("guards", found["guards_ms"])
-    return found
+    known = {(row["network"], row["mode"], row["micro_batches"]) for row in found["steps"]}
+    missing = [row for row in ROWS if row[0] in options.networks and row not in known]
+    for place, row in enumerate(missing):
+        if options.minutes is not None and time.monotonic() - start > options.minutes * 60:
+            note(f"Time is up; {len(missing) - place} rows are missing. Go on with --resume.")
+            break
+        found["steps"].append(compare_steps(*row, options.rounds))
+        found["steps"].sort(key=lambda own: list(NETWORKS).index(own["network"]))
+        write_results("attached", found, as_markdown(found), options.output, echo=False)
+    sys.stdout.write(as_markdown(found))
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:
     """The results as tables."""
-    passes = found["passes"].items()
+    networks = found["networks"].items()
     return "\n".join(
         [
             "# A training step, attached and converted\n",
             "Written by `benchmarks/attached.py`. Ratios of CPU time within a round, one thread, "
-            f"channels_last: median (smallest to largest) of {found['rounds']} rounds.\n",
+            "channels_last: median (smallest to largest).\n",
             machine_line(found["machine"]),
             "## A step over the vanilla step (vanilla = 1)\n",
             table(
-                ("network", "batch, pixels", "mode", "micro-batches", "converted", "attached"),
+                ("network", "batch, pixels", "mode", "micro-batches", *FORMS, "rounds"),
                 [
                     (
                         row["network"],
                         "{}, {}".format(*NETWORKS[row["network"]]),
                         row["mode"],
                         row["micro_batches"],
-                        Spread(**row["converted"]),
-                        Spread(**row["attached"]),
+                        *(Spread(**row[form]) for form in FORMS),
+                        row["rounds"],
                     )
                     for row in found["steps"]
                 ],
@@ -190,8 +254,15 @@ def as_markdown(found: Mapping[str, Any]) -> str:
                         " and ".join(f"{count:,}" for count in row["bytes"]),
                         " and ".join(f"{count:,}" for count in row["nodes"]),
                     )
-                    for name, row in passes
+                    for name, row in networks
                 ],
+            ),
+            "## Memory, in multiples of the excited weights\n",
+            "Raw weights and parameters of the excitations are held between steps. A step takes "
+            "the raw gradients, and gives them back at its end.\n",
+            table(
+                ("network", "held between steps", "in a step, more than vanilla"),
+                [(name, f"{row['held']:.3f}", f"{row['step']:.3f}") for name, row in networks],
             ),
             f"Exchange, checks and copies take {found['guards_ms']:.2f} ms per step for 54 small "
             "weights with an identity E, on this machine.\n",
@@ -202,13 +273,14 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measures and writes the results."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two networks, three rounds")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (11; quick: 3)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, help="per row (3 to 11, about 40 seconds)")
+    parser.add_argument("--minutes", type=float, help="begin no row after that")
+    parser.add_argument("--resume", action="store_true", help="keep rows of this machine")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = run(options)
-    write_results("attached", found, as_markdown(found), options.output)
+    run(options)
 
 
 if __name__ == "__main__":

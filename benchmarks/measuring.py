@@ -137,9 +137,12 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".\n"
 
 
-def write_results(name: str, found: Mapping[str, Any], text: str, folder: Path = RESULTS) -> None:
+def write_results(
+    name: str, found: Mapping[str, Any], text: str, folder: Path = RESULTS, *, echo: bool = True
+) -> None:
     """Writes ``name.json`` and ``name.md``, and the text to stdout."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / f"{name}.md").write_text(text)
-    sys.stdout.write(text)
+    if echo:
+        sys.stdout.write(text)
