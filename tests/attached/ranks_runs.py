@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import we_surgery as ws
+from we_surgery.attached import shard_transform
 
 STEPS = 4
+FORMS = ("vanilla", "attached", "converted")
 
 
 def train(
@@ -68,6 +71,29 @@ def attached_around_ddp(is_first: bool, mode: str, seed: int, part: slice) -> di
         "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
         "raws": {name: p.detach().clone() for name, p in excitation.named_parameters().items()},
     }
+
+
+def bucket_order(form: str, part: slice) -> list[list[str]]:
+    """The Parameters of each gradient bucket of DDP, in the order in which they are reduced."""
+    torch.manual_seed(0)
+    model: nn.Module = Net()
+    if form == "converted":
+        model = ws.convert(model, "lwe+mwe")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.0005)
+    optimizer = sgd(model)
+    if form == "attached":
+        ws.attach(wrapped, optimizer, "lwe+mwe")
+    found: list[list[str]] = []
+
+    def reduce(_, bucket):  # torch takes no annotations that are text
+        found.append([names[id(parameter)] for parameter in bucket.parameters()])
+        work = dist.all_reduce(bucket.buffer().div_(2), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    wrapped.register_comm_hook(None, reduce)
+    train(wrapped, optimizer, part)  # after the first step DDP makes its buckets anew
+    return found
 
 
 def sharded_net(*shape: int, **options: Any) -> nn.Module:
@@ -155,6 +181,24 @@ def stage_of_a_run(folder: Path, number: int) -> list[float]:
     return losses
 
 
+def excited_elements() -> list[int]:
+    """How many values of each weight this rank excites, step after step."""
+    torch.manual_seed(0)
+    model = sharded_net(dist.get_world_size())
+    optimizer = sgd(model)
+    ws.attach(model, optimizer, config=SHARDED["lwe"])
+    excited: list[int] = []
+    compute = shard_transform.excite_into
+
+    def counted(jobs: Any, backend: Any) -> Any:
+        excited.extend(raw.numel() for raw, _, _ in jobs)
+        return compute(jobs, backend)
+
+    with mock.patch.object(shard_transform, "excite_into", counted):
+        train(model, optimizer, slice(6))
+    return excited
+
+
 def whole_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     weights, states = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": states}
@@ -206,6 +250,8 @@ def cases(rank: int) -> dict[str, Callable[[], Any]]:
     found["mixed precision"] = partial(
         attached_after_fully_shard, SHARDED["lwe+mwe"], part, 2, mp_policy=policy
     )
+    found |= {f"buckets, {form}": partial(bucket_order, form, part) for form in FORMS}
+    found["elements"] = excited_elements
     found["one rank writes"] = partial(one_rank_writes, part)
     return found
 
@@ -224,7 +270,7 @@ def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
     if ranks == 2:
         found["losses"] = partial(stage_of_a_run, folder, 0)
     if stage is not None:
-        found = {"losses": partial(stage_of_a_run, folder, stage)}
+        found = {"losses": partial(stage_of_a_run, folder, stage), "elements": excited_elements}
     result: dict[str, Any] = {}
     for number, (name, run) in enumerate(found.items()):
         dist.init_process_group(

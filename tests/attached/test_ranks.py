@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
-from ranks_runs import SHARDED, alone, alone_by, cases, hybrid_cases, main
+from ranks_runs import FORMS, SHARDED, STEPS, alone, alone_by, cases, hybrid_cases, main
 
 import we_surgery as ws
 
@@ -91,6 +91,15 @@ def test_fsdp2(name: str, ranks: list[dict[str, Any]]) -> None:
             assert torch.equal(first[part][key], second[part][key]), key
 
 
+def test_ddp_reduces_the_buckets_of_vanilla_in_their_order(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        vanilla, attached, converted = (rank[f"buckets, {form}"] for form in FORMS)
+        assert isinstance(vanilla, list), vanilla
+        assert len(vanilla) > 2 * STEPS
+        assert attached == vanilla
+        assert converted != vanilla
+
+
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_on(4, tmp_path_factory.mktemp("four"))
@@ -128,9 +137,34 @@ def test_what_one_rank_writes_is_an_error_on_all(ranks: list[dict[str, Any]]) ->
     assert "'stem' was changed outside" in second[0]
 
 
+@pytest.fixture(scope="module")
+def three(ranks: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    return run_on(3, folder, 1)
+
+
+@pytest.fixture(scope="module")
+def one(three: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    main(folder, 0, 1, 2)  # in this process
+    return [torch.load(folder / "rank-0-2.pt")]
+
+
+@sharded
+def test_each_rank_excites_its_own_rows_and_no_others(
+    ranks: list[dict[str, Any]], three: list[dict[str, Any]], one: list[dict[str, Any]]
+) -> None:
+    weights = [value for name, value in Net(is_tied=False).named_parameters() if value.ndim > 1]
+    excited = [weight for weight in weights if weight.shape[1] > 1]  # all but the depthwise one
+    for found in (one, ranks, three):
+        for rank, own in enumerate(found):
+            assert isinstance(own["elements"], list), own["elements"]
+            parts = [weight.chunk(len(found)) for weight in excited]
+            each = [part[rank].numel() for part in parts if rank < len(part)]
+            assert own["elements"] == each * STEPS
+
+
 @sharded
 def test_a_run_goes_on_over_two_three_and_one_ranks(
-    ranks: list[dict[str, Any]], folder: Path
+    ranks: list[dict[str, Any]], three: list[dict[str, Any]], one: list[dict[str, Any]]
 ) -> None:
     torch.manual_seed(0)
     model = Net(is_tied=False)
@@ -138,9 +172,6 @@ def test_a_run_goes_on_over_two_three_and_one_ranks(
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     ws.attach(model, optimizer, config=SHARDED["lwe+mwe"])
     expected = [plain_step(optimizer, model, batch, 0) for batch in batches(6)]
-    three = run_on(3, folder, 1)
-    main(folder, 0, 1, 2)  # in this process
-    one = [torch.load(folder / "rank-0-2.pt")]
     losses: list[float] = []
     for found in (ranks, three, one):
         for rank in found:
