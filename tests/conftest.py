@@ -1,6 +1,7 @@
 """Shared test settings, such as one thread a process, so that parallel workers do not fight."""
 
 import os
+import re
 import signal
 from typing import Any
 
@@ -72,3 +73,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As a shell has it for what it runs in the background; some tests press Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Marks that follow from where a test lies; `slow` stands at the tests themselves.
+OF_PLACE = {
+    "docs": r"^tests/pages/",
+    "distributed": r"/test_(ranks|distributed\w*)\.py::",
+    "integration": r"/test_with_\w+\.py::|^tests/zoo/"
+    r"|^tests/training/test_(accelerate|examples|lightning|pytorch_lightning|transformers)\.py::",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark, place in OF_PLACE.items():
+            if re.search(place, item.nodeid):
+                item.add_marker(mark)

@@ -162,6 +162,7 @@ def test_each_rank_excites_its_own_rows_and_no_others(
             assert own["elements"] == each * STEPS
 
 
+@pytest.mark.slow
 @sharded
 def test_a_run_goes_on_over_two_three_and_one_ranks(
     ranks: list[dict[str, Any]], three: list[dict[str, Any]], one: list[dict[str, Any]]

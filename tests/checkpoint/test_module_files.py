@@ -130,6 +130,7 @@ def run_elsewhere(program, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_converted_file_needs_nothing_but_torch_load(tmp_path):
     model = nn.Sequential(timm.layers.Conv2dSame(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
     x = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)

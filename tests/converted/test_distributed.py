@@ -95,6 +95,7 @@ def averaged(folder: Path) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPINGS)
 def test_each_sort_of_layer_trains_as_in_one_process(name: str, found: dict[str, Any]) -> None:
     skip_where_gradients_add_up(name)

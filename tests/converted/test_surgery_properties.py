@@ -214,6 +214,7 @@ def test_a_training_step_reaches_the_excitations_and_strips_exactly(
     assert report.relative_difference <= rounding
 
 
+@pytest.mark.slow
 @given(models(), CONFIGS)
 @settings(max_examples=40, derandomize=True, deadline=None, database=None)
 def test_planning_changes_nothing_and_says_the_same_again(

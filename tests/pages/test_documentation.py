@@ -46,6 +46,7 @@ def test_links_within_the_repository_resolve(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_demo_runs_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "examples/digits.py", "--folder", str(tmp_path), "--epochs", "1"],
@@ -69,6 +70,7 @@ def test_the_library_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_analyses_are_made_by_their_command(tmp_path: Path) -> None:
     command = [sys.executable, "examples/analyse_digits.py", "--quick"]
     done = subprocess.run(

@@ -27,6 +27,7 @@ def generator() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date(generator: ModuleType) -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert page == generator.page() + "\n", "run `python benchmarks/methods.py`"

@@ -245,6 +245,7 @@ we_surgery(["run", *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(image_folder, tmp_path):
     (tmp_path / "tiny.yaml").write_text(
         "title: tiny\nsource: nowhere\ntask: classification\n"

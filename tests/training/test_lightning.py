@@ -285,6 +285,7 @@ def test_child_processes_are_refused(tmp_path):
         in_children(tmp_path, "ddp_fork").fit(network(), batches())
 
 
+@pytest.mark.slow
 def test_a_network_that_is_converted_before_comes_back_trained_from_a_child_process(tmp_path):
     module = network()
     ws.convert(module.net, inplace=True)

@@ -51,7 +51,7 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
             return value
         hint = near_matches(str(value), choices)
         raise InputError(f"{where} is {value!r}{hint}", f"Use one of: {', '.join(choices)}.")
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter with a Literal
         return None if value is None else _checked(value, choices[0], where)
     kind = origin or wanted
     if kind is tuple and isinstance(value, list) and all(_is_number(v) for v in value):
