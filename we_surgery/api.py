@@ -3,7 +3,9 @@
 from we_surgery.attached import AttachedExcitation as AttachedExcitation
 from we_surgery.attached import attach as attach
 from we_surgery.checkpoint import Architecture as Architecture
+from we_surgery.checkpoint import LoadedKeys as LoadedKeys
 from we_surgery.checkpoint import load as load
+from we_surgery.checkpoint import load_vanilla as load_vanilla
 from we_surgery.checkpoint import save as save
 from we_surgery.checkpoint import strip_sharded as strip_sharded
 from we_surgery.checkpoint import strip_state_dict as strip_state_dict
@@ -19,6 +21,7 @@ from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
 from we_surgery.errors import NotStrippedWarning as NotStrippedWarning
 from we_surgery.errors import OldFormatWarning as OldFormatWarning
+from we_surgery.errors import PartialLoadWarning as PartialLoadWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import ThawedLayerWarning as ThawedLayerWarning
 from we_surgery.errors import WESurgeryError as WESurgeryError

@@ -69,6 +69,10 @@ class NotStrippedWarning(UserWarning):
     """A converted model is exported or traced with its excitations in the graph."""
 
 
+class PartialLoadWarning(UserWarning):
+    """A load gave an excited layer other tensors, and no weight."""
+
+
 class OldFormatWarning(UserWarning):
     """A checkpoint of a converted model was saved before state dicts said what was excited."""
 

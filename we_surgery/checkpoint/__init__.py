@@ -35,6 +35,8 @@ from we_surgery.checkpoint.staging import check_target as check_target
 from we_surgery.checkpoint.staging import staged as staged
 from we_surgery.checkpoint.staging import staged_together as staged_together
 from we_surgery.checkpoint.unwrap import Weights as Weights
+from we_surgery.checkpoint.vanilla_loading import LoadedKeys as LoadedKeys
+from we_surgery.checkpoint.vanilla_loading import load_vanilla as load_vanilla
 from we_surgery.checkpoint.writing import write as write
 from we_surgery.checkpoint.writing import write_bytes as write_bytes
 from we_surgery.checkpoint.writing import write_to as write_to

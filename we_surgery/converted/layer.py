@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +26,7 @@ from we_surgery.converted.views import (
     raw_view,
     vanilla_view,
 )
-from we_surgery.errors import ExcitationError, InputError
+from we_surgery.errors import ExcitationError, InputError, PartialLoadWarning
 from we_surgery.excitations import Composition
 from we_surgery.excitations.names import MadeClass, excitation_name, raw_name
 
@@ -119,8 +120,27 @@ class ExcitedLayer(_ModuleBase):
         # The last of the hooks: the layer's own know vanilla names.
         with self.register_load_state_dict_pre_hook(rename):  # type: ignore[no-untyped-call]
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._warn_of_left_out(state_dict, prefix)
         for name in vanilla:
             getattr(self, excitation_name(name)).prepare(getattr(self, raw_name(name)))
+
+    def _warn_of_left_out(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Warns where a load has other tensors of the layer, and not its weight.
+
+        Loaders that keep the keys which a vanilla checkpoint and the model share do so. torch does
+        not tell a layer whether the load is strict; a strict one raises as well.
+        """
+        given = [key for key in state_dict if key.startswith(prefix)]
+        for name in self.excited_parameters if given else ():
+            if prefix + raw_name(name) not in state_dict:
+                warnings.warn(
+                    f"the state dict has {given[0]!r}, but neither {prefix + name!r} nor "
+                    f"{prefix + raw_name(name)!r}: the layer keeps its weight. If you keep only "
+                    "the keys that a vanilla checkpoint shares with the model, load it with "
+                    "`we_surgery.load_vanilla` instead.",
+                    PartialLoadWarning,
+                    stacklevel=2,
+                )
 
 
 def excited_property(parameter: str) -> property:

@@ -96,14 +96,15 @@ def pause(excitation: Composition, weight: Tensor, layer: str, init: Init | None
             excitation.pause(weight.detach(), init or "preserve")
         except NotImplementedError as error:
             if init is not None:
-                raise _no_identity(layer, error) from error
+                raise no_identity(layer, error) from error
             logger.warning(
                 "the weight of layer %r will jump when its excitation sets in: %s", layer, error
             )
             excitation.pause(weight.detach(), "paper")
 
 
-def _no_identity(layer: str, error: NotImplementedError) -> InputError:
+def no_identity(layer: str, error: NotImplementedError) -> InputError:
+    """The error for a layer whose excitation cannot start as what its weight is."""
     return InputError(
         f"layer {layer!r} cannot be initialized as the identity: {error}",
         "Convert with `init='paper'`, or give it another excitation by a rule.",
@@ -116,7 +117,7 @@ def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | N
         try:
             raw = excitation.preserve(weight)
         except NotImplementedError as error:
-            raise _no_identity(layer, error) from error
+            raise no_identity(layer, error) from error
         with torch.no_grad():
             check_preserved(layer, weight, excitation(raw))
         # In memory of its own, and with the weight's strides.
