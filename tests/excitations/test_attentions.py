@@ -155,6 +155,96 @@ def test_the_activations_of_table_6_10(activation: str, gate: str, skip: bool) -
     torch.testing.assert_close(stage(weight), weight * (m + skip)[:, :, None, None])
 
 
+def test_cbam_has_the_7x7_conv_of_the_text() -> None:
+    weight, stage = made({"attention": "cbam", "kernel": 7, "reduction": 2})
+    assert stage.spatial.weight.shape == (1, 2, 7, 7)
+    stage.spatial.padding = 3
+    expected = torch.stack(cbam_maps(weight, stage, nn.ReLU(), skip=False))
+    torch.testing.assert_close(stage(weight), expected)
+
+
+def test_triplet_may_have_a_conv_and_a_norm_for_each_branch() -> None:
+    weight, stage = made({"attention": "triplet", "separate": True, "kernel": 7})
+    gates = []
+    for axis, (conv, scale, shift) in enumerate(
+        zip(stage.spatial, stage.norm_scale, stage.norm_shift, strict=True)
+    ):
+        norm = nn.BatchNorm2d(1, dtype=F64)
+        with torch.no_grad():
+            for values, own in ((norm.weight, scale), (norm.bias, shift)):
+                own.copy_(torch.randn_like(own))
+                values.copy_(own)
+        rotated = weight.movedim(axis + 1, 1)  # the pooled axis first
+        others = [d for d in (1, 2, 3) if d != axis + 1]
+        pooled = torch.stack([rotated.amax(1), rotated.mean(1)], 1)
+        if axis == 1:  # the branch whose maps are I x kw
+            assert others == [1, 3]
+        if axis == 2:  # the authors turn this one around: kh x I
+            pooled = pooled.transpose(2, 3)
+        gate = norm(nn.functional.conv2d(pooled, conv.weight, padding=3)).sigmoid()[:, 0]
+        if axis == 2:
+            gate = gate.transpose(1, 2)
+        gates.append(gate.unsqueeze(axis + 1))
+    torch.testing.assert_close(stage(weight), weight * (gates[0] + gates[1] + gates[2]) / 3)
+    assert torch.equal(stage.eval()(weight), stage.train()(weight))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_direct_map_has_one_multiplier_for_each_location(rank: int | None, skip: bool) -> None:
+    weight, stage = made({"attention": "direct", "rank": rank, "skip": skip})
+    torch.testing.assert_close(stage(weight), weight * (0.5 + skip))
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    for o in range(5):
+        for i in range(8):
+            if rank is None:
+                logit = stage.map[o, i]
+            else:
+                logit = sum(stage.by_filter[o, r] * stage.by_channel.weight[i, r] for r in (0, 1))
+            m = 1 / (1 + torch.exp(-logit)) + skip
+            torch.testing.assert_close(stage(weight)[o, i], weight[o, i] * m)
+
+
+def test_a_direct_map_costs_what_the_paper_says() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    vanilla = sum(p.numel() for p in model.parameters())
+    config = {"linear": "skip", "lwe": {"attention": "direct"}}
+    added = ws.plan(model, config=config).added_parameters
+    assert added == 13_385_920
+    with_head = added + model.fc.weight.numel()
+    assert round(100 * added / vanilla, 1) == 52.4
+    assert round(100 * with_head / vanilla, 1) == 60.4  # "around 60 %"
+
+
+def test_lwe_is_repeated_with_layers_of_its_own() -> None:
+    weight, stage = made({"repeat": 3, "reduction": 2})
+    expected = weight
+    for one in (stage, *stage.further):
+        expected = expected * mlp(one)(expected.mean((2, 3))).sigmoid()[:, :, None, None]
+    torch.testing.assert_close(stage(weight), expected)
+    torch.testing.assert_close(stage.multiplier(weight)[:, :, None, None] * weight, expected)
+    assert not torch.equal(stage.further[0].fc1.weight, stage.further[1].fc1.weight)
+
+
+def test_a_local_attention_comes_after_a_global_one() -> None:
+    options = {"attention": "global", "then": {"attention": "se", "reduction": 2}}
+    weight, stage = made(options, (5, 64, 3, 3))
+    by_net = nn.Sequential(stage.net.fc1, nn.ReLU(), stage.net.fc2, nn.Sigmoid())
+    located = weight * by_net(weight.mean((2, 3)))[:, :, None, None]
+    own = mlp(stage.further[0])(located.mean((2, 3))).sigmoid()
+    torch.testing.assert_close(stage(weight), located * own[:, :, None, None])
+
+
+def test_a_chain_takes_maps_over_kernels_and_over_positions() -> None:
+    weight, stage = made({"then": {"attention": "cbam"}})
+    first = weight * mlp(stage)(weight.mean((2, 3))).sigmoid()[:, :, None, None]
+    torch.testing.assert_close(stage(weight), stage.further[0](first))
+    assert stage.multiplier(weight).shape == weight.shape
+
+
 @pytest.mark.parametrize("inner", ["lwe", "mwe"])
 def test_a_stacked_lwe_excites_its_own_layers(inner: str) -> None:
     weight, stage = made({"inner": inner, "reduction": 2})
@@ -176,7 +266,7 @@ def test_a_stacked_lwe_excites_its_own_layers(inner: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "sse"}, "lwe: attention must be one of se, cbam, bam, triplet, global"),
+        ({"attention": "sse"}, "lwe: attention must be one of se, cbam, bam, triplet, direct"),
         ({"gate": "swihs"}, "lwe: gate must be one of"),
         ({"activation": 3}, "lwe: activation must be one of"),
         ({"skip": "yes"}, "lwe: skip must be true or false"),
@@ -189,6 +279,11 @@ def test_a_stacked_lwe_excites_its_own_layers(inner: str) -> None:
         ({"attention": "cbam", "averaged": True}, "attention cbam has no option averaged"),
         ({"attention": "global", "resize": "cubic"}, "lwe: resize must be one of linear, area"),
         ({"attention": "global", "averaged": 1}, "lwe: averaged must be true or false"),
+        ({"attention": "direct", "gate": "tanh"}, "attention direct has no option gate"),
+        ({"attention": "direct", "rank": 0}, "lwe: rank must be an integer of at least 1"),
+        ({"repeat": True}, "lwe: repeat must be an integer of at least 1"),
+        ({"then": "se"}, "lwe: then must be a mapping of options"),
+        ({"then": {"rank": 2}}, "attention se has no option rank"),
     ],
 )
 def test_an_option_that_means_nothing_is_refused(options: dict[str, object], message: str) -> None:
@@ -207,6 +302,9 @@ def test_an_option_that_means_nothing_is_refused(options: dict[str, object], mes
         ({"inner": "mwe"}, 156_666),
         ({"attention": "global"}, 580),
         ({"attention": "global", "averaged": True}, 11_600),
+        ({"repeat": 2}, 2 * 156_666),
+        ({"attention": "global", "then": {}}, 580 + 156_666),
+        ({"attention": "triplet", "separate": True, "kernel": 7}, 20 * (3 * 2 * 49 + 6)),
     ],
     ids=str,
 )

@@ -33,8 +33,12 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "lwe.activation": tuple(ACTIVATIONS),
     "lwe.gate": tuple(ACTIVATIONS),
     "lwe.inner": ("null", "+"),
+    "lwe.kernel": ("null",),
+    "lwe.separate": FLAG,
+    "lwe.rank": ("null",),
     "lwe.resize": RESIZINGS,
     "lwe.averaged": FLAG,
+    "lwe.then": ("null",),
     "mwe.detach_max": FLAG,
     "mwe.curve": tuple(CURVES),
     "mwe.rescale": FLAG,
@@ -55,6 +59,7 @@ NULL_OR_POSITIVE = (f"`null`, {POSITIVE[0]}", *POSITIVE[1:])
 RANGES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "standardize.epsilon": ("a finite number from 0 on", (0, 5), (-1e-9, float("inf"))),
     "lwe.reduction": (INTEGER, (1,), (0, 1.5)),
+    "lwe.repeat": (INTEGER, (1, 2), (0, 1.5)),
     "mwe.epsilon": ("a number from 1e-6 to 1", (1e-6, 1), (9e-7, 1.01)),
     "shift_attention.inverse_temperature": POSITIVE,
     "scaled_standardize.gamma": POSITIVE,
@@ -152,16 +157,17 @@ def test_the_page_says_which_excitations_have_no_options() -> None:
 @pytest.mark.parametrize("attention", LWE.attentions)
 def test_the_page_says_what_an_attention_does_not_take(attention: str) -> None:
     lacks = {
-        "se": {"resize", "averaged"},
-        "bam": {"resize", "averaged"},
-        "cbam": {"resize", "averaged"},
+        "se": set(),
+        "bam": set(),
+        "cbam": set(),
         "global": {"inner"},
-        "triplet": {"resize", "averaged", "reduction", "activation", "inner"},
+        "triplet": {"reduction", "activation", "inner"},
+        "direct": {"reduction", "activation", "gate", "inner"},
     }
-    assert set(LWE.attentions[attention].lacks) == lacks[attention]
+    assert set(LWE.takes) - set(LWE.attentions[attention].takes) == lacks[attention]
     text = " ".join(section("Options of the excitations").split())
-    assert "`bam`, `cbam` and `triplet` take no `resize` and `averaged`, as `se`" in text
-    assert "`global` takes no `inner`; `triplet` takes no `reduction`, `activation` and" in text
+    assert "`global` takes no `inner`; `triplet` no `reduction`, `activation` and `inner`" in text
+    assert "`direct` of these `skip` alone" in text
 
 
 def test_the_keys_of_a_config_are_those_that_are_read() -> None:

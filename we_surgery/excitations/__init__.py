@@ -14,6 +14,7 @@ from we_surgery.excitations.lwe import LWE as LWE
 from we_surgery.excitations.lwe_attentions import BAMLWE as BAMLWE
 from we_surgery.excitations.lwe_attentions import CBAMLWE as CBAMLWE
 from we_surgery.excitations.lwe_attentions import TripletLWE as TripletLWE
+from we_surgery.excitations.lwe_direct import DirectLWE as DirectLWE
 from we_surgery.excitations.lwe_global import GlobalLWE as GlobalLWE
 from we_surgery.excitations.mwe import MWE as MWE
 from we_surgery.excitations.registry import EXCITATIONS as EXCITATIONS

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from typing import TypeGuard
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,13 @@ def check_flag(where: str, value: object) -> bool:
     """``value`` if it is true or false; else it raises a ``ValueError``."""
     if not isinstance(value, bool):
         raise ValueError(f"{where} must be true or false, not {value!r}")
+    return value
+
+
+def check_mapping(where: str, value: object) -> Mapping[str, Any]:
+    """``value`` if it is a mapping; else it raises a ``ValueError``."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be a mapping of options, not {value!r}")
     return value
 
 
@@ -66,5 +73,5 @@ def kernel_mean(weight: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """``[O]`` or ``[O, I]`` made to broadcast over ``[O, I, *K]``."""
+    """``[O]`` or ``[O, I]`` made to broadcast over ``[O, I, *K]``; what has a kernel stays."""
     return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from we_surgery.excitations.functions import (
     check_choice,
     check_count,
     check_flag,
+    check_mapping,
     kernel_mean,
     linear,
     spread,
@@ -22,6 +24,37 @@ from we_surgery.excitations.functions import (
 from we_surgery.excitations.layout import WeightLayout
 
 Inner = str | Mapping[str, Mapping[str, Any]]
+
+
+class Option(NamedTuple):
+    """An option of an attention: what it is by default, and what refuses other values."""
+
+    default: Any
+    check: Callable[[str, Any], Any]
+
+
+class Widths(NamedTuple):
+    """What the layers of an attention are made for."""
+
+    filters: int
+    channels: int
+    hidden: int
+    kernel: tuple[int, ...]
+
+
+def one_of(choices: Collection[str]) -> Callable[[str, Any], str]:
+    """The check of an option that is one of these names."""
+    return partial(check_choice, choices=choices)
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of an option that may be None."""
+    return lambda where, value: None if value is None else check(where, value)
+
+
+def skip_of(own: bool) -> Option:
+    """The option ``skip`` of an attention whose own form has a skip, or has none."""
+    return Option(None, lambda where, value: own if value is None else check_flag(where, value))
 
 
 class LWE(Excitation):
@@ -34,7 +67,7 @@ class LWE(Excitation):
     :class:`~we_surgery.excitations.Standardize`.
 
     What computes the multiplier is its *attention*; this class is that of the paper, ``se``, and
-    each other one is a subclass of its own.
+    each other one is a subclass of its own, which says in ``takes`` what options it has.
 
     Args:
         in_channels: C, the layer's input channels over all groups.
@@ -42,23 +75,34 @@ class LWE(Excitation):
         reduction: hidden width is ``max(in_channels // reduction, 1)``, from the
             full ``in_channels`` also for grouped convs (only so does ResNeXt50
             reach the 27.9 M parameters of Table 1).
+        filters: O, which matters to some attentions.
         kernel_size: K of the layer's weight; empty for a linear layer.
-        skip: the multiplier is ``1 + m``; None is the attention's own form, which is
-            without for all but ``bam``.
-        activation: between ``fc1`` and ``fc2``; Table 6.10 of the thesis compares some.
-        gate: after ``fc2``, in the place of the sigmoid.
-        inner: excites the weights of ``fc1`` and ``fc2`` themselves, standardized first: stage
-            names joined by ``+``, or a mapping of stages to options, which may hold a further
-            ``inner`` (thesis, chapter 8).
         device, dtype: those of the layer.
-        further: options of one attention alone.
+        options: further ones of the attention. Of ``se``:
+
+            ``skip``: the multiplier is ``1 + m``; None is the attention's own form, which is
+            without for all but ``bam``.
+
+            ``activation``: between ``fc1`` and ``fc2``; Table 6.10 of the thesis compares some.
+
+            ``gate``: after ``fc2``, in the place of the sigmoid.
+
+            ``inner``: excites the weights of ``fc1`` and ``fc2`` themselves, standardized first:
+            stage names joined by ``+``, or a mapping of stages to options, which may hold a
+            further ``inner`` (thesis, chapter 8).
+
+            ``repeat``: the excited weight goes through as many LWEs of this kind, each with layers
+            of its own (another reading of the thesis' chapter 8). All attentions take it.
+
+            ``then``: the excited weight goes through another LWE with these options, such as
+            ``{"attention": "se"}`` behind a global one. All attentions take it.
 
     Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias,
     in torch's default initialization (supplement, section 1).
 
     Raises:
-        ValueError: a width is not positive, groups do not divide in_channels, or there is no
-            such activation or gate.
+        ValueError: a width is not positive, groups do not divide in_channels, or an option does
+            not exist or has no such value.
     """
 
     name: ClassVar[str] = "lwe"
@@ -74,9 +118,14 @@ class LWE(Excitation):
     attention: ClassVar[str] = "se"
     attentions: ClassVar[dict[str, type[LWE]]] = {}
     """Each class by the name of its attention, as the option takes it."""
-    has_own_skip: ClassVar[bool] = False
-    lacks: ClassVar[tuple[str, ...]] = ("resize", "averaged")
-    """The options that mean nothing to this attention."""
+    takes: ClassVar[Mapping[str, Option]] = {
+        "reduction": Option(16, optional(check_count)),
+        "skip": skip_of(False),
+        "activation": Option("relu", one_of(ACTIVATIONS)),
+        "gate": Option("sigmoid", one_of(ACTIVATIONS)),
+        "inner": Option(None, lambda where, value: value),
+    }
+    """Its options beside :data:`FOR_ALL`; each is an attribute of its name."""
 
     reduction: int | None
     """None where nobody said it; the layers have their shapes in any case."""
@@ -84,8 +133,11 @@ class LWE(Excitation):
     activation: str
     gate: str
     inner: Inner | None
+    repeat: int
+    then: Mapping[str, Any] | None
     fc1: nn.Linear
     fc2: nn.Linear
+    further: nn.ModuleList
 
     def __init_subclass__(cls, *, attention: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,64 +151,99 @@ class LWE(Excitation):
         groups: int = 1,
         reduction: int = 16,
         *,
+        filters: int = 1,
         kernel_size: tuple[int, ...] = (),
-        skip: bool | None = None,
-        activation: str = "relu",
-        gate: str = "sigmoid",
-        inner: Inner | None = None,
         device: Device = None,
         dtype: DType = None,
-        **further: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        widths = {"in_channels": in_channels, "groups": groups, "reduction": reduction}
-        for name, value in widths.items():
+        sizes = {"in_channels": in_channels, "groups": groups, "reduction": reduction}
+        for name, value in {**sizes, "filters": filters}.items():
             check_count(f"lwe: {name}", value)
         if in_channels % groups:
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
-        self._choose(reduction, skip, activation, gate, inner, **further)
+        self._choose({"reduction": reduction, **options} if "reduction" in self.takes else options)
         hidden = max(in_channels // reduction, 1)
-        self._add_layers(in_channels // groups, hidden, kernel_size, device, dtype)
-        self._excite_layers(device, dtype)
+        self._add_layers(Widths(filters, in_channels // groups, hidden, kernel_size), device, dtype)
+        self.further = nn.ModuleList(
+            kind(
+                in_channels,
+                groups,
+                filters=filters,
+                kernel_size=kernel_size,
+                device=device,
+                dtype=dtype,
+                **chosen,
+            )
+            for kind, chosen in self._further()
+        )
+        self._hide_further()
 
-    def _choose(
-        self,
-        reduction: int | None = None,
-        skip: bool | None = None,
-        activation: str = "relu",
-        gate: str = "sigmoid",
-        inner: Inner | None = None,
-    ) -> None:
-        self.reduction = reduction
-        self.skip = self.has_own_skip if skip is None else check_flag("lwe: skip", skip)
-        self.activation = check_choice("lwe: activation", activation, ACTIVATIONS)
-        self.gate = check_choice("lwe: gate", gate, ACTIVATIONS)
-        self.inner = inner
+    def _choose(self, options: Mapping[str, Any]) -> None:
+        self._refuse_unknown(options)
+        for name, option in self._all_options().items():
+            given = options.get(name, option.default)
+            setattr(self, name, option.check(f"lwe: {name}", given))
+
+    @classmethod
+    def _refuse_unknown(cls, options: Mapping[str, Any]) -> None:
+        for name in options:
+            if name not in cls._all_options():
+                raise ValueError(f"lwe: attention {cls.attention} has no option {name}")
+
+    @classmethod
+    def _all_options(cls) -> dict[str, Option]:
+        return {**cls.takes, **FOR_ALL}
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Those of all attentions."""
+        every = {n: o.default for kind in LWE.attentions.values() for n, o in kind.takes.items()}
+        shared = {name: option.default for name, option in FOR_ALL.items()}
+        return {"attention": LWE.attention, **every, **shared}
 
     @classmethod
     def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        lacks = cls._kind_of(options.get("attention", "se")).lacks
-        return {k: v for k, v in super().completed(options).items() if k not in lacks}
+        kind = LWE._kind_of(options.get("attention", LWE.attention))
+        defaults = {name: option.default for name, option in kind._all_options().items()}
+        return {"attention": kind.attention, **defaults, **options}
 
     def chosen_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.options() if name not in self.lacks}
+        chosen = {name: getattr(self, name) for name in self._all_options()}
+        return {"attention": self.attention, **chosen}
 
-    def _add_layers(
-        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
-    ) -> None:
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+    def _further(self) -> list[tuple[type[LWE], dict[str, Any]]]:
+        """The LWEs that come after this one, with their options."""
+        own = {name: getattr(self, name) for name in self.takes}
+        found: list[tuple[type[LWE], dict[str, Any]]] = [(type(self), own)] * (self.repeat - 1)
+        if self.then is not None:
+            options = dict(self.then)
+            found.append((LWE._kind_of(options.pop("attention", LWE.attention)), options))
+        return found
 
-    def _excite_layers(self, device: Device, dtype: DType) -> None:
-        if self.inner is None:
-            return
+    @property
+    def _after(self) -> list[LWE]:
+        return [lwe for lwe in self.further if isinstance(lwe, LWE)]
+
+    def _hide_further(self) -> None:
+        for lwe in self._after:
+            lwe.is_part = True  # this one's record says all of them
+
+    def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
+        self.fc1 = nn.Linear(widths.channels, widths.hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(widths.hidden, widths.channels, device=device, dtype=dtype)
+        if self.inner is not None:
+            self._excite_layers(self.inner, device, dtype)
+
+    def _excite_layers(self, inner: Inner, device: Device, dtype: DType) -> None:
         # Within: the registry lists this class.
         from we_surgery.excitations.registry import build_excitation
 
-        if not isinstance(self.inner, str | Mapping) or not self.inner:
-            raise ValueError(f"lwe: inner must name excitations, not {self.inner!r}")
+        if not isinstance(inner, str | Mapping) or not inner:
+            raise ValueError(f"lwe: inner must name excitations, not {inner!r}")
         stages: Mapping[str, Any] = (
-            dict.fromkeys(self.inner.split("+")) if isinstance(self.inner, str) else self.inner
+            dict.fromkeys(inner.split("+")) if isinstance(inner, str) else inner
         )
         recipe: list[Mapping[str, Any]] = [{"standardize": {}}]
         recipe += [{stage: options or {}} for stage, options in stages.items()]
@@ -168,8 +255,10 @@ class LWE(Excitation):
     @property
     def is_paper_form(self) -> bool:
         """Whether it is what eq. 1 says, which the closed form knows."""
+        if type(self) is not LWE or self.further:
+            return False
         choices = (self.skip, self.activation, self.gate, self.inner)
-        return type(self) is LWE and choices == (False, "relu", "sigmoid", None)
+        return choices == (False, "relu", "sigmoid", None)
 
     def excite(self, weight: Tensor) -> Tensor:
         return weight * spread(self.multiplier(weight), weight)
@@ -180,6 +269,14 @@ class LWE(Excitation):
         Returns:
             ``[O, I]``, or ``[O, I, *K]`` where the attention tells positions of a kernel apart.
         """
+        total = self._multiplier(weight)
+        for lwe in self._after:
+            own = lwe.multiplier(weight * spread(total, weight))
+            total = spread(total, own) * spread(own, total)
+        return total
+
+    def _multiplier(self, weight: Tensor) -> Tensor:
+        """That of this attention alone, whatever comes after it."""
         gated = self._gated(weight)
         return 1 + gated if self.skip else gated
 
@@ -204,7 +301,18 @@ class LWE(Excitation):
 
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
-        """Makes the multiplier of ``weight`` the same for all kernels, able to learn; returns it.
+        """Makes the multiplier the same for all kernels of ``weight`` and able to learn.
+
+        Returns:
+            That multiplier.
+        """
+        constant = self._start(weight)
+        for lwe in self._after:
+            constant *= lwe.start_constant(weight * constant)
+        return constant
+
+    def _start(self, weight: Tensor) -> float:
+        """:meth:`start_constant` of this attention alone.
 
         The last layer becomes zero. The first has no gradient until the last has left zero, and
         none for good where a hidden unit is off for every filter: such a unit is mirrored.
@@ -234,6 +342,10 @@ class LWE(Excitation):
         """The gate of one number."""
         return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
+    def share(self, parts: dict[Hashable, nn.Module]) -> None:
+        for lwe in self._after:
+            lwe.share(parts)
+
     @classmethod
     def for_layout(
         cls,
@@ -242,39 +354,35 @@ class LWE(Excitation):
         device: Device,
         dtype: DType,
         attention: str = "se",
-        reduction: int = 16,
-        skip: bool | None = None,
-        activation: str = "relu",
-        gate: str = "sigmoid",
-        inner: Inner | None = None,
-        resize: str = "linear",
-        averaged: bool = False,
+        **options: Any,
     ) -> Self:
-        options: dict[str, Any] = {
-            "reduction": reduction,
-            "skip": skip,
-            "activation": activation,
-            "gate": gate,
-            "inner": inner,
-            "resize": resize,
-            "averaged": averaged,
-        }
         kind = cls._kind_of(attention)
-        defaults = cls.options()
-        for name in kind.lacks:
-            if options.pop(name) != defaults[name]:
-                raise ValueError(f"lwe: attention {attention} has no option {name}")
-        options |= {"kernel_size": layout.kernel_size, "device": device, "dtype": dtype}
-        return kind(layout.in_channels, layout.groups, **options)
+        kind._refuse_unknown(options)
+        return kind(
+            layout.in_channels,
+            layout.groups,
+            filters=layout.out_channels,
+            kernel_size=layout.kernel_size,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         chosen = dict(options)
-        kind = cls._kind_of(chosen.pop("attention", "se"))
+        kind = cls._kind_of(chosen.pop("attention", LWE.attention))
         module = kind.__new__(kind)
         Excitation.__init__(module)
-        module._choose(**chosen)
+        module._choose(chosen)
         module._rebuild_layers(state)
+        module.further = nn.ModuleList(
+            own.from_state(
+                _below(state, f"further.{index}."), {"attention": own.attention, **own_options}
+            )
+            for index, (own, own_options) in enumerate(module._further())
+        )
+        module._hide_further()
         return module
 
     @classmethod
@@ -286,18 +394,26 @@ class LWE(Excitation):
         """The layers in the shapes that the state dict has, on meta: no random numbers drawn."""
         hidden, channels = state["fc1.weight"].shape
         meta, dtype = torch.device("meta"), state["fc1.weight"].dtype
-        self._add_layers(channels, hidden, self._kernel_size(state), meta, dtype)
-        self._excite_layers(meta, dtype)
+        self._add_layers(Widths(1, channels, hidden, self._kernel_size(state)), meta, dtype)
 
     def _kernel_size(self, state: Mapping[str, Tensor]) -> tuple[int, ...]:
         return ()
 
     def extra_repr(self) -> str:
-        choices = f"attention={self.attention}, skip={self.skip}"
-        return f"{choices}, activation={self.activation}, gate={self.gate}"
+        return ", ".join(f"{name}={value}" for name, value in self.chosen_options().items())
 
 
 LWE.attentions[LWE.attention] = LWE
+
+FOR_ALL: Mapping[str, Option] = {
+    "repeat": Option(1, check_count),
+    "then": Option(None, optional(check_mapping)),
+}
+"""The options of all attentions."""
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 @torch.no_grad()

@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Device, DType
-from we_surgery.excitations.functions import ACTIVATIONS, kernel_mean, spread
-from we_surgery.excitations.lwe import LWE, make_constant
+from we_surgery.excitations.functions import (
+    ACTIVATIONS,
+    check_count,
+    check_flag,
+    kernel_mean,
+    spread,
+)
+from we_surgery.excitations.lwe import LWE, Option, Widths, make_constant, optional, skip_of
+
+KERNEL = Option(None, optional(check_count))
+"""The size of convs over the positions of a kernel, in each dimension."""
 
 _CONVS: tuple[Callable[..., nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -27,7 +36,8 @@ class CBAMLWE(LWE, attention="cbam"):
         s_j = gate(conv([max_I(V_j), mean_I(V_j)]))                [*K], of V_j = c_j W_j
         W'_j = c_j s_j W_j
 
-    The conv has the layer's own kernel size; the thesis' text says 7x7. With ``skip``, which
+    The conv has the layer's own kernel size, as in the thesis' code; ``kernel=7`` is the 7x7 of
+    its text. With ``skip``, which
     with ``activation="leaky_relu"`` is what the thesis proposes (section 3.2), V_j = (1 + c_j) W_j
     and ``W'_j = ((1 + c_j) (1 + s_j) + c_j) W_j``: no weight is made smaller. A linear layer,
     which has no kernel, has the channels' part alone.
@@ -35,16 +45,16 @@ class CBAMLWE(LWE, attention="cbam"):
     Adds ``2 K + 1`` parameters to those of :class:`~we_surgery.excitations.LWE`.
     """
 
+    takes: ClassVar[Mapping[str, Option]] = {**LWE.takes, "kernel": KERNEL}
+    kernel: int | None
     spatial: nn.Module
 
-    def _add_layers(
-        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
-    ) -> None:
-        super()._add_layers(channels, hidden, kernel, device, dtype)
-        if kernel:
-            self.spatial = _make_conv(2, 1, kernel, device, dtype)
+    def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
+        super()._add_layers(widths, device, dtype)
+        if widths.kernel:
+            self.spatial = _make_conv(2, 1, _size(self.kernel, widths), device, dtype)
 
-    def multiplier(self, weight: Tensor) -> Tensor:
+    def _multiplier(self, weight: Tensor) -> Tensor:
         """``[O, I, *K]`` for a weight ``[O, I, *K]`` of at least float32."""
         gate = ACTIVATIONS[self.gate]
         if weight.ndim == 2:
@@ -57,9 +67,8 @@ class CBAMLWE(LWE, attention="cbam"):
         spatial = gate(_same_conv(_largest_and_mean(seen), self.spatial))
         return (1 + channel) * (1 + spatial) + channel if self.skip else channel * spatial
 
-    @torch.no_grad()
-    def start_constant(self, weight: Tensor) -> float:
-        super().start_constant(weight)
+    def _start(self, weight: Tensor) -> float:
+        super()._start(weight)
         channel, spatial = self.gate_at(2 * self.start_bias), self.gate_at(self.start_bias)
         if weight.ndim == 2:
             return 1 + 2 * channel if self.skip else channel
@@ -86,29 +95,31 @@ class BAMLWE(LWE, attention="bam"):
 
     The batch norms take the statistics of the filters themselves in training and in eval mode,
     so that the excited weight depends on nothing but the weight and strips exactly. The two
-    middle convs have the layer's own kernel size; BAM dilates them by 4, which on a map as
-    small as a kernel would see nothing but padding. A linear layer has the first branch alone.
+    middle convs have the layer's own kernel size, or ``kernel``; BAM dilates them by 4, which on a
+    map as small as a kernel would see nothing but padding. A linear layer has the first branch
+    alone.
     ``skip=False`` leaves the 1 out.
     """
 
-    has_own_skip: ClassVar[bool] = True
+    takes: ClassVar[Mapping[str, Option]] = {**LWE.takes, "skip": skip_of(True), "kernel": KERNEL}
+    kernel: int | None
     channel_scale: nn.Parameter
     channel_shift: nn.Parameter
     spatial_scale: nn.Parameter
     spatial_shift: nn.Parameter
     spatial: nn.ModuleList
 
-    def _add_layers(
-        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
-    ) -> None:
-        super()._add_layers(channels, hidden, kernel, device, dtype)
+    def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
+        super()._add_layers(widths, device, dtype)
+        channels, hidden = widths.channels, widths.hidden
         ones, zeros = (partial(f, device=device, dtype=dtype) for f in (torch.ones, torch.zeros))
         self.channel_scale = nn.Parameter(ones(channels))
         self.channel_shift = nn.Parameter(zeros(channels))
-        if not kernel:
+        if not widths.kernel:
             return
         self.spatial_scale = nn.Parameter(ones(1))
         self.spatial_shift = nn.Parameter(zeros(1))
+        kernel = _size(self.kernel, widths)
         point = (1,) * len(kernel)
         self.spatial = nn.ModuleList(
             [
@@ -131,8 +142,7 @@ class BAMLWE(LWE, attention="bam"):
             total = spread(total, weight) + maps
         return ACTIVATIONS[self.gate](total)
 
-    @torch.no_grad()
-    def start_constant(self, weight: Tensor) -> float:
+    def _start(self, weight: Tensor) -> float:
         """Starts the norms at a scale of 0, so that the layers before them stay as they are."""
         self._wake_units(weight)
         self.channel_scale.zero_()
@@ -150,7 +160,7 @@ class TripletLWE(LWE, attention="triplet"):
     """The mean of one gate for each axis of a filter, the axis being pooled.
 
     Thesis, section 3.1.3, on a 2-d kernel, with the ``[max; mean]`` of an axis as the two
-    channels that one conv, the same for all axes, sees::
+    channels that a conv sees::
 
         g_0 = gate(conv(pool_I(W)))      [O, 1, kh, kw]
         g_1 = gate(conv(pool_kh(W)))     [O, I, 1, kw], the maps being I x kw
@@ -158,44 +168,80 @@ class TripletLWE(LWE, attention="triplet"):
         W' = (g_0 + g_1 + g_2) / 3 W
 
     A kernel of another rank has as many axes more or less, a linear weight one. The conv has
-    the layer's own kernel size and ``2 K + 1`` parameters. The thesis' public code trains no
-    such attention: one version makes it anew in each forward pass, the other fails.
+    the layer's own kernel size or ``kernel``. It is the same for all axes and has ``2 K + 1``
+    parameters. With ``separate``, which is what section 3.1.3 and triplet attention itself have,
+    each axis has a conv of its own without bias and a batch norm after it, of the filters' own
+    statistics as in :class:`BAMLWE`. The thesis' public code trains no such attention: one version
+    makes it anew in each forward pass, the other fails.
     """
 
-    lacks: ClassVar[tuple[str, ...]] = (*LWE.lacks, "reduction", "activation", "inner")
-    spatial: nn.Module
+    takes: ClassVar[Mapping[str, Option]] = {
+        **{name: LWE.takes[name] for name in ("skip", "gate")},
+        "kernel": KERNEL,
+        "separate": Option(False, check_flag),
+    }
+    kernel: int | None
+    separate: bool
+    spatial: Any
+    norm_scale: nn.Parameter
+    norm_shift: nn.Parameter
 
-    def _add_layers(
-        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
-    ) -> None:
-        self.spatial = _make_conv(2, 1, kernel, device, dtype)
+    def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
+        kernel = _size(self.kernel, widths)
+        if not self.separate:
+            self.spatial = _make_conv(2, 1, kernel, device, dtype)
+            return
+        axes = 1 + len(kernel)
+        make = partial(_make_conv, 2, 1, kernel, device, dtype, bias=False)
+        self.spatial = nn.ModuleList(make() for _ in range(axes))
+        self.norm_scale = nn.Parameter(torch.ones(axes, device=device, dtype=dtype))
+        self.norm_shift = nn.Parameter(torch.zeros(axes, device=device, dtype=dtype))
 
     def _gated(self, weight: Tensor) -> Tensor:
-        gates = []
+        total: Tensor | float = 0.0
         for axis in range(1, weight.ndim):
-            maps = _largest_and_mean(weight.transpose(1, axis))
-            gates.append(ACTIVATIONS[self.gate](_same_conv(maps, self.spatial)).transpose(1, axis))
-        total = gates[0]
-        for gate in gates[1:]:
-            total = total + gate
-        return (total / len(gates)).expand_as(weight)
+            maps = self._convolved(_largest_and_mean(weight.transpose(1, axis)), axis - 1)
+            total = total + ACTIVATIONS[self.gate](maps).transpose(1, axis)
+        assert isinstance(total, Tensor)
+        return (total / (weight.ndim - 1)).expand_as(weight)
 
-    @torch.no_grad()
-    def start_constant(self, weight: Tensor) -> float:
-        make_constant(self.spatial, self.start_bias)
+    def _convolved(self, maps: Tensor, index: int) -> Tensor:
+        if not self.separate:
+            return _same_conv(maps, self.spatial)
+        own = slice(index, index + 1)
+        convolved = _same_conv(maps, self.spatial[index])
+        return _batch_standardized(convolved, self.norm_scale[own], self.norm_shift[own])
+
+    def _start(self, weight: Tensor) -> float:
+        if self.separate:
+            self.norm_scale.zero_()
+            self.norm_shift.fill_(self.start_bias)
+        else:
+            make_constant(self.spatial, self.start_bias)
         return self.skip + self.gate_at(self.start_bias)
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
-        weight = state["spatial.weight"]
-        self._add_layers(1, 1, tuple(weight.shape[2:]), "meta", weight.dtype)
+        weight = state["spatial.0.weight" if self.separate else "spatial.weight"]
+        self._add_layers(Widths(1, 1, 1, tuple(weight.shape[2:])), "meta", weight.dtype)
+
+
+def _size(kernel: int | None, widths: Widths) -> tuple[int, ...]:
+    """That of a conv over the maps of a kernel; empty for a linear layer."""
+    return widths.kernel if kernel is None else (kernel,) * len(widths.kernel)
 
 
 def _make_conv(
-    inputs: int, outputs: int, kernel: tuple[int, ...], device: Device, dtype: DType
+    inputs: int,
+    outputs: int,
+    kernel: tuple[int, ...],
+    device: Device,
+    dtype: DType,
+    *,
+    bias: bool = True,
 ) -> nn.Module:
-    """A conv of the kernel's rank with bias, in torch's default initialization."""
+    """A conv of the kernel's rank, in torch's default initialization."""
     sizes = (inputs, outputs, kernel) if kernel else (inputs, outputs)
-    return _CONVS[len(kernel)](*sizes, device=device, dtype=dtype)
+    return _CONVS[len(kernel)](*sizes, bias=bias, device=device, dtype=dtype)
 
 
 def _same_conv(inputs: Tensor, conv: nn.Module) -> Tensor:
@@ -205,7 +251,8 @@ def _same_conv(inputs: Tensor, conv: nn.Module) -> Tensor:
     """
     # Not get_parameter: a backward pass may put other tensors in the parameters' place.
     own: Any = conv
-    weight, bias = (tensor.to(inputs.dtype) for tensor in (own.weight, own.bias))
+    weight = own.weight.to(inputs.dtype)
+    bias = None if own.bias is None else own.bias.to(inputs.dtype)
     kernel = weight.shape[2:]
     padding = [side for k in reversed(kernel) for side in ((k - 1) // 2, k // 2)]
     return _FUNCTIONS[len(kernel)](F.pad(inputs, padding) if padding else inputs, weight, bias)

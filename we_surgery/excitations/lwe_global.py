@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Device, DType
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
-    check_choice,
     check_flag,
     kernel_mean,
     linear,
 )
-from we_surgery.excitations.lwe import LWE, make_constant
+from we_surgery.excitations.lwe import LWE, Option, Widths, make_constant, one_of
 
 WIDTH = 64
 """The channels that the net sees, whatever the layer has."""
@@ -51,27 +49,23 @@ class GlobalLWE(LWE, attention="global"):
             thesis' code does.
     """
 
-    lacks: ClassVar[tuple[str, ...]] = ("inner",)
+    takes: ClassVar[Mapping[str, Option]] = {
+        **{name: option for name, option in LWE.takes.items() if name != "inner"},
+        "resize": Option("linear", one_of(RESIZINGS)),
+        "averaged": Option(False, check_flag),
+    }
     resize: str
     averaged: bool
     net: LocationNet
     is_net_borrowed: bool = False
     """Whether another layer had the net first."""
 
-    def _choose(
-        self, *choices: Any, resize: str = "linear", averaged: bool = False, **options: Any
-    ) -> None:
-        super()._choose(*choices, **options)
-        self.resize = check_choice("lwe: resize", resize, RESIZINGS)
-        self.averaged = check_flag("lwe: averaged", averaged)
-
-    def _add_layers(
-        self, channels: int, hidden: int, kernel: tuple[int, ...], device: Device, dtype: DType
-    ) -> None:
+    def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
         assert self.reduction is not None
         self.net = LocationNet(max(WIDTH // self.reduction, 1), device, dtype)
 
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
+        super().share(parts)
         if self.averaged:
             return
         weight = self.net.fc1.weight
@@ -107,8 +101,7 @@ class GlobalLWE(LWE, attention="global"):
             return rows
         return F.interpolate(rows.unsqueeze(1), size, mode=self.resize).squeeze(1)
 
-    @torch.no_grad()
-    def start_constant(self, weight: Tensor) -> float:
+    def _start(self, weight: Tensor) -> float:
         """As in LWE, but that no unit is mirrored: another layer may have it on."""
         make_constant(self.net.fc2, self.start_bias)
         return self.skip + self.gate_at(self.start_bias)
