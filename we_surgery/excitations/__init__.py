@@ -1,11 +1,19 @@
 """The mathematics: maps from weight to weight. No module here knows a model.
 
 Lives here: what excitations have in common (``base``), each method in a file of its own, their
-``composition`` in a layer, ``record`` for state dicts, ``registry``; ``compute`` has the closed
-form. May import: ``errors``. To add a method: one file, and one line in ``registry.py``.
+``composition`` in a layer, ``record`` for state dicts, ``building`` by name; ``compute`` has the
+closed form. May import: ``errors``. To add a method: one file, and one line in ``registry.py``.
 """
 
+from we_surgery.excitations import registry as registry  # registers the family
 from we_surgery.excitations.base import Excitation as Excitation
+from we_surgery.excitations.building import EXCITATIONS as EXCITATIONS
+from we_surgery.excitations.building import Recipe as Recipe
+from we_surgery.excitations.building import build_excitation as build_excitation
+from we_surgery.excitations.building import check_stage as check_stage
+from we_surgery.excitations.building import load_plugins as load_plugins
+from we_surgery.excitations.building import rebuild_excitation as rebuild_excitation
+from we_surgery.excitations.building import register_excitation as register_excitation
 from we_surgery.excitations.composition import Composition as Composition
 from we_surgery.excitations.compute.backends import Backend as Backend
 from we_surgery.excitations.dynamic_sparse import DynamicSparse as DynamicSparse
@@ -17,13 +25,6 @@ from we_surgery.excitations.lwe_attentions import TripletLWE as TripletLWE
 from we_surgery.excitations.lwe_direct import DirectLWE as DirectLWE
 from we_surgery.excitations.lwe_global import GlobalLWE as GlobalLWE
 from we_surgery.excitations.mwe import MWE as MWE
-from we_surgery.excitations.registry import EXCITATIONS as EXCITATIONS
-from we_surgery.excitations.registry import Recipe as Recipe
-from we_surgery.excitations.registry import build_excitation as build_excitation
-from we_surgery.excitations.registry import check_stage as check_stage
-from we_surgery.excitations.registry import load_plugins as load_plugins
-from we_surgery.excitations.registry import rebuild_excitation as rebuild_excitation
-from we_surgery.excitations.registry import register_excitation as register_excitation
 from we_surgery.excitations.shift_attention import ShiftAttention as ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm as SpectralNorm
 from we_surgery.excitations.standardize import Rescale as Rescale

@@ -84,6 +84,14 @@ class Excitation(nn.Module, ABC):
         moves, or a random number, belongs in :meth:`advance`.
         """
 
+    def closed_form_fields(self) -> dict[str, Any] | None:
+        """Its fields of :class:`~we_surgery.excitations.compute.inputs.ClosedFormInputs`.
+
+        None where the closed form does not compute what :meth:`excite` does; autograd then
+        differentiates the whole composition.
+        """
+        return None
+
     def advance(self, weight: Tensor) -> None:
         """Moves the buffers that follow training, such as a power iteration's; mostly nothing.
 

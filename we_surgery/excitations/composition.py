@@ -23,10 +23,8 @@ from we_surgery.excitations.compute.closed_form import excite_in_closed_form, ex
 from we_surgery.excitations.compute.inputs import NO_STAGES, ClosedFormInputs, changes_nothing
 from we_surgery.excitations.compute.rerun import excite_and_rerun
 from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
-from we_surgery.excitations.lwe import LWE
-from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.record import Paused, PausedInit, Record, to_tensor
-from we_surgery.excitations.standardize import Rescale, Standardize
+from we_surgery.excitations.standardize import Rescale
 
 
 class Composition(Excitation):
@@ -195,19 +193,13 @@ class Composition(Excitation):
         """The stages as the closed form takes them; None where it does not know them."""
         found: dict[str, Any] = {}
         for stage in self._modules.values():
-            # Exact types: a subclass may compute something else.
-            if type(stage) is Standardize:
-                if weight.numel() > self._out_channels(weight):
-                    found["standardize_epsilon"] = stage.epsilon
-            elif isinstance(stage, LWE) and stage.is_paper_form:
-                found |= {"fc1_weight": stage.fc1.weight, "fc1_bias": stage.fc1.bias}
-                found |= {"fc2_weight": stage.fc2.weight, "fc2_bias": stage.fc2.bias}
-            elif type(stage) is Rescale and not stage.gain.requires_grad:
-                found |= {"gain": stage.gain, "shift": stage.shift}
-            elif isinstance(stage, MWE) and stage.is_paper_form:
-                found |= {"mwe_epsilon": stage.epsilon, "detach_max": stage.detach_max}
-            else:
+            own = stage.closed_form_fields() if isinstance(stage, Excitation) else None
+            if own is None:
                 return None
+            found |= own
+        if weight.numel() <= self._out_channels(weight):
+            # Filters of one value are not standardized.
+            found.pop("standardize_epsilon", None)
         return ClosedFormInputs(**found, transposed_groups=self.transposed_groups)
 
     def _out_channels(self, weight: Tensor) -> int:

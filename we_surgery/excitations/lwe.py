@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Affine, Device, DType, Excitation
+from we_surgery.excitations.building import build_excitation
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
@@ -237,9 +237,6 @@ class LWE(Excitation):
             self._excite_layers(self.inner, device, dtype)
 
     def _excite_layers(self, inner: Inner, device: Device, dtype: DType) -> None:
-        # Within: the registry lists this class.
-        from we_surgery.excitations.registry import build_excitation
-
         if not isinstance(inner, str | Mapping) or not inner:
             raise ValueError(f"lwe: inner must name excitations, not {inner!r}")
         stages: Mapping[str, Any] = (
@@ -252,13 +249,14 @@ class LWE(Excitation):
             excitation = build_excitation(recipe, layout, device=device, dtype=dtype)
             self.add_module(f"{name}_excitation", excitation)
 
-    @property
-    def is_paper_form(self) -> bool:
-        """Whether it is what eq. 1 says, which the closed form knows."""
+    def closed_form_fields(self) -> dict[str, Any] | None:
+        # Of eq. 1 alone; an exact type, since a subclass computes something else.
         if type(self) is not LWE or self.further:
-            return False
-        choices = (self.skip, self.activation, self.gate, self.inner)
-        return choices == (False, "relu", "sigmoid", None)
+            return None
+        if (self.skip, self.activation, self.gate, self.inner) != (False, "relu", "sigmoid", None):
+            return None
+        fields = {"fc1_weight": self.fc1.weight, "fc1_bias": self.fc1.bias}
+        return fields | {"fc2_weight": self.fc2.weight, "fc2_bias": self.fc2.bias}
 
     def excite(self, weight: Tensor) -> Tensor:
         return weight * spread(self.multiplier(weight), weight)
@@ -421,11 +419,3 @@ def make_constant(layer: Any, value: float) -> None:
     """Makes a linear or conv layer give ``value`` for every input."""
     layer.weight.zero_()
     layer.bias.fill_(value)
-
-
-def located(
-    weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
-) -> Tensor:
-    """Eq. 1 for a weight ``[O, I, *K]`` of at least float32, as the closed form needs it."""
-    hidden = F.relu(linear(kernel_mean(weight), fc1_weight, fc1_bias))
-    return weight * spread(torch.sigmoid(linear(hidden, fc2_weight, fc2_bias)), weight)

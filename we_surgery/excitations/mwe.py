@@ -138,10 +138,11 @@ class MWE(Excitation):
                 f"not {epsilon!r}"
             )
 
-    @property
-    def is_paper_form(self) -> bool:
-        """Whether it is what eq. 2 says, which the closed form knows."""
-        return type(self) is MWE and self._is_paper_curve and self.learn == "none"
+    def closed_form_fields(self) -> dict[str, Any] | None:
+        # Of eq. 2 alone; an exact type, since a subclass computes something else.
+        if type(self) is not MWE or not self._is_paper_curve or self.learn != "none":
+            return None
+        return {"mwe_epsilon": self.epsilon, "detach_max": self.detach_max}
 
     @property
     def _is_paper_curve(self) -> bool:

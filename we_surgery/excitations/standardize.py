@@ -55,6 +55,9 @@ class Standardize(Excitation):
         if not (is_number(epsilon) and math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"standardize: epsilon must be finite and at least 0, not {epsilon!r}")
 
+    def closed_form_fields(self) -> dict[str, Any] | None:
+        return {"standardize_epsilon": self.epsilon} if type(self) is Standardize else None
+
     def excite(self, weight: Tensor) -> Tensor:
         return standardized(weight, self.epsilon)
 
@@ -100,6 +103,11 @@ class Rescale(Excitation):
         super().__init__()
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
+
+    def closed_form_fields(self) -> dict[str, Any] | None:
+        if type(self) is not Rescale or self.gain.requires_grad:
+            return None
+        return {"gain": self.gain, "shift": self.shift}
 
     def excite(self, weight: Tensor) -> Tensor:
         return rescaled(weight, self.gain, self.shift)

@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from we_surgery.excitations.base import autocast_off, in_full_precision
 from we_surgery.excitations.compute import formulas
 from we_surgery.excitations.compute.backends import Backend, kernels, runs_on_kernels
 from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, Pullback, fcs_in
+from we_surgery.excitations.functions import kernel_mean, linear, spread
 from we_surgery.excitations.layout import from_filters, to_filters
-from we_surgery.excitations.lwe import located
 from we_surgery.excitations.mwe import amplified
 from we_surgery.excitations.standardize import rescaled, standardized
 
@@ -90,12 +91,20 @@ def staged(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
     if inputs.standardize_epsilon is not None:
         filters = standardized(filters, inputs.standardize_epsilon)
     if inputs.fc1_weight is not None:
-        filters = located(filters, *fcs_in(inputs, filters.dtype))
+        filters = _located(filters, *fcs_in(inputs, filters.dtype))
     if inputs.gain is not None and inputs.shift is not None:
         filters = rescaled(filters, inputs.gain, inputs.shift)
     if inputs.mwe_epsilon is not None:
         filters = amplified(filters, inputs.mwe_epsilon, inputs.detach_max)
     return from_filters(filters, inputs.transposed_groups).to(weight.dtype)
+
+
+def _located(
+    weight: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """Eq. 1 for a weight ``[O, I, *K]`` of at least float32; WE paper, section 3.2."""
+    hidden = F.relu(linear(kernel_mean(weight), fc1_weight, fc1_bias))
+    return weight * spread(torch.sigmoid(linear(hidden, fc2_weight, fc2_bias)), weight)
 
 
 def _forward(weight: Tensor, inputs: ClosedFormInputs) -> tuple[Tensor, Kept]:
