@@ -48,6 +48,7 @@ class House:
     rooms: dict[str, dict[str, int]]
     arrows: dict[str, list[str]]
     files_in_root: int
+    floors_of_rooms: int
     floors: int
     floors_with_all_imports: int
     longest_chain: list[str]
@@ -175,6 +176,7 @@ def measure(package: Path) -> House:
         rooms=rooms,
         arrows=_arrows(modules),
         files_in_root=rooms.get(ROOT, {}).get("files", 0),
+        floors_of_rooms=len(longest_chain(_room_graph(modules))),
         floors=len(at_import),
         floors_with_all_imports=len(longest_chain(import_graph(modules, KINDS))),
         longest_chain=at_import,
@@ -195,6 +197,16 @@ def _arrows(modules: Mapping[str, Module]) -> dict[str, list[str]]:
     return {room: sorted(others - {room}) for room, others in arrows.items()}
 
 
+def _room_graph(modules: Mapping[str, Module]) -> Graph:
+    """Imports of any kind between folders; a file in the root is a room of its own."""
+    places = {name: m.name if m.room == ROOT else m.room for name, m in modules.items()}
+    graph: dict[str, set[str]] = {place: set() for place in places.values()}
+    for name, module in modules.items():
+        imported = {places[other] for other in set().union(*module.imports.values())}
+        graph[places[name]] |= imported - {places[name]}
+    return graph
+
+
 def describe(house: House) -> str:
     """The figures as text."""
     rows = [f"{'room':<14}{'files':>7}{'lines':>8}  imports"]
@@ -205,7 +217,8 @@ def describe(house: House) -> str:
         f"{'in all':<14}{house.files:>7}{house.lines:>8,}",
         "",
         f"files in the root  {house.files_in_root}",
-        f"floors             {house.floors}, with TYPE_CHECKING and lazy imports "
+        f"floors of rooms    {house.floors_of_rooms}",
+        f"floors of files    {house.floors}, with TYPE_CHECKING and lazy imports "
         f"{house.floors_with_all_imports}",
         *(f"  {name}" for name in house.longest_chain),
         f"circles            {len(house.circles)}, TYPE_CHECKING included",
