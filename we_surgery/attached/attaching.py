@@ -71,8 +71,8 @@ def attach(
             :func:`we_surgery.convert`, ``init`` says how excitation sets in then.
         example_inputs: as in :func:`we_surgery.plan`.
         backend: what computes E where it has a closed form. ``eager`` is torch's operations one
-            by one. ``triton`` has kernels, 7 launches at most for layers of one kind; they run on a
-            GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
+            by one. ``triton`` has kernels, at most 7 launches for all layers together; they run on
+            a GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
             ``auto`` takes the kernels on a GPU if they agree with eager on two small layers that
             are tried first, and eager everywhere else.
         resume: True continues with the state that the optimizer has loaded, where there is one;

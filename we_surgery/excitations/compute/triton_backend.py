@@ -1,4 +1,4 @@
-"""The closed form of many layers by the Triton kernels, in at most seven launches per kind.
+"""The closed form of many layers by the Triton kernels, in at most seven launches.
 
 Imported where it is used alone: it needs Triton.
 """
@@ -34,9 +34,9 @@ def supports(filters: Tensor, inputs: ClosedFormInputs) -> bool:
 def excite(layers: Sequence[tuple[Tensor, ClosedFormInputs]]) -> list[tuple[Tensor, Kept]]:
     """As :func:`we_surgery.excitations.compute.formulas.excite`, of float32 weights."""
     found: dict[int, tuple[Tensor, Kept]] = {}
-    for stages, places in _alike(layers).items():
+    for places in _by_device(filters for filters, _ in layers):
         group = [_Layer(*layers[place]) for place in places]
-        _excite(stages, group)
+        _excite(group)
         for place, layer in zip(places, group, strict=True):
             kept = Kept(*map(layer.tensors.get, Kept._fields))
             found[place] = layer.tensors["result"], kept
@@ -46,9 +46,9 @@ def excite(layers: Sequence[tuple[Tensor, ClosedFormInputs]]) -> list[tuple[Tens
 def differentiate(layers: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]:
     """As :func:`we_surgery.excitations.compute.formulas.differentiate`."""
     found: dict[int, tuple[Tensor | None, ...]] = {}
-    for stages, places in _alike((layer.weight, layer.inputs) for layer in layers).items():
+    for places in _by_device(layer.weight for layer in layers):
         group = [_Layer(layers[place].weight, layers[place].inputs) for place in places]
-        _differentiate(stages, group, [layers[place] for place in places])
+        _differentiate(group, [layers[place] for place in places])
         for place, layer in zip(places, group, strict=True):
             results = map(layer.tensors.get, ("result", *(f"by_{name}" for name in _FCS)))
             needed = layers[place].needed
@@ -56,14 +56,25 @@ def differentiate(layers: Sequence[Pullback]) -> list[tuple[Tensor | None, ...]]
     return [found[place] for place in range(len(layers))]
 
 
-class _Stages(NamedTuple):
-    """What the layers of one launch have in common."""
+def _by_device(tensors: Iterable[Tensor]) -> list[list[int]]:
+    """The places of the weights that one launch can do."""
+    places: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(place)
+    return list(places.values())
 
-    device: torch.device
+
+class _Stages(NamedTuple):
+    """Which stages a layer has, or any layer of a launch."""
+
     standardize: bool
     lwe: bool
     rescale: bool
     mwe: bool
+
+    @classmethod
+    def of_any(cls, layers: Iterable[_Layer]) -> _Stages:
+        return cls(*map(any, zip(*(layer.stages for layer in layers), strict=True)))
 
     def constants(self) -> dict[str, Any]:
         """The kernels' constants."""
@@ -71,25 +82,17 @@ class _Stages(NamedTuple):
         return stages | {"ROWS": ROWS, "COLUMNS": COLUMNS, "UNITS": UNITS, "BLOCK": BLOCK}
 
 
-def _alike(layers: Iterable[tuple[Tensor, ClosedFormInputs]]) -> dict[_Stages, list[int]]:
-    """The places of the layers that one launch can do."""
-    places: dict[_Stages, list[int]] = {}
-    for place, (filters, inputs) in enumerate(layers):
-        stages = _Stages(
-            filters.device,
+class _Layer:
+    """A layer as the kernels read it: its tensors, its sizes, its tiles."""
+
+    def __init__(self, filters: Tensor, inputs: ClosedFormInputs) -> None:
+        self.stages = _Stages(
             standardize=inputs.standardize_epsilon is not None,
             lwe=inputs.fc1_bias is not None,
             rescale=inputs.gain is not None,
             mwe=inputs.mwe_epsilon is not None,
         )
-        places.setdefault(stages, []).append(place)
-    return places
-
-
-class _Layer:
-    """A layer as the kernels read it: its tensors, its sizes, its tiles."""
-
-    def __init__(self, filters: Tensor, inputs: ClosedFormInputs) -> None:
+        self.is_summed = self.stages.standardize or self.stages.lwe
         self.filters = _dense(filters)
         self.out_channels, self.channels = filters.shape[:2]
         self.positions = math.prod(filters.shape[2:])
@@ -121,28 +124,27 @@ class _Layer:
         """How many programs work for this layer in each of the kernels' deals."""
         unit_tiles = self.column_tiles * math.ceil(self.hidden_channels / UNITS)
         return (
-            self.row_tiles,
+            self.row_tiles if self.is_summed else 0,
             self.tiles,
+            self.tiles if self.is_summed else 0,
             self.tiles if needed[0] else 0,
             unit_tiles if any(needed[1:]) else 0,
-            math.ceil(self.filters.numel() / BLOCK),
+            math.ceil(self.filters.numel() / BLOCK) if self.stages.mwe else 0,
         )
 
 
-def _excite(stages: _Stages, group: Sequence[_Layer]) -> None:
+def _excite(group: Sequence[_Layer]) -> None:
     for layer in group:
         layer.tensors["result"] = torch.empty_like(layer.filters)
-    _allocate(group, [_kept_shapes(stages, layer) for layer in group])
-    programs = _Programs(stages, group, [(False,) * 5] * len(group))
-    if stages.standardize or stages.lwe:
-        programs.launch(forward.summarize, tiles.BY_FILTERS)
+    _allocate(group, [_kept_shapes(layer) for layer in group])
+    programs = _Programs(group, [(False,) * 5] * len(group))
+    programs.launch(forward.summarize, tiles.BY_FILTERS)
     programs.launch(forward.multiply, tiles.BY_TILES)
-    if stages.mwe:
-        programs.launch(forward.amplify, tiles.BY_BLOCKS)
+    programs.launch(forward.amplify, tiles.BY_BLOCKS)
 
 
-def _kept_shapes(stages: _Stages, layer: _Layer) -> Shapes:
-    rows, shapes = layer.out_channels, Shapes()
+def _kept_shapes(layer: _Layer) -> Shapes:
+    stages, rows, shapes = layer.stages, layer.out_channels, Shapes()
     if stages.standardize:
         shapes["mean"] = (rows, *[1] * (layer.filters.ndim - 1))
         shapes |= {"norm": (rows, 1), "scale": (rows, 1)}
@@ -153,7 +155,7 @@ def _kept_shapes(stages: _Stages, layer: _Layer) -> Shapes:
     return shapes
 
 
-def _differentiate(stages: _Stages, group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
+def _differentiate(group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
     for layer, (gradient, _, _, kept, needed) in zip(group, asked, strict=True):
         if gradient.stride() != layer.filters.stride():
             gradient = torch.empty_like(layer.filters).copy_(gradient)
@@ -166,19 +168,17 @@ def _differentiate(stages: _Stages, group: Sequence[_Layer], asked: Sequence[Pul
         for layer, one in zip(group, asked, strict=True)
     ]
     _allocate(group, by_fcs)
-    _allocate(group, [_scratch_shapes(stages, layer) for layer in group])
-    programs = _Programs(stages, group, [one.needed for one in asked])
-    if stages.standardize or stages.lwe:
-        programs.launch(backward.sum_tiles, tiles.BY_TILES)
-        programs.launch(backward.sum_filters, tiles.BY_FILTERS)
+    _allocate(group, [_scratch_shapes(layer) for layer in group])
+    programs = _Programs(group, [one.needed for one in asked])
+    programs.launch(backward.sum_tiles, tiles.BY_SUMMED_TILES)
+    programs.launch(backward.sum_filters, tiles.BY_FILTERS)
     programs.launch(backward.by_weight, tiles.BY_TRAINED_TILES)
-    if stages.lwe:
-        programs.launch(backward.by_fcs, tiles.BY_UNITS)
+    programs.launch(backward.by_fcs, tiles.BY_UNITS)
 
 
-def _scratch_shapes(stages: _Stages, layer: _Layer) -> Shapes:
-    rows, columns, shapes = layer.out_channels, layer.channels, Shapes()
-    if stages.standardize or stages.lwe:
+def _scratch_shapes(layer: _Layer) -> Shapes:
+    stages, rows, columns, shapes = layer.stages, layer.out_channels, layer.channels, Shapes()
+    if layer.is_summed:
         shapes |= dict.fromkeys(("partial_t", "partial_total"), (layer.column_tiles, rows))
     if stages.lwe:
         shapes |= dict.fromkeys(("z", "sums"), (rows, columns))
@@ -201,9 +201,7 @@ def _allocate(group: Sequence[_Layer], shapes: Sequence[Shapes]) -> None:
 class _Programs:
     """The table of a group on its device, and how many programs each kernel has."""
 
-    def __init__(
-        self, stages: _Stages, group: Sequence[_Layer], needed: Sequence[Sequence[bool]]
-    ) -> None:
+    def __init__(self, group: Sequence[_Layer], needed: Sequence[Sequence[bool]]) -> None:
         # A power of two, as whatever a kernel loads at once.
         layers = 1 << (len(group) - 1).bit_length()
         dealt = zip(*map(_Layer.programs, group, needed), strict=True)
@@ -212,10 +210,11 @@ class _Programs:
         padded = (deal[:-1] + deal[-1:] * (layers - len(group)) for deal in firsts)
         content = array("q", chain(*padded, *(layer.row() for layer in group)))
         table = torch.frombuffer(content, dtype=torch.int64)
-        if stages.device.type == "cuda":
-            table = table.pin_memory().to(stages.device, non_blocking=True)
+        device = group[0].filters.device
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
         self.table = table
-        self.constants = stages.constants() | {"LAYERS": layers}
+        self.constants = _Stages.of_any(group).constants() | {"LAYERS": layers}
 
     def launch(self, kernel: Any, deal: Any) -> None:
         if self.counts[deal.value]:

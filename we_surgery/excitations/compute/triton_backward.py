@@ -1,6 +1,6 @@
 """The gradients of ``formulas`` by Triton kernels, in float32.
 
-Each is launched once for all layers of a table (``triton_tiles``).
+Each is launched once at most, for all layers of a table (``triton_tiles``).
 
 Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import the kernels
 run on the CPU.
@@ -16,9 +16,10 @@ from we_surgery.excitations.compute import triton_tiles as tiles
 
 @triton.jit
 def _limit(layer, MWE: tl.constexpr):
-    bound = 1.0
+    bound = float("inf")  # of a straight line
     if MWE:
-        bound = tl.load(tiles.tensor_of(layer, tiles.LIMIT))
+        place, is_curved = tiles.tensor_of(layer, tiles.LIMIT), tiles.has(layer, tiles.LIMIT)
+        bound = tl.load(place, mask=is_curved, other=float("inf"))
     return bound
 
 
@@ -46,7 +47,7 @@ def sum_tiles(
 ):
     """Z, sum_K(c), and each tile's share of sum_F(m g c) and sum_F(m g); one program a tile."""
     layer, number, rows, is_row, columns = tiles.tile_of(
-        table, tiles.BY_TILES, LAYERS, ROWS, COLUMNS
+        table, tiles.BY_SUMMED_TILES, LAYERS, ROWS, COLUMNS
     )
     out_channels, channels = (
         tiles.size_of(layer, tiles.OUT_CHANNELS),
@@ -85,8 +86,9 @@ def sum_tiles(
     tl.store(tiles.tensor_of(layer, tiles.PARTIAL_TOTAL) + share, all_g, mask=is_row)
     if LWE:
         place = rows * channels + columns
-        tl.store(tiles.tensor_of(layer, tiles.Z) + place, z * (1 - m), mask=is_there)
-        tl.store(tiles.tensor_of(layer, tiles.SUMS) + place, sums, mask=is_there)
+        is_kept = is_there & tiles.has(layer, tiles.Z)
+        tl.store(tiles.tensor_of(layer, tiles.Z) + place, z * (1 - m), mask=is_kept)
+        tl.store(tiles.tensor_of(layer, tiles.SUMS) + place, sums, mask=is_kept)
 
 
 @triton.jit
@@ -107,7 +109,7 @@ def sum_filters(
         tiles.size_of(layer, tiles.CHANNELS),
     )
     positions = tiles.size_of(layer, tiles.POSITIONS)
-    r = tiles.per_row(tiles.tensor_of(layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
+    r = tiles.per_row(layer, tiles.SCALE, rows, is_row, STANDARDIZE, 1.0)
     partial_t, partial_total = (
         tiles.tensor_of(layer, tiles.PARTIAL_T),
         tiles.tensor_of(layer, tiles.PARTIAL_TOTAL),
@@ -143,7 +145,7 @@ def sum_filters(
             place = tiles.tensor_of(layer, tiles.V) + rows * hidden_channels + units
             tl.store(place, v, mask=is_row & is_unit)
     if STANDARDIZE:
-        length = tl.load(tiles.tensor_of(layer, tiles.NORM) + rows, mask=is_row, other=1.0)
+        length = tiles.per_row(layer, tiles.NORM, rows, is_row, STANDARDIZE, 1.0)
         # A constant filter has c = 0 and t = 0, and so f = 0.
         f = (
             t
@@ -152,8 +154,9 @@ def sum_filters(
             / tl.maximum(length, tiles.SMALLEST_NORMAL)
             / tl.sqrt(channels * positions - 1.0)
         )
-        tl.store(tiles.tensor_of(layer, tiles.F) + rows, f, mask=is_row)
-        tl.store(tiles.tensor_of(layer, tiles.AVERAGE) + rows, average, mask=is_row)
+        is_kept = is_row & tiles.has(layer, tiles.F)
+        tl.store(tiles.tensor_of(layer, tiles.F) + rows, f, mask=is_kept)
+        tl.store(tiles.tensor_of(layer, tiles.AVERAGE) + rows, average, mask=is_kept)
 
 
 @triton.jit
@@ -174,8 +177,8 @@ def by_weight(
     )
     is_there = is_row & (columns < tiles.size_of(layer, tiles.CHANNELS))
     centre, r, p, q = tiles.affine_of(layer, rows, is_row, STANDARDIZE, RESCALE)
-    f = tiles.per_row(tiles.tensor_of(layer, tiles.F), rows, is_row, STANDARDIZE, 0.0)
-    average = tiles.per_row(tiles.tensor_of(layer, tiles.AVERAGE), rows, is_row, STANDARDIZE, 0.0)
+    f = tiles.per_row(layer, tiles.F, rows, is_row, STANDARDIZE, 0.0)
+    average = tiles.per_row(layer, tiles.AVERAGE, rows, is_row, STANDARDIZE, 0.0)
     factor = r * tiles.gate_of(layer, rows, is_row, columns, UNITS, LWE)
     bound = _limit(layer, MWE)
     through_fcs = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -235,7 +238,7 @@ def by_fcs(
     by_fc2_bias = tl.zeros([COLUMNS, 1], tl.float32)
     for start in range(0, tl.cdiv(out_channels, ROWS)):
         rows, is_row = tiles.filters_of(layer, start, ROWS)
-        r = tiles.per_row(tiles.tensor_of(layer, tiles.SCALE), rows, is_row, STANDARDIZE, 1.0)
+        r = tiles.per_row(layer, tiles.SCALE, rows, is_row, STANDARDIZE, 1.0)
         h = tiles.by_unit(tiles.tensor_of(layer, tiles.HIDDEN), layer, rows, is_row, units)
         v = tiles.by_unit(tiles.tensor_of(layer, tiles.V), layer, rows, is_row, units)
         is_there = tl.trans(is_row) & is_column

@@ -1,6 +1,6 @@
 """The excited weights of ``formulas`` by Triton kernels, in float32.
 
-Each is launched once for all layers of a table (``triton_tiles``).
+Each is launched once at most, for all layers of a table (``triton_tiles``).
 
 Importing this module needs Triton. With ``TRITON_INTERPRET=1`` set before the import the kernels
 run on the CPU.
@@ -47,32 +47,34 @@ def summarize(
     weight = tiles.tensor_of(layer, tiles.WEIGHT)
     centre = tl.zeros([ROWS, 1], tl.float32)
     r = tl.full([ROWS, 1], 1.0, tl.float32)
-    if STANDARDIZE:
-        fan_in = channels * positions
-        squares = tl.zeros([ROWS, 1], tl.float32)
-        # The second sum corrects the rounding of the first, the third is of squares.
-        for turn in tl.static_range(3):
-            total = tl.zeros([ROWS, 1], tl.float32)
-            for start in range(0, channels, COLUMNS):
-                columns = start + tl.arange(0, COLUMNS)[None, :]
-                is_there = is_row & (columns < channels)
-                place = weight + tiles.places_of(layer, rows, columns)
-                for position in range(positions):
-                    value = tl.load(place + position * position_step, mask=is_there, other=0.0)
-                    value = tl.where(is_there, value - centre, 0.0)
-                    if turn == 2:
-                        value *= value
-                    total += tl.sum(value, 1, keep_dims=True)
-            if turn == 2:
-                squares = total
-            else:
-                centre += total / fan_in
-        length = tl.sqrt(squares)
-        epsilon = tl.load(tiles.tensor_of(layer, tiles.STANDARDIZE_EPSILON))
-        r = 1 / (length / tl.sqrt(fan_in - 1.0) + epsilon)
-        tl.store(tiles.tensor_of(layer, tiles.MEAN) + rows, centre, mask=is_row)
-        tl.store(tiles.tensor_of(layer, tiles.NORM) + rows, length, mask=is_row)
-        tl.store(tiles.tensor_of(layer, tiles.SCALE) + rows, r, mask=is_row)
+    # The one decides what is compiled, the other what is run.
+    if STANDARDIZE:  # noqa: SIM102
+        if tiles.has(layer, tiles.STANDARDIZE_EPSILON):
+            fan_in = channels * positions
+            squares = tl.zeros([ROWS, 1], tl.float32)
+            # The second sum corrects the rounding of the first, the third is of squares.
+            for turn in tl.static_range(3):
+                total = tl.zeros([ROWS, 1], tl.float32)
+                for start in range(0, channels, COLUMNS):
+                    columns = start + tl.arange(0, COLUMNS)[None, :]
+                    is_there = is_row & (columns < channels)
+                    place = weight + tiles.places_of(layer, rows, columns)
+                    for position in range(positions):
+                        value = tl.load(place + position * position_step, mask=is_there, other=0.0)
+                        value = tl.where(is_there, value - centre, 0.0)
+                        if turn == 2:
+                            value *= value
+                        total += tl.sum(value, 1, keep_dims=True)
+                if turn == 2:
+                    squares = total
+                else:
+                    centre += total / fan_in
+            length = tl.sqrt(squares)
+            epsilon = tl.load(tiles.tensor_of(layer, tiles.STANDARDIZE_EPSILON))
+            r = 1 / (length / tl.sqrt(fan_in - 1.0) + epsilon)
+            tl.store(tiles.tensor_of(layer, tiles.MEAN) + rows, centre, mask=is_row)
+            tl.store(tiles.tensor_of(layer, tiles.NORM) + rows, length, mask=is_row)
+            tl.store(tiles.tensor_of(layer, tiles.SCALE) + rows, r, mask=is_row)
     if LWE:
         hidden_channels = tiles.size_of(layer, tiles.HIDDEN_CHANNELS)
         for first_unit in range(0, hidden_channels, UNITS):
@@ -125,7 +127,9 @@ def multiply(
         largest = tl.maximum(largest, tl.where(is_there, tl.abs(value), 0.0))
         tl.store(excited + place, value, mask=is_there)
     if MWE:
-        tl.store(tiles.tensor_of(layer, tiles.MAXIMA) + number, tl.max(tl.max(largest, 1), 0))
+        is_curved = tiles.has(layer, tiles.MAXIMA)
+        place = tiles.tensor_of(layer, tiles.MAXIMA) + number
+        tl.store(place, tl.max(tl.max(largest, 1), 0), mask=is_curved)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """What all Triton kernels share: the table of layers, and the reading of a tile of weights.
 
-Each launch works on a group of layers that have the same stages. What a program has to know of
-its layer it reads in a table in the GPU's memory, int64 throughout: for each of the ``DEALS`` the
-number of each layer's first program, then the :class:`Row` of each layer. A layer without a
-program in a deal has the first number of the layer after it.
+Each launch works on all layers. What a program has to know of its layer it reads in a table in the
+GPU's memory, int64 throughout: for each of the ``DEALS`` the number of each layer's first program,
+then the :class:`Row` of each layer. A layer without a program in a deal has the first number of
+the layer after it. A kernel's constants name the stages that any layer has; a layer that lacks
+one reads what changes nothing in its place.
 
 A weight is read as O filters of I channels with K kernel positions, in tiles of ``ROWS`` filters
 and ``COLUMNS`` channels. Filters lie one after the other in memory; within one, ``channel_step``
@@ -24,8 +25,8 @@ import triton.language as tl
 class Row(NamedTuple):
     """One layer: where its float32 tensors are, and its sizes.
 
-    Addresses are 0 where a layer has no such tensor; no kernel looks there. The names are those of
-    ``ClosedFormInputs``, ``Kept`` and the formulas.
+    Addresses are 0 where a layer has no such tensor; kernels ask :func:`has` before they look.
+    The names are those of ``ClosedFormInputs``, ``Kept`` and the formulas.
     """
 
     weight: int
@@ -82,10 +83,13 @@ class Row(NamedTuple):
 ) = (tl.constexpr(place) for place in range(len(Row._fields)))  # fmt: skip
 FIELDS = tl.constexpr(len(Row._fields))
 
-# How programs are dealt out to layers: by ROWS filters, by tile (of all layers, or of those whose
-# weight is trained), by COLUMNS channels with UNITS hidden ones, by BLOCK weights.
-BY_FILTERS, BY_TILES, BY_TRAINED_TILES, BY_UNITS, BY_BLOCKS = (tl.constexpr(i) for i in range(5))
-DEALS = tl.constexpr(5)
+# How programs are dealt out to layers: by ROWS filters (of layers whose filters are summed up, for
+# standardization or LWE), by tile (of all layers, of the former, or of those whose weight is
+# trained), by COLUMNS channels with UNITS hidden ones, by BLOCK weights (of layers with MWE).
+(
+    BY_FILTERS, BY_TILES, BY_SUMMED_TILES, BY_TRAINED_TILES, BY_UNITS, BY_BLOCKS,
+) = (tl.constexpr(deal) for deal in range(6))  # fmt: skip
+DEALS = tl.constexpr(6)
 
 
 @triton.jit
@@ -108,6 +112,12 @@ def size_of(layer, FIELD: tl.constexpr):
 def tensor_of(layer, FIELD: tl.constexpr):
     """Where one of a layer's tensors begins."""
     return tl.load(layer + FIELD).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def has(layer, FIELD: tl.constexpr):
+    """Whether the layer has this tensor."""
+    return tl.load(layer + FIELD) != 0
 
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -139,10 +149,11 @@ def places_of(layer, rows, columns):
 
 
 @triton.jit
-def per_row(values, rows, is_row, IS_THERE: tl.constexpr, DEFAULT: tl.constexpr):
+def per_row(layer, FIELD: tl.constexpr, rows, is_row, STAGE: tl.constexpr, DEFAULT: tl.constexpr):
     """A number for each filter, ``[ROWS, 1]``; ``DEFAULT`` where the stage is absent."""
-    if IS_THERE:
-        found = tl.load(values + rows, mask=is_row, other=DEFAULT)
+    if STAGE:
+        place = tensor_of(layer, FIELD) + rows
+        found = tl.load(place, mask=is_row & has(layer, FIELD), other=DEFAULT)
     else:
         found = tl.full(rows.shape, DEFAULT, tl.float32)
     return found
@@ -151,10 +162,10 @@ def per_row(values, rows, is_row, IS_THERE: tl.constexpr, DEFAULT: tl.constexpr)
 @triton.jit
 def affine_of(layer, rows, is_row, STANDARDIZE: tl.constexpr, RESCALE: tl.constexpr):
     """The mean, r, p and q of each filter."""
-    centre = per_row(tensor_of(layer, MEAN), rows, is_row, STANDARDIZE, 0.0)
-    r = per_row(tensor_of(layer, SCALE), rows, is_row, STANDARDIZE, 1.0)
-    p = per_row(tensor_of(layer, GAIN), rows, is_row, RESCALE, 1.0)
-    q = per_row(tensor_of(layer, SHIFT), rows, is_row, RESCALE, 0.0)
+    centre = per_row(layer, MEAN, rows, is_row, STANDARDIZE, 0.0)
+    r = per_row(layer, SCALE, rows, is_row, STANDARDIZE, 1.0)
+    p = per_row(layer, GAIN, rows, is_row, RESCALE, 1.0)
+    q = per_row(layer, SHIFT, rows, is_row, RESCALE, 0.0)
     return centre, r, p, q
 
 
@@ -190,11 +201,12 @@ def gate_of(layer, rows, is_row, columns, UNITS: tl.constexpr, LWE: tl.constexpr
     """LWE's m for one tile, ``[ROWS, COLUMNS]``; 1 where the stage is absent."""
     m = tl.full([rows.shape[0], columns.shape[1]], 1.0, tl.float32)
     if LWE:
-        is_column = columns < size_of(layer, CHANNELS)
+        is_located = has(layer, FC2_BIAS)
+        is_column = (columns < size_of(layer, CHANNELS)) & is_located
         m *= tl.load(tensor_of(layer, FC2_BIAS) + columns, mask=is_column, other=0.0)
         for start in range(0, size_of(layer, HIDDEN_CHANNELS), UNITS):
             units = start + tl.arange(0, UNITS)
             h = by_unit(tensor_of(layer, HIDDEN), layer, rows, is_row, units[None, :])
             m += tl.dot(h, fc2_of(layer, columns, units[:, None]), input_precision="ieee")
-        m = tl.sigmoid(m)
+        m = tl.where(is_located, tl.sigmoid(m), 1.0)
     return m
