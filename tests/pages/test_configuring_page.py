@@ -50,6 +50,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "bam.form": FORMS,
     "max_dropout.rate": ("null",),
     "max_dropout.always_on": FLAG,
+    "max_dropout.insert": FLAG,
 }
 """What stands in code in the column of values; all others are ranges."""
 

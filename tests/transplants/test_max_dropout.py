@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +178,56 @@ def test_a_model_in_files_keeps_it(tmp_path) -> None:
     loaded = ws.load(path)
     assert isinstance(loaded[1], MaxDropout)
     assert type(ws.strip(loaded)[1]) is nn.Dropout
+
+
+class Stages(nn.Module):
+    """Without dropout; an activation is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.act = nn.ReLU()
+        self.mix = nn.Conv2d(4, 4, 1)
+        self.layer1 = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.mix(self.act(self.bn(self.conv(x)))))
+        return self.fc(self.layer1(x).mean((2, 3)))
+
+
+def test_inserted_it_drops_behind_each_hidden_activation_and_strip_takes_it_out() -> None:
+    vanilla = Stages()
+    model = ws.convert(vanilla, "lwe", transplants=["max_dropout(insert=true)"])
+    assert list(ws.convert(vanilla, "lwe").state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 5, 5)
+    twin = ws.convert(vanilla, "none", transplants=["max_dropout(insert=true)"])
+    seen = drop_largest(F.relu(vanilla.bn(vanilla.conv(x))), 0.3)
+    seen = drop_largest(F.relu(vanilla.mix(seen)), 0.3)
+    expected = vanilla.fc(vanilla.layer1(seen).mean((2, 3)))
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(twin.eval()(x), copy.deepcopy(vanilla).eval()(x))
+    stripped, report = ws.strip_with_report(model.eval(), example_inputs=x)
+    assert report.transplants == 1
+    assert not stripped.act._forward_hooks
+    assert not ws.strip(twin).act._forward_hooks
+
+
+def test_inserted_behind_the_modules_that_a_pattern_names() -> None:
+    options = {"insert": True, "match": "layer?", "rate": 0.4}
+    plan = ws.plan(Stages(), "none", transplants=[{"max_dropout": options}])
+    assert [row.place for row in plan.transplants if row.attach] == ["layer1"]
+    model = ws.convert(Stages(), plan=plan)
+    inputs = torch.randn(2, 4, 3, 3)
+    expected = drop_largest(nn.Sequential(*copy.deepcopy(model.layer1))(inputs), 0.4)
+    assert torch.equal(copy.deepcopy(model.layer1)(inputs), expected)
+
+
+def test_inserted_it_survives_a_file_and_may_stay(tmp_path: Path) -> None:
+    options = {"insert": True, "always_on": True}
+    model = ws.convert(Stages(), "none", transplants=[{"max_dropout": options}])
+    ws.save(model, tmp_path / "model.pt")
+    loaded = ws.load(tmp_path / "model.pt", allow=[Stages.__module__])
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert torch.equal(ws.strip(loaded)(x), model(x))

@@ -1,5 +1,7 @@
 """MaxDropout: drops the largest activations instead of random ones (Santos et al., ICPR 2020).
 
+It stands in the place of dropout layers, or behind layers that have none, "in each hidden layer".
+
 The authors' code computes, in training, ``u = (x - min x) / (max x - min x)`` over the whole
 tensor, batch included, and ``y = 0 where u > 1 - rate, else x``. Nothing is rescaled or random.
 
@@ -34,6 +36,11 @@ _FUNCTIONS: dict[Any, str] = {
     torch.ops.aten.dropout.default: "torch.ops.aten.dropout.default",
 }
 _FUNCTIONS_BY_NAME = {name: function for function, name in _FUNCTIONS.items()}
+_AUTHORS_RATE = 0.3
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU),
+    *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus, nn.Softsign, nn.Tanh, nn.Hardtanh, nn.Sigmoid),
+)
 _OWN_ARGUMENTS = ("rate", "always_on", "instead_of")
 
 
@@ -80,6 +87,22 @@ class MaxDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, always_on={self.always_on}"
+
+
+class DropBehind(nn.Module):
+    """A forward hook that drops the largest outputs of the module it is registered on.
+
+    A module itself, since files may name our modules.
+    """
+
+    def __init__(self, rate: float, always_on: bool) -> None:
+        super().__init__()
+        self.rate = rate
+        self.always_on = always_on
+
+    def forward(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        is_on = isinstance(output, Tensor) and (module.training or self.always_on)
+        return drop_largest(output, self.rate) if is_on else output
 
 
 class SwappedDropout(MaxDropout):
@@ -149,7 +172,10 @@ class MaxDropoutTransplant(Transplant):
     """MaxDropout in the place of dropout layers, and of ``F.dropout`` calls in graphs.
 
     Attributes:
-        rate: the threshold; by default each dropout's own probability.
+        rate: the threshold; by default each dropout's own probability, or 0.3 where none was.
+        insert: put it behind layers instead, as a hook on their outputs: behind each activation
+            layer, or behind the modules that ``match`` names, such as the stages ``layer?`` of the
+            authors' ResNet18. A layer that is called several times drops in each call.
         always_on: also in eval mode. It then stays at strip, for taking it out would change
             what the model computes.
     """
@@ -162,21 +188,25 @@ class MaxDropoutTransplant(Transplant):
         "3.76/21.82",
         "WRN-28-10 4.00/19.25, with dropout 3.89/18.89, with MaxDropout 3.84/18.81",
     )
-    deploys_to: ClassVar[str] = "the dropout layers it replaced (nothing, in eval mode)"
+    deploys_to: ClassVar[str] = "the dropout layers it replaced, or nothing where none were"
 
     rate: float | None = None
     always_on: bool = False
+    insert: bool = False
 
     def __post_init__(self) -> None:
         if self.rate is not None:
             _check_rate(self.rate)
         check_flag("always_on", self.always_on)
+        check_flag("insert", self.insert)
 
     @property
     def stays(self) -> bool:
         return self.always_on
 
     def sites(self, model: nn.Module) -> list[Site]:
+        if self.insert:
+            return list(self._hidden_sites(model))
         found = []
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -184,6 +214,15 @@ class MaxDropoutTransplant(Transplant):
             if isinstance(module, fx.GraphModule):
                 found += [self._node_site(name, node) for node in _dropout_nodes(module)]
         return found
+
+    def _hidden_sites(self, model: nn.Module) -> Iterator[Site]:
+        for name, module in model.named_modules():
+            is_named = self.match != type(self).match
+            if name and (is_named or isinstance(module, _ACTIVATIONS)):
+                type_name = qualified_name(type(module))
+                has_hook = bool(_drops_behind(module))
+                reason = "has MaxDropout behind it" if has_hook else "its outputs are dropped"
+                yield Site(name, type_name, reason, fits=not has_hook)
 
     def _site(self, name: str, module: nn.modules.dropout._DropoutNd) -> Site:
         type_name = qualified_name(type(module))
@@ -214,6 +253,10 @@ class MaxDropoutTransplant(Transplant):
             self._attach_to_node(model.get_submodule(graph_module), node_name)
             return
         module = model.get_submodule(place)
+        if self.insert:
+            rate = _AUTHORS_RATE if self.rate is None else self.rate
+            module.register_forward_hook(DropBehind(rate, self.always_on))
+            return
         if type(module) not in _SWAPPED:
             raise InputError(
                 f"{place!r} is not a dropout layer but {qualified_name(type(module))}",
@@ -243,15 +286,21 @@ class MaxDropoutTransplant(Transplant):
     @classmethod
     def attached(cls, model: nn.Module) -> Iterator[str]:
         for name, module in model.named_modules():
-            if isinstance(module, SwappedDropout) and not module.always_on:
+            own = [module] if isinstance(module, SwappedDropout) else []
+            if any(not each.always_on for each in (*own, *_drops_behind(module).values())):
                 yield name
-            elif isinstance(module, fx.GraphModule):
+            if isinstance(module, fx.GraphModule):
                 yield from (f"{name}@{node.name}" for node in _swapped_nodes(module))
 
     @classmethod
     def detach(cls, model: nn.Module, place: str) -> None:
         name, at, node_name = place.partition("@")
         module = model.get_submodule(name)
+        behind = [key for key, hook in _drops_behind(module).items() if not hook.always_on]
+        if not at and behind:
+            for key in behind:
+                del module._forward_hooks[key]
+            return
         if not at:
             assert isinstance(module, SwappedDropout)
             module.__class__ = module.vanilla_class  # type: ignore[assignment]
@@ -263,6 +312,12 @@ class MaxDropoutTransplant(Transplant):
         node.target = _FUNCTIONS_BY_NAME[str(node.kwargs["instead_of"])]
         node.kwargs = kwargs
         module.recompile()
+
+
+def _drops_behind(module: nn.Module) -> dict[int, DropBehind]:
+    """The hooks of :class:`DropBehind` by their keys."""
+    hooks = module._forward_hooks.items()
+    return {key: hook for key, hook in hooks if isinstance(hook, DropBehind)}
 
 
 def _dropout_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
