@@ -227,7 +227,9 @@ def test_inserted_it_survives_a_file_and_may_stay(tmp_path: Path) -> None:
     options = {"insert": True, "always_on": True}
     model = ws.convert(Stages(), "none", transplants=[{"max_dropout": options}])
     ws.save(model, tmp_path / "model.pt")
-    loaded = ws.load(tmp_path / "model.pt", allow=[Stages.__module__])
+    with pytest.raises(ws.InputError, match="trust"):
+        ws.load(tmp_path / "model.pt", allow=[Stages.__module__])
+    loaded = ws.load(tmp_path / "model.pt", trust=True)
     x = torch.randn(2, 3, 5, 5)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     assert torch.equal(ws.strip(loaded)(x), model(x))

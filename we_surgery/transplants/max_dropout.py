@@ -89,18 +89,14 @@ class MaxDropout(nn.Module):
         return f"rate={self.rate}, always_on={self.always_on}"
 
 
-class DropBehind(nn.Module):
-    """A forward hook that drops the largest outputs of the module it is registered on.
+@dataclass(frozen=True)
+class DropBehind:
+    """A forward hook that drops the largest outputs of the module it is registered on."""
 
-    A module itself, since files may name our modules.
-    """
+    rate: float
+    always_on: bool
 
-    def __init__(self, rate: float, always_on: bool) -> None:
-        super().__init__()
-        self.rate = rate
-        self.always_on = always_on
-
-    def forward(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         is_on = isinstance(output, Tensor) and (module.training or self.always_on)
         return drop_largest(output, self.rate) if is_on else output
 
