@@ -282,8 +282,9 @@ class MaxDropoutTransplant(Transplant):
     @classmethod
     def attached(cls, model: nn.Module) -> Iterator[str]:
         for name, module in model.named_modules():
-            own = [module] if isinstance(module, SwappedDropout) else []
-            if any(not each.always_on for each in (*own, *_drops_behind(module).values())):
+            is_swapped = isinstance(module, SwappedDropout) and not module.always_on
+            behind = _drops_behind(module).values()
+            if is_swapped or any(not hook.always_on for hook in behind):
                 yield name
             if isinstance(module, fx.GraphModule):
                 yield from (f"{name}@{node.name}" for node in _swapped_nodes(module))
