@@ -8,8 +8,12 @@ a result, write its record in `results` and its picture in `pictures`.
 
 from we_surgery._util.progress import Progress as Progress
 from we_surgery._util.progress import progress_bar as progress_bar
+from we_surgery.analysis.curves import curve_drawing as curve_drawing
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
+from we_surgery.analysis.learning import Regularized as Regularized
+from we_surgery.analysis.learning import learning_curves as learning_curves
+from we_surgery.analysis.learning import regularization_variants as regularization_variants
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
 from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
@@ -17,6 +21,8 @@ from we_surgery.analysis.pictures import draw as draw
 from we_surgery.analysis.pruning import apply_masks as apply_masks
 from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks
 from we_surgery.analysis.pruning import pruning_curve as pruning_curve
+from we_surgery.analysis.results import CurveDrawing as CurveDrawing
+from we_surgery.analysis.results import LearningCurves as LearningCurves
 from we_surgery.analysis.results import LocationMap as LocationMap
 from we_surgery.analysis.results import LocationMaps as LocationMaps
 from we_surgery.analysis.results import MagnitudeCurve as MagnitudeCurve

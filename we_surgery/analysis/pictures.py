@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from we_surgery.analysis.multipliers import GRANULARITIES
 from we_surgery.analysis.results import (
+    CurveDrawing,
+    LearningCurves,
     LocationMaps,
     MagnitudeCurve,
     MultiplierValidity,
@@ -66,6 +68,8 @@ def draw(result: Result) -> Figure:
         PruningCurve: _pruning,
         Sweep: _sweep,
         SparseTraining: _sparse_training,
+        CurveDrawing: _curves,
+        LearningCurves: _learning,
     }
     with _style():
         return drawers[type(result)](result)
@@ -268,5 +272,50 @@ def _sparse_training(result: SparseTraining) -> Figure:
         )
     axes.set_xlabel("weights that are left, %")
     axes.set_ylabel(_UNITS[result.score])
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _curves(drawing: CurveDrawing) -> Figure:
+    figure = _figure(7.6, 3.6)
+    excited, gains = figure.subplots(1, 2)
+    names = list(dict.fromkeys(point.curve for point in drawing.points))
+    for index, name in enumerate(names):
+        own = [point for point in drawing.points if point.curve == name]
+        weights = [point.weight for point in own]
+        style, _, color = _STYLES[index % len(_STYLES)]
+        marker = {"marker": _MARKERS[index % len(_MARKERS)], "markevery": max(len(own) // 8, 1)}
+        for axes, values in (
+            (excited, [point.excited for point in own]),
+            (gains, [point.gain for point in own]),
+        ):
+            axes.plot(weights, values, style, color=color, markersize=3.5, label=name, **marker)
+    ends = [min(p.weight for p in drawing.points), max(p.weight for p in drawing.points)]
+    excited.plot(ends, ends, color="#999999", linewidth=0.8)
+    gains.axhline(1, color="#999999", linewidth=0.8)
+    for axes, label in ((excited, "excited weight"), (gains, "gain of its gradient")):
+        axes.set_xlabel("weight")
+        axes.set_ylabel(label)
+    excited.legend(fontsize=6)
+    seen = f"epsilon {drawing.epsilon:g}" if drawing.relative else "of the weight itself"
+    excited.set_title(f"MWE, {seen}", loc="left")
+    return figure
+
+
+def _learning(curves: LearningCurves) -> Figure:
+    figure, axes = _axes(3.6, "Validation with a marker, training without; a line per variant", 6.4)
+    for index, name in enumerate(dict.fromkeys(run.variant for run in curves.runs)):
+        runs = [run for run in curves.runs if run.variant == name]
+        epochs = range(1, 1 + min(len(run.validation) for run in runs))
+        style, _, color = _STYLES[index % len(_STYLES)]
+        marker = _MARKERS[index % len(_MARKERS)]
+        validation = [sum(r.validation[e - 1] for r in runs) / len(runs) for e in epochs]
+        training = [sum(r.training[e - 1] for r in runs) / len(runs) for e in epochs]
+        axes.plot(epochs, validation, style, color=color, marker=marker, markersize=4, label=name)
+        axes.plot(epochs, training, style, color=color, linewidth=0.8, alpha=0.6)
+    if curves.goal is not None:
+        axes.axhline(curves.goal, color="#999999", linewidth=0.8)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(_UNITS[curves.score])
     axes.legend(fontsize=7)
     return figure

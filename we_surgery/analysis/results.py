@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -288,3 +289,130 @@ class SparseTraining(Result):
     @property
     def records(self) -> Sequence[Any]:
         return self.runs
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A weight, what a curve makes of it, and its gain ``dW'/dW``."""
+
+    curve: str
+    weight: float
+    excited: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class CurveDrawing(Result):
+    """The result of :func:`~we_surgery.analysis.curve_drawing`.
+
+    Attributes:
+        epsilon: of MWE.
+        relative: whether the curves see W / M_A, or W itself.
+        points: those of each curve.
+    """
+
+    analysis = "curve"
+    epsilon: float
+    relative: bool
+    points: list[CurvePoint]
+
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.points
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each curve its range and the least and the largest gain."""
+        found = []
+        for name in dict.fromkeys(point.curve for point in self.points):
+            own = [point for point in self.points if point.curve == name]
+            row: dict[str, Any] = {"curve": name}
+            for what in ("excited", "gain"):
+                values = [getattr(point, what) for point in own]
+                row |= {f"least_{what}": min(values), f"largest_{what}": max(values)}
+            found.append(row)
+        return found
+
+
+@dataclass(frozen=True)
+class LearningRow:
+    """The learning curves of one run, an entry for each epoch."""
+
+    variant: str
+    seed: int
+    training: list[float]
+    validation: list[float]
+
+    @property
+    def gap(self) -> float:
+        """The training metric minus the validation metric after the last epoch."""
+        return self.training[-1] - self.validation[-1]
+
+    @property
+    def roughness(self) -> float:
+        """How far the validation metric moves per epoch, less what it gains by it.
+
+        The mean of ``|v[t+1] - v[t]|`` minus that of ``v[t+1] - v[t]``: 0 for a curve that never
+        falls.
+        """
+        steps = [b - a for a, b in itertools.pairwise(self.validation)]
+        return sum(abs(step) - step for step in steps) / len(steps) if steps else 0.0
+
+    def epochs_to(self, goal: float) -> int | None:
+        """The first epoch, from 1, with that validation metric; None if it was not reached."""
+        reached = (n for n, value in enumerate(self.validation, 1) if value >= goal)
+        return next(reached, None)
+
+
+@dataclass(frozen=True)
+class LearningCurves(Result):
+    """The result of :func:`~we_surgery.analysis.learning_curves`.
+
+    Attributes:
+        score: what was measured.
+        goal: the validation metric whose epoch is given; None for none.
+        runs: a row for each variant and seed.
+    """
+
+    analysis = "learning_curves"
+    score: str
+    goal: float | None
+    runs: list[LearningRow]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for run in self.runs:
+            yield {
+                "variant": run.variant,
+                "seed": run.seed,
+                "validation": run.validation[-1],
+                "gap": run.gap,
+                "roughness": run.roughness,
+                "epochs_to_goal": None if self.goal is None else run.epochs_to(self.goal),
+            }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each variant the means of these figures over its runs, and how many reached the goal.
+
+        ``epochs_to_goal`` is the mean over the runs that reached it.
+        """
+        found = []
+        rows = list(self.rows())
+        for variant in dict.fromkeys(run.variant for run in self.runs):
+            own = [row for row in rows if row["variant"] == variant]
+            epochs = [row["epochs_to_goal"] for row in own if row["epochs_to_goal"] is not None]
+            means = {
+                name: statistics.fmean(row[name] for row in own)
+                for name in ("validation", "gap", "roughness")
+            }
+            found.append(
+                {
+                    "variant": variant,
+                    "runs": len(own),
+                    **means,
+                    "reached": len(epochs),
+                    "epochs_to_goal": statistics.fmean(epochs) if epochs else None,
+                }
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "summary": self.summary()}

@@ -71,7 +71,7 @@ def sweep(
         raise InputError("there is no variant or no seed", "Give at least one of each.")
 
     def train(name: str, seed: int) -> tuple[float | None, str]:
-        model = _trained(make_model, variants[name], lambda m: train_fn(m, seed), seed)
+        model = trained(make_model, variants[name], lambda m: train_fn(m, seed), seed)
         try:
             deployed = _deployed(model)
         except SurgeryError as error:
@@ -82,7 +82,7 @@ def sweep(
     # A whole seed after the other, so that what is there of a stopped sweep is paired.
     runs = {f"{seed}:{name}": (name, seed) for seed in seeds for name in variants}
     job = {"analysis": "sensitivity", "title": title, "variants": list(variants)}
-    found = _all_runs(runs, train, job, score, progress_file, progress)
+    found = all_runs(runs, train, job, score, progress_file, progress)
     rows = []
     for key, (name, seed) in runs.items():
         value, failure = found[key]
@@ -131,7 +131,7 @@ def sparse_training(
         raise InputError("there is no variant, strength or seed", "Give at least one of each.")
 
     def train(name: str, strength: float, seed: int) -> tuple[float, float]:
-        model = _trained(make_model, variants[name], lambda m: train_fn(m, seed, strength), seed)
+        model = trained(make_model, variants[name], lambda m: train_fn(m, seed, strength), seed)
         deployed = _deployed(model)
         return sparsity_of(deployed), measure(deployed, (), metric, score=score).baseline
 
@@ -142,7 +142,7 @@ def sparse_training(
         for strength in strengths
     }
     job = {"analysis": "sparse_training", "variants": list(variants)}
-    found = _all_runs(runs, train, job, score, progress_file, progress)
+    found = all_runs(runs, train, job, score, progress_file, progress)
     rows = [SparseRow(*run, *found[key]) for key, run in runs.items()]
     return SparseTraining(_label(metric, score), rows)
 
@@ -154,9 +154,9 @@ def sparsity_of(model: nn.Module) -> float:
     return zeros / sum(weight.numel() for weight in weights)
 
 
-def _all_runs(
+def all_runs(
     runs: Mapping[str, tuple[Any, ...]],
-    train: Callable[..., tuple[Any, ...]],
+    train: Callable[..., Sequence[Any]],
     job: Mapping[str, Any],
     score: str,
     progress_file: str | Path | None,
@@ -176,9 +176,10 @@ def _all_runs(
     return {key: kept[key] for key in runs}
 
 
-def _trained(
+def trained(
     make_model: MakeModel, variant: Variant, train: Callable[[nn.Module], object], seed: int
 ) -> nn.Module:
+    """A variant of a new model, trained; the global generator is given back as it was."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = make_model()

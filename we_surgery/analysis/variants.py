@@ -29,7 +29,7 @@ def epsilon_variants(
     epsilons: Sequence[float] = (1e-3, 0.1, 0.2), *, mode: str = "mwe"
 ) -> dict[str, Variant]:
     """MWE with several epsilons, against the vanilla model (WE paper, Table 5)."""
-    variants: dict[str, Variant] = {"vanilla": _unchanged}
+    variants: dict[str, Variant] = {"vanilla": unchanged}
     for epsilon in epsilons:
         variants[f"{mode}, epsilon {epsilon:g}"] = _converted(mode, mwe={"epsilon": epsilon})
     return variants
@@ -39,7 +39,7 @@ def reduction_variants(
     reductions: Sequence[int] = (16, 8), *, mode: str = "lwe"
 ) -> dict[str, Variant]:
     """LWE with several reduction ratios (WE paper, section 4.2: 8 gives +0.05 % over 16)."""
-    variants: dict[str, Variant] = {"vanilla": _unchanged}
+    variants: dict[str, Variant] = {"vanilla": unchanged}
     for reduction in reductions:
         variants[f"{mode}, reduction {reduction}"] = _converted(mode, lwe={"reduction": reduction})
     return variants
@@ -58,7 +58,7 @@ def initialization_variants(*, mode: str = "lwe") -> dict[str, Variant]:
 
         return variant
 
-    variants: dict[str, Variant] = {"vanilla": _unchanged}
+    variants: dict[str, Variant] = {"vanilla": unchanged}
     names: tuple[Initialization, ...] = ("default", "xavier", "kaiming")
     return variants | {f"{mode}, {name} start": started(name) for name in names}
 
@@ -168,7 +168,8 @@ def _scaled(excitation: Composition, raw: Tensor, factor: float) -> Composition:
     return Composition(stages, groups).to(raw.device)
 
 
-def _unchanged(model: nn.Module) -> nn.Module:
+def unchanged(model: nn.Module) -> nn.Module:
+    """The variant that is the vanilla model."""
     return model
 
 

@@ -259,6 +259,56 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
     _analyse(analysis, options, seeds=range(seeds), vanilla=True)
 
 
+@analyse_group.command("curve", cls=SurgeryCommand, epilog=_EXIT_CODES)
+@click.argument("names", nargs=-1, metavar="[CURVE]...")
+@click.option(
+    "--epsilon", type=float, default=0.1, show_default=True, help="MWE's epsilon, 1e-6 to 1."
+)
+@click.option(
+    "--largest", type=float, default=1.0, show_default=True, help="The layer's largest weight."
+)
+@click.option(
+    "--plain",
+    is_flag=True,
+    help="Curves of the weight itself, as eq. 3.7 of the thesis is printed.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="STEM",
+    help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg.",
+)
+@click.option("--no-picture", is_flag=True, help="Write no PNG and SVG.")
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def curve_command(
+    names: tuple[str, ...],
+    epsilon: float,
+    largest: float,
+    plain: bool,
+    output: Path,
+    no_picture: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Draw MWE's curves, all or those named, and the gains of their gradients.
+
+    \b
+    Example:
+      we-surgery analyse curve atanh novel --epsilon 0.1 -o out/curves
+    """
+    from we_surgery.analysis.curves import curve_drawing
+    from we_surgery.analysis.saving import check_result
+    from we_surgery.excitations.mwe import CURVES
+
+    check_result(output, picture=not no_picture, force=force)
+    curves = names or tuple(CURVES)
+    result = curve_drawing(curves, epsilon=epsilon, largest=largest, relative=not plain)
+    _show(result, output, picture=not no_picture, force=force, as_json=as_json)
+
+
 def _source(options: dict[str, Any]) -> Any:
     names = ("source", "arch", "arch_args", "key", "allow", "trust")
     return make_source(**{name: options[name] for name in names})
@@ -275,7 +325,7 @@ def _analyse(
     source = _source(options)
 
     from we_surgery import analysis as analyses
-    from we_surgery.analysis.saving import check_result, save_result, to_json
+    from we_surgery.analysis.saving import check_result
     from we_surgery.cli.user_functions import imported_metric
     from we_surgery.converted.state import is_converted
 
@@ -306,8 +356,13 @@ def _analyse(
             **arguments,
             **options,
         )
-    paths = save_result(result, output, picture=picture, force=force)
-    say_written(*paths)
+    _show(result, output, picture=picture, force=force, as_json=as_json)
+
+
+def _show(result: Result, output: Path, *, picture: bool, force: bool, as_json: bool) -> None:
+    from we_surgery.analysis.saving import save_result, to_json
+
+    say_written(*save_result(result, output, picture=picture, force=force))
     if as_json:
         print_text(to_json(result.to_dict()))
     else:
@@ -317,9 +372,12 @@ def _analyse(
 def _table(result: Result) -> Table:
     from rich.table import Table
 
-    from we_surgery.analysis.results import Sweep
+    from we_surgery.analysis.results import CurveDrawing, Sweep
 
-    rows = result.summary() if isinstance(result, Sweep) else list(result.rows())
+    if isinstance(result, CurveDrawing | Sweep):
+        rows = result.summary()
+    else:
+        rows = list(result.rows())
     table = Table(*(str(key).replace("_", " ") for key in rows[0]), header_style="bold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
