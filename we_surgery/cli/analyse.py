@@ -374,10 +374,7 @@ def _table(result: Result) -> Table:
 
     from we_surgery.analysis.results import CurveDrawing, Sweep
 
-    if isinstance(result, CurveDrawing | Sweep):
-        rows = result.summary()
-    else:
-        rows = list(result.rows())
+    rows = result.summary() if isinstance(result, CurveDrawing | Sweep) else list(result.rows())
     table = Table(*(str(key).replace("_", " ") for key in rows[0]), header_style="bold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
