@@ -28,7 +28,6 @@ class Arm:
         options: of the network's builder.
         longer: training steps over those of plain.
         decays: instead of the network's.
-        scales_gradients: MWE's gain on the gradients alone; the forward pass has the plain weight.
         se: SE modules by the library's transplant.
     """
 
@@ -37,7 +36,6 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     longer: float = 1.0
     decays: tuple[float, ...] | None = None
-    scales_gradients: bool = False
     se: bool = False
 
 
@@ -47,7 +45,6 @@ class Experiment:
 
     Attributes:
         pretrained: training begins with weights that were trained on half the classes.
-        gain_from: the fewest dimensions of a weight whose gradient ``scales_gradients`` scales.
     """
 
     title: str
@@ -60,8 +57,6 @@ class Experiment:
     epochs: int = 6
     batch: int = 64
     pretrained: bool = False
-    gain_from: int = 4
-    epsilon: float = 0.1
 
     def steps(self, arm: str) -> int:
         """Optimizer steps of an arm."""
@@ -85,23 +80,12 @@ class Experiment:
         return torch.optim.SGD(groups, lr, momentum=0.9)
 
 
-def scale_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, epsilon: float, dimensions: int
-) -> None:
-    """Multiplies gradients by the slope of MWE's curve (WE paper, eq. 3) before each step."""
-    weights = [weight for weight in model.parameters() if weight.dim() >= dimensions]
-
-    def scale(*_: Any) -> None:
-        for weight in weights:
-            if weight.grad is not None:
-                pole = ((1 + epsilon) * weight.detach().abs().max()).square()
-                weight.grad.mul_(pole / (pole - weight.detach().square()))
-
-    optimizer.register_step_pre_hook(scale)
-
-
 def _conv(mode: str, **options: Any) -> dict[str, Any]:
     return {"mode": mode, "linear": "skip", **options}
+
+
+def _on_gradients(**options: Any) -> dict[str, Any]:
+    return _conv("mwe", conv="mwe_gradient", depthwise="mwe_gradient") | options
 
 
 _CBAM_SKIP = {"attention": "cbam", "skip": True, "activation": "leaky_relu"}
@@ -118,9 +102,7 @@ CONV_ARMS = {
     "lwe+mwe": Arm("LWE and MWE", _conv("lwe+mwe")),
     "default": Arm("LWE, MWE on the linear layer (mode `lwe`)", {"mode": "lwe"}),
     "cbam-skip": Arm("the thesis' LWE", _conv("lwe", lwe=_CBAM_SKIP)),
-    "mwe-gradient": Arm(
-        "standardization, MWE on gradients only", _STANDARDIZE.config, scales_gradients=True
-    ),
+    "mwe-gradient": Arm("standardization, MWE on gradients only", _on_gradients()),
     "se": Arm("SE", se=True),
     "dropout": Arm("plain, dropout 0.3", options={"dropout": 0.3}),
     "decay": Arm("plain, stronger decay", decays=(1e-2, 3e-2)),
@@ -144,7 +126,10 @@ MIXER_ARMS = {
     "lwe+mwe": Arm("LWE and MWE, not standardized", _linear("lwe+mwe", mwe=_MWE)),
     "default": Arm("MWE on linear layers (mode `lwe`)", {"mode": "lwe"}),
     "cbam-skip": Arm("the thesis' LWE, not standardized", _linear("lwe", lwe=_CBAM_SKIP)),
-    "mwe-gradient": Arm("MWE on gradients only", scales_gradients=True),
+    "mwe-gradient": Arm(
+        "MWE on gradients only",
+        _on_gradients(linear="mwe_gradient", standardize="off", mwe_gradient=_MWE),
+    ),
     "se": Arm("SE on tokens", options={"se": True}),
     "dropout": Arm("plain, dropout 0.1", options={"dropout": 0.1}),
     "decay": Arm("plain, stronger decay", decays=(1.0, 3.0)),
@@ -160,8 +145,6 @@ EXPERIMENTS = {
         optimizer="adamw",
         lrs=(0.01, 0.02, 0.04),
         decays=(0.05, 0.5),
-        gain_from=2,
-        epsilon=0.2,
     ),
     "resnet_gn": Experiment("ResNet, group norm", partial(ResNet, norm="group"), FEW_ARMS),
     "mobilenet": Experiment(

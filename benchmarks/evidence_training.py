@@ -13,7 +13,7 @@ from typing import Any
 import evidence_data as data
 import torch
 import torch.nn.functional as F
-from evidence_arms import EXPERIMENTS, Experiment, scale_gradients
+from evidence_arms import EXPERIMENTS, Experiment
 from evidence_data import Data, Split
 from torch import Tensor, nn
 
@@ -77,8 +77,6 @@ def prepare(
         ws.convert(model, config={"mode": "none", "transplants": ["se"]}, inplace=True)
     model.to(memory_format=torch.channels_last)
     optimizer = experiment.make_optimizer(model, run.lr, run.decay)
-    if arm.scales_gradients:
-        scale_gradients(model, optimizer, experiment.epsilon, experiment.gain_from)
     if arm.config is None:
         return model, optimizer, None
     init = "preserve" if experiment.pretrained else "paper"

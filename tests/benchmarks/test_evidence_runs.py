@@ -142,17 +142,15 @@ def flat(state, prefix=""):
     return []
 
 
-def test_mwe_on_gradients_scales_by_the_slope_of_the_curve():
-    layer = torch.nn.Linear(3, 2, bias=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    evidence_arms.scale_gradients(layer, optimizer, epsilon=0.1, dimensions=2)
-    before = layer.weight.detach().clone()
-    raw = before.clone().requires_grad_()
-    largest = 1.1 * before.abs().max()
-    (largest * torch.atanh(raw / largest)).sum().backward()
-    layer.weight.sum().backward()
-    optimizer.step()
-    torch.testing.assert_close(before - layer.weight.detach(), raw.grad)
+@pytest.mark.parametrize("network", ["resnet_bn", "mixer"])
+def test_mwe_on_gradients_has_the_layers_of_mwe(network):
+    experiment = evidence_arms.EXPERIMENTS[network]
+    plans = [
+        ws.plan(experiment.build(), config=experiment.arms[arm].config).decisions
+        for arm in ("mwe", "mwe-gradient")
+    ]
+    own, on_gradients = ([(row.layer, "+".join(row.stages)) for row in rows] for rows in plans)
+    assert [(layer, stages.replace("mwe", "mwe_gradient")) for layer, stages in own] == on_gradients
 
 
 def test_matched_parameters():

@@ -42,6 +42,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "expand": [{"rate": 2}],
     "gain": [{"attention": "se"}],
     "weight_compander": [{"a": 3, "b": 1.5}, {"learn": False}],
+    "lwe_gradient": [{"lwe": {"attention": "cbam", "reduction": 4}}],
     "shift_attention": [{"shared": True, "inverse_temperature": 0.15}],
 }
 OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]

@@ -47,6 +47,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "shift_attention.shared": FLAG,
     "gain.attention": GAIN_ATTENTIONS,
     "weight_compander.learn": FLAG,
+    "lwe_gradient.lwe": ("null", "lwe"),
     "bam.form": FORMS,
     "max_dropout.rate": ("null",),
     "max_dropout.always_on": FLAG,
@@ -54,6 +55,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
 }
 """What stands in code in the column of values; all others are ranges."""
 
+EPSILON = ("a number from 1e-6 to 1", (1e-6, 1), (9e-7, 1.01))
 POSITIVE = ("a finite number over 0", (1e-9,), (0, float("inf")))
 NULL_OR_POSITIVE = (f"`null`, {POSITIVE[0]}", *POSITIVE[1:])
 # A range in words, a value on each of its ends that is taken, and one beyond each that is not.
@@ -61,7 +63,8 @@ RANGES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "standardize.epsilon": ("a finite number from 0 on", (0, 5), (-1e-9, float("inf"))),
     "lwe.reduction": (INTEGER, (1,), (0, 1.5)),
     "lwe.repeat": (INTEGER, (1, 2), (0, 1.5)),
-    "mwe.epsilon": ("a number from 1e-6 to 1", (1e-6, 1), (9e-7, 1.01)),
+    "mwe.epsilon": EPSILON,
+    "mwe_gradient.epsilon": EPSILON,
     "shift_attention.inverse_temperature": POSITIVE,
     "scaled_standardize.gamma": POSITIVE,
     "expand.rate": ("an integer from 2 on", (2,), (1, 2.5)),

@@ -8,6 +8,7 @@ from we_surgery.excitations.do_conv import DOConv
 from we_surgery.excitations.dynamic_sparse import DynamicSparse
 from we_surgery.excitations.expand import Expand
 from we_surgery.excitations.gain import Gain
+from we_surgery.excitations.gradient_only import LWEGradient, MWEGradient
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
 from we_surgery.excitations.scaled_standardize import ScaledStandardize
@@ -32,6 +33,8 @@ _FAMILY: tuple[type[Excitation], ...] = (
     Expand,
     Gain,
     WeightCompander,
+    MWEGradient,
+    LWEGradient,
 )
 
 
