@@ -2,23 +2,25 @@
 
     python benchmarks/gpu.py                       # ResNet50, batch 256, 224 px: some minutes
     python benchmarks/gpu.py --networks resnet18 resnet152 --forms attached --rounds 30
-    python benchmarks/gpu.py --device cpu --batch 2 --pixels 64 --rounds 1   # a rehearsal
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --networks toy   # a rehearsal
 
-First the kernels are checked against eager on the device, on each weight of ResNet50 and for each
-composition; a difference above 1e-3 ends the run. Then training steps are measured:
-bf16 autocast, channels_last, SGD with momentum; forward, loss, backward, step. Models take turns
-and only ratios of one round are reported: median (smallest to largest). Times are those of CUDA
-events; the peak is ``torch.cuda.max_memory_allocated`` of one step; launches are the kernels that
-torch's profiler saw in one step, excited minus vanilla, over the excited layers. ``converted``
-is the converted form, and ``attached`` is :func:`we_surgery.attach` with the kernels. Writes
-``gpu.json`` and ``gpu.md`` into ``benchmarks/results``, or, for a rehearsal, nothing: a CPU's
-figures say nothing of a GPU's.
+First the kernels are checked against eager on the device, on each weight of ResNet50, for each
+composition and for all of them mixed; a difference above 1e-3 ends the run. Then training steps
+are measured: bf16 autocast, channels_last, SGD with momentum; forward, loss, backward, step.
+Models take turns and only ratios of one round are reported: median (smallest to largest). Times
+are those of CUDA events; the peak is ``torch.cuda.max_memory_allocated`` of one step; launches
+are the kernels that torch's profiler saw in one step, excited minus vanilla. ``converted`` is the
+converted form, and ``attached`` is :func:`we_surgery.attach` with the kernels.
+
+Writes ``gpu.json`` and ``gpu.md`` into ``benchmarks/results``, or, for a rehearsal, nothing: the
+figures of a CPU say nothing of a GPU. A rehearsal takes Triton's interpreter, small layers and seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,7 +47,16 @@ from we_surgery.excitations import Backend, WeightLayout
 
 FORMS = ("attached", "converted")
 COMPOSITIONS = ("lwe", "mwe", "lwe+mwe")
+MIXED = "mixed"
 BACKENDS: tuple[Backend, ...] = ("eager", "triton")
+
+
+def network(name: str) -> nn.Module:
+    """One of torchvision's, or a few layers that an interpreter can train."""
+    if name != "toy":
+        return build_network(name)
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Conv2d(3, 20, 2), nn.ReLU(), nn.Conv2d(20, 8, 2), *pooled)
 
 
 class Step:
@@ -63,7 +74,7 @@ class Step:
         shape = (options.batch, 3, options.pixels, options.pixels)
         images = torch.randn(shape, device=self.device)
         self.images = images.to(memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (options.batch,), device=self.device)
+        self.labels = torch.randint(10, (options.batch,), device=self.device)
 
     def run(self) -> None:
         self.optimizer.zero_grad()
@@ -125,11 +136,15 @@ def check_kernels(device: torch.device) -> dict[str, float]:
     """
     layouts = excitable_layouts("resnet50")
     if device.type != "cuda":
-        layouts = [WeightLayout((24, 20, 3, 3)), WeightLayout((8, 40))]
+        layouts = [WeightLayout(shape) for shape in ((20, 34, 2), (8, 40), (12, 6, 2))]
     found = {}
-    for mode in COMPOSITIONS:
+    for mode in (*COMPOSITIONS, MIXED):
         torch.manual_seed(0)
-        layers = [make_layer(layout, torch.contiguous_format, mode) for layout in layouts]
+        modes = itertools.cycle(COMPOSITIONS if mode == MIXED else [mode])
+        layers = [
+            make_layer(layout, torch.contiguous_format, own)
+            for layout, own in zip(layouts, modes, strict=False)
+        ]
         results: list[list[torch.Tensor]] = []
         for backend in BACKENDS:
             given = [
@@ -149,7 +164,7 @@ def check_kernels(device: torch.device) -> dict[str, float]:
 def measure(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every form over vanilla, for one network."""
     torch.manual_seed(0)
-    vanilla = build_network(name)
+    vanilla = network(name)
     steps = {"vanilla": Step(vanilla, options)}
     for form in options.forms:
         if form == "attached":
@@ -184,7 +199,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
             row["mode"],
             form,
             Spread(**row[form]["time"]),
-            f"{row[form]['memory']:.3f}",
+            "not measured" if row[form]["memory"] is None else f"{row[form]['memory']:.3f}",
             row[form]["launches"],
         )
         for row in found["networks"]
@@ -214,17 +229,24 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("There is no GPU here.\nRehearse with `--device cpu --batch 2 --pixels 64`.")
+        sys.exit(
+            "There is no GPU here.\nRehearse with `TRITON_INTERPRET=1 ... --device cpu --networks "
+            "toy`."
+        )
+    if options.device == "cpu":
+        options.batch, options.pixels, options.rounds = 2, 16, 1
     checked = check_kernels(torch.device(options.device))
     note("kernels agree with eager", {name: f"{value:.1e}" for name, value in checked.items()})
     rows = [measure(name, mode, options) for name in options.networks for mode in options.modes]
-    if options.device != "cuda":
-        note("A rehearsal: nothing was written.")
-        return
-    found = {"machine": describe_machine(), "gpu": torch.cuda.get_device_name(), "networks": rows}
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU (a rehearsal)"
+    found = {"machine": describe_machine(), "gpu": name, "networks": rows}
     found["kernels"] = checked
     found |= {key: getattr(options, key) for key in ("forms", "batch", "pixels", "rounds")}
-    write_results("gpu", found, as_markdown(found))
+    if options.device == "cuda":
+        write_results("gpu", found, as_markdown(found))
+    else:
+        sys.stdout.write(as_markdown(found))
+        note("A rehearsal: nothing was written.")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def _untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_auto_takes_kernels_that_agree_on_the_gpu(launches: list[str]) -> None:
     weight: Any = OnGPU()
     assert backends.runs_on_kernels("auto", weight, CURVE)
-    assert len(launches) == 14
+    assert len(launches) == 7
     assert backends.runs_on_kernels("auto", weight, CURVE)
-    assert len(launches) == 14
+    assert len(launches) == 7
 
 
 @pytest.mark.usefixtures("_untried")
@@ -60,12 +60,16 @@ def test_auto_stays_eager_where_kernels_do_not(
     def differentiate(layers: Any) -> Any:
         if fault == "fails":
             raise RuntimeError("no binary for gpu")
-        return [[f * g for f, g in zip(factors, own, strict=True)] for own in original(layers)]
+        return [
+            [None if g is None else f * g for f, g in zip(factors, own, strict=True)]
+            for own in original(layers)
+        ]
 
     monkeypatch.setattr(kernels, "differentiate", differentiate)
     weight: Any = OnGPU()
     assert not backends.runs_on_kernels("auto", weight, CURVE)
-    assert "eager is used" in caplog.text
+    words = {"fails": "no binary for gpu", "differs": "are off by", "is not finite": "are off by"}
+    assert words[fault] in caplog.text
 
 
 @pytest.mark.usefixtures("_untried")

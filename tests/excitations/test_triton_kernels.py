@@ -10,7 +10,8 @@ from computed_alike import assert_agreement, assert_close, compose, inputs_of, r
 from torch import Tensor
 
 from we_surgery.excitations import LWE, MWE, Composition, Excitation, Standardize
-from we_surgery.excitations.compute.closed_form import excite_into
+from we_surgery.excitations.compute.closed_form import excite_into, pull_back
+from we_surgery.excitations.compute.inputs import Pullback
 
 pytest.importorskip("triton")
 
@@ -90,6 +91,18 @@ def test_kernels_read_a_weight_of_any_strides_and_a_transposed_one(launches: lis
     assert_agreement(compose("slm", weight.shape), weight)
     assert_agreement(compose("slm", (6, 4), groups=2), torch.randn(6, 4, 2, 2))
     assert launches
+
+
+def test_kernels_go_on_from_what_eager_has_left(launches: list[str]) -> None:
+    composition, weight = compose("sl", (18, 34)), torch.randn(18, 34, 2)
+    inputs, upstream = inputs_of(composition, weight), torch.randn(18, 34, 2)
+    (kept,) = excite_into([(weight, inputs, torch.empty_like(weight))], "eager")
+    found, expected = (
+        pull_back(backend, [Pullback(upstream.clone(), weight, inputs, kept, (True,) * 5)])[0]
+        for backend in ("triton", "eager")
+    )
+    assert launches
+    assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -73,7 +73,7 @@ def attach(
         backend: what computes E where it has a closed form. ``eager`` is torch's operations one
             by one. ``triton`` has kernels, at most 7 launches for all layers together; they run on
             a GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
-            ``auto`` takes the kernels on a GPU if they agree with eager on two small layers that
+            ``auto`` takes the kernels on a GPU if they agree with eager on three small layers that
             are tried first, and eager everywhere else.
         resume: True continues with the state that the optimizer has loaded, where there is one;
             False starts anew, also on a run that has made steps without excitation. A mapping is

@@ -160,7 +160,9 @@ def _differentiate(group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
         if gradient.stride() != layer.filters.stride():
             gradient = torch.empty_like(layer.filters).copy_(gradient)
         layer.tensors["gradient"] = gradient
-        layer.tensors |= {name: v for name, v in kept._asdict().items() if v is not None}
+        # Eager, which may have made them, leaves some transposed.
+        held = {name: v.contiguous() for name, v in kept._asdict().items() if v is not None}
+        layer.tensors |= held
         if needed[0]:
             layer.tensors["result"] = torch.empty_like(layer.filters)
     by_fcs: list[Shapes] = [
