@@ -13,7 +13,7 @@ are the kernels that torch's profiler saw in one step, excited minus vanilla. ``
 converted form, and ``attached`` is :func:`we_surgery.attach` with the kernels.
 
 Writes ``gpu.json`` and ``gpu.md`` into ``benchmarks/results``, or, for a rehearsal, nothing: the
-figures of a CPU say nothing of a GPU. A rehearsal takes Triton's interpreter, small layers and seconds.
+figures of a CPU say nothing of a GPU. A rehearsal takes the interpreter and small layers.
 """
 
 from __future__ import annotations
