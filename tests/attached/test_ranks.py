@@ -1,8 +1,5 @@
 """Attached training over two processes: ranks stay equal and learn what one process learns."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
+from processes import run_together
 from ranks_runs import FORMS, SHARDED, STEPS, alone, alone_by, cases, hybrid_cases, main
 
 import we_surgery as ws
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
 )
@@ -28,21 +25,7 @@ sharded = pytest.mark.skipif(
 
 def run_on(ranks: int, folder: Path, *stage: int) -> list[dict[str, Any]]:
     """What each of that many processes has found."""
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-    words = [sys.executable, str(HERE / "ranks_runs.py"), str(folder)]
-    running = [
-        subprocess.Popen(
-            [*words, str(rank), str(ranks), *map(str, stage)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_together("ranks_runs.py", folder, ranks, ranks, *stage)
     name = stage[0] if stage else None
     return [torch.load(folder / f"rank-{rank}-{name}.pt") for rank in range(ranks)]
 
