@@ -104,7 +104,7 @@ def _largest_difference(device: torch.device) -> float:
         count = torch.Size(shape).numel()
         return torch.arange(count, device=device, dtype=torch.float32).mul_(1.7).sin_().view(shape)
 
-    def fcs(hidden: int, channels: int) -> tuple[Tensor, ...]:
+    def fcs(hidden: int, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return wave(hidden, channels), wave(hidden), wave(channels, hidden), wave(channels)
 
     layers = [
