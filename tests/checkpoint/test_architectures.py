@@ -80,7 +80,7 @@ def test_a_factory_is_found_in_the_working_folder(factory_module):
         ("timm:local-dir:/tmp", "timm has no model"),
         ("no_such_package.module:make", "cannot be imported"),
         ("my_factories:mkae", "did you mean 'make'"),
-        ("my_factories:value", "no class or function 'value'"),
+        ("my_factories:value", "is not callable"),
         ("my_factories:wrong", "returned int"),
     ],
 )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from we_surgery.errors import InputError
+from we_surgery.errors import InputError, near_matches
+
+REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+"""``package.module:name``"""
 
 
 @contextmanager
@@ -27,13 +33,31 @@ def working_folder_importable() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def import_package(name: str) -> None:
-    """Imports a package for what it registers, such as an excitation of the user's own."""
+def import_for(user: str, name: str) -> ModuleType:
+    """Imports a module that ``user``, such as an option, names."""
     try:
         with working_folder_importable():
-            importlib.import_module(name)
+            return importlib.import_module(name)
     except Exception as error:
         raise InputError(
-            f"the package {name!r} cannot be imported: {type(error).__name__}: {error}",
-            "Install it, or start the command in the folder that it is in.",
+            f"{user}: {name!r} cannot be imported: {type(error).__name__}: {error}",
+            "Install its package, or start in the folder that it is in.",
+        ) from error
+
+
+def imported(user: str, reference: str) -> Any:
+    """What ``package.module:name`` names, imported from the environment or the current folder."""
+    if not REFERENCE.fullmatch(reference):
+        raise InputError(
+            f"{user} takes package.module:name, not {reference!r}",
+            "Write for example my_data:test_loader for a function in my_data.py.",
+        )
+    module_name, _, name = reference.partition(":")
+    module = import_for(user, module_name)
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise InputError(
+            f"{user}: {module_name} has no {name!r}{near_matches(name, vars(module))}",
+            "Correct the name.",
         ) from error

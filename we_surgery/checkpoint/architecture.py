@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,13 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from we_surgery._util.imports import working_folder_importable
+from we_surgery._util.imports import REFERENCE, imported, working_folder_importable
 from we_surgery.checkpoint import transformers_folder
 from we_surgery.errors import InputError, near_matches
 
 FORMS = "torchvision:NAME, timm:NAME, transformers:FOLDER or package.module:factory"
 _LIBRARIES = ("torchvision", "timm", "transformers")
-_FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 # What the arguments of torchvision's and timm's factories begin with that fetch or read files.
 _FETCHING = ("weights", "pretrained", "checkpoint_path", "cache_dir")
@@ -89,7 +86,7 @@ class Architecture:
         elif source == "transformers":
             factory = _transformers_factory(name)
         else:
-            factory = _imported_factory(source, name)
+            factory = imported("the architecture", self.name)
         try:
             # Libraries import optional packages, which are not sought in that folder.
             is_own = source not in _LIBRARIES
@@ -166,7 +163,7 @@ def looks_like_architecture(source: str) -> bool:
 
 def _is_named_like_architecture(name: str) -> bool:
     source, colon, _ = name.partition(":")
-    return (bool(colon) and source in _LIBRARIES) or _FACTORY.fullmatch(name) is not None
+    return (bool(colon) and source in _LIBRARIES) or REFERENCE.fullmatch(name) is not None
 
 
 def _qualified_matches(name: str) -> str:
@@ -232,26 +229,6 @@ def _transformers_factory(folder: str) -> Callable[..., Any]:
             "Give the folder of a model of transformers.",
         )
     return lambda **arguments: transformers_folder.build(folder, arguments)
-
-
-def _imported_factory(module: str, name: str) -> Callable[..., Any]:
-    try:
-        with working_folder_importable():
-            imported = importlib.import_module(module)
-    except Exception as error:
-        raise InputError(
-            f"the module {module!r} of the architecture {module}:{name} cannot be imported: "
-            f"{type(error).__name__}: {error}",
-            "Install it, or start in the folder it lies in.",
-        ) from error
-    factory = getattr(imported, name, None)
-    if not callable(factory):
-        public = [known for known, value in vars(imported).items() if callable(value)]
-        raise InputError(
-            f"{module} has no class or function {name!r}{near_matches(name, public)}",
-            f"Give {FORMS}.",
-        )
-    return factory  # type: ignore[no-any-return]
 
 
 def _unknown(source: str, name: str, known: Iterable[str]) -> InputError:

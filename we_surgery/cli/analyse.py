@@ -239,8 +239,8 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
     """
     source = _source(options)
 
+    from we_surgery._util.imports import imported
     from we_surgery.analysis import sweeps, variants
-    from we_surgery.cli.user_functions import imported
 
     make_variants: dict[str, Callable[[], dict[str, variants.Variant]]] = {
         "epsilon": variants.epsilon_variants,
@@ -248,7 +248,7 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
         "initialization": variants.initialization_variants,
         "no-normalization": variants.normalization_free_variants,
     }
-    train_fn = imported(train, "--train")
+    train_fn = imported("--train", train)
 
     def analysis(_: Any, metric: Any, **rest: Any) -> Sweep:
         def make_model() -> Any:

@@ -287,11 +287,11 @@ def make_source(
     """The options of :func:`source_options` as a :class:`~we_surgery.jobs.convert.Source`."""
     check_exists(source)
     arguments = dict(_key_value(text) for text in arch_args)
-    from we_surgery._util.imports import import_package
+    from we_surgery._util.imports import import_for
     from we_surgery.jobs.convert import Source
 
     for package in allow:
-        import_package(package)
+        import_for("--allow", package)
     return Source(source, arch, arguments, key, allow=tuple(allow), trust=trust)
 
 

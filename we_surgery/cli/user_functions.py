@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from we_surgery._util.imports import working_folder_importable
-from we_surgery.errors import InputError, near_matches
+from we_surgery._util.imports import imported, working_folder_importable
+from we_surgery.errors import InputError
 
 _LOADER_CURE = (
     "Name an iterable of (inputs, labels), or a function without arguments that returns one."
 )
-_REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
-
-def imported(reference: str, option: str) -> Any:
-    """What ``package.module:name`` names, imported from the environment or the current folder."""
-    if not _REFERENCE.fullmatch(reference):
-        raise InputError(
-            f"{option} takes package.module:name, not {reference!r}",
-            "Write for example my_data:test_loader for a function in my_data.py.",
-        )
-    module_name, _, name = reference.partition(":")
-    try:
-        with working_folder_importable():
-            module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(
-            f"{option}: the module {module_name!r} cannot be imported: "
-            f"{type(error).__name__}: {error}",
-            "Start in the folder it lies in, or install its package.",
-        ) from error
-    try:
-        return getattr(module, name)
-    except AttributeError as error:
-        raise InputError(
-            f"{option}: {module_name} has no {name!r}{near_matches(name, vars(module))}",
-            "Correct the name.",
-        ) from error
 
 
 def imported_metric(metric: str | None, loader: str | None) -> Any:
@@ -52,7 +23,7 @@ def imported_metric(metric: str | None, loader: str | None) -> Any:
             "returns a number.",
         )
     if metric is not None:
-        found = imported(metric, "--metric")
+        found = imported("--metric", metric)
         if not callable(found):
             raise InputError(
                 f"--metric {metric} is {type(found).__name__}, not a function",
@@ -60,7 +31,7 @@ def imported_metric(metric: str | None, loader: str | None) -> Any:
             )
         return found
     assert loader is not None
-    found = imported(loader, "--loader")
+    found = imported("--loader", loader)
     batches = found
     if callable(found):
         try:
