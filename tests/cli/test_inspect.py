@@ -48,7 +48,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_file_that_learned_nothing_is_told_so(files: tuple[Path, Path]) -> None:
     result = inspect(files[0])
     assert "EXCITATION HAS LEARNED NOTHING" in result.stdout
-    assert "2 of 3 as drawn: parameters that cannot be told from new ones" in result.stdout
+    assert "2 of 3 untrained: indistinguishable from a fresh initialization" in result.stdout
     assert json.loads(inspect(files[0], "--json").stdout)["learned"].startswith("EXCITATION HAS")
 
 
@@ -86,7 +86,7 @@ def test_the_start_tells_how_far_it_came(files: tuple[Path, Path]) -> None:
 def test_the_start_of_another_model_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "other.pt")
     result = inspect(files[1], "--start", tmp_path / "other.pt")
-    assert (result.exit_code, "the start has no '0.0.weight'" in result.stderr) == (2, True)
+    assert (result.exit_code, "the --start file has no '0.0.weight'" in result.stderr) == (2, True)
 
 
 def test_two_files_stand_side_by_side(files: tuple[Path, Path], tmp_path: Path) -> None:

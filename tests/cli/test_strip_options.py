@@ -224,7 +224,7 @@ def test_one_value_that_is_off_by_its_last_bit_is_refused_in_half_precision(
     done = strip(trainers_file, *ARCH, *SHAPE, "--dtype", dtype)
     assert done.exit_code == 1, done.output
     assert (
-        f"'head.weight' of the stripped model is not what it is folded to, rounded once to {dtype}"
+        f"'head.weight' of the stripped model differs from its folded value rounded once to {dtype}"
         in (done.stderr)
     )
     assert names(tmp_path) == ["last.pth.tar"]

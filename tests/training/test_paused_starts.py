@@ -43,7 +43,7 @@ def test_a_pause_needs_no_start_as_an_identity(
     vanilla = trained(net())
     with caplog.at_level(logging.WARNING):
         model = trained(ws.convert(net(), config=CONFIGS / f"{config}.yaml", start="paused"))
-    assert "'0' will jump when its excitation sets in" in caplog.text
+    assert "'0' will jump when its excitation starts" in caplog.text
     for found, expected in zip(weights_of(model), weights_of(vanilla), strict=True):
         assert torch.equal(found, expected)
     assert ws.resume(model) == 2

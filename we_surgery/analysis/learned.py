@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from we_surgery.analysis.multipliers import multiplier_map, stage_inputs
 from we_surgery.excitations import Composition
 
-Verdict = Literal["learned", "nothing to learn", "paused", "constant", "as drawn", "unchanged"]
+Verdict = Literal["learned", "nothing to learn", "paused", "constant", "untrained", "unchanged"]
 
 VERDICTS: dict[Verdict, str] = {
-    "paused": "excitation has not set in yet, the weight is the raw weight",
-    "nothing to learn": "no parameters of its own, it only shapes the weight",
-    "unchanged": "parameters within 0.1 % of those of the start that was given",
-    "as drawn": "parameters that cannot be told from new ones: all lie within 1/sqrt(fan_in), and "
-    "their mean square is a third of the square of that, within 3 standard errors",
-    "constant": "multipliers that are one number (deviation below 1 % of the mean), which a "
-    "normalization behind the layer takes out",
-    "learned": "parameters that have left their start and multipliers that differ",
+    "paused": "excitation is still off, the weight is the raw weight",
+    "nothing to learn": "the excitation has no parameters",
+    "unchanged": "parameters within 0.1 % of those of --start",
+    "untrained": "indistinguishable from a fresh initialization: all parameters lie within "
+    "1/sqrt(fan_in), and their mean square is a third of its square, within 3 standard errors",
+    "constant": "all multipliers are equal (deviation below 1 % of the mean), which a norm "
+    "after the layer undoes",
+    "learned": "parameters moved from their start, and multipliers differ",
 }
-"""Each verdict and its criterion, in the order they are tried; the first that holds is given."""
+"""Each verdict and its criterion, in order of precedence."""
 
-LEARNED_NOTHING = ("paused", "constant", "as drawn", "unchanged")
+LEARNED_NOTHING = ("paused", "constant", "untrained", "unchanged")
 
 NEAR = 0.1
 """How near to 0 or 1 a multiplier counts as near."""
@@ -147,7 +147,7 @@ def _verdict(
     if distance is not None and distance < _UNCHANGED:
         return "unchanged"
     if distance is None and _is_as_drawn(excitation):
-        return "as drawn"
+        return "untrained"
     if multiplier is not None and multiplier.deviation < _CONSTANT * abs(multiplier.mean):
         return "constant"
     return "learned"

@@ -57,8 +57,8 @@ class ProgressFile:
             )
         if found is not None and found != header:
             raise InputError(
-                f"{path} is the progress of something else: {_difference(found, header)}",
-                "Run that to its end, name another file, or remove this one.",
+                f"{path} belongs to another analysis: {_difference(found, header)}",
+                "Finish that analysis, use another file, or remove this one.",
             )
         if found is None:
             self._header = header

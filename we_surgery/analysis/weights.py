@@ -47,7 +47,7 @@ def deployed_copy(model: nn.Module) -> nn.Module:
     try:
         return copy_model(model)
     except SurgeryError as error:
-        hint = "Analyses measure a copy: give a model that `copy.deepcopy` can copy."
+        hint = "Use a model that `copy.deepcopy` can copy: analyses measure a copy."
         raise SurgeryError(error.cause, hint) from error
 
 

@@ -131,11 +131,13 @@ def attach(
 def _check_options(backend: str, state: str, clip_raw: float | None) -> None:
     check_backend(backend)
     if clip_raw is not None and not clip_raw > 0:
-        raise InputError(f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to not clip.")
+        raise InputError(
+            f"`clip_raw` must be above 0, got {clip_raw}", "Leave it out to disable clipping."
+        )
     if state not in get_args(Rides):
         raise InputError(
             f"`state` must be 'optimizer', 'parameter' or 'separate', got {state!r}",
-            "Leave it out: the state then rides in the optimizer's.",
+            "Leave it out to save the state in the optimizer's state dict.",
         )
 
 
@@ -162,7 +164,7 @@ def _policy_of(mode: str | None, options: ConvertOptions) -> Any:
     decided: Any = plan or policy
     if decided.transplants:
         raise InputError(
-            "transplants change the model's layers, and attach leaves them alone",
+            "transplants change the model's layers, which attach does not do",
             "Convert with the transplants and without excitation first, then attach.",
         )
     return policy
@@ -173,7 +175,8 @@ def _trained_weights(building: Building, plan: Plan) -> list[Trained]:
     if not found:
         raise InputError(
             f"the optimizer holds none of the {len(plan.excited)} weights that the plan excites",
-            "Make the optimizer of this model's Parameters, and give it a plan that excites some.",
+            "Make the optimizer from this model's Parameters, or use a plan that excites weights "
+            "it holds.",
         )
     return found
 

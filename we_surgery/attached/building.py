@@ -80,14 +80,14 @@ class Building:
             weight.places = tuple(places[id(weight.parameter)])
         if len(found) < len(places):
             logger.warning(
-                "%d of %d planned weights are not in the optimizer and stay as they are",
+                "%d of %d planned weights are not in the optimizer and are not excited",
                 len(places) - len(found),
                 len(places),
             )
         return found
 
 
-_GATHERED = "; gathered on each rank, since its rows cannot be computed by themselves"
+_GATHERED = "; gathered on each rank, since it cannot be computed row by row"
 
 
 def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:

@@ -239,7 +239,7 @@ class AttachedExcitation:
             if own is None:
                 raise InputError(
                     f"the optimizer does not hold the weight of layer {weight.layer!r}",
-                    "Make it of this model's Parameters.",
+                    "Make the optimizer from this model's Parameters.",
                 )
             found.append((weight, own))
         self._holding.report(self._weights)
@@ -265,7 +265,7 @@ class AttachedExcitation:
         """
         if self._policy is None:
             raise InputError(
-                "excitation was attached by a plan, which does not say what thawed layers get",
+                "excitation was attached by a plan, which does not cover layers unfrozen later",
                 "Detach, and attach with a plan in which they are excited and `resume=False`.",
             )
         readable = self._building.readable_model()

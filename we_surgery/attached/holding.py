@@ -54,8 +54,8 @@ class Holding:
             raise AttachmentError(
                 f"the weight of layer {changed[0]!r}{more} was changed outside of the optimizer's "
                 "step",
-                "Call `excitation.adopt()` to go on from the present values, or "
-                "`excitation.restore()` to put the excited weights back.",
+                "Call `excitation.adopt()` to train on from the current values, or "
+                "`excitation.restore()` to undo the change.",
             )
         for weight in weights:
             follow(weight)

@@ -13,7 +13,7 @@ from we_surgery.attached.wrappers import unwrapped, with_wrapped
 from we_surgery.errors import InputError
 
 SHARDED_OR_FLAT = {
-    "ZeroRedundancyOptimizer": "divides its parameters among the processes",
+    "ZeroRedundancyOptimizer": "shards its parameters",
     "DeepSpeedZeroOptimizer": "keeps flat copies of the parameters",
     "DeepSpeedZeroOptimizer_Stage3": "keeps flat copies of the parameters",
     "DeepSpeedOptimizerWrapper": "keeps flat copies of the parameters",

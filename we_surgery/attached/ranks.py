@@ -53,7 +53,7 @@ class Copies:
                 raise AttachmentError(
                     "the model's weights were changed outside of the optimizer's step on another "
                     "rank",
-                    "That rank's error says which layer. Do on all ranks what is done on one.",
+                    "The error of that rank names the layer. Make the same change on all ranks.",
                 )
         if error is not None:
             raise error

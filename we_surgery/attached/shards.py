@@ -78,10 +78,8 @@ def shard_of(parameter: Tensor, name: str) -> Shard | None:
     divided = [dim for dim, place in enumerate(placements) if not isinstance(place, Replicate)]
     if len(divided) != 1 or placements[divided[0]] != ByDim(0):
         raise InputError(
-            f"{name!r} is divided as {placements}, by tensor parallelism or in another way than "
-            "by rows",
-            "Only `fully_shard` with its default placement is supported; leave the layer out by a "
-            "rule.",
+            f"{name!r} is sharded as {placements}; only sharding by rows is supported",
+            "Use `fully_shard` with its default placement, or skip the layer by a rule.",
         )
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, placements

@@ -20,7 +20,7 @@ def converted_twin(model: nn.Module, weights: Sequence[AttachedWeight]) -> nn.Mo
     """A converted copy of the model."""
     if any(weight.shard is not None for weight in weights):
         raise InputError(
-            "the model is sharded, so that no rank has it whole",
+            "the model is sharded, so no rank has all of it",
             "Attach to an unsharded model with `resume=excitation.state_dict()`, gathered.",
         )
     for weight in weights:

@@ -1,4 +1,4 @@
-"""``we-surgery analyse``: the papers' measurements on a model and data of one's own."""
+"""``we-surgery analyse``: the papers' measurements on your model and data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreada
 @click.group("analyse")
 @click.version_option(__version__, package_name="we-surgery")
 def analyse_group() -> None:
-    """Measure what a model's weights are worth, and draw it.
+    """Measure how much a model's weights matter, and draw the result.
 
     Data and metrics are functions of yours, named as package.module:function; modules in the
     current folder are found. A converted model is measured as it would be deployed.
@@ -61,15 +61,15 @@ def measuring_options(command: Command) -> Command:
             click.option(
                 "--metric",
                 metavar="NAME",
-                help="package.module:function that takes a model and returns a number of which "
-                "more is better. Instead of --loader.",
+                help="package.module:function that takes a model and returns a number (higher "
+                "is better). Instead of --loader.",
             ),
             click.option(
                 "--score",
                 type=click.Choice(SCORES),
                 default="accuracy",
                 show_default=True,
-                help="How batches are scored; log_likelihood changes even if no prediction does.",
+                help="Score of a batch; log_likelihood changes even if no prediction does.",
             ),
             click.option(
                 "-o",
@@ -96,7 +96,7 @@ layers_option = click.option(
     help="Only matching layers: a name glob, re:REGEX or type:CLASS. Repeatable.",
 )
 seed_option = click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="Random choices."
+    "--seed", type=SEED, default=0, show_default=True, help="Seed for random choices."
 )
 
 
@@ -107,7 +107,7 @@ seed_option = click.option(
     type=click.IntRange(1, 100),
     default=100,
     show_default=True,
-    help="Percentiles measured, evenly up to the 100th.",
+    help="Number of percentiles to measure, evenly up to the 100th.",
 )
 @layers_option
 @measuring_options
@@ -130,7 +130,7 @@ def importance_command(steps: int, **options: Any) -> None:
     type=click.IntRange(1),
     default=(5, 5),
     show_default=True,
-    help="Output channels of each layer, and input channels of each of those.",
+    help="Output channels per layer, and input channels per output channel.",
 )
 @layers_option
 @measuring_options
@@ -163,13 +163,13 @@ def location_command(samples: tuple[int, int], **options: Any) -> None:
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="How often random multipliers are drawn to compare with.",
+    help="Number of random draws to compare with.",
 )
 @seed_option
 @layers_option
 @measuring_options
 def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
-    """Remove what has the lowest multipliers in each layer, then the highest (D_L and D_H).
+    """Remove the units with the lowest multipliers in each layer, then the highest (D_L, D_H).
 
     \b
     Example:
@@ -200,7 +200,7 @@ def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
 @layers_option
 @measuring_options
 def prune_command(criteria: Sequence[str], **options: Any) -> None:
-    """Remove the kernels with the lowest multipliers, beside the smallest and random ones.
+    """Remove kernels by lowest multiplier, and compare with smallest and random ones.
 
     \b
     Example:
@@ -215,7 +215,7 @@ def prune_command(criteria: Sequence[str], **options: Any) -> None:
     "--vary",
     type=click.Choice(SWEEPS),
     required=True,
-    help="epsilon of MWE, reduction of LWE, how LWE's layers start, or training without norms.",
+    help="epsilon of MWE, reduction of LWE, initialization of LWE, or training without norms.",
 )
 @click.option(
     "--train",
@@ -228,7 +228,7 @@ def prune_command(criteria: Sequence[str], **options: Any) -> None:
 )
 @measuring_options
 def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> None:
-    """Train SOURCE once for each setting and seed, the seeds paired, and compare.
+    """Train SOURCE once per setting and seed, and compare runs of equal seeds.
 
     SOURCE is a vanilla model or an architecture; an architecture is built anew for each seed.
 

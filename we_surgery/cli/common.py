@@ -65,7 +65,7 @@ class SurgeryCommand(click.Command):
 
 
 TRACEBACK_VARIABLE = "WE_SURGERY_TRACEBACK"
-"""The environment variable with which an unexpected error shows where it came from."""
+"""The environment variable that makes an unexpected error show its traceback."""
 
 _UNEXPECTED = (
     "If the input is valid, please report this, with the traceback that the command shows "
@@ -77,7 +77,7 @@ _WRITTEN = "we_surgery.written"
 
 @contextmanager
 def telling_errors(ctx: click.Context) -> Iterator[None]:
-    """Ends the command with two lines and an exit code where something is raised."""
+    """Turns an exception into two lines and an exit code."""
     _print_what_cannot_be_encoded()
     try:
         yield
@@ -118,7 +118,7 @@ def _printing() -> Iterator[None]:
         _drop_stdout()
         raise SurgeryError(
             f"standard output cannot be written: {error}",
-            f"Look at where it goes. {_what_was_written(click.get_current_context())}",
+            f"Check where it is redirected to. {_what_was_written(click.get_current_context())}",
         ) from error
 
 
@@ -173,8 +173,8 @@ def _echo_to_stderr(text: str) -> None:
     try:
         click.echo(text, err=True)
     except OSError:
-        # What a command did is done, whoever hears of it. Python would try to write the rest when
-        # it ends, and change the exit code.
+        # The command has done its work. Python would try to write the rest at exit, and change
+        # the exit code.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -219,8 +219,8 @@ def opening_options(command: Command) -> Command:
                 "--allow",
                 multiple=True,
                 metavar="PACKAGE",
-                help="Import PACKAGE, with the excitations it registers, and let the file name its "
-                "nn.Module classes. Repeatable.",
+                help="Import PACKAGE, with the excitations it registers, and allow its nn.Module "
+                "classes in the file. Repeatable.",
             ),
             click.option(
                 "--trust",
@@ -262,9 +262,9 @@ def output_options(what: str) -> Callable[[Command], Command]:
         click.option(
             "--to",
             type=click.Choice(KINDS),
-            help="Kind of file to write; by default the input's.",
+            help="Kind of file to write; by default that of the input.",
         ),
-        click.option("--force", is_flag=True, help="Overwrite what is there."),
+        click.option("--force", is_flag=True, help="Overwrite existing files."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
     ]
 
@@ -373,7 +373,7 @@ def table_width() -> int:
 wide_option = click.option(
     "--wide",
     is_flag=True,
-    help="Show all columns, one line per weight, and reasons in full, however long.",
+    help="Show all columns, one line per weight, with full reasons.",
 )
 
 

@@ -57,7 +57,7 @@ class _ConvertCommand(SurgeryCommand):
 @click.option(
     "--mode",
     type=click.Choice(MODES),
-    help="lwe: LWE on convs, MWE on linear layers. mwe: MWE on all. we: as lwe, and MWE on "
+    help="lwe: LWE on convs, MWE on linear layers. mwe: MWE on all layers. we: as lwe, and MWE on "
     "depthwise and shift-fed convs. lwe+mwe: both on convs. --list-modes explains all.  "
     f"[default: {DEFAULT_MODE}]",
 )
@@ -72,7 +72,7 @@ class _ConvertCommand(SurgeryCommand):
     type=click.Path(path_type=Path),
     metavar="FILE",
     shell_complete=complete_names(shipped.CONFIGS),
-    help="A YAML file, or the name of one that comes with the package: lwe, mwe, vit, ...",
+    help="A YAML file, or the name of a config in the package: lwe, mwe, vit, ...",
 )
 @click.option(
     "--plan",
@@ -85,7 +85,7 @@ class _ConvertCommand(SurgeryCommand):
     "--skip",
     multiple=True,
     metavar="PATTERN",
-    help="Leave matching layers alone, whatever --rule says: a name glob, re:REGEX or type:CLASS. "
+    help="Skip matching layers, even if a --rule matches: a name glob, re:REGEX or type:CLASS. "
     "Repeatable.",
 )
 @click.option(
@@ -93,8 +93,8 @@ class _ConvertCommand(SurgeryCommand):
     "rule_texts",
     multiple=True,
     metavar="PATTERN=STAGES",
-    help="Give matching layers lwe, mwe, lwe+mwe, lwe(attention=cbam), ... or skip; the last match "
-    "wins. Repeatable.",
+    help="Stages for matching layers: lwe, mwe, lwe+mwe, lwe(attention=cbam), ... or skip; "
+    "the last match wins. Repeatable.",
 )
 @click.option(
     "--option",
@@ -115,24 +115,26 @@ class _ConvertCommand(SurgeryCommand):
 @click.option(
     "--init",
     type=click.Choice(INITS),
-    help="paper (the default): excitations start as new layers do, for models that were never "
-    "trained. preserve: the converted model starts with the outputs of the model. With --start "
-    "paused it says how excitation sets in, and preserve is the default where it can be.",
+    help="paper: excitations are initialized as new layers, for untrained models. preserve: the "
+    "outputs of the model stay the same. With --start paused this happens when excitation "
+    "starts.  [default: paper; with --start paused: preserve where possible]",
 )
 @click.option(
     "--start",
     type=click.Choice(STARTS),
     default="on",
     show_default=True,
-    help="paused: the model trains like the vanilla one until ws.resume or a WESchedule turns "
-    "excitation on.",
+    help="paused: the model trains like the vanilla one until ws.resume or a WESchedule "
+    "switches excitation on.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seeds the new parameters.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Seed for the new parameters."
+)
 @click.option(
     "--input-shape",
     metavar="SHAPE",
-    help="Record one forward pass on inputs of this shape, such as 1,3,224,224, to read the "
-    "model, and check that no converted weight is bypassed.",
+    help="Read the model by recording a forward pass on inputs of this shape, such as "
+    "1,3,224,224, and check that no converted weight is bypassed.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @wide_option
@@ -157,13 +159,12 @@ def convert_command(
     as_json: bool,
     **source_arguments: Any,
 ) -> None:
-    """Give the layers of SOURCE excited weights, ready to train.
+    """Add weight excitation to the layers of SOURCE, ready to train.
 
     SOURCE is a pickled module, a state dict or .safetensors file with --arch, a folder of
-    transformers or accelerate, or an architecture itself: torchvision:resnet50,
-    timm:mixer_s16_224, package.module:factory. The result is of the same kind and lies beside
-    SOURCE, as model.we.pt, unless -o or --to say otherwise. A folder gives a folder with
-    everything else in it.
+    transformers or accelerate, or an architecture: torchvision:resnet50, timm:mixer_s16_224,
+    package.module:factory. The result is of the same kind and is written beside SOURCE, as
+    model.we.pt, unless -o or --to is given. For a folder, its other files are copied.
 
     \b
     Examples:

@@ -37,7 +37,7 @@ _PLAIN_BLOCKS = " .:-=+*#@"
 
 
 @click.command(
-    "inspect", cls=SurgeryCommand, short_help="Show what files hold and what they learned."
+    "inspect", cls=SurgeryCommand, short_help="Show what files hold and what excitations learned."
 )
 @click.argument("sources", nargs=-1, required=True, type=FILE)
 @opening_options
@@ -73,7 +73,7 @@ def inspect_command(
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Show what SOURCES are, which of their weights are excited, and what these learned.
+    """Show what SOURCES are, which weights are excited, and what the excitations learned.
 
     Several SOURCES are compared side by side.
 

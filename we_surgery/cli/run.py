@@ -49,11 +49,11 @@ _SEED = click.IntRange(0, 2**31 - 1)
     metavar="FILE",
     help="Trained weights of the backbone, for recipes that start from one.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the folder.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the folder.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Train one epoch of two synthetic batches in place of the images.",
+    help="Train one epoch of two synthetic batches instead of the images.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, ...")
 @click.option(
@@ -97,7 +97,7 @@ def run_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Train, strip and verify an experiment of the papers, as RECIPE says.
+    """Train, strip and verify an experiment of the papers, described by RECIPE.
 
     RECIPE is the name of a recipe that comes with the package, or a YAML file. The run's folder
     gets summary.csv, checkpoints, the stripped state dict and result.json, which holds this run's

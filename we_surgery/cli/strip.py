@@ -29,45 +29,45 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "strip", cls=SurgeryCommand, short_help="Fold excited weights into vanilla ones, proven."
+    "strip", cls=SurgeryCommand, short_help="Fold excited weights into vanilla ones, verified."
 )
 @source_options
 @click.option(
     "--raw",
     is_flag=True,
-    help="Strip the trained weights of a checkpoint, wherever the trainer put them. Without this "
+    help="Strip the trained weights of a checkpoint, under any key. Without this "
     "and --ema: the first of state_dict, model, state_dict_ema, model_ema and ema.",
 )
 @click.option("--ema", is_flag=True, help="Strip their running average (EMA) instead.")
 @click.option(
     "--both",
     is_flag=True,
-    help="Strip both, the average to a second file: model.stripped.ema.pt.",
+    help="Strip both; the average goes to a second file, model.stripped.ema.pt.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Fold in float32, then cast all floating-point tensors. By default each keeps its own.",
+    help="Fold in float32, then cast all floating-point tensors. By default each keeps its dtype.",
 )
 @click.option(
     "--verify",
     is_flag=True,
-    help="Run the excited and the stripped model and compare their outputs; needs a module, or "
-    "an architecture (--arch, or as the file says).",
+    help="Run the excited and the stripped model and compare their outputs; needs a pickled "
+    "module or an architecture (from --arch or the file).",
 )
 @click.option(
     "--input-shape",
     metavar="SHAPE",
     help="Compare the outputs on random inputs of this shape, such as 1,3,224,224; by default "
-    "of the size that timm or torchvision names.",
+    "of the model's size in timm or torchvision.",
 )
 @click.option(
     "--deploy",
     type=click.Choice(DEPLOY_FORMS),
     default="dense",
     show_default=True,
-    help="shift: a shift and a 1x1 conv in the place of each conv with one weight per kernel, as "
-    "hardened, shared shift attention leaves it. Such a file needs we_surgery.",
+    help="shift: replace each conv with one weight per kernel (from hardened, shared shift "
+    "attention) by a shift and a 1x1 conv. Such a file needs we_surgery.",
 )
 @output_options("File, or folder of shards,")
 def strip_command(
@@ -84,14 +84,14 @@ def strip_command(
     as_json: bool,
     **source_arguments: Any,
 ) -> None:
-    """Fold the excited weights of SOURCE into vanilla ones, proven equal.
+    """Fold the excited weights of SOURCE into vanilla ones, and verify them.
 
-    SOURCE is a converted module, or any trainer's checkpoint of one: a state dict, bare or
-    wrapped, pickled or .safetensors; an index of shards, or a folder of
-    torch.distributed.checkpoint, which are stripped tensor by tensor. A state dict needs no
-    model code. The result is of the same kind and lies beside SOURCE, as model.stripped.pt; it
-    needs nothing of we_surgery. A sharded one gives a folder of safetensors shards, a folder of
-    transformers or accelerate one with its other files too; -o FILE.safetensors gives one file.
+    SOURCE is a converted module or a trainer's checkpoint of one: a state dict, bare or wrapped,
+    pickled or .safetensors; an index of shards; or a folder of torch.distributed.checkpoint,
+    transformers or accelerate. No model code is needed for a state dict. The result is of the
+    same kind, does not need we_surgery, and is written beside SOURCE, as model.stripped.pt.
+    Sharded checkpoints are stripped tensor by tensor into a folder of safetensors shards, or
+    into one file with -o FILE.safetensors. Other files of a folder are copied.
 
     \b
     Examples:

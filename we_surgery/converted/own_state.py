@@ -79,7 +79,7 @@ def refuse_lost(layer: Any, name: str) -> None:
         if state.get(raw_name(parameter)) is not raw or parameter in state:
             raise SurgeryError(
                 f"layer {name!r} is of class {layer.vanilla_class.__qualname__}, which saves its "
-                f"{parameter} in a form of its own, so that no checkpoint would hold the raw one",
+                f"{parameter} in a form of its own, so checkpoints would not contain the raw one",
                 "Leave it alone by a rule (`--skip` on the command line), or train it with "
                 "`we_surgery.attach`, which leaves layers as they are; nothing was changed.",
             )

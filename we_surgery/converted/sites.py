@@ -98,7 +98,7 @@ def pause(excitation: Composition, weight: Tensor, layer: str, init: Init | None
             if init is not None:
                 raise no_identity(layer, error) from error
             logger.warning(
-                "the weight of layer %r will jump when its excitation sets in: %s", layer, error
+                "the weight of layer %r will jump when its excitation starts: %s", layer, error
             )
             excitation.pause(weight.detach(), "paper")
 

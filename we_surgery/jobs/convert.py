@@ -161,8 +161,8 @@ def convert_file(
     )
     if init != "preserve" and start == "on" and has_weights:
         notes.append(
-            "the model no longer computes what the weights that were read made it compute, until "
-            "it is trained further; to start from what it computed, add `--init preserve`"
+            "converting changed the model's outputs; train it before using it, or add "
+            "`--init preserve` to keep them"
         )
     return Converted(decided, target.path, target.kind, notes)
 
@@ -194,9 +194,9 @@ def _check_architecture(architecture: Architecture, model: nn.Module, source: st
     if built != found:
         differing = [key for key in (*found, *built) if built.get(key) != found.get(key)]
         raise InputError(
-            f"the module in {source} is no {architecture.name}: they differ in "
+            f"the module in {source} is not a {architecture.name}: they differ in "
             f"{quoted(list(dict.fromkeys(differing)))}",
-            "Leave out --arch, which a whole module does not need, or name the module's own, with "
+            "Leave out --arch, which a whole module does not need, or pass the module's own, with "
             "its arguments (--arch-arg).",
         )
 

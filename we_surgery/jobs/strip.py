@@ -281,7 +281,7 @@ def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, An
     ]
     if wrong or (found is not None and len(found) < len(tensors)):
         raise SurgeryError(
-            f"what was written is not bit-equal to what was folded: {quoted(wrong)}",
+            f"the written tensors are not bit-equal to the folded ones: {quoted(wrong)}",
             "The disk or the memory is faulty, or an excitation is not deterministic; no file "
             "was left.",
         )

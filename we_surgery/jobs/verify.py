@@ -62,8 +62,8 @@ def rounding_effect(
     differences = largest_differences(run_in_eval(excited, inputs), run_in_eval(rounded, inputs))
     if not all(map(math.isfinite, differences)):
         raise SurgeryError(
-            "with its values rounded the model's outputs are not finite",
-            "Choose a dtype of more digits.",
+            "the model's outputs are not finite after rounding its values",
+            "Choose a dtype with more range or precision.",
         )
     return differences
 
@@ -77,7 +77,7 @@ def _check_rounded(
         expected, other = cast(name, value, dtype), found.get(name)
         if not isinstance(other, Tensor) or not same_bits(other.to(expected.dtype), expected):
             raise SurgeryError(
-                f"{name!r} of the stripped model is not what it is folded to, rounded once to "
+                f"{name!r} of the stripped model differs from its folded value rounded once to "
                 f"{str(expected.dtype).removeprefix('torch.')}",
                 "The file, or the architecture that it was loaded into, changes its values.",
             )

@@ -21,7 +21,7 @@ from we_surgery.planning.transplant_rows import TransplantDecision
 
 SCHEMA_VERSION = 2
 _READ_VERSIONS = (1, 2)
-"""Version 1 knew no transplants."""
+"""Version 1 had no transplants."""
 
 
 @dataclass(frozen=True)

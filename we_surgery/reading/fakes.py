@@ -99,7 +99,7 @@ class Fakes:
             raise SurgeryError(
                 f"the model's forward keeps {failures[0]} outside of the model, and it cannot be "
                 "computed again",
-                "Restart Python: what was kept is a tensor without values. Then convert without "
+                "Restart Python, because the stored tensor has no values. Then convert without "
                 "`example_inputs`.",
             )
 

@@ -182,7 +182,7 @@ def _mark_shift(layer: LayerFacts, reads: Sequence[WeightRead], is_recorded: boo
         except SurgeryError:
             raise
         except Exception as error:
-            logger.info("%s: its input cannot be followed: %s", layer.name, first_line(error))
+            logger.info("%s: its input cannot be traced back: %s", layer.name, first_line(error))
         else:
             shifts += [] if shift is None else [shift]
     if shifts:

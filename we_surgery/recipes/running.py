@@ -155,7 +155,7 @@ def _check_output(output: Path, resume: bool) -> None:
     if not resume and output.exists() and any(output.iterdir()):
         raise InputError(
             f"{output} exists and is not empty",
-            "Go on with --resume, or give another folder with --output.",
+            "Continue with --resume, or choose another folder with --output.",
         )
 
 

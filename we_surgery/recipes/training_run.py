@@ -154,7 +154,7 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise SurgeryError(
                 f"the loss of epoch {epoch + 1} is {loss}: training has diverged",
-                "The last checkpoint is of the epoch before; lower the learning rate.",
+                "The last checkpoint is from the epoch before; lower the learning rate.",
             )
         return {"loss": loss}
 

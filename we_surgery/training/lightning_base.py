@@ -162,8 +162,8 @@ def refuse_child_process(trainer: Any) -> None:
     """Raises where Lightning loads the weights of child processes into the vanilla model."""
     if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
         raise InputError(
-            "the strategy trains in child processes and hands the weights back to a model that is "
-            "not converted, which would keep its untrained weights",
+            "the strategy trains in child processes and would load their weights into a model that "
+            "is not converted, which keeps its untrained weights",
             "Use strategy='ddp', or convert the network before `trainer.fit`: "
             "`we_surgery.convert(module.network, inplace=True)`.",
         )

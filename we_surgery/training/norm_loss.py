@@ -45,7 +45,7 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
         >>> loss = criterion(model(x), y) + 1e-3 * ws.norm_loss(model)
     """
     if of not in ("excited", "raw"):
-        raise InputError(f"norm_loss takes `raw` or `excited`, not {of!r}", "Give one of the two.")
+        raise InputError(f"`of` must be 'raw' or 'excited', got {of!r}", "Give one of the two.")
     model = inside_wrappers(model)
     found: dict[int, Tensor] = {}
     excitations: set[nn.Module] = set()

@@ -90,7 +90,7 @@ def param_groups(
     elif weight_decay is not None or no_weight_decay is not None:
         raise InputError(
             "both `base` groups and `weight_decay` or `no_weight_decay` were given",
-            "Leave them to what makes the base groups.",
+            "Set them where the base groups are made.",
         )
     else:
         groups = _read_groups(base(view) if callable(base) else base)
