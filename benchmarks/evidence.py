@@ -14,16 +14,14 @@ chose.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import evidence_data
 from evidence_arms import COUNTED, EXPERIMENTS, TUNING
-from evidence_lines import RESULTS, Lines, Row, choose, origin
+from evidence_lines import choose
 from evidence_training import Run, perform
-from rich.progress import track
+from lines import RESULTS, Lines
 
 
 def main() -> None:
@@ -73,27 +71,8 @@ def counted_runs(
 
 
 def _perform(runs: list[Run], lines: Lines, options: argparse.Namespace) -> None:
-    done = lines.runs()
-    missing = [run for run in runs if run not in done]
-    if not missing:
-        return
-    source = origin()
-    label = f"{missing[0].network}, {missing[0].phase}"
-    for run, measured in track(_results(missing, options), label, total=len(missing)):
-        lines.append(run, measured, source)
-
-
-def _results(runs: list[Run], options: argparse.Namespace) -> Iterator[tuple[Run, Row]]:
-    act = partial(_perform_one, folder=options.data)
-    if options.jobs == 1:
-        yield from map(act, runs)
-        return
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        yield from pool.imap_unordered(act, runs)
-
-
-def _perform_one(run: Run, folder: Path) -> tuple[Run, Row]:
-    return run, perform(run, folder)
+    label = f"{runs[0].network}, {runs[0].phase}" if runs else ""
+    lines.add_missing(runs, partial(perform, folder=options.data), label, options.jobs)
 
 
 def _options() -> argparse.Namespace:

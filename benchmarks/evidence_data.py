@@ -90,8 +90,10 @@ def draw(pool: Split, count: int, seed: int, classes: int = CLASSES) -> Split:
     return pool.part(order[:count])
 
 
-def batches(images: Split, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mirrored batches, in a new order in each epoch, without an incomplete last one."""
+def batches(
+    images: Split, size: int, steps: int, seed: int, *, mirror: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in a new order in each epoch, without an incomplete last one."""
     generator = torch.Generator().manual_seed(seed)
     done = 0
     while True:
@@ -99,7 +101,8 @@ def batches(images: Split, size: int, steps: int, seed: int) -> Iterator[tuple[T
         for index in order.split(size)[: len(images) // size]:
             if done == steps:
                 return
-            yield mirrored(images.images[index], generator), images.labels[index]
+            batch = images.images[index]
+            yield mirrored(batch, generator) if mirror else batch, images.labels[index]
             done += 1
 
 

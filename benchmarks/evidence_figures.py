@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from evidence_arms import Experiment
-from evidence_lines import Row
 from evidence_statistics import Comparison
+from lines import Row
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

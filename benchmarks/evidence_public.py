@@ -22,8 +22,8 @@ import evidence_data as data
 import torch
 import torch.nn.functional as F
 from evidence_arms import EXPERIMENTS
-from evidence_lines import RESULTS, origin
 from evidence_training import measure
+from lines import RESULTS, origin
 from torch import Tensor, nn
 
 import we_surgery as ws

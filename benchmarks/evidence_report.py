@@ -11,8 +11,9 @@ from statistics import mean, median
 
 from evidence_arms import COUNTED, EXPERIMENTS, TUNING, Arm
 from evidence_figures import draw
-from evidence_lines import Lines, Row, choose
+from evidence_lines import choose
 from evidence_statistics import CONFIDENCE, Comparison, compare, holm
+from lines import Lines, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "does_it_help.md"
 BEGIN = "<!-- evidence: written by `python benchmarks/evidence.py report`; do not edit -->\n"

@@ -50,13 +50,24 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     training = data.draw(images.pool, experiment.images, run.seed)
     shown = images.validation.part(slice(0, data.CURVE))
     watch = _Watch(model, excitation, shown)
-    measured = _train(experiment, run, model, optimizer, training, watch)
+    measured = {"settings": _settings(experiment, run.arm)}
+    measured |= _train(experiment, run, model, optimizer, training, watch)
     measured["train_accuracy"] = measure(model, training.part(slice(0, data.CURVE)))["accuracy"]
     measured["validation_accuracy"] = measure(model, images.validation)["accuracy"]
     if run.phase == "count":
         measured |= {f"test_{name}": value for name, value in measure(model, images.test).items()}
     measured["parameters"] = sum(weight.numel() for weight in model.parameters())
     return measured
+
+
+def _settings(experiment: Experiment, arm: str) -> dict[str, Any]:
+    return {
+        "images": experiment.images,
+        "steps": experiment.steps(arm),
+        "batch": experiment.batch,
+        "optimizer": experiment.optimizer,
+        "config": experiment.arms[arm].config,
+    }
 
 
 def prepare(
@@ -91,9 +102,9 @@ def _pretrained(network: str, seed: int, images: Data) -> dict[str, Tensor]:
     optimizer = experiment.make_optimizer(model, _PRETRAINING["lr"], _PRETRAINING["decay"])
     training = data.draw(images.pool, int(_PRETRAINING["images"]), seed, _HALF)
     steps = int(_PRETRAINING["steps"])
-    schedule = _schedule(optimizer, steps)
+    schedule = warm_cosine(optimizer, steps)
     for inputs, labels in data.batches(training, experiment.batch, steps, seed):
-        _step(model, optimizer, schedule, inputs, labels)
+        train_step(model, optimizer, schedule, inputs, labels)
     return model.state_dict()
 
 
@@ -137,13 +148,13 @@ def _train(
     watch: _Watch,
 ) -> dict[str, Any]:
     steps = experiment.steps(run.arm)
-    schedule = _schedule(optimizer, steps)
+    schedule = warm_cosine(optimizer, steps)
     spent = 0.0
     losses: list[float] = []
     feed = data.batches(training, experiment.batch, steps, run.seed)
     for step, (inputs, labels) in enumerate(feed, start=1):
         start = time.process_time()
-        losses.append(_step(model, optimizer, schedule, inputs, labels))
+        losses.append(train_step(model, optimizer, schedule, inputs, labels))
         spent += time.process_time() - start
         diverged = not math.isfinite(losses[-1])
         if step % experiment.steps_per_epoch == 0 or step == steps or diverged:
@@ -154,13 +165,14 @@ def _train(
     return {"diverged": diverged, "cpu_seconds": round(spent, 2)} | watch.found
 
 
-def _step(
+def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Any,
     inputs: Tensor,
     labels: Tensor,
 ) -> float:
+    """One optimizer step; the loss before it."""
     model.train()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(inputs), labels)
@@ -170,7 +182,9 @@ def _step(
     return loss.item()
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def warm_cosine(
+    optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Linear warm-up over 5 % of the steps, then a cosine to 0."""
     warm = max(1, round(0.05 * steps))
 

@@ -9,8 +9,8 @@ import struct
 import evidence
 import evidence_arms
 import evidence_data
-import evidence_lines
 import evidence_training
+import lines
 import numpy as np
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, toy, tmp_path):
 
 def test_tuning_chooses_and_does_not_see_the_test_images(folder, toy, tmp_path):
     evidence.run_network("resnet_bn", options(folder, tmp_path, arms=["plain"], seeds=[0]))
-    rows = evidence_lines.Lines(tmp_path / "evidence_resnet_bn.jsonl").rows()
+    rows = lines.Lines(tmp_path / "evidence_resnet_bn.jsonl").rows()
     tuning = [row for row in rows if row["phase"] == "tune"]
     assert not any(name.startswith("test") for row in tuning for name in row)
     counted = rows[-1]
@@ -108,8 +108,8 @@ def test_norms_of_raw_weights_are_not_those_of_excited_ones(folder, toy):
 
 
 def test_two_processes_cannot_write_one_file(tmp_path):
-    lines = evidence_lines.Lines(tmp_path / "lines.jsonl")
-    with lines.locked(), pytest.raises(SystemExit, match="another process"), lines.locked():
+    file = lines.Lines(tmp_path / "lines.jsonl")
+    with file.locked(), pytest.raises(SystemExit, match="another process"), file.locked():
         pass
 
 
