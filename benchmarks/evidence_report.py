@@ -14,6 +14,7 @@ from evidence_figures import draw
 from evidence_lines import choose
 from evidence_statistics import CONFIDENCE, Comparison, compare, holm
 from lines import Lines, Row
+from measuring import replace_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "does_it_help.md"
 BEGIN = "<!-- evidence: written by `python benchmarks/evidence.py report`; do not edit -->\n"
@@ -44,11 +45,7 @@ def write_report(results: Path, page: Path = PAGE) -> None:
     public = results / "evidence_public.json"
     if public.exists():
         parts.append(_public_section(json.loads(public.read_text(encoding="utf-8"))))
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    body = "\n".join(parts) or "No run has been made yet.\n"
-    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    replace_section(page, BEGIN, END, "\n".join(parts) or "No run has been made yet.\n")
 
 
 def _section(network: str, rows: list[Row], results: Path) -> str:

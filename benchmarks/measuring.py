@@ -146,3 +146,10 @@ def write_results(
     (folder / f"{name}.md").write_text(text)
     if echo:
         sys.stdout.write(text)
+
+
+def replace_section(page: Path, begin: str, end: str, body: str) -> None:
+    """Writes ``body`` between two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")

@@ -23,7 +23,7 @@ from we_surgery.analysis.quantization import channel_errors, int8_error, round_w
 
 ARMS = {"vanilla": None, "lwe": "lwe", "mwe": "mwe", "lwe+mwe": "lwe+mwe"}
 """The modes of ``ws.attach``."""
-SEEDS = range(6)
+SEEDS = range(5)
 BITS = (8, 6, 5, 4, 3, 2)
 ROUNDED_SEEDS = range(2)
 """Of these the weights of each layer are also rounded to fewer bits, a layer at a time."""
@@ -217,7 +217,7 @@ def _layers(model: nn.Module) -> dict[str, list[float]]:
     """Of each weight its peak over its root mean square, and both errors of int8."""
     found = {}
     for name, weight in _weights(model):
-        error = int8_error(weight)
+        error = int8_error(name, weight)
         values = (error.peak, error.per_tensor, error.per_channel)
         found[name] = [round(value, 5) for value in values]
     return found

@@ -33,6 +33,7 @@ NEAR = 0.1
 """How near to 0 or 1 a multiplier counts as near."""
 
 _BINS = 20
+_WEIGHT_BINS = 21  # odd, so that one bin is around 0
 _CONSTANT = 0.01
 _UNCHANGED = 1e-3
 
@@ -72,6 +73,9 @@ class WeightStatistics:
     Attributes:
         raw_norm: Euclidean norm of the raw weight.
         excited_norm: that of the excited weight, which strip leaves.
+        raw_histogram: the values of the raw weight in 21 equal bins from the negative of its
+            largest absolute value to this.
+        excited_histogram: the same of the excited weight.
         multiplier: None where no stage has multipliers.
         gain: None without MWE.
         multiply_adds: of the excitation's linear layers, for each time the weight is computed;
@@ -84,6 +88,8 @@ class WeightStatistics:
 
     raw_norm: float
     excited_norm: float
+    raw_histogram: list[int]
+    excited_histogram: list[int]
     multiplier: MultiplierStatistics | None
     gain: GainStatistics | None
     multiply_adds: int
@@ -106,12 +112,15 @@ def weight_statistics(
     """Measures one excited weight; ``raw`` is as its layer stores it."""
     with torch.no_grad():
         raw = raw.detach()
+        excited = excitation(raw)
         multipliers = multiplier_map(excitation, raw)
         statistics = None if multipliers is None else _multipliers(multipliers)
         distance = None if start is None else _excitation_distance(excitation, start)
         return WeightStatistics(
             raw_norm=_norm([raw]),
-            excited_norm=_norm([excitation(raw)]),
+            excited_norm=_norm([excited]),
+            raw_histogram=_histogram(raw),
+            excited_histogram=_histogram(excited),
             multiplier=statistics,
             gain=_gain(excitation, raw),
             multiply_adds=_multiply_adds(excitation, raw),
@@ -194,6 +203,14 @@ def _multipliers(multipliers: Tensor) -> MultiplierStatistics:
         high=bounds[1],
         histogram=values.histc(_BINS, *bounds).long().tolist(),
     )
+
+
+def _histogram(weight: Tensor) -> list[int]:
+    values = weight.float().flatten()
+    peak = values.abs().max().item() if len(values) else 0.0
+    if not 0 < peak < math.inf:
+        return [0] * _WEIGHT_BINS
+    return values.histc(_WEIGHT_BINS, -peak, peak).long().tolist()
 
 
 def _gain(excitation: Composition, raw: Tensor) -> GainStatistics | None:

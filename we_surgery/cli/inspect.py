@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from we_surgery.analysis.learned import WeightStatistics
+    from we_surgery.analysis.quantization import Int8Error
     from we_surgery.analysis.results import LocationMaps
     from we_surgery.jobs.inspect import Comparison, InspectedWeight, Inspection
 
@@ -48,10 +49,15 @@ _PLAIN_BLOCKS = " .:-=+*#@"
     help="The same model before training, to show how far each weight and excitation moved.",
 )
 @click.option(
+    "--int8",
+    is_flag=True,
+    help="Read every weight, and show its range, its outliers and the error of int8.",
+)
+@click.option(
     "--html",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write one self-contained page: plan, distributions, parameters and cost.",
+    help="Write one self-contained page: verdict, cost, distributions, int8 and plan.",
 )
 @click.option(
     "--maps",
@@ -66,6 +72,7 @@ _PLAIN_BLOCKS = " .:-=+*#@"
 def inspect_command(
     sources: Sequence[str],
     start: str | None,
+    int8: bool,
     html: Path | None,
     maps_path: Path | None,
     wide: bool,
@@ -82,6 +89,7 @@ def inspect_command(
       we-inspect trained.we.pt
       we-inspect trained.we.pt --start model.we.pt --html report.html
       we-inspect first.we.pt second.we.pt
+      we-inspect model.pt --int8
       we-inspect last.pth.tar --key state_dict_ema --json
       we-inspect dcp_folder/
 
@@ -104,12 +112,13 @@ def inspect_command(
     maps = None if maps_path is None else _read_maps(maps_path)
     opened = [make_source(source, **opening) for source in sources]
     before = None if start is None else Source(start, allow=opened[0].allow, trust=opened[0].trust)
+    measured = int8 or html is not None
     found: Inspection | Comparison
     if len(opened) == 1:
-        found = inspect_file(opened[0], before)
+        found = inspect_file(opened[0], before, int8=measured)
         files = [found]
     else:
-        found = compare_files(opened, before)
+        found = compare_files(opened, before, int8=measured)
         files = found.inspections
     for file in files:
         say_notes(file.notes)
@@ -124,9 +133,11 @@ def inspect_command(
             print_table(_side_by_side(found, wide))
     elif found.layers:
         print_table(_table(found, wide))
-    elif found.plain:
+    elif found.plain and not int8:
         print_table(_plain_table(found, wide))
     for file in files:
+        if int8 and file.int8:
+            print_table(_int8_table(file.int8, wide))
         print_table(_summary(file), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -183,6 +194,25 @@ def _plain_table(found: Inspection, wide: bool) -> Table:
     shown = rows if wide else [row for row, _ in merge_rows(rows)]
     width = None if wide else table_width()
     return table_of(shown, width=width, expendable=("dtype", "n"), right=("n",))
+
+
+def _int8_table(errors: Sequence[Int8Error], wide: bool) -> Table:
+    from we_surgery._util.tables import table_of
+
+    numbers = ("peak", "per tensor", "per channel")
+    rows = [
+        {
+            "weight": error.name,
+            "range": f"{error.low:.3g}..{error.high:.3g}",
+            "peak": f"{error.peak:.1f}",
+            "per tensor": f"{error.per_tensor:.1%}",
+            "per channel": f"{error.per_channel:.1%}",
+            "int8": error.advice or "fits",
+        }
+        for error in errors
+    ]
+    width = None if wide else table_width()
+    return table_of(rows, width=width, expendable=("range", "peak"), right=numbers)
 
 
 def _histogram(row: WeightStatistics) -> str:
@@ -245,6 +275,7 @@ def _summary(found: Inspection) -> str:
     else:
         lines.append("vanilla: no excited weights")
         lines += _what_to_do(found)
+    lines += [found.int8_summary] if found.int8 is not None else []
     return "\n".join(lines)
 
 

@@ -18,8 +18,10 @@ from we_surgery.analysis.learned import (
     weight_statistics,
 )
 from we_surgery.analysis.multipliers import multiplier_map
+from we_surgery.analysis.quantization import Int8Error, int8_error, int8_summary
 from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import InputError
+from we_surgery.excitations.layout import to_filters
 from we_surgery.excitations.record import is_record
 from we_surgery.jobs.convert import Source
 
@@ -68,6 +70,7 @@ class Inspection:
         notes: what was chosen and dropped on reading.
         is_attached: whether the excitation is in the optimizer's state, and the model vanilla.
         plain: weights of at least two axes that are not excited.
+        int8: what int8 does to each float weight; None where it was not measured.
     """
 
     source: str
@@ -84,6 +87,12 @@ class Inspection:
     notes: list[str]
     is_attached: bool = False
     plain: list[PlainWeight] = field(default_factory=list)
+    int8: list[Int8Error] | None = None
+
+    @property
+    def int8_summary(self) -> str:
+        """In a sentence, which layers quantize badly; "" where it was not measured."""
+        return "" if self.int8 is None else int8_summary(self.int8)
 
     @property
     def learned(self) -> str:
@@ -104,7 +113,11 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types."""
-        return {**asdict(self), "learned": self.learned}
+        found = {**asdict(self), "learned": self.learned}
+        if self.int8 is not None:
+            found["int8"] = [error.to_dict() for error in self.int8]
+            found["int8_summary"] = self.int8_summary
+        return found
 
 
 @dataclass(frozen=True)
@@ -142,19 +155,21 @@ class Comparison:
         }
 
 
-def inspect_file(source: Source, start: Source | None = None) -> Inspection:
+def inspect_file(source: Source, start: Source | None = None, *, int8: bool = False) -> Inspection:
     """What a file or architecture is, which of its weights are excited, and what they learned.
 
     ``start`` is the same model before training, converted or vanilla; it tells how far the model
-    has come.
+    has come. ``int8`` reads every weight, to tell what quantization does to it.
     """
-    return _read(source, None if start is None else _starts(start))[0]
+    return _read(source, None if start is None else _starts(start), int8)[0]
 
 
-def compare_files(sources: Sequence[Source], start: Source | None = None) -> Comparison:
+def compare_files(
+    sources: Sequence[Source], start: Source | None = None, *, int8: bool = False
+) -> Comparison:
     """At least two files and the weights that any of them excites, side by side."""
     starts = None if start is None else _starts(start)
-    read = [_read(source, starts) for source in sources]
+    read = [_read(source, starts, int8) for source in sources]
     rows = [{layer.name: layer for layer in inspection.layers} for inspection, _ in read]
     first, last = read[0][1], read[-1][1]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -172,7 +187,7 @@ def compare_files(sources: Sequence[Source], start: Source | None = None) -> Com
 
 
 def _read(
-    source: Source, starts: Mapping[str, Start] | None
+    source: Source, starts: Mapping[str, Start] | None, int8: bool
 ) -> tuple[Inspection, Callable[[str], checkpoint.ExcitedEntry | None]]:
     """The inspection, and what gives each excited weight with its values."""
     contents = source.read(with_excitation=True)
@@ -193,6 +208,7 @@ def _read(
     excited = {key for e in entries.values() for key in (e.raw_key, e.vanilla_key)}
     distinct = _distinct({key: value for key, value in state.items() if not is_record(key)})
     left = _distinct({key: value for key, value in state.items() if key not in added})
+    plain = _plain_weights({k: v for k, v in state.items() if k not in added | excited})
     architecture = source.architecture_of(contents)
     inspection = Inspection(
         source=source.name,
@@ -208,9 +224,8 @@ def _read(
         plan=plan,
         notes=contents.notes,
         is_attached=contents.is_attached,
-        plain=_plain_weights(
-            {key: value for key, value in state.items() if key not in added | excited}
-        ),
+        plain=plain,
+        int8=_int8_errors(contents, state, entries, plain) if int8 else None,
     )
 
     def entry_of(name: str) -> checkpoint.ExcitedEntry | None:
@@ -236,6 +251,26 @@ def _plain_weights(state: Mapping[str, Tensor]) -> list[PlainWeight]:
             dtype = str(value.dtype).removeprefix("torch.")
             found.append(PlainWeight(name, tuple(value.shape), dtype, is_quantized))
     return found
+
+
+def _int8_errors(
+    contents: checkpoint.Contents,
+    state: Mapping[str, Tensor],
+    entries: Mapping[str, checkpoint.ExcitedEntry],
+    plain: Sequence[PlainWeight],
+) -> list[Int8Error]:
+    """Of the weights as they are deployed, read one by one; excited ones come first."""
+    errors = []
+    for name, entry in entries.items():
+        excitation = entry.rebuild()
+        with torch.no_grad():
+            weight = excitation(_in_memory(contents, entry).raw.detach())
+        errors.append(int8_error(name, to_filters(weight, excitation.transposed_groups)))
+    for found in plain:
+        key, known = found.name, state[found.name]
+        if key.endswith("weight") and not found.is_quantized and known.is_floating_point():
+            errors.append(int8_error(key, _value(contents, key, known)))
+    return errors
 
 
 def _layer(
@@ -267,10 +302,14 @@ def _in_memory(
     contents: checkpoint.Contents, entry: checkpoint.ExcitedEntry
 ) -> checkpoint.ExcitedEntry:
     """The entry with its raw weight, which may still be in its file."""
-    if contents.weights is None or not entry.raw.is_meta:
-        return entry
-    key = entry.raw_key
-    return replace(entry, raw=contents.weights.load(lambda name: name == key)[key])
+    return replace(entry, raw=_value(contents, entry.raw_key, entry.raw))
+
+
+def _value(contents: checkpoint.Contents, key: str, known: Tensor) -> Tensor:
+    """The tensor of a key, of which only the shape may be known as yet."""
+    if contents.weights is None or not known.is_meta:
+        return known
+    return contents.weights.load(lambda name: name == key)[key]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
