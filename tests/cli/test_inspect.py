@@ -17,8 +17,9 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery.analysis import LocationMap, LocationMaps, save_result
+from we_surgery.analysis.quantization import int8_error
 from we_surgery.cli import inspect_command
-from we_surgery.jobs.html_report import viridis
+from we_surgery.jobs.html_report import diverging
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -150,6 +151,40 @@ def test_the_table_of_a_trained_file_fits_80_columns(files: tuple[Path, Path]) -
     assert "near 0, 1" in inspect(files[1], "--wide").stdout
 
 
+def with_outliers() -> nn.Sequential:
+    """Weights that fit int8, that need a scale per channel, and that do not fit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(128, 16, 3, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        model[1].weight[2] *= 1000
+        model[2].weight[:, 0, 0, 0] = 1
+    return model
+
+
+def test_int8_tells_which_weights_it_damages(tmp_path: Path) -> None:
+    torch.save(with_outliers().state_dict() | {"steps": torch.ones(2, 2)}, tmp_path / "model.pt")
+    shown = inspect(tmp_path / "model.pt", "--int8").stdout
+    table = [line.split("  ")[-1].strip() for line in shown.splitlines() if ".weight " in line]
+    assert table[:3] == ["fits", "scale per channel", "keep in float"]
+    assert "1 of 3 weights lose over 5% with one scale per tensor; quantize them" in shown
+    assert "5% even with one scale per output channel; keep them in float" in shown
+    assert max(map(len, shown.splitlines()[:5])) <= 80
+    found = json.loads(inspect(tmp_path / "model.pt", "--int8", "--json").stdout)
+    assert [row["advice"] for row in found["int8"]] == ["", *table[1:3]]
+    assert found["int8"][1]["per_tensor"] > 0.5 > 0.02 > found["int8"][1]["per_channel"]
+    assert json.loads(inspect(tmp_path / "model.pt", "--json").stdout)["int8"] is None
+
+
+def test_int8_is_of_the_weights_that_are_deployed(tmp_path: Path) -> None:
+    model = ws.convert(nn.Sequential(nn.ConvTranspose2d(6, 4, 3)), "mwe")
+    torch.save(model, tmp_path / "model.pt")
+    (row,) = json.loads(inspect(tmp_path / "model.pt", "--int8", "--json").stdout)["int8"]
+    weight = ws.strip(model)[0].weight.detach()
+    assert (row["low"], row["high"]) == pytest.approx((weight.min().item(), weight.max().item()))
+    expected = int8_error("", weight.transpose(0, 1))  # output channels are the second axis
+    assert row["per_channel"] == pytest.approx(expected.per_channel)
+
+
 class Page(HTMLParser):
     """Collects what a page would load or run, and checks that its tags match."""
 
@@ -160,6 +195,11 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.tags: list[str] = []
         self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []  # of the body, with the tag around each
+
+    def handle_data(self, data: str) -> None:
+        if "body" in self.open and data.strip():
+            self.texts.append((self.open[-1], " ".join(data.split())))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -185,7 +225,7 @@ def maps_file(folder: Path) -> Path:
     maps = LocationMaps(
         "accuracy",
         0.9,
-        [LocationMap("<b>first</b>", (2, 2, 3, 3), [0, 1], [0, 1], [[0, 1], [2, 3]])],
+        [LocationMap("<b>first</b>", (2, 2, 3, 3), [0, 1], [0, 1], [[0, 2], [-1, 1]])],
     )
     save_result(maps, folder / "maps", picture=False)
     return folder / "maps.json"
@@ -207,17 +247,18 @@ def test_the_page_is_whole_escaped_and_loads_nothing(
     assert "url(" not in text
     assert "@import" not in text
     for expected in (
-        "Parameters and cost",
-        "What was learned",
-        "Importance by location",
-        "Plan",
         "0.0.weight",
         "5.76",
         "&lt;b&gt;first&lt;/b&gt;",
-        viridis(1.0),
+        diverging(1.0),
+        diverging(-0.5),
     ):
         assert expected in text, expected
-    assert text.count("<svg") >= 2 + 2 + 2  # bars, histograms, the scale and a map
+    sections = ["Parameters and cost", "What was learned", "Int8", "Importance by location"]
+    assert [text for tag, text in page.texts if tag == "h2"] == [*sections, "Left alone"]
+    # Bars; of three weights before, after, and the multipliers of two; the scale and a map.
+    assert text.count("<svg") == 2 + 3 + 3 + 2 + 2
+    assert text.count('class="minus"') == 1
     again = inspect(odd, "--html", target)
     assert (again.exit_code, "exists already" in again.stderr) == (2, True)
     assert inspect(odd, "--html", target, "--force").exit_code == 0
@@ -228,12 +269,44 @@ def test_the_page_is_whole_escaped_and_loads_nothing(
     assert "EXCITATION HAS LEARNED NOTHING" in several.read_text()
 
 
-def test_a_vanilla_file_has_a_page_as_well(tmp_path: Path) -> None:
+def page_about(path: Path, folder: Path) -> Page:
+    assert inspect(path, "--html", folder / "about.html", "--force").exit_code == 0
+    return page_of((folder / "about.html").read_text())
+
+
+def test_the_page_begins_with_the_verdict(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """In words and by a sign, so that its colour need not be seen."""
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
-    assert inspect(tmp_path / "weights.pt", "--html", tmp_path / "page.html").exit_code == 0
-    text = (tmp_path / "page.html").read_text()
-    page_of(text)
-    assert "vanilla: no excited weights" in text
+    told = {
+        files[0]: ("✗ Excitation has learned nothing", "converted in mode lwe: 0 of its 3 excited"),
+        files[1]: ("✓ Excitation has learned", "converted in mode lwe: 2 of its 3 excited weights"),
+        tmp_path / "weights.pt": ("○ Vanilla", "none of its weights is excited"),
+    }
+    for path, (verdict, sentence) in told.items():
+        first, name, summary = page_about(path, tmp_path).texts[:3]
+        assert (first, name) == (("strong", verdict), ("h1", str(path)))
+        assert sentence in summary[1]
+
+
+def test_the_page_says_what_is_left_alone_and_why(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    torch.save(ws.convert(layers, "mwe", rules=[ws.Rule("1", "skip")]), tmp_path / "model.pt")
+    texts = [text for _, text in page_about(tmp_path / "model.pt", tmp_path).texts]
+    left = texts[texts.index("Left alone") : texts.index("The plan")]
+    assert left[-3:] == ["1", "conv2d, 4 x 4 x 3 x 3", "rule '1'"]
+    torch.save(ws.convert(layers, "mwe").state_dict(), tmp_path / "weights.pt")
+    assert any("holds no plan" in t for _, t in page_about(tmp_path / "weights.pt", tmp_path).texts)
+
+
+def test_the_style_knows_dark_screens_phones_and_paper(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    page_about(files[1], tmp_path)
+    style = (tmp_path / "about.html").read_text().partition("</style>")[0]
+    for condition in ("prefers-color-scheme: dark", "max-width: 640px", "print"):
+        assert f"@media {condition} {{" in style or f"@media ({condition}) {{" in style, condition
+    widths = re.findall(r"(?<!-)\b(?:min-)?width: (\d+)px(?!\))", style)
+    assert all(int(width) <= 390 for width in widths)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +357,7 @@ def test_a_browser_shows_the_page(files: tuple[Path, Path], tmp_path: Path) -> N
     )
     width, height, colors = pixels(shot)
     assert (width, height) == (1280, 1500)
-    for color in ("#1b3a6b", "#c4661f", viridis(0.0), viridis(1.0)):
+    for color in ("#1b3a6b", "#c4661f", "#1d7044"):
         assert bytes.fromhex(color[1:]) in colors, color
     done = subprocess.run(
         [*common, "--dump-dom", target.as_uri()],
@@ -295,3 +368,25 @@ def test_a_browser_shows_the_page(files: tuple[Path, Path], tmp_path: Path) -> N
     )
     assert re.search(r"<h2>Importance by location</h2>", done.stdout)
     assert done.stdout.count("<rect") == target.read_text().count("<rect")
+    for width in (1280, 800, 390):
+        assert scroll_width(common, target, width) <= width
+
+
+FRAME = """<iframe width={width} height=900 style="border: 0" src="{page}" onload="
+document.body.append('needs ' + this.contentDocument.documentElement.scrollWidth + ' px')">
+</iframe>"""
+
+
+def scroll_width(browser: list[str], page: Path, width: int) -> int:
+    """How wide a page is in a window of some width, narrower than a browser's own may be."""
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(width=width, page=page.as_uri()))
+    options = ["--allow-file-access-from-files", "--virtual-time-budget=2000", "--dump-dom"]
+    done = subprocess.run(
+        [*browser, *options, frame.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    return int(done.stdout.rpartition("needs ")[2].split()[0])

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from we_surgery._util.version import __version__
-from we_surgery.analysis.learned import learned_nothing
+from we_surgery.analysis.learned import LEARNED_NOTHING, learned_nothing
 from we_surgery.analysis.results import LocationMaps
 from we_surgery.errors import InputError
 from we_surgery.jobs.inspect import Comparison, Inspection
@@ -17,17 +17,17 @@ from we_surgery.planning.plans import Plan
 
 _BAR = 220
 _CELL = 22
-# Viridis at nine even steps; between them it is interpolated.
-_VIRIDIS = (
-    (68, 1, 84),
-    (71, 44, 122),
-    (59, 81, 139),
-    (44, 113, 142),
-    (33, 144, 141),
-    (39, 173, 129),
-    (92, 200, 99),
-    (170, 220, 50),
-    (253, 231, 37),
+# ColorBrewer's RdBu from blue to red; between its steps it is interpolated.
+_DIVERGING = (
+    (33, 102, 172),
+    (67, 147, 195),
+    (146, 197, 222),
+    (209, 229, 240),
+    (247, 247, 247),
+    (253, 219, 199),
+    (244, 165, 130),
+    (214, 96, 77),
+    (178, 24, 43),
 )
 
 
@@ -45,11 +45,48 @@ def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None
         title=" and ".join(file.source for file in files),
         version=__version__,
         files=files,
-        plans=[(file.source, plan) for file in files if (plan := _plan(file)) is not None],
+        heads=[_head(file) for file in files],
+        plans=[_plan(file) for file in files],
         costs=_costs(files),
         comparison=found if isinstance(found, Comparison) else None,
         maps=None if maps is None else _maps(maps),
-        learned_nothing=learned_nothing,
+        LEARNED_NOTHING=LEARNED_NOTHING,
+    )
+
+
+def _head(file: Inspection) -> dict[str, Any]:
+    """The verdict in a word, with a sign and a tone that say the same, and one sentence."""
+    verdicts = [layer.statistics.verdict for layer in file.layers]
+    learned = verdicts.count("learned")
+    if not verdicts:
+        tone, sign, verdict = "plain", "○", "Vanilla"
+    elif learned_nothing(verdicts):
+        tone, sign, verdict = "bad", "✗", "Excitation has learned nothing"
+    elif not learned:
+        tone, sign, verdict = "plain", "○", "Excitation has nothing to learn"
+    else:
+        tone, sign, verdict = "good", "✓", "Excitation has learned"
+    return {
+        "file": file,
+        "tone": tone,
+        "sign": sign,
+        "verdict": verdict,
+        "sentence": _sentence(file, learned),
+    }
+
+
+def _sentence(file: Inspection, learned: int) -> str:
+    architecture = f" of the architecture {file.architecture}" if file.architecture else ""
+    what = f"{file.kind.replace('_', ' ')}{architecture} with {file.values:,} values"
+    if not file.layers:
+        return f"A {what}; none of its weights is excited."
+    mode = f" in mode {file.mode}" if file.mode else ""
+    form = "attached" if file.is_attached else "converted"
+    added = file.values - file.stripped_values
+    removed = "" if file.is_attached else f"; strip will remove {added:,} values"
+    return (
+        f"A {what}, {form}{mode}: {learned} of its {len(file.layers)} excited weights "
+        f"{'has' if learned == 1 else 'have'} learned{removed}."
     )
 
 
@@ -92,13 +129,11 @@ def _plan(file: Inspection) -> Plan | None:
 
 def _maps(maps: LocationMaps) -> dict[str, Any]:
     drops = [value for one in maps.maps for line in one.drops for value in line]
-    lowest, highest = min(drops, default=0.0), max(drops, default=0.0)
-    spread = highest - lowest or 1.0
+    limit = max(map(abs, drops), default=0.0) or 1.0
     return {
         "score": maps.score.replace("_", " "),
-        "lowest": f"{lowest:.3g}",
-        "highest": f"{highest:.3g}",
-        "scale": [viridis(step / 63) for step in range(64)],
+        "limit": f"{limit:.3g}",
+        "scale": [diverging(step / 31.5 - 1) for step in range(64)],
         "maps": [
             {
                 "layer": one.layer,
@@ -108,7 +143,8 @@ def _maps(maps: LocationMaps) -> dict[str, Any]:
                     {
                         "x": _CELL * column,
                         "y": _CELL * row,
-                        "color": viridis((drop - lowest) / spread),
+                        "color": diverging(drop / limit),
+                        "is_negative": drop < 0,
                         "title": f"output {output}, input {channel}: {drop:.4g}",
                     }
                     for row, (output, line) in enumerate(
@@ -124,10 +160,10 @@ def _maps(maps: LocationMaps) -> dict[str, Any]:
     }
 
 
-def viridis(value: float) -> str:
-    """The colour of a number from 0 to 1, as ``#rrggbb``."""
-    place = min(max(value, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    index = min(int(place), len(_VIRIDIS) - 2)
-    low, high = list(pairwise(_VIRIDIS))[index]
+def diverging(value: float) -> str:
+    """The colour of a number from -1 to 1, white at 0, as ``#rrggbb``."""
+    place = (min(max(value, -1.0), 1.0) + 1) / 2 * (len(_DIVERGING) - 1)
+    index = min(int(place), len(_DIVERGING) - 2)
+    low, high = list(pairwise(_DIVERGING))[index]
     mixed = (round(a + (place - index) * (b - a)) for a, b in zip(low, high, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
