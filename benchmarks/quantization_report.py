@@ -91,8 +91,8 @@ def _over_vanilla(runs: ByRun) -> Iterator[str]:
     adjusted = holm({"/".join(key): found.p for key, found in pooled.items()})
     yield (
         "Does int8 take more from an excited network? The change above minus vanilla's of the same "
-        f"seed. Intervals of a few seeds are too narrow. The {len(pooled)} p are of all four networks "
-        "together, by sign flips, adjusted by Holm's method.\n"
+        f"seed. Intervals of a few seeds are too narrow. The {len(pooled)} p are of all four "
+        "networks together, by sign flips, adjusted by Holm's method.\n"
     )
     rows = []
     for title in (*(what.title for what in CASES.values()), _ALL):
