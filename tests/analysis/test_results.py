@@ -15,6 +15,9 @@ from analysis_data import Residual, batches, converted
 import we_surgery as ws
 from we_surgery._util.progress import _duration
 from we_surgery.analysis import (
+    LocationMap,
+    LocationMaps,
+    draw,
     location_maps,
     magnitude_curve,
     multiplier_validity,
@@ -73,6 +76,17 @@ def test_json_csv_and_pictures_are_written(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_result_gives_the_same_picture(name: str, results: dict[str, Any]) -> None:
     assert render(results[name], "svg") == render(results[name], "svg")
+
+
+def test_maps_diverge_from_zero_and_mark_what_is_below() -> None:
+    maps = LocationMaps(
+        "accuracy", 0.9, [LocationMap("conv", (2, 2, 1, 1), [0, 1], [0, 1], [[0, 0.3], [-0.1, 0]])]
+    )
+    axes, _ = draw(maps).axes
+    (image,) = axes.get_images()
+    assert image.get_clim() == (-0.3, 0.3)
+    dashes = [(x, y) for line in axes.get_lines() for x, y in line.get_xydata()]
+    assert dashes == [(0, 1)]
 
 
 def test_nothing_is_overwritten_or_half_written(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery.analysis import (
+    draw,
     epsilon_variants,
     initialization_variants,
     normalization_free_variants,
@@ -19,6 +20,7 @@ from we_surgery.analysis import (
     sweep,
 )
 from we_surgery.analysis.progress import fingerprint
+from we_surgery.analysis.results import Sweep, SweepRow
 from we_surgery.analysis.variants import (
     initialize_excitations,
     scale_standardized,
@@ -74,6 +76,10 @@ def test_metrics_are_of_the_trained_model_and_paired() -> None:
     assert summary["mwe, epsilon 0.1"]["difference"] == pytest.approx(sum(differences) / 2)
     spread = abs(differences[0] - differences[1])
     assert summary["mwe, epsilon 0.1"]["standard_error"] == pytest.approx(spread / 2)
+    low, high = (summary["mwe, epsilon 0.1"][end] for end in ("low", "high"))
+    assert [high - low, (high + low) / 2] == pytest.approx(
+        [12.706 * spread, sum(differences) / 2], abs=1e-9
+    )
     assert summary["vanilla"]["difference"] == 0
 
 
@@ -93,7 +99,33 @@ def test_a_training_that_diverges_is_a_row_that_says_so() -> None:
         "mean": None,
         "difference": None,
         "standard_error": None,
+        "low": None,
+        "high": None,
     }
+
+
+@pytest.mark.parametrize("pairs", [2, 5, 10, 11, 30])
+def test_intervals_are_students(pairs: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    differences = torch.randn(pairs, generator=torch.Generator().manual_seed(0)).double().tolist()
+    rows = [SweepRow("lwe", seed, 1.0, value) for seed, value in enumerate(differences)]
+    (found,) = Sweep("modes", "accuracy", "vanilla", rows).summary()
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx(interval, abs=3e-3)
+
+
+def test_the_picture_shows_differences_and_their_intervals() -> None:
+    rows = [SweepRow("vanilla", seed, 0.5, 0.0) for seed in range(3)]
+    rows += [SweepRow("lwe", seed, 0.6 + seed / 100, 0.1 + seed / 100) for seed in range(3)]
+    rows.append(SweepRow("mwe", 0, None, failure="diverged"))
+    result = Sweep("modes", "accuracy", "vanilla", rows)
+    (axes,) = draw(result).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lwe", "mwe"]
+    drawn = [list(line.get_xdata()) for line in axes.get_lines()]
+    row = result.summary()[1]
+    assert [row["low"], row["high"]] in drawn
+    assert [row["difference"]] * 2 in drawn
+    assert [text.get_text() for text in axes.texts] == ["1 of 1 failed"]
 
 
 def test_a_metric_that_is_not_finite_is_a_failure() -> None:

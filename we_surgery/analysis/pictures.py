@@ -1,7 +1,7 @@
 """The measurements as pictures, legible in print and without colour vision.
 
-Colour never says something alone: lines differ in style and marker, bars in hatching, and the
-maps use viridis, whose lightness rises with the value.
+Colour never says something alone: lines differ in style and marker, bars in hatching, and
+negative cells of the maps, whose colours diverge from white at 0, have a dash.
 """
 
 from __future__ import annotations
@@ -137,14 +137,17 @@ def _locations(maps: LocationMaps) -> Figure:
     rows = math.ceil(len(maps.maps) / columns)
     figure = _figure(1.35 * columns + 1.1, 1.55 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False)
-    drops = [value for one in maps.maps for line in one.drops for value in line]
+    limit = max(abs(value) for one in maps.maps for line in one.drops for value in line)
     image = None
     for index, axes in enumerate(grid.flat):
         if index >= len(maps.maps):
             axes.set_visible(False)
             continue
         one = maps.maps[index]
-        image = axes.imshow(one.drops, cmap="viridis", vmin=min(drops), vmax=max(drops))
+        image = axes.imshow(one.drops, cmap="RdBu_r", vmin=-(limit or 1), vmax=limit or 1)
+        for row, line in enumerate(one.drops):
+            columns_below = [column for column, value in enumerate(line) if value < 0]
+            axes.plot(columns_below, [row] * len(columns_below), "k_", markersize=3)
         axes.set_title(one.layer, fontsize=7)
         axes.set_xticks(range(len(one.in_channels)), one.in_channels, fontsize=5)
         axes.set_yticks(range(len(one.out_channels)), one.out_channels, fontsize=5)
@@ -226,30 +229,42 @@ _CRITERIA = {
 
 
 def _sweep(result: Sweep) -> Figure:
-    names = list(dict.fromkeys(row.variant for row in result.runs))
-    figure, axes = _axes(0.45 * len(names) + 1.2, result.title, width=6.0)
+    summary = [row for row in result.summary() if row["variant"] != result.baseline]
+    figure, axes = _axes(0.45 * len(summary) + 1.4, result.title, width=6.4)
     seeds = sorted({row.seed for row in result.runs})
-    for at, name in enumerate(names):
-        own = [row for row in result.runs if row.variant == name]
-        reached = [(row.seed, row.metric) for row in own if row.metric is not None]
-        for seed, metric in reached:
-            marker = _MARKERS[seeds.index(seed) % len(_MARKERS)]
-            axes.plot(metric, at, marker, color="#c4661f", markersize=5, markerfacecolor="none")
-        if reached:
-            mean = sum(metric for _, metric in reached) / len(reached)
-            axes.plot([mean, mean], [at - 0.28, at + 0.28], color="#1b3a6b", linewidth=2.2)
-        if len(reached) < len(own):
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    for at, row in enumerate(summary):
+        for run in result.runs:
+            if run.variant == row["variant"] and run.difference is not None:
+                marker = _MARKERS[seeds.index(run.seed) % len(_MARKERS)]
+                axes.plot(
+                    run.difference,
+                    at,
+                    marker,
+                    color="#c4661f",
+                    markersize=5,
+                    markerfacecolor="none",
+                )
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [at, at], color="#1b3a6b", linewidth=1.2)
+        if row["difference"] is not None:
+            ends = [at - 0.28, at + 0.28]
+            axes.plot([row["difference"]] * 2, ends, color="#1b3a6b", linewidth=2.2)
+        if row["failed"]:
             axes.annotate(
-                f"{len(own) - len(reached)} of {len(own)} failed",
+                f"{row['failed']} of {row['runs']} failed",
                 (0.99, at),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="center",
                 fontsize=7,
             )
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(f"{_UNITS[result.score]} (one mark per seed, the bar is their mean)")
+    axes.set_yticks(range(len(summary)), [row["variant"] for row in summary])
+    axes.set_ylim(len(summary) - 0.5, -0.5)
+    axes.set_xlabel(
+        f"{_UNITS[result.score]} minus that of {result.baseline}\n"
+        "(marks: runs of one seed; bar: mean; line: 95 % interval)"
+    )
     return figure
 
 

@@ -69,7 +69,8 @@ def round_weight(weight: Tensor, bits: int = 8, *, per_channel: bool = False) ->
     peaks = weight.abs().flatten(1).amax(1) if per_channel else weight.abs().max()
     scale = (peaks / largest).clamp(min=torch.finfo(weight.dtype).tiny)
     scale = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
-    return (weight / scale).round() * scale
+    rounded: Tensor = (weight / scale).round() * scale
+    return rounded
 
 
 def channel_errors(weight: Tensor, rounded: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def channel_errors(weight: Tensor, rounded: Tensor) -> Tensor:
     """
     norms = weight.flatten(1).norm(dim=1)
     errors = (rounded - weight).flatten(1).norm(dim=1)
-    return errors[norms > 0] / norms[norms > 0]
+    ratios: Tensor = errors[norms > 0] / norms[norms > 0]
+    return ratios
 
 
 def int8_summary(errors: Iterable[Int8Error]) -> str:

@@ -235,10 +235,11 @@ class Sweep(Result):
         return self.runs
 
     def summary(self) -> list[dict[str, Any]]:
-        """For each variant its mean, its mean paired difference, and the error of that.
+        """For each variant its mean, its mean paired difference, and how certain that is.
 
-        The error is the standard error of the mean of the paired differences, in the metric's
-        unit; None for fewer than two pairs.
+        The standard error is that of the mean of the paired differences, in the metric's unit;
+        ``low`` and ``high`` are the ends of Student's 95 % interval. All are None for fewer than
+        two pairs.
         """
         found = []
         for variant in dict.fromkeys(row.variant for row in self.runs):
@@ -246,20 +247,39 @@ class Sweep(Result):
             metrics = [row.metric for row in own if row.metric is not None]
             pairs = [row.difference for row in own if row.difference is not None]
             error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+            difference = statistics.fmean(pairs) if pairs else None
+            low = high = None
+            if difference is not None and error is not None:
+                reach = _student_quantile(len(pairs) - 1) * error
+                low, high = difference - reach, difference + reach
             found.append(
                 {
                     "variant": variant,
                     "runs": len(own),
                     "failed": len(own) - len(metrics),
                     "mean": statistics.fmean(metrics) if metrics else None,
-                    "difference": statistics.fmean(pairs) if pairs else None,
+                    "difference": difference,
                     "standard_error": error,
+                    "low": low,
+                    "high": high,
                 }
             )
         return found
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "summary": self.summary()}
+
+
+def _student_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, within 0.2 %."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first = (z**3 + z) / (4 * freedom)
+    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
