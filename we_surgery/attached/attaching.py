@@ -46,16 +46,16 @@ def attach(
 ) -> AttachedExcitation:
     """Excites a model's weights in the step of its optimizer. The model stays vanilla.
 
-    From here on each excited weight of the model holds ``W' = E(raw)``, as the ordinary Parameter
-    it always was. Forward and backward passes are the vanilla model's own. In each optimizer step
-    its gradient is pulled back through E, the optimizer moves the raw weight and the parameters
-    of E, and W' is computed anew. That is the training of :func:`we_surgery.convert`, bit for bit,
-    and there is nothing to strip: the model can be saved, exported and deployed at any step.
+    Each excited weight of the model now holds ``W' = E(raw)``, in the same Parameter as before.
+    Forward and backward passes are the vanilla model's. Each optimizer step pulls the gradient of
+    W' back through E, updates the raw weight and the parameters of E, and computes W' again. This
+    trains the same weights as :func:`we_surgery.convert`, bit for bit. There is nothing to strip:
+    the model can be saved, exported and deployed after any step.
 
     Call it after the model has its device, dtype and final Parameters, and before an average
-    (EMA) is made of its weights. The state of the excitation rides in ``optimizer.state_dict()``.
-    Clipping by norm acts on the gradients of W', which are of another size than those of raw
-    weights: it is another training than with the converted form.
+    (EMA) is made of its weights. ``optimizer.state_dict()`` contains the state of the excitation.
+    Clipping by norm acts on the gradients of W', which differ in size from those of raw weights, so
+    it trains differently than in the converted form; see ``clip_raw``.
 
     Args:
         model: any model; also inside DDP, ``DataParallel`` or ``torch.compile``.
@@ -65,31 +65,29 @@ def attach(
             without transplants.
         rules: exceptions; the last that matches a layer wins.
         plan: a plan made before, instead of mode, config and rules.
-        init: as in :func:`we_surgery.convert`; with ``preserve`` the model's weights stay what
-            they are.
-        start: ``paused`` leaves each weight as it is until ``excitation.resume()``; as in
-            :func:`we_surgery.convert`, ``init`` says how excitation sets in then.
+        init: as in :func:`we_surgery.convert`; ``preserve`` keeps the model's current weights.
+        start: ``paused`` does not excite until ``excitation.resume()``; ``init`` then applies as in
+            :func:`we_surgery.convert`.
         example_inputs: as in :func:`we_surgery.plan`.
-        backend: what computes E where it has a closed form. ``eager`` is torch's operations one
-            by one. ``triton`` has kernels, at most 7 launches for all layers together; they run on
-            a GPU, and eager computes what they do not: float64 and MWE with ``detach_max=False``.
-            ``auto`` takes the kernels on a GPU if they agree with eager on three small layers that
-            are tried first, and eager everywhere else.
-        resume: True continues with the state that the optimizer has loaded, where there is one;
-            False starts anew, also on a run that has made steps without excitation. A mapping is
-            a state that ``excitation.state_dict()`` returned, or the state dict of a converted
-            model: both go on from its raw weights and excitations.
-        state: where the optimizer's state dict carries the state of the excitation. ``optimizer``:
-            in an entry of its own; for a sharded model as with ``parameter``. ``parameter``: in
-            the states of the Parameters, as ``torch.distributed.checkpoint`` needs it; attach
-            before the state is loaded. ``separate``: not at all; save ``excitation.state_dict()``
-            yourself.
-        clip_raw: clips the gradients in each step as ``clip_grad_norm_`` does for a converted
-            model: the total norm, in which those of raw weights stand for those of W', becomes at
-            most this.
+        backend: what computes excitations that have a closed form. ``eager`` runs torch's
+            operations. ``triton`` runs kernels on a GPU, with at most 7 launches for all layers
+            together; eager computes what they do not support (float64, and MWE with
+            ``detach_max=False``). ``auto`` uses the kernels on a GPU if they first agree with eager
+            on three small layers, and eager otherwise.
+        resume: True continues from the state that the optimizer has loaded, if any. False starts
+            anew, also in a run that has made steps without excitation. A mapping is the result of
+            ``excitation.state_dict()`` or the state dict of a converted model; its raw weights and
+            excitations are loaded.
+        state: where the state of the excitation is saved. ``optimizer``: in one entry of the
+            optimizer's state dict (for a sharded model, as with ``parameter``). ``parameter``: in
+            the states of the Parameters, as ``torch.distributed.checkpoint`` requires; attach
+            before the state is loaded. ``separate``: not in the optimizer's state dict; save
+            ``excitation.state_dict()`` yourself.
+        clip_raw: maximum total norm of the gradients in each step, computed with those of raw
+            weights instead of W', as ``clip_grad_norm_`` does for a converted model.
 
     Returns:
-        The handle.
+        The excitation, to resume, adopt, move, extend or detach it.
 
     Raises:
         InputError: the options do not fit together or do not fit the model, or the optimizer is

@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 class AttachedExcitation:
     """Excitation of a model's weights in the step of its optimizer.
 
-    The model holds the excited weights W' = E(raw) all the time, as ordinary Parameters; it is
-    what is deployed. The raw weights and the parameters of E are here, and in the optimizer's
-    state dict.
+    The model always holds the excited weights W' = E(raw), as ordinary Parameters, and can be
+    deployed at any time. This object and the optimizer's state dict hold the raw weights and the
+    parameters of E.
 
     Attributes:
         plan: what each weight got, and why.
@@ -76,7 +76,7 @@ class AttachedExcitation:
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps have moved the weights."""
+        """The number of optimizer steps made with excitation."""
         return max((step.steps for step in self._steps), default=0)
 
     def is_in(self, optimizers: Sequence[Any]) -> bool:
@@ -94,7 +94,7 @@ class AttachedExcitation:
         return raws | {own.name: own.parameter for own in self._parameters}
 
     def state_dict(self) -> dict[str, Any]:
-        """Raw weights, excitations and their optimizer states: tensors, text and numbers alone.
+        """Raw weights, excitations and their optimizer states: tensors, text and numbers only.
 
         The optimizer's state dict holds the same.
         """
@@ -104,13 +104,13 @@ class AttachedExcitation:
         """Copies a state into this excitation, and W' of it into the model.
 
         Args:
-            state: of an excitation of the same plan: what :meth:`state_dict` returned, or the state
-                dict of a converted model. The latter has no optimizer state, and of the model's
-                other tensors nothing is loaded.
+            state: the result of :meth:`state_dict` of an excitation with the same plan, or the
+                state dict of a converted model. Of the latter only raw weights and excitations are
+                loaded.
 
         Raises:
-            InputError: it is not the state of an excitation.
-            AttachmentError: it is of other weights or another excitation. Nothing was changed.
+            InputError: ``state`` is not the state of an excitation.
+            AttachmentError: ``state`` has other weights or another excitation. Nothing was changed.
         """
         state = from_converted(state, self.state_dict(), self._weights) or state
         check_state(state, self._weights, self._parameters)
@@ -138,14 +138,14 @@ class AttachedExcitation:
         )
 
     def converted(self) -> nn.Module:
-        """The converted form of the model as it is: a copy whose layers compute W' from raw.
+        """Returns a converted copy of the model, whose layers compute W' from raw.
 
-        It has what :func:`we_surgery.convert` gives, for the analyses, for inspection, and to save
-        the state of training in a file. Raw weights of half-precision layers are rounded to the
+        Use it for analyses and inspection, or to train on in the converted form. Raw weights of
+        half-precision layers are rounded to the
         layer's dtype.
 
         Raises:
-            InputError: the model is sharded, or a layer can be excited in this form alone.
+            InputError: the model is sharded, or a layer can only be excited in the attached form.
         """
         twin = converted_twin(self.model, self._weights)
         twin.__dict__[PLAN_ATTRIBUTE] = self.plan.to_dict()
@@ -153,20 +153,20 @@ class AttachedExcitation:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts W' back into the model's weights, whatever was written there."""
+        """Writes W' back into the model's weights, undoing outside changes."""
         self._holding.hold_again(self._weights)
         write(self._weights, advance=False)
         self._remember(self._weights)
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """Goes on from the model's present weights, whatever they were before.
+        """Accepts the model's current weights, to train on from them.
 
-        Where a weight is not what its raw weight gives, the raw weight becomes one that gives it,
-        and its excitation starts as with ``init="preserve"``.
+        For each weight that was changed, the raw weight is set so that its excitation equals the
+        current weight, as with ``init="preserve"``.
 
         Raises:
-            AttachmentError: an excitation cannot start so. Nothing was changed.
+            AttachmentError: an excitation does not support ``preserve``. Nothing was changed.
         """
         self._holding.hold_again(self._weights)
         changed = [weight for weight in self._weights if not is_current(weight)]
@@ -189,10 +189,10 @@ class AttachedExcitation:
     def resume(self) -> int:
         """Switches excitation on that was attached with ``start="paused"``.
 
-        The model's weights stay what they are, but for those that were to set in by ``paper``.
+        The model's weights stay the same, except with ``init="paper"``.
 
         Returns:
-            How many weights are excited from now on; 0 if none was paused.
+            The number of weights that were switched on.
         """
         paused = [weight for weight in self._weights if weight.excitation.is_paused]
         for weight in paused:
@@ -202,10 +202,10 @@ class AttachedExcitation:
         return len(paused)
 
     def detach(self) -> None:
-        """Stops exciting. The model keeps W', and trains on as any vanilla one.
+        """Stops exciting. The model keeps W' and trains on as a vanilla model.
 
-        The optimizer's state of the excited weights is dropped: it is of the raw weights, whose
-        gradients are of another scale.
+        The optimizer state of the excited weights is dropped: it belongs to the raw weights, whose
+        gradients have another scale.
         """
         for step in self._steps:
             for layer in with_wrapped(step.optimizer):
@@ -220,10 +220,10 @@ class AttachedExcitation:
         self._undo.clear()
 
     def move_to(self, optimizer: Any) -> None:
-        """Goes on in another optimizer of the same weights, as for a second stage of training.
+        """Moves the excitation to another optimizer of the same weights.
 
-        The former optimizer is as after :meth:`detach`. The new one begins without state, for
-        raw weights and excitations alike.
+        Use it for a second stage of training. The old optimizer is left as after :meth:`detach`.
+        The new one starts without state.
 
         Args:
             optimizer: as for :func:`we_surgery.attach`.
@@ -252,16 +252,15 @@ class AttachedExcitation:
             step.steps = steps
 
     def extend(self) -> int:
-        """Excites layers that were frozen when excitation was attached and are trained now.
+        """Excites layers that were frozen at ``attach`` and have been unfrozen since.
 
-        Call it after thawing them and adding them to the optimizer.
+        Unfreeze the layers and add them to the optimizer first.
 
         Returns:
-            How many weights are excited in addition.
+            The number of weights that were added.
 
         Raises:
-            InputError: excitation was attached by a plan, which does not say what thawed layers
-                get.
+            InputError: excitation was attached by a plan, which does not cover these layers.
         """
         if self._policy is None:
             raise InputError(

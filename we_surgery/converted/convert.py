@@ -44,11 +44,11 @@ def convert(
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Gives the conv and linear layers of ``model`` excited weights, after any transplants.
+    """Adds weight excitation to the conv and linear layers of ``model``, after any transplants.
 
-    Everything is checked before the first change; on any failure the model is exactly as it
-    was. The new parameters are drawn from torch's global random generator, as any new layer's
-    are, and live on their layer's device in its dtype. Convert before building the optimizer
+    Everything is checked before the first change; on any failure the model is unchanged. New
+    parameters are drawn from torch's global random generator and have their layer's device and
+    dtype. Convert before building the optimizer
     and before wrapping the model in DDP, FSDP or ``torch.compile``.
 
     Args:
@@ -56,24 +56,23 @@ def convert(
         mode: a name of :data:`we_surgery.MODES`; ``lwe`` by default.
         config: a YAML file or mapping as in ``configs/``, or the name of one there.
         rules: exceptions; the last that matches a layer wins.
-        transplants: other methods of the papers that are put in first, such as ``["se"]`` or
+        transplants: other methods of the papers, inserted first, such as ``["se"]`` or
             ``[{"max_dropout": {"rate": 0.3}}]``; see :mod:`we_surgery.transplants`.
         plan: a plan made before, edited or not; instead of mode, config, rules, transplants.
-        init: ``paper`` draws the excitations as any new layer, and the model computes something
-            else than before until it is trained; ``preserve`` starts them so that it computes
-            what it did, within rounding: for pretrained models. By default ``paper``.
-        start: ``paused`` makes each excited weight the raw weight itself until
-            :func:`we_surgery.resume` (thesis, section 3.4). ``init`` then says how excitation
-            sets in: ``paper`` switches it on, with a jump in what the model computes;
-            ``preserve`` avoids the jump, and is the default for each layer that can start so.
-        example_inputs: inputs of the model's forward, as for :func:`strip`. With them the
-            model is read by recording a forward, and recorded again once converted, which
-            proves that no operation reads a converted weight raw.
+        init: ``paper`` (the default) initializes the excitations as new layers, which changes the
+            model's outputs. ``preserve`` initializes them so that the outputs stay the same up to
+            rounding; use it for pretrained models.
+        start: ``paused`` uses the raw weights without excitation until :func:`we_surgery.resume`
+            (thesis, section 3.4). At that point the outputs jump with ``init="paper"`` and stay the
+            same with ``preserve``, which is then the default for each layer that supports it.
+        example_inputs: inputs of the model's forward, as for :func:`strip`. With them the model is
+        read by recording a forward pass. The converted model is recorded too, to check that no
+        operation reads a raw weight.
         inplace: change ``model`` itself instead of a deep copy.
 
     Returns:
-        The converted model. Its classes stay subclasses of the vanilla ones. Converting a
-        model that is converted already warns and changes nothing. Where no weight is excited, a
+        The converted model. Its classes stay subclasses of the vanilla ones. Converting a converted
+        model warns and changes nothing. If no weight is excited, a
         :class:`NothingToConvertWarning` says so.
 
     Raises:

@@ -39,8 +39,8 @@ def plan(
         rules: exceptions; the last that matches a layer wins.
         transplants: as in :func:`we_surgery.convert`.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments: one forward of a weightless copy is recorded on them, which
-            tells more of the model than its modules do.
+            keyword arguments: a forward pass of a copy without weights is recorded on them, which
+            gives more precise facts about the model.
         form: ``attached`` plans what :func:`we_surgery.attach` can excite, which is more.
 
     Returns:

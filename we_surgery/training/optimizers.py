@@ -41,16 +41,15 @@ class StaleOptimizerWarning(UserWarning):
 def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Adds the excitations of a model converted in place to the optimizer that trains it.
 
-    For a model that is converted in the middle of training. Each excitation joins the group of
-    its layer's weight, and its biases the group with the same options and no weight decay where
-    there is one. No group is added, since a learning-rate schedule knows how many there are;
-    what is there keeps its order, its hyper-parameters and its state, and a second call changes
-    nothing. A layer that the optimizer does not train is left out with its excitation.
+    For a model that is converted in the middle of training. Each excitation joins the group of its
+    layer's weight; its biases join the group with the same options and no weight decay, if there is
+    one. No group is added, so learning-rate schedules keep working. Existing parameters keep their
+    order, options and state. A second call changes nothing. Layers that the optimizer does not
+    train are left out with their excitations.
 
-    Convert with ``inplace=True``: the raw weights are then the Parameters that the optimizer
-    holds. The optimizer's state dicts from before the conversion fit it no more. To resume,
-    build it as the first time: from the vanilla model, then convert in place and call this, and
-    only then load its state.
+    Convert with ``inplace=True``, so that the raw weights are the Parameters that the optimizer
+    holds. Optimizer states saved before the conversion no longer fit. To resume, make the optimizer
+    from the vanilla model, convert in place, call this, then load the state.
 
     Args:
         optimizer: any torch optimizer, or one wrapped as accelerate does.
@@ -61,11 +60,11 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
 
     Raises:
         InputError: the optimizer holds none of the model's parameters, as after a conversion
-            without ``inplace=True``, or can take no more, as LBFGS. It is as it was.
+            without ``inplace=True``, or cannot take new ones (LBFGS). It is unchanged.
 
     Warns:
-        StaleOptimizerWarning: the optimizer holds tensors that are not the model's, of the
-            shapes of parameters it lacks: the model's have been replaced, and are not trained.
+        StaleOptimizerWarning: the model's parameters were replaced, and the optimizer still holds
+            the old tensors.
 
     Example:
         >>> ws.convert(model, inplace=True)
@@ -105,11 +104,10 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
 def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """Takes the excitations of a converted model out of its optimizer, before an in-place strip.
 
-    For a model that is stripped in the middle of training and goes on. The groups stay, with
-    their order and hyper-parameters, so a learning-rate schedule goes on. The excited weights'
-    own state (momentum, squares) is dropped: it is of the raw weights, and the Parameters hold
-    the excited ones after the strip, whose gradients are of another scale. What the optimizer
-    saves from now on fits one that was built in the same way from the vanilla model.
+    For a model that is stripped in the middle of training and goes on. The groups keep their order
+    and options, so learning-rate schedules keep working. The optimizer state (momentum, squares) of
+    the excited weights is dropped, since it belongs to the raw weights, whose gradients have
+    another scale. States saved from now on fit an optimizer made from the vanilla model.
 
     Args:
         optimizer: any torch optimizer, or one wrapped as accelerate does.
@@ -119,8 +117,8 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
         The names of the parameters that were removed.
 
     Raises:
-        InputError: the optimizer holds none of the model's parameters, or cannot give any away,
-            as LBFGS. It is as it was.
+        InputError: the optimizer holds none of the model's parameters, or cannot remove any
+        (LBFGS). It is unchanged.
 
     Example:
         >>> removed = ws.remove_from_optimizer(optimizer, model)

@@ -46,13 +46,12 @@ def param_groups(
     """Parameter groups of a model, converted or not, for any torch optimizer.
 
     Weights are decayed, and so are the weight matrices of excitations, as in the WE paper.
-    Biases, norm scales and every other parameter of at most one dimension are not, nor what the
-    model's own ``no_weight_decay()`` names, as timm's models do.
+    Biases, norm scales and other parameters of at most one dimension are not, nor those named by
+    the model's ``no_weight_decay()`` (timm's models have it).
 
-    Groups of another maker go in as ``base``. A function is called with the vanilla model, so
-    that whatever it does by names, counts or order it does as if nothing had been converted;
-    each excitation then joins the group of its layer's weight. That is how layer-wise learning
-    rates and the like are had::
+    If you build groups yourself, pass them or your function as ``base``. The function is called
+    with the vanilla model, so names, counts and order are those it expects. Each excitation then
+    joins the group of its layer's weight. For example, with layer-wise learning rates::
 
         create_optimizer_v2(model, "adamw", lr=1e-3, param_group_fn=lambda model:
             ws.param_groups(model, base=lambda vanilla: param_groups_layer_decay(vanilla)))
@@ -61,22 +60,22 @@ def param_groups(
         model: the model; also inside DDP or ``torch.compile``.
         weight_decay: of the parameters that are decayed; 1e-4 by default, as in the paper.
         base: groups, or a function from a model to groups, in any form a torch optimizer takes;
-            instead of ``weight_decay`` and ``no_weight_decay``. A layer it leaves out is left
-            out with its excitation.
+            instead of ``weight_decay`` and ``no_weight_decay``. Layers that it leaves out are left
+            out with their excitations.
         no_weight_decay: vanilla names, or patterns of names such as ``*.embed``, of parameters
             that are not decayed; by default what ``model.no_weight_decay()`` returns.
         decay_excitations: whether the weight matrices of excitations are decayed where their
             layer is. Their biases never are.
-        excitation_lr: a learning rate for the excitations, in groups of their own; by default
-            theirs is their layer's.
+        excitation_lr: a learning rate for the excitations, in separate groups; by default that of
+            their layer.
 
     Returns:
         A list of dicts with ``params``, without the frozen parameters. In each group the
         vanilla parameters come first, in the model's order, then the excitations.
 
     Raises:
-        InputError: ``base`` comes with what it replaces, or its groups are those of another
-            model, such as the one that ``convert`` has copied.
+        InputError: ``base`` is combined with ``weight_decay`` or ``no_weight_decay``, or its groups
+            belong to another model, such as the original that ``convert`` copied.
 
     Example:
         >>> model = ws.convert(torchvision.models.resnet18())

@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 def resume(model: nn.Module | AttachedExcitation, *averages: nn.Module) -> int:
     """Switches paused excitations on.
 
-    Without a jump in what the model computes, but where the conversion said ``init="paper"``:
-    the raw weights get the values whose excitation the weights are. They stay the same
-    Parameters, and an optimizer that holds them goes on. Momentum is of the weights before.
+    The outputs do not jump, except with ``init="paper"``: each raw weight is replaced by one whose
+    excitation equals the current weight. Raw weights stay the same Parameters, so the optimizer can
+    continue. Its momentum is that of the weights before.
 
     Args:
         model: a model converted with ``start="paused"``; also inside DDP or ``torch.compile``,
             which recompiles once. Or an excitation attached with ``start="paused"``.
-        *averages: averages of its weights (EMA), copies such as ``ModelEmaV3`` and
-            ``AveragedModel`` keep: each has weights of its own, and sets in with the model.
-            Averages of an attached model are vanilla models and need nothing.
+        *averages: averages (EMA) of a converted model, such as ``ModelEmaV3`` and
+            ``AveragedModel``; they are switched on too. Do not pass averages of an attached model:
+            they are vanilla models.
 
     Returns:
-        How many weights are excited from now on, those of averages too; 0 if none was paused.
+        The number of weights that were switched on, including those of averages.
 
     Raises:
         InputError: the model is sharded, or an ``AveragedModel`` does not average the buffers that
@@ -71,8 +71,8 @@ def resume(model: nn.Module | AttachedExcitation, *averages: nn.Module) -> int:
 class WESchedule:
     """Plain training first, weight excitation from an epoch on.
 
-    Whether it has set in is part of the state of the model, or of the attached excitation, so a
-    schedule has no state of its own: a run that is resumed makes it again.
+    The schedule has no state: the model or the attached excitation records whether it is paused. A
+    resumed run makes the schedule again.
 
     Args:
         model: converted with ``start="paused"``, also inside DDP or ``torch.compile``; or an
@@ -81,8 +81,8 @@ class WESchedule:
         *averages: averages of its weights (EMA), as for :func:`resume`.
 
     Raises:
-        InputError: ``start_epoch`` is negative or no integer, or an average cannot set in; see
-            :func:`resume`.
+        InputError: ``start_epoch`` is negative or not an integer, or an average is not supported;
+            see :func:`resume`.
 
     Example:
         >>> model = ws.convert(model, start="paused")
