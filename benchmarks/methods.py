@@ -36,7 +36,8 @@ HEAD = """\
 Made by `python benchmarks/methods.py` from the registries and `docs/methods.yaml`. The published
 figures are those of the cited authors; this repository has not reproduced them. Parameters are
 what training adds to ResNet18 and ResNet50 of torchvision: strip takes those of excitations away
-again, and leaves those of transplants that stay.
+again, and leaves those of transplants that stay. "Both" forms are [attached](how_attach_works.md) and
+[converted](converting.md).
 """
 
 
@@ -51,10 +52,20 @@ def page() -> str:
 
 def listing(methods: Sequence[Method]) -> str:
     """What `we-convert --list-modes` lists, as a table."""
-    lines = ["| name | kind | what it does | options | source |", "|---|---|---|---|---|"]
+    lines = [
+        "| name | kind | form | what it does | options | source |",
+        "|---|---|---|---|---|---|",
+    ]
     for method in methods:
         options = ", ".join(f"{key}: {_shown(value)}" for key, value in method.options.items())
-        cells = (f"`{method.name}`", method.kind, method.summary, options, method.source)
+        cells = (
+            f"`{method.name}`",
+            method.kind,
+            method.forms,
+            method.summary,
+            options,
+            method.source,
+        )
         lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -62,12 +73,12 @@ def listing(methods: Sequence[Method]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One section's systems."""
     lines = [
-        "| system | source | what gives it | ResNet18 | ResNet50 | after strip | published |",
-        "|---|---|---|--:|--:|---|---|",
+        "| system | source | what gives it | form | ResNet18 | ResNet50 | after strip | published |",
+        "|---|---|---|---|--:|--:|---|---|",
     ]
     for row in rows:
         added = ["-", "-"] if "network" in row or "recipe" not in row else list(_added(row))
-        cells = (row["system"], row["source"], _recipe_text(row), *added, _after(row))
+        cells = (row["system"], row["source"], _recipe_text(row), _form(row), *added, _after(row))
         lines.append(_row((*cells, row["published"])))
     return "\n".join(lines)
 
@@ -90,6 +101,17 @@ def _recipe_text(row: Mapping[str, Any]) -> str:
 def _added(row: Mapping[str, Any]) -> Iterator[str]:
     for network in NETWORKS:
         yield f"{_plan(row, network).added_parameters:,}"
+
+
+def _form(row: Mapping[str, Any]) -> str:
+    """The forms that train a row's system, where it says nothing else."""
+    if "recipe" not in row or "form" in row:
+        return str(row.get("form", "-"))
+    plan = _plan(row, row.get("network", NETWORKS[1]))
+    found = [ws.EXCITATIONS[stage].forms for each in plan.excited for stage in each.stages]
+    found += [decision.method.forms for decision in plan.transplants if decision.attach]
+    special = [forms for forms in found if forms != ws.Excitation.forms]
+    return "; ".join(dict.fromkeys(special or found))
 
 
 def _after(row: Mapping[str, Any]) -> str:

@@ -62,6 +62,8 @@ class Excitation(nn.Module, ABC):
     published: ClassVar[tuple[str, ...]] = ()
     """The results its authors print, also those where it did not help."""
     deploys_to: ClassVar[str] = "the vanilla layer, bit-equal"
+    forms: ClassVar[str] = "both"
+    """Which form trains it: attached, converted or both, and what of it needs one of them."""
     takes_standardized: ClassVar[bool] = False
     """Whether its paper standardizes the weights of convs first."""
     adjustable: ClassVar[tuple[str, ...]] = ()

@@ -35,6 +35,7 @@ class DynamicSparse(Excitation):
     """
 
     name: ClassVar[str] = "dynamic_sparse"
+    forms: ClassVar[str] = "both; `ws.sparsity_loss` with the converted one"
     order: ClassVar[int] = 30
     summary: ClassVar[str] = "weights below a trained threshold of their filter are zero"
     source: ClassVar[str] = "Liu et al., Dynamic Sparse Training; WE supplement, section 3"

@@ -40,6 +40,7 @@ class ShiftAttention(Excitation):
     """
 
     name: ClassVar[str] = "shift_attention"
+    forms: ClassVar[str] = "both; `ws.harden` with the converted one"
     order: ClassVar[int] = 40
     summary: ClassVar[str] = "attention within kernels that narrows to one position each"
     source: ClassVar[str] = "Hacene et al., Attention Based Pruning for Shift Networks"

@@ -27,6 +27,7 @@ class Method:
         options: the options' names and defaults; for a mode, what it sets.
         published: the results its authors print.
         deploys_to: what is left of it after strip.
+        forms: which form trains it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[str, ...] = ()
     deploys_to: str = ""
+    forms: str = "both"
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON types."""
@@ -64,6 +66,7 @@ def family() -> list[Method]:
             options=excitation.options(),
             published=excitation.published,
             deploys_to=excitation.deploys_to,
+            forms=excitation.forms,
         )
         for name, excitation in sorted(EXCITATIONS.items(), key=lambda item: item[1].order)
     ]
@@ -76,6 +79,7 @@ def family() -> list[Method]:
             options={field.name: field.default for field in fields(transplant)},
             published=transplant.published,
             deploys_to=transplant.deploys_to,
+            forms=transplant.forms,
         )
         for name, transplant in TRANSPLANTS.items()
     ]

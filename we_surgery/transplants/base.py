@@ -48,6 +48,7 @@ class Transplant(ABC):
     """The results its authors print, also where it did not help."""
     deploys_to: ClassVar[str]
     """What is left of it after strip."""
+    forms: ClassVar[str] = "convert puts it in; excitation in both"
 
     match: str = "*"
 
