@@ -36,8 +36,8 @@ HEAD = """\
 Made by `python benchmarks/methods.py` from the registries and `docs/methods.yaml`. The published
 figures are those of the cited authors; this repository has not reproduced them. Parameters are
 what training adds to ResNet18 and ResNet50 of torchvision: strip takes those of excitations away
-again, and leaves those of transplants that stay. "Both" forms are [attached](how_attach_works.md) and
-[converted](converting.md).
+again, and leaves those of transplants that stay. "Both" forms are
+[attached](how_attach_works.md) and [converted](converting.md).
 """
 
 
@@ -73,7 +73,8 @@ def listing(methods: Sequence[Method]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One section's systems."""
     lines = [
-        "| system | source | what gives it | form | ResNet18 | ResNet50 | after strip | published |",
+        "| system | source | what gives it | form | ResNet18 | ResNet50 | after strip | "
+        "published |",
         "|---|---|---|---|--:|--:|---|---|",
     ]
     for row in rows:
