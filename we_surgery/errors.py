@@ -38,7 +38,7 @@ class InputError(WESurgeryError, ValueError):
 
 
 class SurgeryError(WESurgeryError, RuntimeError):
-    """The surgery or its proof failed; the model is as it was before."""
+    """The surgery or its verification failed; the model is unchanged."""
 
 
 class ExcitationError(WESurgeryError, RuntimeError):
@@ -50,11 +50,11 @@ class AttachmentError(WESurgeryError, RuntimeError):
 
 
 class AlreadyConvertedWarning(UserWarning):
-    """``convert`` was called on a model that carries excitations already."""
+    """``convert`` was called on a converted model."""
 
 
 class NothingToConvertWarning(UserWarning):
-    """``convert`` excited none of a model's weights: it trains as the vanilla one."""
+    """``convert`` excited no weight; the model trains as a vanilla one."""
 
 
 class ThawedLayerWarning(UserWarning):
@@ -70,11 +70,11 @@ class NotStrippedWarning(UserWarning):
 
 
 class PartialLoadWarning(UserWarning):
-    """A load gave an excited layer other tensors, and no weight."""
+    """``load_state_dict`` loaded other tensors of an excited layer, but not its weight."""
 
 
 class OldFormatWarning(UserWarning):
-    """A checkpoint of a converted model was saved before state dicts said what was excited."""
+    """A checkpoint of a converted model is old: it has no records of its excitations."""
 
 
 def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:

@@ -58,18 +58,18 @@ class StateDictReport:
 def strip_state_dict(
     checkpoint: Mapping[str, Any], *, key: str | None = None, weights: Weights | None = None
 ) -> dict[str, Tensor]:
-    """The vanilla state dict of a converted model's checkpoint. Needs no model and no plan.
+    """Returns the vanilla state dict of a converted model's checkpoint. Needs no model or plan.
 
-    Each excited weight is folded into the entry that the vanilla layer has, at its place; the other
-    entries are those of ``checkpoint``, sharing memory with it. The keys and their order are the
+    Each excited weight becomes an entry under its vanilla key; the other entries share memory with
+    ``checkpoint``. The keys and their order are the
     vanilla model's. Bit-equal to ``strip(model).state_dict()`` of the model it was taken from.
 
     Args:
-        checkpoint: a state dict, or what a trainer saved around one; it is not changed.
+        checkpoint: a state dict, or a trainer's checkpoint that contains one; not changed.
         key: where in the checkpoint the state dict is; by default the first of ``state_dict``,
             ``model``, ``state_dict_ema``, ``model_ema`` and ``ema``.
-        weights: in place of ``key``, ``raw`` for the trained weights or ``ema`` for their
-            average, wherever the trainer put them.
+        weights: instead of ``key``: ``raw`` for the trained weights or ``ema`` for their average,
+            under any trainer's key.
 
     Returns:
         The state dict without wrappers and without the prefixes of DDP and ``torch.compile``.

@@ -42,12 +42,11 @@ def strip_sharded(
     force: bool = False,
     progress: Progress | None = None,
 ) -> StateDictReport:
-    """Strips a state dict that lies in several files, and never holds more than a shard of it.
+    """Strips a state dict stored in several files, with at most one shard in memory.
 
-    It needs no model, no process group and no code of the files. Each tensor is written as
-    safetensors as soon as it is folded; a shard's are then read back, and compared bit for bit with
-    a second fold. A weight that is large is folded in its own memory, where its excitation is
-    made of standardization, LWE, Rescale and MWE.
+    It needs no model and no process group, and runs no code from the files. Each tensor is folded
+    and written as safetensors. Each shard is then read back and compared bit for bit with a second
+    fold. Large weights with standardization, LWE and MWE are folded in place.
 
     Args:
         source: a folder of ``torch.distributed.checkpoint``, an index of shards
@@ -56,16 +55,16 @@ def strip_sharded(
         target: a name that ends in ``.safetensors`` gives one file; any other a folder of
             shards with their index, as many as ``source`` has.
         key: where in a wrapped checkpoint the state dict is, such as ``model``.
-        weights: ``"raw"`` or ``"ema"``, wherever the trainer put them, instead of ``key``.
+        weights: ``"raw"`` or ``"ema"`` instead of ``key``, under any trainer's key.
         dtype: of all floating-point tensors; by default each keeps its own.
-        force: overwrite what is there.
+        force: overwrite existing files.
         progress: called with (steps done, steps in all), two for each tensor.
 
     Raises:
         InputError: a file is missing, damaged or refused; or the target exists without
             ``force``.
-        SurgeryError: there is nothing to strip, a folded weight is not finite, or what was
-            written is not what was folded. Nothing is left at the target then.
+        SurgeryError: there is nothing to strip, a folded weight is not finite, or the written file
+            is not bit-equal. Then nothing is written.
     """
     contents = read(source, key=key, weights=weights)
     if contents.kind not in ("sharded", "dcp"):

@@ -78,11 +78,11 @@ def load(
     allow: Sequence[str] = (),
     trust: bool = False,
 ) -> nn.Module:
-    """The model in a file, converted or vanilla, opened without running code from the file.
+    """Loads a model, converted or vanilla, from a file without running code from it.
 
-    A pickled module comes as it was saved. A state dict goes strictly into the architecture
-    that the caller names, or else the file; the model is then in train mode, on the CPU, in the
-    file's dtypes, and excited where the file's keys say so.
+    A pickled module is returned as it was saved. A state dict is loaded strictly into the
+    architecture of the argument, else of the file. The model is then in train mode, on the CPU, in
+    the file's dtypes, with the excitations that the file's keys record.
 
     Args:
         path: a file of ``torch.save`` or safetensors.

@@ -35,11 +35,11 @@ class LoadedKeys(NamedTuple):
 def load_vanilla(
     model: nn.Module, checkpoint: Mapping[str, Any], *, init: Init = "preserve"
 ) -> LoadedKeys:
-    """Loads the entries of a vanilla checkpoint that fit into a converted model.
+    """Loads the matching entries of a vanilla checkpoint into a converted model.
 
-    Loaders that keep the keys which a checkpoint and ``model.state_dict()`` share, as Ultralytics'
-    and detectron2's do, find no excited weight: it is called ``raw_weight`` there. This looks for
-    them by their vanilla names. What does not fit is left as it is.
+    Some loaders (Ultralytics, detectron2) load only the keys that a checkpoint shares with
+    ``model.state_dict()``. They miss excited weights, which are called ``raw_weight`` there. This
+    function uses the vanilla names. Entries that do not fit are not loaded.
 
     Args:
         model: a converted model; changed in place.

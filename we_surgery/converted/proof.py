@@ -27,12 +27,12 @@ _HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class StripReport:
-    """What a strip did and how it was proven.
+    """The result of a strip and of its checks.
 
     Attributes:
         layers: weights that were folded, each found bit-equal to the excited one.
-        removed_parameters: training-only parameters that are gone.
-        parameters: parameters that are left.
+        removed_parameters: parameters of excitations that were removed.
+        parameters: parameters of the stripped model.
         output_difference: largest absolute difference of the outputs of the excited and
             the stripped model in eval mode; None without example inputs.
         relative_difference: the same over the larger of 1 and the largest output.

@@ -54,35 +54,33 @@ def strip(
     inplace: bool = False,
     layer_by_layer: bool = False,
 ) -> nn.Module:
-    """The vanilla model with every excited weight folded in, proven equal.
+    """Folds all excited weights and returns the vanilla model.
 
-    Each folded weight is compared bit for bit with the excited one and, where
-    ``example_inputs`` are given, the outputs of both models in eval mode are compared.
+    Each folded weight is compared bit for bit with the excited one. With ``example_inputs``, the
+    outputs of both models in eval mode are compared too.
 
     Args:
         model: a converted model.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments of the model's forward.
-        deploy: ``dense`` for vanilla layers; ``shift`` for a shift and a 1x1 conv, modules of
-            :mod:`we_surgery.transplants.shift`, in the place of each conv with one weight a
-            kernel at places that its filters share.
+        deploy: ``dense`` gives vanilla layers. ``shift`` gives a shift and a 1x1 conv, modules of
+            :mod:`we_surgery.transplants.shift`, for each conv with one weight per kernel at
+            positions that its filters share.
         inplace: change ``model`` itself instead of a deep copy; the raw Parameters stay the
-            same objects, now with the folded values, and lose their gradients. All folds are
-            held until all are proven, so that a failure leaves the model as it was: at its
-            peak it takes the memory of a second set of the excited weights, and of computing
-            the largest.
-        layer_by_layer: with ``inplace``, take the memory of one or two weights instead. All
-            folds are proven first all the same, one after the other, and then computed again; a
-            failure after that, such as Ctrl-C, leaves a model that computes what it did, of
-            which some layers are vanilla already. Not with ``example_inputs``, which prove a
-            strip that can still be taken back.
+            same objects, now with the folded values, and lose their gradients. The folds are kept
+            apart until all are checked, so a failure leaves the model unchanged. This needs memory
+            for a second set of the excited weights.
+        layer_by_layer: with ``inplace``, use the memory of one or two weights only. All folds are
+            checked first, and then computed again. A failure after that, such as Ctrl-C, leaves a
+            model with the same outputs in which some layers are already vanilla. Not with
+            ``example_inputs``, whose check must be able to undo the strip.
 
     Returns:
         A model of vanilla classes, with the vanilla keys in the vanilla order. Stripping a
         model without excited layers warns and changes nothing.
 
     Raises:
-        SurgeryError: the proof failed; ``model`` is as it was.
+        SurgeryError: a check failed; ``model`` is unchanged.
         InputError: ``model`` is wrapped or sharded, or fails on the example inputs.
     """
     return strip_with_report(

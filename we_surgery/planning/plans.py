@@ -26,7 +26,7 @@ _READ_VERSIONS = (1, 2)
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for a whole model. ``convert`` does exactly what it says.
+    """Decisions for a whole model, as ``convert`` and ``attach`` apply them.
 
     Attributes:
         mode: the mode it was made from.
@@ -35,8 +35,8 @@ class Plan:
         decisions: a row for each weight, in the model's order.
         model_parameters: parameters of the vanilla model.
         pattern_matches: how many layers each rule's pattern matched.
-        transplants: a row for each place of a transplant, in the order in which they go in.
-            They go in first: the names of ``decisions`` are those of the model that has them.
+        transplants: a row for each place of a transplant, in order. They are inserted first, so
+            ``decisions`` has the names of the model with them.
     """
 
     mode: str

@@ -17,10 +17,10 @@ from we_surgery.transplants import Transplant
 
 @dataclass(frozen=True)
 class Mode:
-    """What each sort of layer gets, under one name.
+    """The stages for each kind of layer, under one name.
 
     Attributes:
-        summary: it in a line.
+        summary: one line about it.
         source: the paper and section or table.
         conv: stage names joined by ``+``, or ``skip``.
         depthwise: of convs whose filters see one input channel.
@@ -81,8 +81,8 @@ class Policy:
     """How decisions are made: a table of cells, defaults for options, and rules.
 
     Rules are tried in their order and the last that matches wins; a rule also overrides the
-    mode for depthwise, shift-fed, gate and frozen layers. What cannot be excited at all stays
-    alone whatever a rule says, with its reason in the plan.
+    mode for depthwise, shift-fed, gate and frozen layers. Layers that cannot be excited are always
+    skipped; the plan has the reason.
 
     Attributes:
         mode: the name of the mode the cells started from.
@@ -91,7 +91,7 @@ class Policy:
             a fan-in over 1; ``on`` all conv weights but depthwise ones; ``off`` none.
         options: options by stage name.
         rules: exceptions, the last match wins.
-        transplants: what is put into the model first, in this order.
+        transplants: what is inserted into the model first, in this order.
     """
 
     mode: str = DEFAULT_MODE

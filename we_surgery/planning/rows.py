@@ -15,7 +15,7 @@ from we_surgery.reading import layer_display_name
 
 @dataclass(frozen=True)
 class Decision:
-    """What one weight gets.
+    """The decision for one weight.
 
     Attributes:
         module: name of the module that owns the weight ("" for the model itself).
@@ -24,9 +24,9 @@ class Decision:
         type_name: the module's class, qualified.
         shape: the weight's shape.
         groups: the layer's groups.
-        excitation: the stages and their options; empty when the layer is left alone.
+        excitation: the stages and their options; empty if the layer is skipped.
         reason: why.
-        added_parameters: parameters that training gains; 0 where the excitation is shared.
+        added_parameters: number of added parameters; 0 if the excitation is shared.
         shared_with: the tied layer whose excitation this one shares, or None.
     """
 
@@ -53,7 +53,7 @@ class Decision:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The names of the stages; empty when the layer is left alone."""
+        """The names of the stages; empty if the layer is skipped."""
         return tuple(name for stage in self.excitation for name in stage)
 
     @property

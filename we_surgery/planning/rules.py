@@ -21,7 +21,7 @@ Pattern = str | type | Callable[[nn.Module, str], bool]
 
 @dataclass(frozen=True)
 class Rule:
-    """An exception: layers that match get another recipe or other options.
+    """An exception: matching layers get other stages or options.
 
     Attributes:
         match: a name glob (``layer4.*``; ``*`` also crosses dots), a regular expression

@@ -21,19 +21,17 @@ _LAYERS = (*CONV_KINDS, nn.Linear)
 def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor:
     """How far the filters of a model are from unit length: ``sum_j (1 - |W_j|)^2``.
 
-    The sum goes over all filters of all conv and linear layers that are trained, and over the
-    excited weights of other modules; a filter is what makes one output channel. It changes no
-    layer, so there is nothing to strip. Add it to the loss with a factor of your own: the
-    abstract says that each weight vector is pushed "to have a norm close to one", and neither
-    the constant nor which layers the authors take could be verified here.
+    The sum goes over all filters (one per output channel) of all trained conv and linear layers and
+    of the excited weights of other modules. It changes no layer, so there is nothing to strip. Add
+    it to the loss with a factor of your choice: the abstract says that each weight vector is pushed
+    "to have a norm close to one"; we could not verify the authors' factor and choice of layers.
 
     Args:
-        model: a converted or vanilla model; also inside DDP or ``torch.compile``. A model with
-            an attached excitation holds the excited weights alone: give ``of="excited"``.
-        of: of excited layers the raw weight, which is trained, or the excited one, which is
-            used. A standardized filter of N weights has the length ``sqrt(N - 1)`` whatever the
-            raw one has: with standardization, as in the mode ``lwe``, the excited ones give a
-            loss of thousands that moves nothing.
+        model: a converted or vanilla model; also inside DDP or ``torch.compile``. A model with an
+        attached excitation needs ``of="excited"``.
+        of: ``raw`` or ``excited``, the weight to take for excited layers. A standardized filter of
+            N weights always has the length ``sqrt(N - 1)``, so with standardization, as in the mode
+            ``lwe``, ``excited`` gives a large loss without effect.
 
     Returns:
         A scalar; zero for a model without such layers.

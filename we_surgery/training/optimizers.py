@@ -35,7 +35,7 @@ _FIXED = SHARDED_OR_FLAT | {
 
 
 class StaleOptimizerWarning(UserWarning):
-    """An optimizer holds tensors in the place of parameters that its model has no more."""
+    """An optimizer holds tensors that are no longer parameters of its model."""
 
 
 def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:

@@ -15,19 +15,18 @@ from we_surgery.training.vanilla_view import inside_wrappers
 
 
 class ShiftAttentionSchedule:
-    """Raises the inverse temperature of a model's shift attention by a constant factor a step.
+    """Multiplies the inverse temperature of a model's shift attention by a factor per step.
 
-    After ``steps`` calls of :meth:`step` it has gone from ``start`` to ``end``, and stays there
-    (the public code's ImageNet run goes on raising it). The temperature is part of the model's
-    state dict, so the schedule has no state of its own: a run that is resumed makes it again,
-    and passes ``resume=True``.
+    It goes from ``start`` to ``end`` in ``steps`` calls of :meth:`step` and stays there (the public
+    code's ImageNet run raises it further). The temperature T is part of the model's state dict and
+    the schedule has no state: a resumed run makes it again with ``resume=True``.
 
     Args:
         model: with shift attention; also inside DDP or ``torch.compile``.
         steps: optimizer steps from ``start`` to ``end``.
         start: T before the first step; 20 for CIFAR and 0.15 for ImageNet in the public code.
         end: T after the last; 70 and 60 there.
-        resume: leaves T where the model's state has it.
+        resume: keep the T of the model's state.
 
     Raises:
         InputError: the model has no shift attention, or a number is out of range.
@@ -75,10 +74,10 @@ class ShiftAttentionSchedule:
 
 
 def shift_attention_words(model: nn.Module) -> float:
-    """The 32-bit words that a model with shift attention needs once it is hardened.
+    """Returns the number of 32-bit words that a hardened model with shift attention needs.
 
-    Each of its layers needs a weight and a position a kernel, or shared a position an input
-    channel (:meth:`ShiftAttention.stored_words`); every other parameter is a word.
+    Each of its layers needs one weight and one position per kernel, or with ``shared`` one position
+    per input channel (:meth:`ShiftAttention.stored_words`). Every other parameter is one word.
     """
     words = 0.0
     counted: set[int] = set()

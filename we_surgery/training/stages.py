@@ -44,8 +44,7 @@ def stages_of(model: nn.Module, kind: type[Stage], function: str) -> list[Stage]
 def sparsity_loss(model: nn.Module) -> Tensor:
     """The sum of ``exp(-t)`` over all thresholds of a converted model.
 
-    Add it to the loss, times 1e-6 to 5e-4 in the public code: the larger, the sparser. It holds
-    until the model is stripped.
+    Add it to the loss, times 1e-6 to 5e-4 in the public code; larger factors give sparser weights.
 
     Args:
         model: converted with ``dynamic_sparse``; also inside DDP or ``torch.compile``.
@@ -66,7 +65,7 @@ def sparsity_loss(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def average_location_nets(model: nn.Module) -> int:
-    """Makes the weights of all ``averaged`` location nets of a model their mean; biases stay.
+    """Sets the weights of all ``averaged`` location nets of a model to their mean, not the biases.
 
     Call it after each optimizer step, as by
     ``optimizer.register_step_post_hook(lambda *_: ws.average_location_nets(model))``.
@@ -106,18 +105,18 @@ class Hardening:
 
 
 def harden(model: nn.Module, how: str = "argmax") -> Hardening:
-    """Leaves each kernel of a model's shift attention its largest position, with a factor of 1.
+    """Reduces each kernel of a model's shift attention to its largest position, with factor 1.
 
-    Training may go on, of the weights that are left. Strip then gives a dense conv with one
-    weight per kernel.
+    You may train the remaining weights further. Strip then gives a dense conv with one weight per
+    kernel.
 
     Args:
         model: converted with shift attention.
-        how: ``argmax``; or ``round``, which is the public code's: the same but that a kernel with
-            no position over one half becomes zero; or ``soft``, which takes it back.
+        how: ``argmax``; ``round``, as in the public code, which sets kernels without a position
+            over one half to zero; or ``soft``, which undoes hardening.
 
     Raises:
-        InputError: there is no such way, or the excitation is attached.
+        InputError: ``how`` is unknown, or the excitation is attached.
     """
     if how not in HARDENINGS:
         raise InputError(
