@@ -20,6 +20,7 @@ from equal_forms import (
 from timm.optim import Lookahead
 
 import we_surgery as ws
+from we_surgery.excitations.spectral_norm import SpectralNorm
 
 
 def closure_step(optimizer, model, batch, _):
@@ -264,6 +265,26 @@ def test_kernels_work_on_all_layers_at_once(launches):
         assert len(launches) == len(set(launches)) == 7, launches
     eager = train("attached", of(O.SGD, 0.1), None, config=config, steps=3)
     assert losses == pytest.approx(eager.losses, rel=1e-4)
+
+
+def test_a_power_iteration_moves_once_per_step(monkeypatch):
+    moved = []
+    iterate = SpectralNorm._iterate
+
+    def counted(self, weight, steps):
+        moved.append(steps)
+        iterate(self, weight, steps)
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = O.SGD(model.parameters(), 0.1)
+    ws.attach(model, optimizer, config={"conv": "spectral_norm", "linear": "skip"})
+    monkeypatch.setattr(SpectralNorm, "_iterate", counted)
+    for batch in batches(3):  # micro-batches
+        loss_of(model, batch).backward()
+    assert not moved
+    optimizer.step()
+    assert moved == [1, 1]  # of the stem and of the 1x1 conv
 
 
 def test_several_optimizers():

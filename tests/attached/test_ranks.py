@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
 from processes import run_together
-from ranks_runs import FORMS, SHARDED, STEPS, alone, alone_by, cases, hybrid_cases, main
+from ranks_runs import FORMS, SHARDED, STEPS, alone, alone_by, cases, hybrid_cases, main, sgd
+from torch.distributed.fsdp import fully_shard
 
 import we_surgery as ws
 
@@ -81,6 +82,20 @@ def test_ddp_reduces_the_buckets_of_vanilla_in_their_order(ranks: list[dict[str,
         assert len(vanilla) > 2 * STEPS
         assert attached == vanilla
         assert converted != vanilla
+
+
+def test_fully_shard_after_attach_is_an_error_at_the_next_step(tmp_path: Path) -> None:
+    address = (tmp_path / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        model = Net(is_tied=False)
+        optimizer = sgd(model)
+        ws.attach(model, optimizer, "lwe")
+        fully_shard(model)
+        with pytest.raises(ws.AttachmentError, match="another Parameter"):
+            plain_step(optimizer, model, batches(1)[0], 0)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
