@@ -30,15 +30,15 @@ from we_surgery.planning.decide import plan as make_plan
 class ExcitePass(PassBase):
     """Excites the conv and linear weights of a graph module, in place.
 
-    ``call`` leaves a graph module that is excited already, or of which the plan leaves all alone,
-    as it is and reports it as not modified. When it raises, the graph module is as it was.
+    ``call`` does not change a graph module that is already excited or in which the plan excites
+    nothing, and reports it as not modified. If it raises, the graph module is unchanged.
 
     Args:
         mode: as in :func:`we_surgery.convert`.
         **options: those of :func:`we_surgery.convert`: ``config``, ``rules``, ``plan``,
             ``transplants``, ``init``, ``start``, ``example_inputs``. In
-            rules, a weight that a call reads goes by the name of its module or, where that name
-            is not ``weight``, by its own.
+            rules, a weight that a call reads has the name of its module or, if the parameter is not
+            called ``weight``, its own name.
 
     Raises:
         InputError: the arguments do not fit together.
@@ -63,9 +63,9 @@ class ExcitePass(PassBase):
 class StripPass(PassBase):
     """Folds the excited weights of a graph module, in place, and removes their nodes.
 
-    Each folded weight is compared bit for bit with the excited one. The graph is then what it was
-    before :class:`ExcitePass`, and so are the keys of the state dict and their order. When
-    ``call`` raises, the graph module is as it was.
+    Each folded weight is compared bit for bit with the excited one. The graph, the state dict's
+    keys and their order are then those before :class:`ExcitePass`. If ``call`` raises, the graph
+    module is unchanged.
 
     Args:
         example_inputs: with them, the outputs before and after are compared as well.

@@ -102,7 +102,7 @@ def test_the_plan_says_which_convs_are_shifts_and_why_others_are_not() -> None:
     assert plan.added_parameters == plan.kept_parameters == -removed
     data = plan.to_dict()
     data["transplants"][0] |= {"place": "grouped", "attach": True}
-    with pytest.raises(ws.InputError, match="shift goes in the place of a conv"):
+    with pytest.raises(ws.InputError, match="shift replaces a conv"):
         ws.convert(model, plan=ws.Plan.from_dict(data))
 
 

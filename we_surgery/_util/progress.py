@@ -1,4 +1,4 @@
-"""How a long run gets on: one type of callback, and a bar."""
+"""Progress of long runs: one type of callback, and a bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for terminals, of which a part may come from a file that wants to steer them."""
+"""Text for terminals; parts of it may come from a hostile file."""
 
 from __future__ import annotations
 

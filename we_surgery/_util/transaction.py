@@ -1,4 +1,4 @@
-"""Changes to a model in place that are made whole or not at all."""
+"""In-place changes to a model that are made completely or not at all."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def magnitude_curve(
     progress_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> MagnitudeCurve:
-    """Zeroes the weight at each percentile of magnitude, in all conv layers at once.
+    """Sets the weight at each percentile of magnitude to zero, in all conv layers at once.
 
     WE paper, section 3.1 and Fig. 1a: of n weights sorted by magnitude, percentile b is the one
     at index ``ceil(b * n / 100) - 1``, so that 100 is the largest. Of equal magnitudes the first
@@ -46,9 +46,9 @@ def magnitude_curve(
             in eval mode on the model's device.
         positions: the percentiles, each from 1 to 100.
         layers: patterns of the layers to take; by default every conv.
-        score: of a loader: ``accuracy``, or ``log_likelihood``, which moves where no prediction
-            does.
-        progress_file: keeps results while the run lasts, and resumes from it if it is there.
+        score: score of a loader: ``accuracy``, or ``log_likelihood``, which changes even if no
+            prediction does.
+        progress_file: a file that stores results during the run; an existing one is resumed.
         progress: called with (evaluations done, evaluations in all), as by the bar that
             :func:`we_surgery.analysis.progress_bar` gives.
 
@@ -103,11 +103,10 @@ def location_maps(
     progress_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> LocationMaps:
-    """Zeroes single kernels of each conv with a kernel larger than 1, but for depthwise ones.
+    """Sets single kernels to zero, in each conv with a kernel larger than 1 except depthwise ones.
 
-    WE paper, section 3.1 and Fig. 2. The sampled filters and input channels are the rounded
-    points of an even division that has the first and the last among them; the paper says
-    "equidistant".
+    WE paper, section 3.1 and Fig. 2. The sampled filters and input channels are evenly spaced from
+    the first to the last ("equidistant" in the paper).
 
     Args:
         model: as in :func:`magnitude_curve`.

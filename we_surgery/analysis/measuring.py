@@ -1,4 +1,4 @@
-"""One model measured again and again, each time with other weights at zero.
+"""Measuring one model repeatedly, each time with other weights set to zero.
 
 All analyses of weights are this loop: changes times measurements. A measurement is one call of the
 user's metric function, or one batch of a labelled loader; all changes see the same batches.

@@ -104,23 +104,23 @@ def multiplier_validity(
     progress_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> MultiplierValidity:
-    """Removes what has the lowest multipliers in each layer, then what has the highest.
+    """Removes the units with the lowest multipliers in each layer, then the highest.
 
     The paper writes of "channels with the lowest LWE multiplier in each layer", which its
-    supplement calls "h x w filters". Both of its figures and three readings can be had:
+    supplement calls "h x w filters". It has three possible meanings:
 
     - ``kernel``: one kernel of each layer.
     - ``channel_per_filter``: in each filter, the kernel of one input channel.
     - ``channel``: one input channel of all filters, that of the lowest or highest mean.
 
-    The same number chosen at random is measured beside them: without it, a difference between
-    the two ends says nothing about either.
+    The same number of random units is measured for comparison.
 
     Args:
         model: a converted model. The kernels are removed from a stripped copy.
         metric: as in :func:`~we_surgery.analysis.magnitude_curve`.
         granularities: which of the three.
-        share: removes that share of the units, at least one, instead of one; between 0 and 1.
+        share: the share of the units to remove, from 0 to 1, at least one unit; by default one
+            unit.
         random_draws: how many random choices are measured.
         seed: of those.
         layers: patterns; by default all layers that have multipliers.

@@ -1,4 +1,4 @@
-"""What a long run has done so far, on disk, so that it can be stopped and taken up again."""
+"""The progress of a long run on disk, so that it can be stopped and resumed."""
 
 from __future__ import annotations
 

@@ -42,11 +42,11 @@ def pruning_curve(
     progress_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PruningCurve:
-    """Removes a share of the kernels of each layer, by one criterion and another.
+    """Removes a share of the kernels of each layer, by several criteria.
 
-    ``multiplier`` removes those with the lowest LWE multiplier (supplement, section 3, which
-    removes the very lowest of each layer), ``magnitude`` those of the lowest mean absolute
-    weight after strip, ``random`` any.
+    ``multiplier`` removes those with the lowest LWE multiplier (supplement, section 3),
+    ``magnitude`` those with the lowest mean absolute weight after strip, ``random`` a random
+    choice.
 
     Args:
         model: a converted model; a stripped copy is pruned.
@@ -121,8 +121,8 @@ def multiplier_masks(
         layers: patterns; by default all layers that have multipliers.
 
     Returns:
-        By layer name, a float mask of the weight's shape: 0 goes, 1 stays, as
-        ``torch.nn.utils.prune`` has them.
+        By layer name, a float mask of the weight's shape: 0 removes a value and 1 keeps it, as in
+        ``torch.nn.utils.prune``.
 
     Raises:
         InputError: the model has no multipliers, or the share is out of range.
@@ -136,10 +136,10 @@ def multiplier_masks(
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Gives the masks to ``torch.nn.utils.prune``, in place.
+    """Applies the masks with ``torch.nn.utils.prune``, in place.
 
-    The pruned model can be trained on: the masks hold. ``prune.remove(module, "weight")`` makes
-    the zeros the weights.
+    You can train the pruned model further: the masks stay in effect. ``prune.remove(module,
+    "weight")`` makes the zeros permanent.
 
     Args:
         model: the stripped model.

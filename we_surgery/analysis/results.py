@@ -39,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True)
 class MagnitudeCurve(Result):
-    """How much is lost without the weight at each percentile of magnitude (Fig. 1a).
+    """The metric lost without the weight at each percentile of magnitude (Fig. 1a).
 
     Attributes:
         score: what was measured.
@@ -82,7 +82,7 @@ class LocationMap:
 
 @dataclass(frozen=True)
 class LocationMaps(Result):
-    """How much is lost without single kernels, layer by layer (Fig. 2).
+    """The metric lost without single kernels, layer by layer (Fig. 2).
 
     Attributes:
         score: what was measured.
@@ -182,7 +182,7 @@ class PruningRow:
 
 @dataclass(frozen=True)
 class PruningCurve(Result):
-    """What is left without the kernels that each criterion would remove.
+    """The metric after pruning kernels by each criterion.
 
     Attributes:
         score: what was measured.

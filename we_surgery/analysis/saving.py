@@ -38,7 +38,7 @@ def check_result(stem: str | Path, *, picture: bool = True, force: bool = False)
 def save_result(
     result: Result, stem: str | Path, *, picture: bool = True, force: bool = False
 ) -> list[Path]:
-    """Writes what an analysis returned.
+    """Writes the result of an analysis.
 
     Args:
         result: of any analysis.

@@ -1,4 +1,4 @@
-"""What a model is worth: a function of the user's, or a score over labelled batches."""
+"""The metric of a model: a user's function, or a score over labelled batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from we_surgery.errors import InputError, near_matches
 
 MetricFunction = Callable[[nn.Module], float]
-"""Any measure of a model of which more is better."""
+"""Any measure of a model; higher is better."""
 
 LabelledBatches = Iterable[Any]
 """A data loader or list of ``(inputs, labels)``."""

@@ -47,12 +47,12 @@ def sweep(
     """Trains each variant with each seed and measures the models as they would be deployed.
 
     Runs of one seed are paired: before each the global generator is seeded the same, so all
-    variants start from the same vanilla weights, and ``train_fn`` gets the same seed. Torch's
-    generator is given back as it was.
+    variants start from the same vanilla weights, and ``train_fn`` gets the same seed. The state of
+    torch's generator is restored afterwards.
 
     Args:
         make_model: makes a vanilla model.
-        variants: by name; the first is what the others are compared with.
+        variants: by name; the others are compared with the first.
         train_fn: trains a model in place.
         metric: ``metric_fn(model) -> float`` of the stripped model, or a labelled loader.
         seeds: one run each.

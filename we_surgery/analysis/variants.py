@@ -108,12 +108,11 @@ def _linear_weights(model: nn.Module | AttachedExcitation) -> Iterator[Tensor]:
 def normalization_free_variants() -> dict[str, Variant]:
     """Training without any normalization layer (supplement, section 2).
 
-    The paper's ResNet50-LWE still learns so, its plain ResNet50 does not. Which standardization
-    that was it does not say. With the public code's, filters of standard deviation 1 multiply
-    the signal's scale by about ``sqrt(N) / 2`` in each layer, N being the fan-in. So four forms
-    are tried beside the vanilla one: the paper's as it is, none, and standardized filters times
-    ``sqrt(1 / N)`` and ``2 sqrt(2 / N)``, of which the last makes up for a ReLU and for
-    multipliers of one half as well.
+    The paper's ResNet50-LWE still learns, its plain ResNet50 does not. The paper does not say which
+    standardization it used. With that of the public code, filters of standard deviation 1 multiply
+    the signal's scale by about ``sqrt(N) / 2`` per layer, with N the fan-in. Four forms are
+    compared with the vanilla one: the paper's, none, and standardized filters times ``sqrt(1 / N)``
+    and ``2 sqrt(2 / N)``. The last also compensates for a ReLU and for multipliers of one half.
     """
 
     def lwe(standardize: str, factor: float | None = None) -> Variant:

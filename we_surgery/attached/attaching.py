@@ -1,4 +1,4 @@
-"""`attach`: excitation for a model that stays as it is."""
+"""`attach`: excitation for a model that stays vanilla."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ Trained = tuple[AttachedWeight, Any]
 
 @dataclass(frozen=True)
 class Building:
-    """How excitations are built, the first time and for layers that are thawed later."""
+    """How excitations are built, at first and for layers unfrozen later."""
 
     model: nn.Module
     optimizers: Sequence[Any]

@@ -1,4 +1,4 @@
-"""What must never pass in silence: weights written, replaced or trained by somebody else."""
+"""Detects weights that were written, replaced or trained from outside."""
 
 from __future__ import annotations
 

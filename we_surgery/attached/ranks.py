@@ -1,4 +1,4 @@
-"""Processes that train copies of one model: they begin equal, and are kept equal."""
+"""Keeps the copies of one model on several processes equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of an excitation within the state dict of its optimizer.
+"""The state of an excitation in its optimizer's state dict.
 
 For whole models it lies under ``["state"]["we_surgery"]``: torch keeps an entry there that is not
 of a Parameter as it is, also where the optimizer that loads it has no excitation yet. The functions

@@ -1,9 +1,9 @@
-"""Weights that FSDP2 divides among processes: each rank holds, and excites, its own rows.
+"""Weights sharded by FSDP2: each rank holds and excites its own rows.
 
-A weight ``[O, I, *K]`` is divided along O, so that each rank has whole filters. The closed form
-works filter by filter, but for two sums: the gradients of LWE's layers are summed over the ranks,
-and MWE's maximum is taken over them. Every other excitation, and transposed convs, whose first
-axis is not that of filters, are gathered, computed on each rank and cut.
+A weight ``[O, I, *K]`` is sharded along O, so each rank has whole filters. The closed form works
+filter by filter, with two exceptions: the gradients of LWE's layers are summed over the ranks, and
+MWE's maximum is taken over them. Other excitations, and transposed convs (whose first axis is not
+that of filters), are gathered, computed on each rank and sliced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of an attached excitation, as it rides in the optimizer's state dict."""
+"""The state of an attached excitation, as saved in the optimizer's state dict."""
 
 from __future__ import annotations
 

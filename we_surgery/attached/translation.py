@@ -1,4 +1,4 @@
-"""From the attached form into the converted one and back: the same values in another place."""
+"""Translates between the attached and the converted form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models and optimizers are wrapped in, and how to reach inside."""
+"""Wrappers of models and optimizers, and how to unwrap them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading: whatever holds a model or weights, opened without running code from it."""
+"""Reads any file that holds a model or weights, without running code from it."""
 
 from __future__ import annotations
 

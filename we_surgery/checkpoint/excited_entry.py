@@ -229,7 +229,7 @@ def excitation_of(key: str, prefixes: Container[str]) -> str | None:
 
 
 def no_record(keys: Iterable[str]) -> InputError:
-    """The error for raw weights of which nothing says how they were excited."""
+    """The error for raw weights without a record of their excitation."""
     return InputError(
         f"nothing says how {quoted(keys)} were excited: the state dict has no record of it, as one "
         "that was made of `named_parameters()`",

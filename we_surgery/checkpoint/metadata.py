@@ -1,4 +1,4 @@
-"""What our self-describing files carry beside their tensors."""
+"""The metadata that our self-describing files store beside their tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file's tensors excite, held against the plan in the same file."""
+"""Checks a file's tensors against the plan in the same file."""
 
 from __future__ import annotations
 

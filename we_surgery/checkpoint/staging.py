@@ -1,4 +1,4 @@
-"""Files are written in a hidden folder beside their targets, and take their places all or none."""
+"""Files are written in a hidden folder beside their targets, and moved to them all or none."""
 
 from __future__ import annotations
 

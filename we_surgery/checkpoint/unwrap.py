@@ -1,4 +1,4 @@
-"""The plain state dict inside whatever a trainer saved."""
+"""Finds the plain state dict in a trainer's checkpoint."""
 
 from __future__ import annotations
 

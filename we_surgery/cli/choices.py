@@ -1,6 +1,6 @@
-"""Words that options take, written out: the rooms that define them import torch.
+"""The choices of options, repeated here because the rooms that define them import torch.
 
-A test holds each against its definition.
+A test compares each with its definition.
 """
 
 DEFAULT_MODE = "lwe"

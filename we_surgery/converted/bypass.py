@@ -1,6 +1,6 @@
-"""The structural proof of a conversion: no operation reads a converted weight raw.
+"""The structural proof of a conversion: no operation reads a raw weight.
 
-Comparing outputs would not do: in some models a bypassed layer moves the output by 1e-7.
+Comparing outputs is not enough: in some models a bypassed layer changes them by only 1e-7.
 """
 
 from __future__ import annotations

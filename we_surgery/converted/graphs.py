@@ -149,7 +149,7 @@ def _insert_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
 
 
 def _remove_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
-    """Lets the users of each weight that is excited no more read it again.
+    """Lets the users of each weight that is no longer excited read it again.
 
     Where several nodes fetch the weight, each user gets the last one before it: such graphs fetch
     it once for each user.

@@ -1,7 +1,7 @@
-"""State dicts of excited layers whose vanilla class writes and reads its own.
+"""State dicts of excited layers whose vanilla class has its own state dict methods.
 
-Such a class, as PyTorch Geometric's ``Linear``, saves ``self.weight``, which is the excited weight
-here. It is asked to save and load a vanilla layer that has the raw weights, and the names change
+Such a class (PyTorch Geometric's ``Linear``) saves ``self.weight``, which is the excited weight
+here. So it saves and loads a vanilla layer with the raw weights, and the keys are renamed
 afterwards.
 """
 

@@ -1,4 +1,4 @@
-"""What a model is to surgery: converted or not, with which plan, wrapped or not."""
+"""The state of a model: converted or not, by which plan, wrapped or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from we_surgery.planning import transplant_rows
 from we_surgery.planning.plans import Plan
 
 PLAN_ATTRIBUTE = "we_surgery_plan"
-"""The attribute of a converted model that holds the plan which was done to it, as plain data."""
+"""The attribute of a converted model that holds the applied plan, as plain data."""
 
 
 def is_converted(model: nn.Module) -> bool:

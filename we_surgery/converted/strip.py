@@ -1,4 +1,4 @@
-"""Folding a converted model's weights, and taking everything off that is only for training."""
+"""Folds a converted model's weights and removes everything that is only for training."""
 
 from __future__ import annotations
 

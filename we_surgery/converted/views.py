@@ -1,4 +1,4 @@
-"""An excited layer as a vanilla one: with other values in the place of its excited parameters."""
+"""A vanilla view of an excited layer, with other values for its excited parameters."""
 
 from __future__ import annotations
 

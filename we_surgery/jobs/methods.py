@@ -1,4 +1,4 @@
-"""All methods there are, as a listing: modes, the excitations they are made of, transplants."""
+"""A listing of all methods: modes, excitations, transplants."""
 
 from __future__ import annotations
 

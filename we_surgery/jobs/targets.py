@@ -1,4 +1,4 @@
-"""Where a job's result goes, and of which kind it is."""
+"""Where a job's result is written, and its kind."""
 
 from __future__ import annotations
 

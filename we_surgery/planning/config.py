@@ -1,4 +1,4 @@
-"""A YAML file or a mapping -> a policy; whatever is unknown in it is an error."""
+"""A YAML file or a mapping -> a policy; unknown keys are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reading a model tells about each of its layers."""
+"""The facts that reading a model finds about each layer."""
 
 from __future__ import annotations
 

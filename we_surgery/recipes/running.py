@@ -71,7 +71,7 @@ def run_recipe(
         data: folder of the images; not read in a dry run.
         output: folder of the run: ``summary.csv``, checkpoints, ``stripped.pt``, ``result.json``.
         backbone: trained weights of ``model.backbone``, for a recipe that wants them.
-        resume: go on from the last checkpoint in ``output``.
+        resume: continue from the last checkpoint in ``output``.
         dry_run: two synthetic batches and one epoch in place of the images.
         device: ``cpu``, ``cuda``, ...
         workers: processes that read images.

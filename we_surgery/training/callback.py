@@ -1,4 +1,4 @@
-"""What the callbacks for all frameworks share: form, options, and when excitation sets in."""
+"""What the callbacks for all frameworks share: form, options, and the start of excitation."""
 
 from __future__ import annotations
 

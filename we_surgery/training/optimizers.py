@@ -1,4 +1,4 @@
-"""Optimizers that exist already when a model is converted, or go on when it is stripped."""
+"""Optimizers that are kept when a model is converted or stripped during training."""
 
 from __future__ import annotations
 

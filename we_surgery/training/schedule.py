@@ -1,4 +1,4 @@
-"""Weight excitation that sets in during training (thesis, section 3.4)."""
+"""Weight excitation that starts during training (thesis, section 3.4)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class WESchedule:
     Args:
         model: converted with ``start="paused"``, also inside DDP or ``torch.compile``; or an
             excitation attached with ``start="paused"``.
-        start_epoch: the first epoch with excitation, counted as :meth:`step` is told.
+        start_epoch: the first epoch with excitation, in the numbering of :meth:`step`.
         *averages: averages of its weights (EMA), as for :func:`resume`.
 
     Raises:
@@ -105,7 +105,7 @@ class WESchedule:
         """To be called before each epoch.
 
         Returns:
-            Whether excitation has set in just now.
+            Whether excitation was switched on by this call.
         """
         return epoch >= self.start_epoch and resume(self.model, *self.averages) > 0
 

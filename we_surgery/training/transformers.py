@@ -23,23 +23,23 @@ STRIPPED_FOLDER = "stripped"
 class WeightExcitation(ExcitingCallback, TrainerCallback):
     """Converts the Trainer's model before its optimizer is made, and strips each checkpoint.
 
-    The conversion happens in place when the Trainer has been built, so checkpoints resume as
-    ever. In each folder ``checkpoint-N`` lies a folder ``stripped`` with the vanilla model and
-    its configuration, which ``from_pretrained`` opens; a checkpoint of the converted model it
-    would open as well, but with its excited weights drawn anew. Where weights cannot be stripped
-    (they are not finite or sharded) a warning says so and training goes on.
+    The conversion happens in place when the Trainer has been built, so checkpoints resume as usual.
+    Each folder ``checkpoint-N`` gets a folder ``stripped`` with the vanilla model and its
+    configuration, for ``from_pretrained``. Do not open the converted checkpoint with
+    ``from_pretrained``: it initializes the excited weights at random. If weights cannot be stripped
+    (not finite or sharded), a warning says so and training continues.
 
     With ``form="attached"`` nothing is converted: :func:`~we_surgery.attach` is called when
-    training begins, the model stays vanilla, and so is all that the Trainer saves: checkpoints and
-    ``save_model`` write plain folders that ``from_pretrained`` opens with the trained weights. The
-    excitation's state is in ``optimizer.pt``. A second ``train()`` goes on from the model as it is.
+    training begins, the model stays vanilla. Checkpoints and ``save_model`` write plain folders
+    that ``from_pretrained`` opens with the trained weights. The excitation's state is in
+    ``optimizer.pt``. A second ``train()`` continues from the model's current weights.
 
     Args:
         mode: as in :func:`~we_surgery.convert`.
         form: ``attached`` or ``converted``.
-        start_epoch: the first epoch with excitation: until then it is paused, as by
-            ``start="paused"``.
-        strip_checkpoints: whether to write the stripped models; of converted models alone.
+        start_epoch: the first epoch with excitation: until then it is paused, as with
+        ``start="paused"``.
+        strip_checkpoints: whether to write the stripped models; only for the converted form.
         **options: those of ``convert``: ``config``, ``rules``, ``plan``, ``transplants``,
             ``init``, ``start``, ``example_inputs``.
 
@@ -47,8 +47,8 @@ class WeightExcitation(ExcitingCallback, TrainerCallback):
         excitation: what :func:`~we_surgery.attach` returned; None before, and when converting.
 
     Raises:
-        InputError: the options do not fit together; while the Trainer is built: nor the model;
-            when training begins: an optimizer that was given to the Trainer cannot take the
+        InputError: the options do not fit together. While the Trainer is built: they do not fit the
+            model. When training begins: an optimizer that was passed to the Trainer cannot take the
             excitations.
 
     Example:

@@ -1,4 +1,4 @@
-"""Layer-for-layer methods of the papers that are not weight excitation, a file a method."""
+"""Methods of the papers that change layers instead of weights, one file per method."""
 
 from we_surgery.transplants.base import Site as Site
 from we_surgery.transplants.base import Transplant as Transplant

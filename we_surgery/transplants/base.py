@@ -1,4 +1,4 @@
-"""What every transplant has in common: where it goes, how it is put in, how it comes out."""
+"""The base class of transplants: where they go, how they are inserted and removed."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def max_dropout(
 
 @dataclass(frozen=True)
 class MaxDropoutTransplant(Transplant):
-    """MaxDropout in the place of dropout layers, and of ``F.dropout`` calls in graphs.
+    """MaxDropout instead of dropout layers, and of ``F.dropout`` calls in graphs.
 
     Attributes:
         rate: the threshold; by default each dropout's own probability, or 0.3 where none was.

@@ -183,7 +183,7 @@ def _conv_at(model: nn.Module, place: str) -> nn.Conv2d:
     reason = unsupported_reason(module) if isinstance(module, nn.Conv2d) else "is not a conv"
     if not isinstance(module, nn.Conv2d) or reason is not None:
         raise InputError(
-            f"shift goes in the place of a conv, and {place!r} {reason}",
+            f"shift replaces a conv, but {place!r} {reason}",
             "Use a plan that was made for this model.",
         )
     return module

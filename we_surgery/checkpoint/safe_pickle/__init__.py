@@ -1,4 +1,4 @@
-"""What torch.save wrote, opened without running what it says.
+"""Opens files of torch.save without running code from them.
 
 ``recognize`` tells the format, ``scan`` follows a pickle without running it, ``permissions`` judges
 what it would do, ``unpickle`` lets torch open it, ``soundness`` judges what came out. May import:

@@ -1,4 +1,4 @@
-"""Opening what torch.save wrote without running what it says."""
+"""Opens a file of torch.save without running code from it."""
 
 from __future__ import annotations
 
