@@ -90,7 +90,7 @@ def test_what_is_missing_is_named_as_it_should_be() -> None:
 
 def test_a_class_that_packs_its_weights_is_refused_by_name() -> None:
     model = make(Packing)
-    with pytest.raises(ws.SurgeryError, match="layer '0' is of class Packing"):
+    with pytest.raises(ws.SurgeryError, match=r"layer '0' \(Packing\) would not save"):
         ws.convert(model, "mwe", example_inputs=torch.randn(2, 6), inplace=True)
     assert type(model[0]) is Packing
     assert list(model[0]._parameters) == ["weight", "bias"]
@@ -101,3 +101,50 @@ def test_places_and_parameters_are_kept() -> None:
     names = [key.replace("raw_weight", "weight") for key in model.state_dict()]
     assert [key for key in names if "excitation" not in key] == list(vanilla.state_dict())
     assert model.state_dict(keep_vars=True)["0.raw_weight"] is model[0].raw_weight
+
+
+class OwnParent(nn.Module):
+    """A model that makes its own state dict, of whatever its layer's weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def state_dict(self):
+        return {"w": self.layer.weight.detach()}
+
+
+def adding(model: nn.Module, state, prefix, metadata) -> None:
+    state[prefix + "layer.weight"] = model.layer.weight.detach()
+
+
+def renaming(model: nn.Module, state, prefix, metadata) -> None:
+    state[prefix + "layer.kernel"] = state.pop(prefix + "layer.weight")
+
+
+class Hooked(OwnParent):
+    """A model whose hook edits its state dict."""
+
+    state_dict = nn.Module.state_dict
+
+    def __init__(self, hook) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(hook)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (OwnParent(), "layer 'layer' .Linear. would not save its raw weight"),
+        (Hooked(adding), "layer 'layer' .Linear. would not save its raw weight"),
+        (Hooked(renaming), "own code for its state dict fails .* KeyError: 'layer.weight'"),
+    ],
+    ids=["its own", "a hook that adds", "a hook that renames"],
+)
+def test_a_parent_that_saves_an_excited_weight_is_refused_by_name(model, message) -> None:
+    with pytest.raises(ws.SurgeryError, match=message):
+        ws.convert(model, "mwe", inplace=True)
+    assert type(model.layer) is nn.Linear

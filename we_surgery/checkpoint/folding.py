@@ -33,7 +33,7 @@ from we_surgery.errors import (
     quoted,
 )
 from we_surgery.excitations.legacy import LEGACY_NOTE
-from we_surgery.excitations.names import RAW_PREFIX
+from we_surgery.excitations.names import vanilla_key
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEn
 def _refuse_halves(plain: Iterable[str], state: Mapping[str, Tensor]) -> None:
     """Raises where one half of an excited weight is there and the other is missing."""
     left = list(plain)
-    raw = [key for key in left if is_raw_weight(key) and _vanilla_key(key) not in state]
+    raw = [key for key in left if is_raw_weight(key) and vanilla_key(key) not in state]
     if raw:
         raise no_record(raw)
     excitations = [key for key in left if is_of_excitation(key)]
@@ -193,11 +193,6 @@ def _refuse_halves(plain: Iterable[str], state: Mapping[str, Tensor]) -> None:
             f"{quoted(excitations)} belong to excited weights whose raw weights are missing",
             "The file is damaged or was edited; give the checkpoint that training saved.",
         )
-
-
-def _vanilla_key(raw_key: str) -> str:
-    owner, dot, last = raw_key.rpartition(".")
-    return f"{owner}{dot}{last.removeprefix(RAW_PREFIX)}"
 
 
 def _refuse_sharded(state: Mapping[str, Tensor]) -> None:

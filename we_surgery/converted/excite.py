@@ -11,19 +11,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from we_surgery.converted.fetches import held_by_graphs
-from we_surgery.converted.graphs import update_graphs
+from we_surgery.converted.graphs import ExcitedWeight, excited_weights, update_graphs
 from we_surgery.converted.layer import ExcitedLayer, excited_class
-from we_surgery.converted.own_state import has_own_state, refuse_lost
 from we_surgery.converted.views import drop_own_attributes
 from we_surgery.errors import SurgeryError
 from we_surgery.excitations import Composition
-from we_surgery.excitations.names import excitation_name, raw_name, rename_parameter
+from we_surgery.excitations.names import (
+    RAW_PREFIX,
+    excitation_name,
+    raw_name,
+    rename_parameter,
+    vanilla_key,
+)
 from we_surgery.reading.obstacles import excited_names
 
 _TRACED_WHOLE = "torch.nn"
+_SAVED_OTHERWISE = (
+    "Leave the layer alone by a rule (`--skip` on the command line), or train it with "
+    "`we_surgery.attach`, which leaves layers as they are; nothing was changed."
+)
 
 Traced = TypeVar("Traced", bound=nn.Module)
 
@@ -57,6 +67,7 @@ def excite(model: nn.Module, sites: Iterable[ExcitationSite]) -> None:
         name = None if is_held(owner, site.parameter) else site.module or "(the model itself)"
         excite_owner(owner, site.parameter, site.excitation, name)
     update_graphs(model)
+    _refuse_lost(model)
 
 
 def restore(model: nn.Module, owners: Iterable[nn.Module]) -> None:
@@ -84,8 +95,6 @@ def excite_owner(
     if swapped.vanilla_class.__module__.startswith("torch.nn."):  # torch.fx kept it whole before
         trace_whole(owner)
     owner.__class__ = swapped
-    if has_own_state(swapped.vanilla_class):
-        refuse_lost(owner, layer_name)
 
 
 def restore_owner(owner: nn.Module) -> None:
@@ -109,6 +118,44 @@ def _swapped_class(owner: nn.Module, parameter: str, layer_name: str) -> type[Ex
             f"{error}",
             "Leave it alone by a rule (`--skip` on the command line); nothing was changed.",
         ) from error
+
+
+def _refuse_lost(model: nn.Module) -> None:
+    """Raises where the model's state dict would not hold a raw weight, and it alone.
+
+    Classes, their parents and hooks may save weights in ways of their own.
+    """
+    try:
+        state = model.state_dict()
+    except Exception as error:
+        raise SurgeryError(
+            "the model's own code for its state dict fails on excited layers: "
+            f"{type(error).__name__}: {error}",
+            _SAVED_OTHERWISE,
+        ) from error
+    saved: dict[tuple[Any, ...], list[str]] = {}
+    for key, value in state.items():
+        if key.rpartition(".")[2].startswith(RAW_PREFIX) and isinstance(value, Tensor):
+            saved.setdefault(_place(value), []).append(key)
+    for weight in excited_weights(model):
+        keys = saved.get(_place(weight.raw), [])
+        if not keys or any(vanilla_key(key) in state for key in keys):
+            raise _lost(weight)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _lost(weight: ExcitedWeight) -> SurgeryError:
+    owner = weight.owner
+    kind = owner.vanilla_class if isinstance(owner, ExcitedLayer) else type(owner)
+    return SurgeryError(
+        f"layer {weight.name!r} ({kind.__qualname__}) would not save its raw {weight.parameter}: "
+        "its class, a parent or a hook makes the state dict in its own way",
+        _SAVED_OTHERWISE,
+    )
 
 
 def trace_whole(module: Traced) -> Traced:

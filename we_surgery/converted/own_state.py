@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from we_surgery.converted.views import raw_view
-from we_surgery.errors import SurgeryError
 from we_surgery.excitations.names import excitation_name, raw_name
 
 
@@ -69,17 +68,3 @@ def load_raw(
             kept = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
             state_dict |= {key: value for key, value in kept.items() if key not in state_dict}
             excitation.prepare(getattr(self, raw_name(name)))
-
-
-def refuse_lost(layer: Any, name: str) -> None:
-    """Raises where a state dict of the layer would not hold its raw weights."""
-    state = layer.state_dict(keep_vars=True)
-    for parameter in layer.excited_parameters:
-        raw = getattr(layer, raw_name(parameter))
-        if state.get(raw_name(parameter)) is not raw or parameter in state:
-            raise SurgeryError(
-                f"layer {name!r} is of class {layer.vanilla_class.__qualname__}, which saves its "
-                f"{parameter} in a form of its own, so checkpoints would not contain the raw one",
-                "Leave it alone by a rule (`--skip` on the command line), or train it with "
-                "`we_surgery.attach`, which leaves layers as they are; nothing was changed.",
-            )

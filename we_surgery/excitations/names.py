@@ -17,6 +17,12 @@ def raw_name(parameter: str) -> str:
     return RAW_PREFIX + parameter
 
 
+def vanilla_key(raw_key: str) -> str:
+    """A state dict's key of the weight whose raw tensor has this one."""
+    owner, dot, last = raw_key.rpartition(".")
+    return f"{owner}{dot}{last.removeprefix(RAW_PREFIX)}"
+
+
 def excitation_name(parameter: str) -> str:
     """The submodule that excites ``parameter``: ``in_proj_weight`` -> ``in_proj_excitation``."""
     stem = parameter.removesuffix("weight")
