@@ -70,6 +70,14 @@ class Packing(nn.Linear):
         destination[prefix + "packed"] = self.weight
 
 
+def with_a_hook_that_renames(layer: nn.Module) -> nn.Module:
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+        state[prefix + "kernel"] = state.pop(prefix + "weight")
+
+    layer.register_state_dict_post_hook(rename)
+    return layer
+
+
 def edited(model: nn.Module) -> None:
     """A file whose plan is not that of its tensors."""
     ws.save(model, "model.pt", architecture="torchvision:alexnet")
@@ -342,8 +350,11 @@ PLANNED: dict[str, Callable[[], Any]] = {
         {}, ws.convert(net())[0].excitation.record
     ),
     "...: the file's plan gives layer '...'": lambda: edited(ws.convert(net(), "mwe")),
-    "layer '...' is of class ..., which saves its weight in a form of its own": lambda: ws.convert(
+    "layer '...' (...) would not save its raw weight": lambda: ws.convert(
         nn.Sequential(Packing(3, 3)), "mwe"
+    ),
+    "the model's own code for its state dict fails on excited layers": lambda: ws.convert(
+        with_a_hook_that_renames(nn.Linear(3, 3)), "mwe"
     ),
 }
 QUOTED = [
