@@ -48,6 +48,7 @@ __all__ = [
     "norm_loss",
     "param_groups",
     "plan",
+    "project",
     "register_excitation",
     "remove_from_optimizer",
     "resume",

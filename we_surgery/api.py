@@ -46,6 +46,7 @@ from we_surgery.training import average_location_nets as average_location_nets
 from we_surgery.training import harden as harden
 from we_surgery.training import norm_loss as norm_loss
 from we_surgery.training import param_groups as param_groups
+from we_surgery.training import project as project
 from we_surgery.training import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training import resume as resume
 from we_surgery.training import shift_attention_words as shift_attention_words

@@ -93,6 +93,10 @@ class AttachedExcitation:
         raws = {weight.name: weight.raw for weight in self._weights}
         return raws | {own.name: own.parameter for own in self._parameters}
 
+    def raw_weights(self) -> dict[int, nn.Parameter]:
+        """The raw weights by the ``id`` of the model's Parameters that hold their W'."""
+        return {id(weight.parameter): weight.raw for weight in self._weights}
+
     def state_dict(self) -> dict[str, Any]:
         """Raw weights, excitations and their optimizer states: tensors, text and numbers only.
 

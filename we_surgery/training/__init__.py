@@ -9,6 +9,7 @@ from we_surgery.training.optimizers import StaleOptimizerWarning as StaleOptimiz
 from we_surgery.training.optimizers import add_to_optimizer as add_to_optimizer
 from we_surgery.training.optimizers import remove_from_optimizer as remove_from_optimizer
 from we_surgery.training.param_groups import param_groups as param_groups
+from we_surgery.training.projections import project as project
 from we_surgery.training.schedule import WESchedule as WESchedule
 from we_surgery.training.schedule import resume as resume
 from we_surgery.training.shift_attention import (
