@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from evidence_statistics import CONFIDENCE, compare, holm
+import numpy as np
+from evidence_statistics import CONFIDENCE, compare, holm, interval
 from lines import Lines, Row
 from measuring import replace_section, table
 from quantization_runs import ARMS, CASES
@@ -57,8 +58,8 @@ def _changes(runs: ByRun, case: str, arm: str, scheme: str) -> list[float] | Non
 def _shown(values: Sequence[float] | None) -> str:
     if values is None:
         return "refused"
-    found = compare(values)
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    low, high = interval(np.asarray(values))
+    return f"{mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _accuracies(runs: ByRun) -> Iterator[str]:
@@ -145,7 +146,7 @@ def threshold(rows: Sequence[Row]) -> float:
     """The error from which on accuracy is lost in every bin."""
     found = EDGES[-1]
     for (low, _), losses in reversed(losses_by_error(rows).items()):
-        if compare(losses).low <= 0:
+        if interval(np.asarray(losses))[0] <= 0:
             break
         found = low
     return found

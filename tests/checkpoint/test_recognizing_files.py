@@ -156,6 +156,11 @@ UNREADABLE = {
     "npz": (make_npz, "NumPy arrays", "save"),
     "npy": (make_npy, "a NumPy array", "save"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "by gzip", "gunzip"),
+    "saved model file": (
+        lambda path: path.write_bytes(b"\x08\x01\x12\x90\x02" + bytes(40)),
+        "is a TensorFlow SavedModel",
+        "PyTorch",
+    ),
     "saved model": (make_saved_model, "is a TensorFlow SavedModel", "PyTorch"),
     "zip start": (lambda path: path.write_bytes(b"PK\x03\x04rest"), "damaged", "again"),
     "folder": (lambda path: path.mkdir(), "is a folder", "file in it"),

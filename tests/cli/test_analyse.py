@@ -12,7 +12,10 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import we_surgery as ws
+from we_surgery._util.text import SafeConsole
+from we_surgery.analysis.results import Sweep, SweepRow
 from we_surgery.cli import we_surgery
+from we_surgery.cli.analyse import _table
 
 CODE = """
 import torch
@@ -169,3 +172,16 @@ def test_every_command_helps_with_an_example() -> None:
         text = analyse(name, "--help").stdout
         assert f"we-surgery analyse {name}" in text
         assert "Exit codes" in text
+
+
+def test_the_table_of_a_sweep_fits_80_columns() -> None:
+    runs = [SweepRow(name, seed, 0.5, 0.01 * seed) for seed in range(3) for name in ("a" * 30, "b")]
+    stdout = SafeConsole(width=200)
+    with stdout.capture() as captured:
+        stdout.print(_table(Sweep("modes", "accuracy", "b", runs)))
+    heading, _, first, second = captured.get().splitlines()
+    assert heading.split()[0] == "variant"
+    assert {"difference", "low", "high"} <= set(heading.split())
+    assert first.split()[0] == "a" * 30
+    assert second.split()[0] == "b"
+    assert max(len(line.rstrip()) for line in (heading, first, second)) <= 80

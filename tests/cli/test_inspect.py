@@ -18,7 +18,7 @@ from torch import nn
 import we_surgery as ws
 from we_surgery.analysis import LocationMap, LocationMaps, save_result
 from we_surgery.analysis.quantization import int8_error
-from we_surgery.cli import inspect_command
+from we_surgery.cli import convert_command, inspect_command
 from we_surgery.jobs.html_report import diverging
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -140,6 +140,16 @@ def test_a_quantized_file_is_called_so(tmp_path: Path) -> None:
     shown = inspect(tmp_path / "int8.pt").stdout
     assert "quantized: 2 tensors hold quantized weights" in shown
     assert "dry-run" not in shown
+    assert "vanilla" not in shown
+
+
+def test_a_quantized_file_does_not_fit_an_architecture(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2, 2), "weight_scale": torch.ones(2)}
+    torch.save(state, tmp_path / "int8.pt")
+    linear = ["--arch", "torch.nn:Linear", "--arch-arg", "in_features=2"]
+    words = [tmp_path / "int8.pt", *linear, "--arch-arg", "out_features=2"]
+    result = CliRunner().invoke(convert_command, [str(word) for word in words])
+    assert "the state dict is quantized: 'weight_scale' holds" in result.stderr
 
 
 def test_the_table_of_a_trained_file_fits_80_columns(files: tuple[Path, Path]) -> None:

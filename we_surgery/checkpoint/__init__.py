@@ -30,6 +30,7 @@ from we_surgery.checkpoint.opening import load as load
 from we_surgery.checkpoint.opening import model_from as model_from
 from we_surgery.checkpoint.opening import save as save
 from we_surgery.checkpoint.plan_check import check_plan as check_plan
+from we_surgery.checkpoint.quantized import is_quantized as is_quantized
 from we_surgery.checkpoint.staging import Staging as Staging
 from we_surgery.checkpoint.staging import check_target as check_target
 from we_surgery.checkpoint.staging import staged as staged

@@ -20,6 +20,7 @@ from we_surgery.checkpoint.excited_entry import (
 )
 from we_surgery.checkpoint.metadata import Metadata
 from we_surgery.checkpoint.plan_check import check_plan
+from we_surgery.checkpoint.quantized import is_quantized
 from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write
 from we_surgery.converted.excite import ExcitationSite, excite
@@ -272,6 +273,12 @@ def _misfit(
     own: dict[str, Any] = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
+    quantized = [key for key in unexpected if is_quantized(key, state[key])]
+    if quantized:
+        return InputError(
+            f"the state dict is quantized: {quantized[0]!r} holds packed weights or a scale",
+            "Give the float checkpoint: excite the float model, and quantize it after training.",
+        )
     shapes = [
         f"{key!r} {tuple(value.shape)} against {tuple(own[key].shape)}"
         for key, value in state.items()

@@ -20,6 +20,7 @@ from we_surgery.cli.common import (
     say_notes,
     say_written,
     source_options,
+    table_width,
 )
 from we_surgery.errors import InputError
 
@@ -370,15 +371,16 @@ def _show(result: Result, output: Path, *, picture: bool, force: bool, as_json: 
 
 
 def _table(result: Result) -> Table:
-    from rich.table import Table
-
+    from we_surgery._util.tables import table_of
     from we_surgery.analysis.results import CurveDrawing, Sweep
 
-    rows = result.summary() if isinstance(result, CurveDrawing | Sweep) else list(result.rows())
-    table = Table(*(str(key).replace("_", " ") for key in rows[0]), header_style="bold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
+    found = result.summary() if isinstance(result, CurveDrawing | Sweep) else result.rows()
+    rows = [{key.replace("_", " "): _cell(value) for key, value in row.items()} for row in found]
+    # The files have what a narrow terminal leaves out.
+    return table_of(rows, width=table_width(), expendable=_EXPENDABLE, right=list(rows[0])[1:])
+
+
+_EXPENDABLE = ("standard error", "runs", "mean", "failed")
 
 
 def _cell(value: Any) -> str:

@@ -273,7 +273,6 @@ def _summary(found: Inspection) -> str:
         )
         lines.append(found.learned)
     else:
-        lines.append("vanilla: no excited weights")
         lines += _what_to_do(found)
     lines += [found.int8_summary] if found.int8 is not None else []
     return "\n".join(lines)
@@ -282,11 +281,12 @@ def _summary(found: Inspection) -> str:
 def _what_to_do(found: Inspection) -> list[str]:
     quantized = sum(plain.is_quantized for plain in found.plain)
     if quantized:
+        tensors = "1 tensor holds" if quantized == 1 else f"{quantized} tensors hold"
         return [
-            f"quantized: {quantized} tensors hold quantized weights or their scales, which cannot "
-            "be excited; excite the float model, and quantize it after training"
+            f"quantized: {tensors} quantized weights or their scales, which cannot be excited; "
+            "excite the float model, and quantize it after training"
         ]
     needs_architecture = found.kind != "module" and found.architecture is None
     architecture = " --arch NAME" if needs_architecture else ""
     command = f"we-convert {found.source}{architecture} --dry-run"
-    return [f"next: `{command}` shows what would be excited"]
+    return ["vanilla: no excited weights", f"next: `{command}` shows what would be excited"]

@@ -234,19 +234,10 @@ def _read(
     return inspection, entry_of
 
 
-# Endings of the keys under which quantizers keep packed weights and their scales.
-_PACKED = ("_packed_params", "qweight", "qzeros", "absmax", "weight_scale", "zero_point")
-
-
 def _plain_weights(state: Mapping[str, Tensor]) -> list[PlainWeight]:
     found = []
     for name, value in state.items():
-        is_quantized = (
-            value.is_quantized
-            or (value.ndim > 1 and value.dtype in (torch.int8, torch.uint8))
-            # Quantization-aware training keeps such scales beside float weights.
-            or (name.endswith(_PACKED) and "fake_quant" not in name and "_process" not in name)
-        )
+        is_quantized = checkpoint.is_quantized(name, value)
         if (value.ndim > 1 or is_quantized) and not is_record(name):
             dtype = str(value.dtype).removeprefix("torch.")
             found.append(PlainWeight(name, tuple(value.shape), dtype, is_quantized))

@@ -102,6 +102,9 @@ def _refuse_foreign(start: bytes, path: Path) -> None:
             raise InputError(f"{path} {what}", cure)
     if start[4:8] == b"TFL3":
         raise InputError(f"{path} is a TensorFlow Lite model", _TO_TORCH)
+    # Field 1 of a SavedModel is the number of its schema, always 1: no ONNX model is that old.
+    if start.startswith(b"\x08\x01\x12"):
+        raise InputError(f"{path} is a TensorFlow SavedModel", _TO_TORCH)
     # An ONNX model has no mark: field 1 is its version, and field 2, or 7, or 8 follows.
     if start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x3a", b"\x42"):
         raise InputError(f"{path} is an ONNX model, whose layers cannot be changed", _ONNX)
