@@ -100,7 +100,7 @@ class WeightStatistics:
 
 @dataclass(frozen=True)
 class Start:
-    """What a weight was before training; ``parameters`` is None where the start was vanilla."""
+    """A weight before training; ``parameters`` is None if it was vanilla."""
 
     raw: Tensor
     parameters: Mapping[str, Tensor] | None
@@ -139,7 +139,7 @@ def _excitation_distance(excitation: Composition, start: Start) -> float | None:
 
 
 def learned_nothing(verdicts: Iterable[str]) -> bool:
-    """Whether none of the excitations that could learn did; False where none could."""
+    """Whether no excitation learned anything; False if none has parameters."""
     able = [verdict for verdict in verdicts if verdict != "nothing to learn"]
     return bool(able) and all(verdict in LEARNED_NOTHING for verdict in able)
 

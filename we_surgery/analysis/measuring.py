@@ -168,7 +168,7 @@ def _zeroed(cells: Cells) -> Iterator[None]:
 def _batches(
     model: nn.Module, batches: LabelledBatches, score: str, kept: ProgressFile
 ) -> Iterator[Measurement]:
-    """A measurement for each batch of a loader, which is gone through once."""
+    """A measurement for each batch of a loader; the loader runs once."""
     if not isinstance(batches, Iterable):
         raise InputError(
             f"the metric is a {type(batches).__name__}, not a function or a loader",
@@ -212,7 +212,7 @@ def _length(batches: LabelledBatches) -> int:
 
 
 def _value(model: nn.Module, metric: MetricFunction) -> float:
-    """What the function returns, if it ran the model it was given."""
+    """The function's result; raises if it did not run the model."""
     ran: list[nn.Module] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module))

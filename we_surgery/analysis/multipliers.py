@@ -174,7 +174,7 @@ def _chosen(
     share: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Which kernels ``[O, I]`` go, bool."""
+    """A bool mask ``[O, I]`` of the kernels to remove."""
     if end == "random":
         ranks = torch.rand(multipliers.shape, generator=generator)
     else:

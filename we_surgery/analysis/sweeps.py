@@ -162,7 +162,7 @@ def all_runs(
     progress_file: str | Path | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """What ``train`` returns for each run, those of a stopped sweep from its progress file."""
+    """The result of ``train`` for each run; finished ones come from the progress file."""
     check_score(score)
     kept = ProgressFile(progress_file, {**job, "score": score})
     todo = [key for key in runs if key not in kept]
@@ -179,7 +179,7 @@ def all_runs(
 def trained(
     make_model: MakeModel, variant: Variant, train: Callable[[nn.Module], object], seed: int
 ) -> nn.Module:
-    """A variant of a new model, trained; the global generator is given back as it was."""
+    """A trained variant of a new model; restores the state of the global generator."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = make_model()

@@ -156,7 +156,7 @@ def _refuse_model(root: nn.Module) -> None:
 
 
 def _policy_of(mode: str | None, options: ConvertOptions) -> Any:
-    """What decides over layers; None where a plan has decided."""
+    """The policy; None if a plan is given."""
     resolved = resolve_options(mode, options)
     policy, plan = resolved.get("config"), resolved.get("plan")
     decided: Any = plan or policy
@@ -182,7 +182,7 @@ def _trained_weights(building: Building, plan: Plan) -> list[Trained]:
 def _state_to_continue(
     found: Sequence[Trained], optimizers: Sequence[Any], resume: bool | Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """The state of a run with excitation; raises where its steps are there and it is not."""
+    """The saved state to continue from; raises if there are steps but no state."""
     if isinstance(resume, Mapping):
         return resume
     saved = loaded_states(optimizers) if resume else None

@@ -40,7 +40,7 @@ class Building:
     backend: Backend
 
     def readable_model(self) -> nn.Module:
-        """The model, or for a sharded one a view of it with whole Parameters; then collective."""
+        """The model, or a view with whole Parameters if it is sharded (then collective)."""
         if not any(is_sharded(parameter) for parameter in self.model.parameters()):
             return self.model
         share_again(self.model)
@@ -91,7 +91,7 @@ _GATHERED = "; gathered on each rank, since it cannot be computed row by row"
 
 
 def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
-    """The plan, which says in addition which sharded weights are gathered to be computed."""
+    """The plan, with a note on sharded weights that are gathered."""
     gathered = {
         place
         for weight in weights
@@ -109,7 +109,7 @@ def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
 
 
 def placed(optimizer: Any, weights: Sequence[AttachedWeight]) -> list[ExcitationParameter]:
-    """The excitations' parameters with the groups they join, as ``add_to_optimizer`` chooses."""
+    """The excitations' parameters with their groups, chosen as by ``add_to_optimizer``."""
     groups = optimizer.param_groups
     homes = {id(p): group for group in groups for p in group["params"]}
     found: list[ExcitationParameter] = []

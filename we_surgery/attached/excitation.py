@@ -80,7 +80,7 @@ class AttachedExcitation:
         return max((step.steps for step in self._steps), default=0)
 
     def is_in(self, optimizers: Sequence[Any]) -> bool:
-        """Whether these optimizers, without wrappers, are those it is attached to."""
+        """Whether it is attached to these (unwrapped) optimizers."""
         return {id(step.optimizer) for step in self._steps} <= set(map(id, optimizers))
 
     def parameters(self) -> list[nn.Parameter]:

@@ -35,7 +35,7 @@ class Tripwire:
     )
 
     def remember(self, weights: Sequence[AttachedWeight], step: int) -> None:
-        """Takes the weights for what they should be before the next step."""
+        """Remembers the weights, to compare them before the next step."""
         for same_device in _by_device(weights):
             views = [_sample(weight, step) for weight in same_device]
             values = torch.split(torch.cat(views), [view.shape[0] for view in views])
@@ -43,7 +43,7 @@ class Tripwire:
             self.samples |= zip(map(id, same_device), pairs, strict=True)
 
     def check(self, weights: Sequence[AttachedWeight]) -> None:
-        """Reports the weights that are not as they were remembered."""
+        """Reports the weights that differ from the remembered ones."""
         moved = [
             weight
             for weight in weights
@@ -58,7 +58,7 @@ class Tripwire:
             self.holding.report(moved)
 
     def _differing(self, weights: list[AttachedWeight]) -> list[AttachedWeight]:
-        """The weights, if any sampled value of theirs is not what was remembered."""
+        """The weights with a sampled value that differs from the remembered one."""
         # The views are of the weights' memory: each weight's address is that of then.
         views, values = zip(*(self.samples[id(weight)] for weight in weights), strict=True)
         now, then = torch.cat(views), torch.cat(values)
@@ -82,7 +82,7 @@ def _by_device(weights: Sequence[AttachedWeight]) -> list[list[AttachedWeight]]:
 
 
 def _sample(weight: AttachedWeight, step: int) -> Tensor:
-    """A view of up to 64 values spread over the weight; of others at each step."""
+    """A view of up to 64 values spread over the weight, other ones at each step."""
     values = weight.memory
     if not (values.is_contiguous() or _is_dense(values)):
         while values.ndim > 1:

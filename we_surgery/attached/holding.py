@@ -14,7 +14,7 @@ from we_surgery.errors import AttachmentError
 
 
 class Holding:
-    """What an attached model should hold, and what is done where it holds something else."""
+    """Checks what an attached model holds, and handles differences."""
 
     def __init__(
         self, model: nn.Module, remember: Callable[[Sequence[AttachedWeight]], None]
@@ -38,7 +38,7 @@ class Holding:
 
     @torch.no_grad()
     def report(self, weights: Sequence[AttachedWeight]) -> None:
-        """Adopts what is W' in another place; raises for what is not."""
+        """Accepts W' at a new address; raises for other values."""
         for weight in weights:
             if not self.is_held(weight):
                 raise AttachmentError(

@@ -23,12 +23,12 @@ SHARDED_OR_FLAT = {
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a parameter group but its parameters and their names."""
+    """The options of a parameter group, without its parameters and their names."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two groups train alike; a learning rate may be a tensor."""
+    """Whether two groups have the same options; a learning rate may be a tensor."""
     if first.keys() != second.keys():
         return False
     for key, value in first.items():
@@ -72,7 +72,7 @@ def _options_in_common(group: Mapping[str, Any], wanted: Mapping[str, Any]) -> i
 
 
 def new_companion() -> torch.optim.AdamW:
-    """Trains what no group of the user's optimizer can take; it gets its groups for each step."""
+    """Makes the optimizer for parameters that no group can take; it gets its groups per step."""
     companion = torch.optim.AdamW([torch.zeros(())])
     companion.param_groups.clear()
     return companion
@@ -90,7 +90,7 @@ def companion_group(
 
 
 def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any) -> None:
-    """Gives the parameter the state that its optimizer would not make for it when stepping."""
+    """Makes the state of a parameter that its optimizer would not make in a step."""
     for layer in with_wrapped(optimizer):
         if isinstance(layer, torch.optim.Adagrad):
             # Older versions of torch make it when the optimizer is built, and only then.
@@ -106,7 +106,7 @@ def start_early_state(optimizer: Optimizer, parameter: nn.Parameter, group: Any)
 
 
 def supported_optimizers(given: Any) -> list[Any]:
-    """The optimizers that step, inside their wrappers."""
+    """Unwraps optimizers, and refuses those that are not supported."""
     several = given.values() if isinstance(given, Mapping) else given
     found = [unwrapped(each) for each in (several if isinstance(several, Iterable) else [given])]
     if not found:

@@ -18,7 +18,7 @@ EVERY = 100
 
 
 class Copies:
-    """The processes that train copies of one model. They meet once there are several."""
+    """The processes that train copies of one model."""
 
     def __init__(self) -> None:
         self.have_met = False
@@ -64,7 +64,7 @@ def _has_ranks() -> bool:
 
 
 def _are_copies(weights: Sequence[AttachedWeight]) -> bool:
-    """Whether all ranks excite the same weights, as the parts of a pipeline do not; collective."""
+    """Whether all ranks excite the same weights (not so in a pipeline); collective."""
     described = repr([(weight.name, tuple(weight.raw.shape)) for weight in weights])
     own = hashlib.sha256(described.encode()).hexdigest()
     found: list[str] = [""] * dist.get_world_size()

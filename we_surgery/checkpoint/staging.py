@@ -129,16 +129,16 @@ class _Staged:
 
     @property
     def new(self) -> Path:
-        """Where it is written, and where what it replaces ends."""
+        """Where it is written, and where the replaced file ends up."""
         return self.place / NEW / self.path.name
 
     @property
     def old(self) -> Path:
-        """Where what it replaces lies while the two exchange their names."""
+        """Where the replaced file lies during the exchange."""
         return self.place / OLD / self.path.name
 
     def finish(self) -> None:
-        """Makes sure that what was written is on the disk, with its permissions."""
+        """Syncs the written file to the disk and sets its permissions."""
         for path in (*self.new.rglob("*"), self.new) if self.folder else (self.new,):
             (sync_folder if path.is_dir() else sync)(path)
         self.new.chmod(self.mode)
@@ -146,7 +146,7 @@ class _Staged:
         self.identity = _identity(self.new)
 
     def take_place(self) -> None:
-        """Puts what was written in the target's place, and what was there in its own."""
+        """Exchanges the written file and the target."""
         try:
             rename_to_free(self.new, self.path)
         except FileExistsError as error:
@@ -158,7 +158,7 @@ class _Staged:
                 _refuse_lost_files(self.new, self.path, self.others)
 
     def give_back(self) -> None:
-        """Undoes :meth:`take_place`, however far it came."""
+        """Undoes :meth:`take_place`, also a partial one."""
         is_there = os.path.lexists(self.path)
         is_ours = is_there and _identity(self.path) == self.identity
         if os.path.lexists(self.old):
@@ -218,7 +218,7 @@ class Staging:
         return staged.new
 
     def take_places(self) -> None:
-        """Gives all that was written the names of the targets, or none."""
+        """Renames all written files to their targets, or none."""
         for staged in self._staged:
             staged.finish()
         for staged in self._staged:
@@ -237,7 +237,7 @@ class Staging:
             logger.info("wrote %s", staged.path)
 
     def close(self) -> None:
-        """Removes what is left beside the targets."""
+        """Removes leftover files beside the targets."""
         for place in self._places:
             place.remove()
         self._places.clear()
@@ -312,7 +312,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _sync_names(paths: list[Path]) -> None:
-    """Makes sure that the new names are on the disk; the files have them in any case."""
+    """Syncs the new names to the disk."""
     try:
         for parent in dict.fromkeys(path.parent for path in paths):
             sync_folder(parent)

@@ -281,7 +281,7 @@ def _clean(state: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
 def _without_wrappers(
     keys: Iterable[str], modules: Iterable[str], wrappers: set[str]
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """The names inside wrappers of tensors and of modules, and the prefixes that are gone."""
+    """The names of tensors and modules without wrappers, and the removed prefixes."""
     names = {key: _without_compiled(key) for key in keys}
     owners = {key: _without_compiled(key) for key in modules}
     removed = [f"{_COMPILED}."] if names.keys() != set(names.values()) else []
@@ -315,7 +315,7 @@ def with_versions(state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> d
 
 
 def _shared_beginning(names: Iterable[str]) -> str:
-    """What all names have before their first dot; empty if they differ in it or have none."""
+    """The part before the first dot that all names share, else an empty string."""
     beginnings = {before if dot else "" for before, dot, _ in (n.partition(".") for n in names)}
     return beginnings.pop() if len(beginnings) == 1 else ""
 
@@ -341,7 +341,7 @@ def _key_hint(checkpoint: Mapping[Any, Any], path: str = "") -> str:
 
 
 def _keys_of_states(value: Mapping[Any, Any], path: str, depth: int = 0) -> Iterator[str]:
-    """What may be given as the key; below the usual names also one in another mapping."""
+    """The keys that can be chosen, including nested ones below the usual names."""
     for name, inner in value.items():
         if _as_state_dict(inner) is not None:
             yield f"{path}{name}"

@@ -168,12 +168,12 @@ def trace_whole(module: Traced) -> Traced:
 
 
 def is_traced_whole(attributes: Mapping[str, Any]) -> bool:
-    """Whether these are attributes of a module that :func:`trace_whole` was given."""
+    """Whether these attributes belong to a module that :func:`trace_whole` has marked."""
     return attributes.get("__module__") == _TRACED_WHOLE
 
 
 def change_since_conversion(layer: ExcitedLayer) -> str | None:
-    """What was done to an excited layer that no fold can undo, or None."""
+    """A change to an excited layer that prevents folding, or None."""
     for name in map(raw_name, layer.excited_parameters):
         if layer._parameters.get(name) is None:
             return f"its {name!r} is not a Parameter any more"

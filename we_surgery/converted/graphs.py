@@ -56,7 +56,7 @@ class ExcitedWeight:
         return getattr(self.owner, excitation_name(self.parameter))  # type: ignore[no-any-return]
 
     def excited(self) -> Tensor:
-        """The excited weight, computed now: what is proven must not have been kept."""
+        """The excited weight, computed anew, so that no cached value is verified."""
         with uncached():
             if isinstance(self.owner, ExcitedLayer):
                 return getattr(self.owner, self.parameter)  # type: ignore[no-any-return]

@@ -283,7 +283,7 @@ def _item_or_slice(base: Any) -> Callable[[Any, Any], Any]:
 
 
 def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
-    """The attributes of the class of a ``base`` layer whose ``parameters`` are excited."""
+    """The attributes of the excited class of ``base``."""
     found: dict[str, Any] = {name: excited_property(name) for name in parameters}
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
@@ -348,7 +348,7 @@ for _vanilla, _excited in _WRITTEN_OUT.items():
 
 @functools.cache  # one class for one question, so that copies and pickles agree on it
 def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
-    """The class of a ``base`` layer whose ``parameters`` are excited; always the same object."""
+    """The excited class of ``base`` for these ``parameters``; always the same object."""
     if parameters == ("weight",) and base in _WRITTEN_OUT:
         return _WRITTEN_OUT[base]
     described = {"__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}."}
@@ -360,7 +360,7 @@ def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
 
 
 def find_made_class(name: str) -> type[ExcitedLayer] | None:
-    """The class that pickles of another process call ``name``; None if it is no such name."""
+    """The excited class that pickles of another process call ``name``, or None."""
     made = MadeClass.parse(name)
     if made is None:
         return None

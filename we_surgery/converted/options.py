@@ -27,7 +27,7 @@ class ConvertOptions(TypedDict, total=False):
 
 
 def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions:
-    """Options that are known to fit together, before there is a model."""
+    """The options, checked to fit together, before there is a model."""
     known = ConvertOptions.__annotations__
     for name in options:
         if name not in known:

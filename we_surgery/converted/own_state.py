@@ -23,7 +23,7 @@ def has_own_state(base: type[nn.Module]) -> bool:
 
 
 def save_raw(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """What the vanilla class saves of the raw weights, under their names."""
+    """The entries that the vanilla class saves for the raw weights, renamed."""
     saved: Any = OrderedDict()
     raw_view(self)._save_to_state_dict(saved, prefix, keep_vars)
     renamed = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
@@ -41,7 +41,7 @@ def load_raw(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Gives the raw weights what the vanilla class reads, from converted or vanilla entries."""
+    """Loads the raw weights through the vanilla class, from converted or vanilla entries."""
     names = {prefix + raw_name(name): prefix + name for name in self.excited_parameters}
     not_raw = [n for n in self.excited_parameters if prefix + raw_name(n) not in state_dict]
     excitations = tuple(f"{prefix}{excitation_name(name)}." for name in self.excited_parameters)

@@ -60,7 +60,7 @@ def check_fold(name: str, excited: Tensor, folded: Tensor) -> None:
 
 
 def not_deterministic(name: str) -> SurgeryError:
-    """Of a layer whose excited weight was computed twice, with two results."""
+    """The error for an excited weight that was computed twice with different results."""
     return SurgeryError(
         f"the folded weight of layer {name!r} is not bit-equal to its excited weight",
         "Its excitation is not deterministic, or its raw weight was tied to that of a layer "
@@ -69,7 +69,7 @@ def not_deterministic(name: str) -> SurgeryError:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape and equal in every bit, NaNs too."""
+    """Whether two tensors have equal dtype, shape and bits, including NaNs."""
     if _form(a) != _form(b):
         return False
     return all(map(torch.equal, bits_of(a), bits_of(b)))
@@ -118,7 +118,7 @@ def _form(tensor: Tensor) -> tuple[object, ...]:
 
 
 def check_preserved(name: str, weight: Tensor, excited: Tensor) -> None:
-    """Raises unless an excitation starts as what the weight was."""
+    """Raises unless an excitation starts as the identity."""
     if weight.is_meta or weight.numel() == 0:
         return
     tolerance = max(1e-5, 8 * torch.finfo(weight.dtype).eps)
@@ -262,7 +262,7 @@ def _state_put_back(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _values_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Gives tensors, where they were written to, their values back."""
+    """Restores the values of tensors that were written to."""
     kept = [
         (tensor, tensor.detach().clone())
         for tensor in tensors

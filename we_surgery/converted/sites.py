@@ -104,7 +104,7 @@ def pause(excitation: Composition, weight: Tensor, layer: str, init: Init | None
 
 
 def no_identity(layer: str, error: NotImplementedError) -> InputError:
-    """The error for a layer whose excitation cannot start as what its weight is."""
+    """The error for a layer whose excitation cannot start as the identity."""
     return InputError(
         f"layer {layer!r} cannot be initialized as the identity: {error}",
         "Convert with `init='paper'`, or give it another excitation by a rule.",
@@ -112,7 +112,7 @@ def no_identity(layer: str, error: NotImplementedError) -> InputError:
 
 
 def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | None:
-    """The raw weight whose excitation is the weight; None if it is the weight itself."""
+    """The raw weight whose excitation equals the weight; None if it is the weight itself."""
     with torch.inference_mode(False):
         try:
             raw = excitation.preserve(weight)

@@ -15,18 +15,18 @@ PLAN_ATTRIBUTE = "we_surgery_plan"
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether strip has something to take off the model."""
+    """Whether strip has something to remove."""
     return any(excited_weights(model)) or any(transplant_rows.attached(model))
 
 
 def stored_plan(model: nn.Module) -> Plan | None:
-    """The plan that was done to the model; of a stripped one, its transplants that stay."""
+    """The plan that was applied; for a stripped model, only the transplants that stay."""
     stored = model.__dict__.get(PLAN_ATTRIBUTE)
     return None if stored is None else Plan.from_dict(stored, "the plan of the model")
 
 
 def kept_plan(model: nn.Module) -> Plan | None:
-    """What the model's plan says of the transplants that are part of it after strip."""
+    """The part of the plan about transplants that stay after strip."""
     if not model.__dict__.get(PLAN_ATTRIBUTE, {}).get("transplants"):
         return None  # without a look at its layers, which builds their excitations to count them
     plan = stored_plan(model)
@@ -34,7 +34,7 @@ def kept_plan(model: nn.Module) -> Plan | None:
 
 
 def refuse_wrappers(model: nn.Module, *, sharded: bool = True) -> None:
-    """Raises for what surgery must happen inside of: DDP, FSDP, compiled and scripted models."""
+    """Raises for DDP, FSDP, compiled and scripted models."""
     kind = type(model).__name__
     if is_scripted(model):
         raise InputError(

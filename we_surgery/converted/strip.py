@@ -167,7 +167,7 @@ def strip_with_report(
 
 
 def _set_kept_plan(model: nn.Module, deployed: Sequence[TransplantDecision]) -> None:
-    """Leaves of a stripped model's plan what is part of it, and nothing if nothing is."""
+    """Reduces a stripped model's plan to the transplants that stay."""
     plan = kept_plan(model) or Plan("none", "", "", (), 0)
     model.__dict__.pop(PLAN_ATTRIBUTE, None)
     kept = replace(plan.kept, transplants=(*plan.kept.transplants, *deployed)).kept
@@ -199,7 +199,7 @@ def _refuse_changed(model: nn.Module) -> None:
 
 
 def _fold(model: nn.Module, reference: nn.Module, progress: Progress | None) -> None:
-    """Folds all weights of a converted model, a copy of ``reference`` or that itself."""
+    """Folds all weights of a converted model: ``reference`` or a copy of it."""
     # All folds are computed and compared with the excited weights of the reference before the
     # first layer is changed.
     weights = list(excited_weights(model))
@@ -274,7 +274,7 @@ def _one_of_each_raw(weights: Iterable[ExcitedWeight]) -> Iterable[ExcitedWeight
 
 
 def _checksum(weight: Tensor) -> bytes:
-    """Of all bits and the dtype, a part at a time."""
+    """A checksum of all bits and the dtype, computed in parts."""
     found = hashlib.sha256(str(weight.dtype).encode())
     rows = max(_HASHED_AT_A_TIME // max(weight[:1].numel(), 1), 1)
     for part in torch.split(weight.detach(), rows):

@@ -13,7 +13,7 @@ from we_surgery.excitations.names import excitation_name, raw_name, rename_param
 
 
 def vanilla_view(layer: Any, values: Mapping[str, Tensor]) -> nn.Module:
-    """A vanilla layer that shares everything with an excited one but its excited parameters."""
+    """A vanilla layer that shares everything but the excited parameters with an excited one."""
     view: nn.Module = layer.vanilla_class.__new__(layer.vanilla_class)
     view.__dict__.update(layer.__dict__)
     view.__dict__["_parameters"] = dict(layer._parameters)
@@ -33,7 +33,7 @@ def raw_view(layer: Any) -> nn.Module:
 
 
 def drop_own_attributes(module: nn.Module) -> None:
-    """Removes what an excited layer has in its ``__dict__`` and a vanilla one has not."""
+    """Removes the entries of ``__dict__`` that a vanilla layer does not have."""
     for name in ("layer_name", "__module__"):
         module.__dict__.pop(name, None)
 
@@ -50,7 +50,7 @@ def folded_parameters(layer: Any) -> dict[str, nn.Parameter]:
 
 
 def own_memory(excited: Tensor, raw: Tensor) -> Tensor:
-    """A weight just computed and kept nowhere, as a tensor that nothing else can reach."""
+    """A computed weight as a tensor that shares memory with no other."""
     # An excitation may have nothing to do and return what it was given.
     if excited.is_meta or excited.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
         return excited

@@ -53,7 +53,7 @@ class Source:
         )
 
     def architecture_of(self, contents: Contents) -> Architecture | None:
-        """The architecture the user names, or else the one that the file carries."""
+        """The architecture named by the user, else by the file."""
         if self.architecture is not None:
             return Architecture.parse(self.architecture, self.arguments)
         return contents.metadata.architecture if contents.metadata is not None else None
@@ -187,7 +187,7 @@ def _read_vanilla(source: Source) -> tuple[Contents, nn.Module]:
 
 
 def _check_architecture(architecture: Architecture, model: nn.Module, source: str) -> None:
-    """Raises unless a module's weights fit the architecture that the result is going to name."""
+    """Raises unless a module's weights fit the architecture that the result names."""
     with torch.random.fork_rng(devices=[]):
         built = _shapes(architecture.build())
     found = _shapes(model)

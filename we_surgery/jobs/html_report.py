@@ -32,7 +32,7 @@ _DIVERGING = (
 
 
 def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None) -> str:
-    """The page about one file or several as text, with importance maps to show."""
+    """The HTML page about one or several files, with importance maps."""
     files = found.inspections if isinstance(found, Comparison) else [found]
     environment = Environment(
         loader=PackageLoader("we_surgery.jobs", "."),
@@ -55,7 +55,7 @@ def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None
 
 
 def _head(file: Inspection) -> dict[str, Any]:
-    """The verdict in a word, with a sign and a tone that say the same, and one sentence."""
+    """The verdict as a word, a sign, a colour tone and a sentence."""
     verdicts = [layer.statistics.verdict for layer in file.layers]
     learned = verdicts.count("learned")
     if not verdicts:

@@ -189,7 +189,7 @@ def compare_files(
 def _read(
     source: Source, starts: Mapping[str, Start] | None, int8: bool
 ) -> tuple[Inspection, Callable[[str], checkpoint.ExcitedEntry | None]]:
-    """The inspection, and what gives each excited weight with its values."""
+    """The inspection, and a function that reads each excited weight with its values."""
     contents = source.read(with_excitation=True)
     # Of the weights the shapes are known; their values are read one by one below.
     state = {} if contents.weights is None else contents.weights.with_excitations()
@@ -250,7 +250,7 @@ def _int8_errors(
     entries: Mapping[str, checkpoint.ExcitedEntry],
     plain: Sequence[PlainWeight],
 ) -> list[Int8Error]:
-    """Of the weights as they are deployed, read one by one; excited ones come first."""
+    """The int8 errors of the deployed weights, read one by one; excited ones first."""
     errors = []
     for name, entry in entries.items():
         excitation = entry.rebuild()
@@ -297,14 +297,14 @@ def _in_memory(
 
 
 def _value(contents: checkpoint.Contents, key: str, known: Tensor) -> Tensor:
-    """The tensor of a key, of which only the shape may be known as yet."""
+    """The tensor of a key, which may be on the meta device."""
     if contents.weights is None or not known.is_meta:
         return known
     return contents.weights.load(lambda name: name == key)[key]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what ``get_extra_state`` of a module adds, which may be anything."""
+    """The state dict without entries of ``get_extra_state``, which may be anything."""
     return {k: value for k, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 

@@ -87,7 +87,7 @@ def family() -> list[Method]:
 
 
 def family_table() -> RenderableType:
-    """The listing for people: a name, and beside it what is to be said."""
+    """The listing as a table of names and descriptions."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column()

@@ -247,7 +247,7 @@ def _strip_model(
 
 
 def _kept_metadata(plan: Plan | None, source: Source, contents: Contents) -> Metadata | None:
-    """What a stripped file says of itself: nothing, unless transplants are part of its model."""
+    """The metadata of a stripped file; empty unless transplants stay in the model."""
     if plan is None or not plan.transplants:
         return None
     return Metadata(plan=plan.to_dict(), architecture=source.architecture_of(contents))
@@ -265,7 +265,7 @@ def _with_differences(report: StripReport, differences: tuple[float, float]) -> 
 def _shape(
     model: nn.Module, source: Source, contents: Contents, options: StripOptions
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The shape to compare on, and a sentence on where it is from if the user did not say."""
+    """The shape to compare on, and a note on its source if the user did not give it."""
     if options.input_shape is not None:
         return tuple(options.input_shape), []
     return input_shape_of(model, source.architecture_of(contents))
@@ -288,7 +288,7 @@ def _check_written(found: Mapping[str, Tensor] | None, expected: Mapping[str, An
 
 
 def _sha256(written: Sequence[tuple[Path, Path]]) -> dict[str, str]:
-    """The checksum of each file written, by the name it is going to have."""
+    """The checksum of each written file, by its final name."""
     sums: dict[str, str] = {}
     for file, name in written:
         with file.open("rb") as content:

@@ -48,7 +48,7 @@ class Target:
         return replace(self, path=folder / f"{stem}{mark}{ending}")
 
     def check(self, *, force: bool) -> None:
-        """Raises if it cannot be written, as :func:`~we_surgery.checkpoint.check_target`."""
+        """Raises if it cannot be written; see :func:`~we_surgery.checkpoint.check_target`."""
         checkpoint.check_target(self.path, force=force, folder=self.is_folder, others=self._others)
 
     def stage(self, stage: checkpoint.Staging, *, force: bool, like: Path | None) -> Path:
@@ -62,7 +62,7 @@ class Target:
         return staged if self.kind == "sharded" else staged / self._weights_name
 
     def staged_files(self, weights: Path) -> list[tuple[Path, Path]]:
-        """Each file that :meth:`stage` made, by the name it is going to have."""
+        """Each file that :meth:`stage` made, by its final name."""
         is_inside = self.copied is not None and self.kind != "sharded"
         staged = weights.parent if is_inside else weights
         files = sorted(staged.rglob("*")) if self.is_folder else [staged]
@@ -153,7 +153,7 @@ def choose_target(
 
 
 def _folder_of(source: str, contents: Contents) -> ModelFolder | None:
-    """The folder that was given, where it is not itself one checkpoint."""
+    """The given folder, unless it is itself a checkpoint."""
     if contents.path in (None, Path(source)) or contents.model is not None:
         return None
     assert contents.path is not None
@@ -186,7 +186,7 @@ def _beside_folder(source: str, ending: str, mark: str) -> Path:
 
 
 def _named(folder: Path) -> Path:
-    """``.`` and ``..`` have a name only once they are resolved."""
+    """Resolves ``.`` and ``..``, which have no name."""
     return folder.resolve() if folder.name in ("", "..") else folder
 
 

@@ -189,7 +189,7 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` over ``base``: mappings key by key, but a surgery as a whole."""
+    """Merges ``over`` into ``base`` key by key; a surgery is replaced as a whole."""
     merged = dict(base)
     for key, value in over.items():
         known = merged.get(key)

@@ -35,7 +35,7 @@ LAST = "last.pth.tar"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found; figures are in percent, parameters are counted."""
+    """The result of a run; figures are in percent."""
 
     recipe: str
     source: str
@@ -160,7 +160,7 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _divide(batch_size: int, step_batch: int | None, processes: int) -> tuple[int, int]:
-    """Images of one process in one step, and steps of one update."""
+    """Images per process and step, and steps per update."""
     size = step_batch or batch_size // processes
     accumulation, rest = divmod(batch_size, max(size * processes, 1))
     if rest or not accumulation:
@@ -195,7 +195,7 @@ def _build(recipe: Recipe, backbone: Path | None, inputs: Tensor) -> nn.Module:
 
 
 def _plan(recipe: Recipe, model: nn.Module, inputs: Tensor) -> Plan | None:
-    """What is attached to the optimizer, if anything."""
+    """The plan to attach to the optimizer, if any."""
     if recipe.form == "converted" or recipe.surgery is None:
         return None
     config = {key: value for key, value in recipe.surgery.items() if key != "transplants"}

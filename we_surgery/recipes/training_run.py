@@ -122,7 +122,7 @@ class TrainingRun:
         )
 
     def resume(self, checkpoint: Path) -> int:
-        """Goes on from a checkpoint of :meth:`saver`; returns the epoch to go on with."""
+        """Resumes from a checkpoint of :meth:`saver`; returns the next epoch."""
         epoch = resume_checkpoint(self.model, str(checkpoint), self.optimizer, self.scaler)
         if self.average is not None:
             load_checkpoint(self.average.module, str(checkpoint), use_ema=True)

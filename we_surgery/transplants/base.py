@@ -64,7 +64,7 @@ class Transplant(ABC):
 
     @abstractmethod
     def sites(self, model: nn.Module) -> Sequence[Site]:
-        """The places in ``model`` that it is meant for, in the model's order."""
+        """The places for it in ``model``, in the model's order."""
 
     @abstractmethod
     def attach(self, model: nn.Module, place: str) -> None:
@@ -82,12 +82,12 @@ class Transplant(ABC):
 
     @classmethod
     def attached(cls, model: nn.Module) -> Iterator[str]:
-        """The places where strip takes it out; none for what stays."""
+        """The places where strip removes it; none if it stays."""
         return iter(())
 
     @classmethod  # noqa: B027
     def detach(cls, model: nn.Module, place: str) -> None:
-        """Takes it out of one of these places, as :meth:`attach` put it in."""
+        """Removes it from one of these places; undoes :meth:`attach`."""
 
 
 def qualified_name(thing: Any) -> str:

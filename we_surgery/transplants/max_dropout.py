@@ -102,7 +102,7 @@ class DropBehind:
 
 
 class SwappedDropout(MaxDropout):
-    """What a dropout layer becomes, in place; it keeps what the layer had."""
+    """The class that a dropout layer gets in place; its attributes are kept."""
 
     vanilla_class: ClassVar[type[nn.Module]]
 
@@ -331,7 +331,7 @@ def _swapped_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The call's ``p`` and ``training``, wherever they stand."""
+    """The call's ``p`` and ``training``, positional or by keyword."""
     given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
     return {"p": 0.5, "training": True, **given, **node.kwargs}
 
