@@ -33,7 +33,7 @@ def data(ultralytics, tmp_path_factory):
             image = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
             cv2.rectangle(image, (5, 5), (20, 20), (0, 0, 255), -1)
             cv2.imwrite(str(root / "images" / split / f"{i}.png"), image)
-            (root / "labels" / split / f"{i}.txt").write_text("0 0.4 0.4 0.5 0.5\n")
+            (root / "labels" / split / f"{i}.txt").write_text("0 0.15 0.15 0.65 0.15 0.65 0.65 0.15 0.65\n")
     file = root / "data.yaml"
     file.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames: {{0: square}}\n")
     return file
@@ -90,7 +90,7 @@ def train(yolo, data, folder, **options) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [("yolov8n.yaml", "SGD"), ("yolo11n.yaml", "MuSGD")]
+    ("name", "optimizer"), [("yolov8n.yaml", "SGD"), ("yolo11n.yaml", "MuSGD"), ("yolo11n-seg.yaml", "SGD")]
 )
 def test_two_epochs_and_a_resumed_one(name, optimizer, ultralytics, data, tmp_path):
     run = train(ultralytics.YOLO(name), data, tmp_path, optimizer=optimizer)
@@ -110,6 +110,8 @@ def test_two_epochs_and_a_resumed_one(name, optimizer, ultralytics, data, tmp_pa
         assert not any("we_surgery" in each for each in names), file
     opened = ultralytics.YOLO(files / "best.pt")
     assert len(opened.predict(torch.rand(1, 3, 32, 32), verbose=False)) == 1
+    exported = torch.jit.load(opened.export(format="torchscript", imgsz=32))
+    assert exported(torch.rand(1, 3, 32, 32)) is not None
     for key, saved in last["model"].float().state_dict().items():
         if key in raws:
             trained, raw = run.final[key], raws[key]
