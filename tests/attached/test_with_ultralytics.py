@@ -33,7 +33,7 @@ def data(ultralytics, tmp_path_factory):
             image = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
             cv2.rectangle(image, (5, 5), (20, 20), (0, 0, 255), -1)
             cv2.imwrite(str(root / "images" / split / f"{i}.png"), image)
-            (root / "labels" / split / f"{i}.txt").write_text("0 0.15 0.15 0.65 0.15 0.65 0.65 0.15 0.65\n")
+            (root / "labels" / split / f"{i}.txt").write_text("0 .15 .15 .65 .15 .65 .65 .15 .65\n")
     file = root / "data.yaml"
     file.write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames: {{0: square}}\n")
     return file
@@ -90,7 +90,8 @@ def train(yolo, data, folder, **options) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [("yolov8n.yaml", "SGD"), ("yolo11n.yaml", "MuSGD"), ("yolo11n-seg.yaml", "SGD")]
+    ("name", "optimizer"),
+    [("yolov8n.yaml", "SGD"), ("yolo11n.yaml", "MuSGD"), ("yolo11n-seg.yaml", "SGD")],
 )
 def test_two_epochs_and_a_resumed_one(name, optimizer, ultralytics, data, tmp_path):
     run = train(ultralytics.YOLO(name), data, tmp_path, optimizer=optimizer)
