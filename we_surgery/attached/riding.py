@@ -81,7 +81,7 @@ def _beside_parameters(step: OptimizerStep, state: State, own: State) -> dict[An
 
 
 def parts_in(states: Mapping[Any, Any]) -> Iterator[Mapping[str, Any]]:
-    """What the states of an optimizer, or of its state dict, hold of an excitation's."""
+    """The parts of an excitation's state in an optimizer's states or state dict."""
     if STATE_KEY in states:
         yield states[STATE_KEY]
     for own in states.values():
@@ -108,7 +108,7 @@ def loaded_states(optimizers: Sequence[Any]) -> Mapping[str, Any] | None:
 
 
 def drop_loaded_states(optimizers: Sequence[Any]) -> None:
-    """Takes them out of the optimizers, once they are at work."""
+    """Removes them from the optimizers, once they are loaded."""
     for optimizer in optimizers:
         for layer in with_wrapped(optimizer):
             layer.state.pop(STATE_KEY, None)

@@ -21,7 +21,7 @@ from we_surgery.excitations.mwe import curve_limit
 
 
 def rows_terms(shard: Shard, terms: ClosedFormInputs | None) -> ClosedFormInputs | None:
-    """The closed form of this rank's rows; None where they cannot be computed by themselves."""
+    """The closed form of this rank's rows; None if they cannot be computed row by row."""
     if terms is None or terms.transposed_groups is not None:
         return None
     if terms.mwe_epsilon is not None and not terms.detach_max:

@@ -22,7 +22,7 @@ from we_surgery.errors import InputError
 
 @dataclass(frozen=True)
 class Shard:
-    """How a weight is divided."""
+    """How a weight is sharded."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -66,7 +66,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def shard_of(parameter: Tensor, name: str) -> Shard | None:
-    """How a Parameter is divided; None where it is whole."""
+    """How a Parameter is sharded; None if it is not."""
     if not is_sharded(parameter):
         return None
     from torch.distributed.tensor import Replicate

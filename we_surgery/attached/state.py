@@ -43,7 +43,7 @@ def state_of(
 
 
 def parts_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A state divided into one of each weight, by name; the first has the plan."""
+    """A state split into one per weight, by name; the first has the plan."""
     parts: dict[str, dict[str, Any]] = {}
     for name, own in state["weights"].items():
         states = state["optimizer"].items()
@@ -59,7 +59,7 @@ def parts_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state of several, as of several optimizers."""
+    """Joins states, such as those of several optimizers."""
     whole = {key: value for part in parts for key, value in part.items()}
     for key in ("weights", "optimizer"):
         whole[key] = {name: own for part in parts for name, own in part.get(key, {}).items()}
@@ -69,7 +69,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def check_state(
     state: Any, weights: Sequence[AttachedWeight], parameters: Sequence[ExcitationParameter]
 ) -> None:
-    """Raises where the state is not one of these weights."""
+    """Raises if the state does not fit these weights."""
     if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
         raise InputError(
             "this is not the state of an attached excitation",

@@ -215,7 +215,7 @@ class OptimizerStep:
         self.raise_together(found)
 
     def remember(self, weights: Sequence[AttachedWeight]) -> None:
-        """Takes these weights for what they should be before the next step."""
+        """Remembers these weights, to compare them before the next step."""
         self.tripwire.remember(weights, self.steps)
 
     def _is_hidden_step(self, live: Sequence[AttachedWeight]) -> bool:
@@ -296,7 +296,7 @@ class OptimizerStep:
             self._put_back(moves=moves)
 
     def _put_back(self, *, moves: bool) -> None:
-        """Exchanges back and computes W' of what was exchanged."""
+        """Exchanges back and computes W' of the exchanged weights."""
         weights = self.exchanged
         if not weights:
             return
@@ -311,7 +311,7 @@ class OptimizerStep:
         self.remember(weights)
 
     def _abandon(self) -> None:
-        """After an exception within the optimizer: everything in its place, W' of what there is."""
+        """After an exception in the optimizer: exchanges back and computes W'."""
         self.depth = 0
         self._put_back(moves=False)
 

@@ -115,7 +115,7 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
 
 @torch.no_grad()
 def is_current(weight: AttachedWeight) -> bool:
-    """Whether the Parameter holds E(raw); it is left as it is."""
+    """Whether the Parameter holds E(raw); changes nothing."""
     present = weight.memory.clone()
     write([weight], advance=False)
     excited = weight.memory

@@ -46,7 +46,7 @@ def converted_twin(model: nn.Module, weights: Sequence[AttachedWeight]) -> nn.Mo
 def from_converted(
     state: Mapping[str, Any], own: dict[str, Any], weights: Sequence[AttachedWeight]
 ) -> dict[str, Any] | None:
-    """A state of these weights, of the state dict of a converted model; None if it is not one."""
+    """The state of these weights from a converted model's state dict; None if it is not one."""
     there = _converted_weights(state) if isinstance(state, Mapping) else {}
     if not there:
         return None

@@ -18,7 +18,7 @@ from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept
 
 @dataclass(slots=True)
 class Excited:
-    """What the forward pass of one weight leaves for its backward pass."""
+    """What the forward pass of one weight keeps for its backward pass."""
 
     terms: ClosedFormInputs | None = None  # of the closed form
     kept: Kept | None = None  # by it: a few numbers per filter

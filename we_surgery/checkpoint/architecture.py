@@ -55,7 +55,7 @@ class Architecture:
 
     @property
     def names_folder(self) -> bool:
-        """Whether it is found in a folder, which no file can rely on."""
+        """Whether it is in a folder, which no file can rely on."""
         return self.name.startswith("transformers:")
 
     @property
@@ -119,7 +119,7 @@ class Architecture:
 
     @staticmethod
     def from_dict(data: Any) -> Architecture:
-        """The inverse of :meth:`to_dict`, marked as the word of a file."""
+        """The inverse of :meth:`to_dict`, marked as coming from a file."""
         name = data.get("name") if isinstance(data, Mapping) else None
         arguments = data.get("arguments", {}) if isinstance(data, Mapping) else None
         if (
@@ -167,7 +167,7 @@ def _is_named_like_architecture(name: str) -> bool:
 
 
 def _qualified_matches(name: str) -> str:
-    """Which of torchvision's and timm's names a name without a source may have meant."""
+    """The torchvision and timm names that a name without a source may mean."""
     import timm
     from torchvision.models import list_models
 

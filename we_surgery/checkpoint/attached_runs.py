@@ -40,7 +40,7 @@ class AttachedRun:
 
     @property
     def note(self) -> str:
-        """What it means for the file, as a sentence."""
+        """A note for the user."""
         return (
             f"excitation attached to the optimizer, after {self.steps} steps; the model's weights "
             "are the excited ones, ready to deploy"

@@ -136,7 +136,7 @@ def _from_files(
 
 @contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
-    """Errors say which file they are of."""
+    """Adds the file's name to errors."""
     try:
         yield
     except InputError as error:
@@ -150,7 +150,7 @@ def _errors_named(path: Path) -> Iterator[None]:
 def _unwrapped(
     saved: Mapping[str, Any], key: str | None, weights: Weights | None, *, with_excitation: bool
 ) -> tuple[dict[str, Tensor], list[str], AttachedRun | None]:
-    """The state dict in what a trainer saved, and the attached run that it is of."""
+    """The state dict in a trainer's checkpoint, and its attached run."""
     state, notes = unwrap(saved, key, weights)
     is_average = weights == "ema" or (key is not None and speaks_of_average(key))
     run = find_attached_run(saved, state) if with_excitation and not is_average else None

@@ -33,7 +33,7 @@ NEW, OLD = "new", "old"
 
 
 def sync(path: Path, flags: int = os.O_RDWR) -> None:
-    """Makes sure that a file's bytes, or a folder's names, are on the disk."""
+    """Syncs a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -135,7 +135,7 @@ class _Lock(Enum):
 
 
 def _locked(folder: Path) -> tuple[_Lock, int | None]:
-    """Who holds the lock of a hidden folder, and the descriptor that keeps ours."""
+    """The holder of a hidden folder's lock, and the descriptor of our own lock."""
     if sys.platform == "win32":
         return _Lock.NONE, None
     try:
@@ -159,7 +159,7 @@ def _close(descriptor: int | None) -> None:
 
 
 def remove_left_over(parent: Path) -> None:
-    """Removes what killed runs left in a folder; what such a run had moved aside comes back."""
+    """Removes leftovers of killed runs in a folder, and restores files that they moved aside."""
     for place in parent.glob(f"{_PREFIX}*{_SUFFIX}"):
         lock, descriptor = _locked(place)
         # A leftover that cannot be removed does no harm.

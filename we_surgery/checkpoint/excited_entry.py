@@ -61,7 +61,7 @@ class ExcitedEntry:
         return self.layer or "(the model itself)"
 
     def identity(self) -> tuple[Any, ...]:
-        """Equal for entries that are the same memory, as those of tied layers are."""
+        """Equal for entries with the same memory, as of tied layers."""
         own = sorted(self.excitation.items())
         # Each record is made anew, also that of one excitation that several layers share.
         parts = (_text(v) if is_record(key) else tensor_identity(v) for key, v in own)
@@ -73,7 +73,7 @@ class ExcitedEntry:
         return {key: value for key, value in self.excitation.items() if not is_record(key)}
 
     def record(self) -> Record:
-        """What the excitation is, in words."""
+        """The excitation's record."""
         with self.named_errors():
             if RECORD_KEY not in self.excitation:
                 raise no_record([self.raw_key])
@@ -81,7 +81,7 @@ class ExcitedEntry:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """Errors say which layer they are of."""
+        """Adds the layer's name to errors."""
         try:
             yield
         except InputError as error:
@@ -260,7 +260,7 @@ def _text(record: Tensor) -> tuple[Any, ...]:
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory read in the same way."""
+    """Equal for tensors with the same memory and layout."""
     if tensor.is_meta or tensor.numel() == 0 or tensor.layout != torch.strided:
         return (id(tensor),)
     storage = tensor.untyped_storage()
@@ -269,7 +269,7 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, where torch's own allocator would have put it."""
+    """The tensor detached, at an aligned address."""
     tensor = tensor.detach()
     # A file's reader lays tensors at any address, and matrix products round differently there:
     # the fold would not be bit-equal to what the trained model computes.

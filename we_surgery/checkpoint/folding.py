@@ -152,7 +152,7 @@ def nothing_to_strip(name: str) -> SurgeryError:
 
 
 def report_of(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) -> StateDictReport:
-    """What folding all of :func:`vanilla_entries` does."""
+    """The report on folding all of :func:`vanilla_entries`."""
     excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]
     plain = [entry for entry in entries.values() if isinstance(entry, Tensor)]
     return StateDictReport(
@@ -182,7 +182,7 @@ def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEn
 
 
 def _refuse_halves(plain: Iterable[str], state: Mapping[str, Tensor]) -> None:
-    """Raises where one half of an excited weight is there and the other is missing."""
+    """Raises if a raw weight has no excitation, or an excitation no raw weight."""
     left = list(plain)
     raw = [key for key in left if is_raw_weight(key) and vanilla_key(key) not in state]
     if raw:

@@ -127,7 +127,7 @@ def _write(
     dtype: torch.dtype | None,
     step: Callable[[], None],
 ) -> None:
-    """Writes a shard's entries, then reads and computes all anew: no bit may differ."""
+    """Writes a shard's entries, reads them back and compares them with a second fold."""
 
     def check(name: str, tensor: Tensor) -> None:
         if not writer.holds(name, tensor):

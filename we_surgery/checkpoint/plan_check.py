@@ -74,7 +74,7 @@ def _refuse_other(row: Decision, record: Record, name: str) -> None:
 
 
 def _differ(stage: str, planned: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
-    """Whether an option differs that both have, and that no checkpoint may change."""
+    """Whether an option that both have differs, and may not be changed by a checkpoint."""
     excitation = check_stage(stage)
     for option, value in {**excitation.options(), **planned}.items():
         own = said.get(option)

@@ -102,7 +102,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds; an empty one holds an empty mapping."""
+    """The content of a YAML file; an empty mapping for an empty file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         config = yaml.load(text, YAMLLoader)

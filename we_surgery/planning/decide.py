@@ -72,7 +72,7 @@ def plan(
 def decide_layers(
     model: nn.Module, policy: Policy, reading: Reading, form: Form = "converted"
 ) -> tuple[Decision, ...]:
-    """What a policy makes of the facts that were read of ``model``, one decision a weight."""
+    """One decision per weight, by a policy from the facts about ``model``."""
     modules = dict(model.named_modules())
     parts: dict[Hashable, nn.Module] = {}
     decisions = [
@@ -103,7 +103,7 @@ def _decide(
 
 
 def _settle_ties(layers: Sequence[LayerFacts], decisions: Sequence[Decision]) -> list[Decision]:
-    """One Parameter, one decision: tied layers share an excitation or are all left alone."""
+    """One decision per Parameter: tied layers share an excitation or are all skipped."""
     settled = list(decisions)
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, facts in enumerate(layers):

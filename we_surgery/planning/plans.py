@@ -59,23 +59,23 @@ class Plan:
 
     @property
     def added_parameters(self) -> int:
-        """Parameters that training gains."""
+        """The number of added parameters."""
         by_transplants = sum(row.added_parameters for row in self.transplants)
         return by_transplants + sum(decision.added_parameters for decision in self.decisions)
 
     @property
     def kept_parameters(self) -> int:
-        """Those of them that are left after strip: none of an excitation's."""
+        """The number of added parameters that stay after strip (transplants)."""
         return sum(row.added_parameters for row in self.transplants if row.stays)
 
     @property
     def kept(self) -> Plan:
-        """What the plan says of the model after strip: the transplants that stay."""
+        """The part of the plan that applies after strip: the transplants that stay."""
         kept = tuple(row for row in self.transplants if row.stays)
         return replace(self, decisions=(), pattern_matches={}, transplants=kept)
 
     def after(self, earlier: Plan | None) -> Plan:
-        """This plan, made for a model that the plan ``earlier`` was done to before."""
+        """This plan, for a model to which the plan ``earlier`` was applied before."""
         if earlier is None:
             return self
         return replace(self, transplants=(*earlier.transplants, *self.transplants))

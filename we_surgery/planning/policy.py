@@ -41,7 +41,7 @@ class Mode:
 
     @property
     def cells(self) -> dict[str, str]:
-        """What each sort of layer gets, by its name in configs."""
+        """The stages for each kind of layer, by its name in configs."""
         return {cell: getattr(self, cell) for cell in CELLS}
 
 
@@ -122,7 +122,7 @@ class Policy:
     def decide(
         self, facts: LayerFacts, module: nn.Module, form: Form = "converted"
     ) -> tuple[Recipe, str]:
-        """What one layer gets, and why; an empty recipe leaves it alone."""
+        """The stages of one layer and the reason; no stages if it is skipped."""
         matching = [rule for rule in self.rules if rule.matches(module, facts.name)]
         rule = matching[-1] if matching else None
         obstacle = facts.obstacle_for(form)
@@ -173,7 +173,7 @@ def merged_options(
 
 
 def _cell_of(facts: LayerFacts) -> tuple[str, str]:
-    """The column of the mode's table a layer falls under, and why."""
+    """The kind of a layer in the mode's table, and why."""
     if facts.gate is not None:
         return "gate", f"inside an attention gate ({facts.gate})"
     if facts.shift is not None and facts.kind.startswith("conv"):
@@ -189,7 +189,7 @@ def _cell_of(facts: LayerFacts) -> tuple[str, str]:
 
 
 def _standardizes(facts: LayerFacts, cell: str, wanted: str, explicit: bool) -> tuple[bool, str]:
-    """Whether the weight is standardized first, and why if that needs saying."""
+    """Whether the weight is standardized first, and a reason if there is one."""
     if wanted == "off":
         return False, ""
     if facts.layout.fan_in < 2:

@@ -69,7 +69,7 @@ class Decision:
 
 
 def _named(stage: str, options: Mapping[str, Any]) -> str:
-    """``LWE(attention=cbam)``: with the options that are not the method's own."""
+    """``LWE(attention=cbam)``: with the options that differ from the defaults."""
     known = EXCITATIONS[stage].options() if stage in EXCITATIONS else {}
     given = [f"{k}={v}" for k, v in options.items() if k not in known or v != known[k]]
     return f"{stage.upper()}({', '.join(given)})" if given else stage.upper()
@@ -78,7 +78,7 @@ def _named(stage: str, options: Mapping[str, Any]) -> str:
 def added_parameters(
     recipe: Recipe, layout: WeightLayout, parts: dict[Hashable, nn.Module] | None = None
 ) -> int:
-    """How many parameters an excitation of this recipe adds; nothing is allocated."""
+    """The number of parameters that these stages add; nothing is allocated."""
     if not recipe:
         return 0
     parts = {} if parts is None else parts

@@ -62,7 +62,7 @@ class TransplantDecision:
 
 
 def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[TransplantDecision, ...]:
-    """Where transplants go; they are put in on the way, for each changes what the next finds."""
+    """The places of transplants; each is inserted at once, as it changes the next one's places."""
     rows: list[TransplantDecision] = []
     for transplant in transplants:
         sites = transplant.sites(model)
@@ -86,7 +86,7 @@ def decide(model: nn.Module, transplants: Sequence[Transplant]) -> tuple[Transpl
 def attach(
     model: nn.Module, rows: Sequence[TransplantDecision], *, loading: bool = False
 ) -> list[TransplantDecision]:
-    """Puts in what the rows say."""
+    """Inserts the transplants of the rows."""
     counted: list[TransplantDecision] = []
     for row in rows:
         if not row.attach:
@@ -101,14 +101,14 @@ def attach(
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The names and places of the transplants that strip takes out."""
+    """The names and places of the transplants that strip removes."""
     for name, transplant in TRANSPLANTS.items():
         for place in transplant.attached(model):
             yield name, place
 
 
 def detach(model: nn.Module) -> None:
-    """Takes out what strip takes out."""
+    """Removes the transplants that do not stay."""
     for name, place in list(attached(model)):
         TRANSPLANTS[name].detach(model, place)
 
@@ -148,7 +148,7 @@ def _refuse_missing(model: nn.Module, row: TransplantDecision) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many parameters a model has; those of lazy layers do not count yet."""
+    """The number of parameters of a model, without those of lazy layers."""
     return sum(
         0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
         for parameter in model.parameters()

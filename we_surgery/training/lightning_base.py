@@ -29,7 +29,7 @@ SIDE_FILE = ".stripped.safetensors"
 
 
 class LightningCallback(ExcitingCallback):
-    """The methods of the callback ``WeightExcitation``, which stands in the modules that use it."""
+    """The methods of the callback ``WeightExcitation``."""
 
     checkpoint_io: ClassVar[type[StrippingIO]]
 
@@ -115,7 +115,7 @@ class LightningCallback(ExcitingCallback):
 
 
 class StrippingIO:
-    """Saves and loads as ``inner`` does, with a stripped file beside each checkpoint."""
+    """Wraps ``inner`` and writes a stripped file beside each checkpoint."""
 
     def __init__(
         self, inner: Any, callback: LightningCallback, trainer: Any, pl_module: nn.Module
@@ -159,7 +159,7 @@ class StrippingIO:
 
 
 def refuse_child_process(trainer: Any) -> None:
-    """Raises where Lightning loads the weights of child processes into the vanilla model."""
+    """Raises if Lightning would load the weights of child processes into the vanilla model."""
     if _is_a("_MultiProcessingLauncher", trainer.strategy.launcher):
         raise InputError(
             "the strategy trains in child processes and would load their weights into a model that "
@@ -170,12 +170,12 @@ def refuse_child_process(trainer: Any) -> None:
 
 
 def _is_a(name: str, thing: object) -> bool:
-    """Whether one of a thing's classes has that name; Lightning has two packages with it."""
+    """Whether a class of the object has that name, in either of Lightning's two packages."""
     return any(base.__name__ == name for base in type(thing).__mro__)
 
 
 def side_file(checkpoint: str | Path) -> Path:
-    """Where the stripped weights of a checkpoint lie: ``last.ckpt``, ``last.stripped...``."""
+    """The path of a checkpoint's stripped file: ``last.ckpt`` -> ``last.stripped...``."""
     path = Path(checkpoint)
     return path.with_name(path.name.removesuffix(".ckpt") + SIDE_FILE)
 

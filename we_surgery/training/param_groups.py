@@ -102,7 +102,7 @@ def param_groups(
 
 
 def refuse_groups_of_another_model(groups: Iterable[Group], model: nn.Module) -> None:
-    """Raises where no group holds anything of the model: training would leave it as it is."""
+    """Raises if no group holds a parameter of the model."""
     held = {id(tensor) for group in groups for tensor in group.tensors}
     if held and not held & {id(parameter) for parameter in model.parameters()}:
         raise InputError(
@@ -155,7 +155,7 @@ def _read_groups(base: Groups) -> list[Group]:
 
 
 def _without(groups: list[Group], excitations: Iterable[ExcitationParameters]) -> list[Group]:
-    """The groups without the excitations that their maker has found, and put somewhere."""
+    """The groups without the excitations that the base function has put into them."""
     found = {id(parameter) for e in excitations for _, parameter in e.named}
     for group in groups:
         group.params = [

@@ -9,10 +9,10 @@ from we_surgery.training.lightning_base import LightningCallback, StrippingIO
 
 
 class StrippingCheckpointIO(StrippingIO, CheckpointIO):
-    """Saves and loads as another does, with a stripped file beside each checkpoint."""
+    """Wraps a CheckpointIO and writes a stripped file beside each checkpoint."""
 
 
 class WeightExcitation(LightningCallback, Callback):
-    """As :class:`we_surgery.training.lightning.WeightExcitation`, which documents it."""
+    """See :class:`we_surgery.training.lightning.WeightExcitation`."""
 
     checkpoint_io = StrippingCheckpointIO

@@ -111,7 +111,7 @@ class WESchedule:
 
 
 def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOptions:
-    """The options of a conversion that is paused until an epoch; as they are if there is none."""
+    """The options, with ``start="paused"`` if there is a start epoch."""
     if start_epoch is None:
         return options
     _check_epoch(start_epoch)
@@ -124,7 +124,7 @@ def paused_until(start_epoch: int | None, options: ConvertOptions) -> ConvertOpt
 
 
 def _refuse_copied_buffers(averages: Iterable[nn.Module]) -> None:
-    """Raises where an average would take gain and shift of the model's weights for its own."""
+    """Raises if an average would use the buffers of the model's excitations."""
     for average in averages:
         if not isinstance(average, AveragedModel) or average.use_buffers:
             continue
@@ -132,8 +132,8 @@ def _refuse_copied_buffers(averages: Iterable[nn.Module]) -> None:
             stages = weight.excitation.stages
             if weight.excitation.is_paused and any(isinstance(s, Rescale) for s in stages):
                 raise InputError(
-                    "an AveragedModel without use_buffers copies the model's buffers, and layer "
-                    f"{weight.name!r} has buffers that fit its own average alone",
+                    "an AveragedModel without use_buffers copies the model's buffers, but those of "
+                    f"layer {weight.name!r} depend on its weights",
                     "Make it as `AveragedModel(model, ..., use_buffers=True)`.",
                 )
 

@@ -58,7 +58,7 @@ class Inert:
 
 
 def may_stand_in(name: Name | None) -> bool:
-    """Whether nothing that is used of a checkpoint could be of this name."""
+    """Whether an object of this name may be replaced by a stand-in."""
     if name is None:
         return False
     package = name.module.partition(".")[0]

@@ -89,7 +89,7 @@ _CALLS_ITS_ARGUMENT = "torch._tensor._rebuild_from_type_v2"
 
 
 class Why(Enum):
-    """Why a name is refused; decides on the cure."""
+    """Why a name is refused; decides on the hint."""
 
     OTHER_PACKAGE = "from another package"
     NOT_INSTALLED = "cannot be imported here"
@@ -164,7 +164,7 @@ def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Per
 def _misused(
     actions: Actions, objects: dict[str, Any], stood_in: Mapping[str, Refusal], allow: Sequence[str]
 ) -> dict[str, Refusal]:
-    """What a pickle may name and not use as it does."""
+    """The permitted names that a pickle uses in ways that are not permitted."""
     found: dict[str, Refusal] = {}
     for call in actions.calls:
         if not _may_call(call, objects, stood_in):

@@ -36,7 +36,7 @@ class Name:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """Whatever a call in the pickle would return."""
+    """The result of a call in the pickle."""
 
     by: Any
 

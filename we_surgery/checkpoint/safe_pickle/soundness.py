@@ -96,7 +96,7 @@ def _held_by(value: Any) -> Iterator[Any]:
 
 
 def _hides_method(kind: type, name: str, value: Any) -> bool:
-    """Whether an object's own attribute would be called in place of what its class defines."""
+    """Whether an object's own attribute would be called instead of its class's method."""
     if type(value) in _PLAIN:
         return False
     # Some of nn.Module's own are None until torch puts a callable there.
@@ -105,7 +105,7 @@ def _hides_method(kind: type, name: str, value: Any) -> bool:
 
 
 def _holds_hooks(value: Any) -> bool:
-    """Of an attribute for hooks; a file may have put any object there."""
+    """Whether an attribute for hooks is not empty; it may be any object."""
     is_empty = isinstance(value, dict) and not dict.__len__(value)
     return not (is_empty or value is None or type(value) is bool)
 
@@ -148,7 +148,7 @@ def _fault_in_attributes(value: Any) -> str | None:
 
 
 def _is_plain_name(name: Any) -> bool:
-    """Whether a program may have given this name, and none that programs are made of."""
+    """Whether the name is printable, not special (``__x__``) and safe in generated code."""
     if not isinstance(name, str) or not name.isprintable() or not name:
         return False
     is_special = name.startswith("__") and name.endswith("__")
