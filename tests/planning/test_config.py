@@ -35,7 +35,7 @@ def test_nothing_said_means_lwe() -> None:
         ({"mode": "lwr"}, "no mode called 'lwr'; did you mean 'lwe'"),
         ({"mode": ["lwe"]}, "no mode called"),
         ({"conv": "lwee"}, "no excitation called 'lwee'; did you mean 'lwe'"),
-        ({"conv": ["lwe", "mwe"]}, "conv in the config: .* is no recipe"),
+        ({"conv": ["lwe", "mwe"]}, "conv in the config: .* is not a list of stages"),
         ({"conv": "mwe+lwe"}, "Write lwe\\+mwe"),
         ({"lwe": {"reductions": 2}}, "lwe has no option 'reductions'; did you mean 'reduction'"),
         ({"mwe": 0.1}, "the options of mwe must be a mapping, not 0.1"),

@@ -33,8 +33,8 @@ def test_a_recipe_is_its_stages_and_their_options(text: str, stages: dict[str, A
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "here: '' is no recipe"),
-        (3, "here: 3 is no recipe"),
+        ("", "here: '' is not a list of stages"),
+        (3, "here: 3 is not a list of stages"),
         ("lwe+", "no excitation called ''"),
         ("lwe(reduction=8", "the options of .* cannot be read"),
         ("lwe(reductoin=8)", "lwe has no option 'reductoin'; did you mean 'reduction'"),

@@ -73,7 +73,7 @@ def test_a_pattern_can_be_shown(pattern: Any, shown: str) -> None:
     ("arguments", "message"),
     [
         ({"excite": "lew"}, "no excitation called 'lew'; did you mean 'lwe'"),
-        ({"excite": ""}, "'' is no recipe"),
+        ({"excite": ""}, "'' is not a list of stages"),
         ({"excite": "mwe+lwe"}, "out of order or repeated\nWrite lwe\\+mwe"),
         ({"excite": "lwe+lwe"}, "out of order or repeated\nWrite lwe:"),
         ({"excite": "lwe+"}, "no excitation called ''"),

@@ -33,14 +33,14 @@ def parse_recipe(text: object, where: str) -> dict[str, dict[str, Any]]:
     Options stand in parentheses, ``name=value`` with commas between, values as in YAML.
 
     Raises:
-        InputError: it is no recipe, or has a stage or option that does not exist, or its stages
+        InputError: it is not a list of stages, has an unknown stage or option, or its stages
             are not in the order they run in.
     """
     if text == SKIP:
         return {}
     if not isinstance(text, str) or not text.strip():
         raise InputError(
-            f"{where}: {text!r} is no recipe",
+            f"{where}: {text!r} is not a list of stages",
             f"Write {SKIP}, one of {', '.join(EXCITATIONS)}, or several joined by '+'.",
         )
     stages: list[tuple[str, Mapping[str, Any]]] = []
