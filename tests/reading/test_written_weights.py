@@ -47,6 +47,38 @@ class ClampedAfterwards(nn.Linear):
         return out
 
 
+class Plain(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+
+
+class ByAnotherName(Plain):
+    """Max-norm as it is often written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.data
+        weight.copy_(torch.renorm(weight, p=2, dim=0, maxnorm=1))
+        return super().forward(x)
+
+
+class ThroughAView(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.view(-1)[0] = 0
+        return super().forward(x)
+
+
+class Out(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.mul(self.weight.data, 0.5, out=self.weight.data)
+        return super().forward(x)
+
+
+class Initialized(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        nn.init.zeros_(self.weight[0])
+        return super().forward(x)
+
+
 class ByAFunction(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(3, 4, 3)
@@ -80,10 +112,14 @@ class ReadsOnly(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         masked = self.weight.clone()
         masked[:, :, 2] = 0
+        masked.mul_(self.weight)
         return self._conv_forward(x, masked, self.bias).relu_()
 
 
-LAYERS = [Masked, MaxNorm, ClampedAfterwards]
+LAYERS = [
+    *(Masked, MaxNorm, ClampedAfterwards),
+    *(ByAnotherName, ThroughAView, Out, Initialized),
+]
 
 
 def _reason(plan: ws.Plan) -> str:

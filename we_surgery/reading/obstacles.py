@@ -21,6 +21,10 @@ from we_surgery.reading.kinds import kind_of
 
 _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOT_A_MODELS = ("torch", "builtins")
+_LIBRARIES = ("", "torch", "nn", "init", "F")
+_VIEWS = frozenset(
+    "view reshape flatten t transpose permute squeeze unsqueeze detach numpy".split()
+)
 
 
 def excited_names(module: nn.Module) -> tuple[str, ...]:
@@ -83,11 +87,17 @@ def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
 def writes_in_forward(kind: Any, parameter: str) -> bool:
     """Whether the source of a class's forward writes to one of the class's own parameters.
 
-    As ``self.weight.data *= mask``, ``self.weight.data = ...`` or ``self.weight.clamp_(...)`` do.
+    As ``self.weight.data *= mask``, ``self.weight.data = ...``, ``self.weight.clamp_(...)``,
+    ``init.zeros_(self.weight)`` or ``torch.mul(..., out=self.weight.data)`` do, also where the
+    weight or a view of it has a name of its own.
     """
     own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _NOT_A_MODELS]
-    trees = (_source(vars(base).get("forward")) for base in own)
-    return any(_is_own(target, parameter) for tree in trees for target in _written(tree))
+    trees = [_source(vars(base).get("forward")) for base in own]
+    return any(
+        _is_own(target, parameter, _names_of(tree, parameter))
+        for tree in trees
+        for target in _written(tree)
+    )
 
 
 def _source(function: Any) -> ast.AST:
@@ -98,24 +108,48 @@ def _source(function: Any) -> ast.AST:
 
 
 def _written(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expressions that statements assign to, and those that in-place methods are called on."""
+    """The expressions that statements assign to, and those given to what changes them in place."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
-            yield from node.targets
+            yield from (target for target in node.targets if not isinstance(target, ast.Name))
         elif isinstance(node, ast.AugAssign):
             yield node.target
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            name = node.func.attr
-            if name.endswith("_") and not name.endswith("__"):
+        elif isinstance(node, ast.Call):
+            yield from (keyword.value for keyword in node.keywords if keyword.arg == "out")
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            if not name.endswith("_") or name.endswith("__"):
+                continue
+            if owner.split(".")[0] in _LIBRARIES:
+                yield from node.args[:1]
+            elif isinstance(node.func, ast.Attribute):
                 yield node.func.value
 
 
-def _is_own(expression: ast.expr, parameter: str) -> bool:
-    """Whether it is ``self.weight``, its ``data`` or a part of them."""
-    while isinstance(expression, ast.Subscript) or (
-        isinstance(expression, ast.Attribute) and expression.attr == "data"
-    ):
-        expression = expression.value
+def _names_of(tree: ast.AST, parameter: str) -> set[str]:
+    """The variables that are only ever the class's own parameter, its ``data`` or a view of it."""
+    values: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name):
+                values.setdefault(target.id, []).append(node.value)
+    return {n for n, given in values.items() if all(_is_own(v, parameter, set()) for v in given)}
+
+
+def _is_own(expression: ast.expr, parameter: str, names: set[str]) -> bool:
+    """Whether it is ``self.weight``, its ``data``, a part or view of them, or one of the names."""
+    while True:
+        if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+            if expression.func.attr not in _VIEWS:
+                return False
+            expression = expression.func.value
+        elif isinstance(expression, ast.Subscript) or (
+            isinstance(expression, ast.Attribute) and expression.attr in ("data", "T", "mT")
+        ):
+            expression = expression.value
+        else:
+            break
+    if isinstance(expression, ast.Name):
+        return expression.id in names
     return (
         isinstance(expression, ast.Attribute)
         and expression.attr == parameter
