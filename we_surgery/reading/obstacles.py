@@ -129,9 +129,10 @@ def _names_of(tree: ast.AST, parameter: str) -> set[str]:
     """The variables that are only ever the class's own parameter, its ``data`` or a view of it."""
     values: dict[str, list[ast.expr]] = {}
     for node in ast.walk(tree):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            if isinstance(target, ast.Name):
-                values.setdefault(target.id, []).append(node.value)
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    values.setdefault(target.id, []).append(node.value)
     return {n for n, given in values.items() if all(_is_own(v, parameter, set()) for v in given)}
 
 
