@@ -42,7 +42,7 @@ def test_of_converted_models_it_takes_excited_or_raw_weights_and_no_excitations(
     raw.backward()
     assert model.stem.raw_weight.grad is not None
     assert model.stem.excitation.lwe.fc1.weight.grad is None
-    with pytest.raises(ws.InputError, match="not 'rawest'"):
+    with pytest.raises(ws.InputError, match="got 'rawest'"):
         ws.norm_loss(model, of="rawest")
 
 
