@@ -207,6 +207,13 @@ class Excitation(nn.Module, ABC):
         """The options of a record of an earlier version, with defaults for those it lacks."""
         return {**cls.options(), **options}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Reads a pickle, also that of an earlier version, which lacks the options since then."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, value in self.completed({}).items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
+
     @property
     def stages(self) -> tuple[Excitation, ...]:
         """What its record speaks of: itself, or the stages of a composition."""

@@ -50,7 +50,7 @@ class Composition(Excitation):
     transposed_groups: int | None
     paused: Tensor | None
     """Not empty in a pause, so that no average of the model goes on over the end of one."""
-    sets_in: PausedInit
+    sets_in: PausedInit = "preserve"
     """How it begins after a pause: ``preserve`` keeps the weight that it has then."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
@@ -67,7 +67,6 @@ class Composition(Excitation):
         self.transposed_groups = transposed_groups
         # Not in a state dict, whose record says it.
         self.register_buffer("paused", None, persistent=False)
-        self.sets_in = "preserve"
 
     @property
     def stages(self) -> tuple[Excitation, ...]:

@@ -205,9 +205,14 @@ class LWE(Excitation):
 
     @classmethod
     def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        kind = LWE._kind_of(options.get("attention", LWE.attention))
+        kind = LWE._kind_of(options.get("attention", cls.attention))
         defaults = {name: option.default for name, option in kind._all_options().items()}
         return {"attention": kind.attention, **defaults, **options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "further" not in self._modules:
+            self.further = nn.ModuleList()
 
     def chosen_options(self) -> dict[str, Any]:
         chosen = {name: getattr(self, name) for name in self._all_options()}

@@ -42,6 +42,7 @@ class ScaledStandardize(Excitation):
     order: ClassVar[int] = 0
     summary: ClassVar[str] = "each filter with mean 0 and a trained length"
     source: ClassVar[str] = "Brock et al., NFNets (arXiv 2101.08692 and 2102.06171)"
+    gamma: float = 1.0
 
     def __init__(
         self,

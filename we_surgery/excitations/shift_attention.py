@@ -82,6 +82,10 @@ class ShiftAttention(Excitation):
         return {"shared": self.shared, "hardening": self.hardening}
 
     @classmethod
+    def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"shared": False, "hardening": "soft", **options}
+
+    @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         check_choice("shift_attention: hardening", options["hardening"], HARDENINGS)
 

@@ -28,6 +28,7 @@ class WeightAlign(ScaledStandardize):
     name: ClassVar[str] = "weight_align"
     summary: ClassVar[str] = "each filter with mean 0 and the scale of He initialization"
     source: ClassVar[str] = "Shi et al., WeightAlign (formula reconstructed from the abstract)"
+    gamma: float = math.sqrt(2)
 
     def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__(out_channels, math.sqrt(2), device=device, dtype=dtype)
