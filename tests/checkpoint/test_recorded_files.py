@@ -257,6 +257,7 @@ def test_a_state_dict_in_the_old_form_loads_into_a_model(converted):
 def old_file(model: nn.Module, path: Path, *lost: str) -> Path:
     ws.save(model, path, architecture="toys:ConvNet")
     checkpoint = torch.load(path)
+    checkpoint["we_surgery"]["schema"] = 1
     checkpoint["state_dict"] = in_old_form(checkpoint["state_dict"])
     for key in lost:
         del checkpoint["state_dict"][key]
@@ -297,3 +298,17 @@ def test_stages_without_a_mark_open_with_a_plan_alone(tmp_path):
     assert run_strip(old_file(model, tmp_path / "old.pt")).exit_code == 0
     with pytest.raises(ws.InputError, match="nothing says how"):
         ws.strip_state_dict(in_old_form(model.state_dict()))
+
+
+def test_a_plan_does_not_stand_in_for_records_that_a_file_has_lost(tmp_path):
+    # As a stage without tensors, a pause is in the record alone.
+    config = {"conv": "lwe", "standardize": "off", "linear": "skip"}
+    model = ws.convert(ConvNet(), config=config, start="paused")
+    ws.save(model, tmp_path / "model.pt", architecture="toys:ConvNet")
+    checkpoint = torch.load(tmp_path / "model.pt")
+    average = {name: value.detach() for name, value in model.named_parameters()}
+    torch.save(checkpoint | {"ema": average}, tmp_path / "last.pt")
+    result = run_strip(tmp_path / "last.pt", "--ema")
+    assert result.exit_code == 2
+    assert "nothing says how" in result.stderr
+    assert run_strip(tmp_path / "last.pt", "--raw").exit_code == 0

@@ -34,7 +34,7 @@ def test_a_state_dict_describes_itself_under_weights_only(tmp_path):
     write_file(STATE, tmp_path / "out.pt", "state_dict", metadata=METADATA)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     assert list(found) == ["we_surgery", "state_dict"]
-    assert found["we_surgery"]["schema"] == 1
+    assert found["we_surgery"]["schema"] == 2
     assert found["we_surgery"]["we_surgery"] == ws.__version__
     contents = read(tmp_path / "out.pt")
     assert contents.metadata == METADATA

@@ -160,7 +160,8 @@ def _unwrapped(
 
 
 def _in_present_form(weights: StateDict, metadata: Metadata | None) -> StateDict:
-    return with_records(weights, has_plan=metadata is not None and metadata.plan is not None)
+    is_old = metadata is not None and metadata.plan is not None and not metadata.has_records
+    return with_records(weights, has_old_plan=is_old)
 
 
 def _metadata_of(run: AttachedRun | None) -> Metadata | None:

@@ -184,16 +184,16 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
         yield entry
 
 
-def with_records(weights: StateDict, *, has_plan: bool) -> StateDict:
+def with_records(weights: StateDict, *, has_old_plan: bool) -> StateDict:
     """A state dict in the old form, from before records, in the present one.
 
-    It is known by marks that stood for records. One with a plan, which is held against what its
-    tensors say, may lack them.
+    It is known by marks that stood for records. One with a plan of that time, which is held against
+    what its tensors say, may lack them.
     """
     found = list(find_excited(weights.tensors))
     old = [entry for entry in found if RECORD_KEY not in entry.excitation]
     has_marks_alone = len(old) == len(found) and any(has_marks(e.excitation) for e in old)
-    if not old or not (has_plan or has_marks_alone):
+    if not old or not (has_old_plan or has_marks_alone):
         return weights
     loaded = {entry.raw_key: entry for entry in find_excited(weights.with_excitations())}
     by_raw_key = {entry.raw_key: loaded[entry.raw_key] for entry in old}

@@ -111,7 +111,7 @@ def strip_state_dict_with_report(
     """
     state, notes = unwrap(checkpoint, key, weights)
     _refuse_sharded(state)
-    found = with_records(StateDict(state, notes), has_plan=False)
+    found = with_records(StateDict(state, notes), has_old_plan=False)
     state = found.tensors
     entries = vanilla_entries(state)
     excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]

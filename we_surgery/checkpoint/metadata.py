@@ -13,17 +13,26 @@ from we_surgery.errors import InputError, damaged
 from we_surgery.planning.plans import Plan
 
 METADATA_KEY = "we_surgery"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ_VERSIONS = (1, 2)
+"""Of the first, excitations may have no records."""
 
 _MOST_VALUES = 300_000
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """The plan a file was converted by (``Plan.to_dict()``), and what builds its model."""
+    """The plan a file was converted by (``Plan.to_dict()``), and what builds its model.
+
+    Attributes:
+        plan: as data.
+        architecture: None where it is not known.
+        has_records: whether each excitation of the file had a record when it was written.
+    """
 
     plan: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
+    has_records: bool = True
 
     @property
     def stored_plan(self) -> Plan | None:
@@ -55,7 +64,7 @@ class Metadata:
         plan = data.get("plan") if isinstance(data, Mapping) else None
         if (
             type(schema) is not int
-            or schema != SCHEMA_VERSION
+            or schema not in _READ_VERSIONS
             or not (plan is None or isinstance(plan, Mapping))
         ):
             raise damaged(f"the metadata of {source} cannot be read")
@@ -63,6 +72,7 @@ class Metadata:
         return Metadata(
             plan=plan,
             architecture=None if architecture is None else Architecture.from_dict(architecture),
+            has_records=schema > 1,
         )
 
     def to_json(self) -> str:
