@@ -138,7 +138,7 @@ EXCITED: dict[str, Maker] = {
     "a record without stages": reworded('"stages"', '"steps"'),
     "stages of another order": reworded('"standardize"', '"mwe"'),
     "groups beyond 64 bits": reworded('"transposed_groups": null', f'"transposed_groups": {2**70}'),
-    "a record of tomorrow": reworded('"schema": 1', '"schema": 2'),
+    "a record of tomorrow": reworded('"schema": 2', '"schema": 3'),
     "half of a gate": changed(stem__excitation__lwe__fc1__weight=None),
     "a gate without its biases": changed(
         stem__excitation__lwe__fc1__bias=None, stem__excitation__lwe__fc2__bias=None
