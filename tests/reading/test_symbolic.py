@@ -176,3 +176,18 @@ def test_an_input_that_is_made_up_in_vain_prints_nothing(capfd: pytest.CaptureFi
     frozen = nn.Conv2d(6, 1, 3, padding=1, padding_mode="reflect").requires_grad_(False)
     read(nn.Sequential(frozen, nn.Linear(1, 3)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_within_the_clean_up_of_fx_leaves_no_patch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = nn.Module.__call__, nn.Module.__getattr__
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    # The class that takes fx's patches back; Ctrl-C may come while it does.
+    monkeypatch.setattr(torch.fx._symbolic_trace._PatchedFnSetAttr, "revert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before

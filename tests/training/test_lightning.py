@@ -207,7 +207,7 @@ def test_excitation_sets_in_at_its_epoch_in_the_average_too_and_the_run_resumes(
         checkpoint = torch.load(tmp_path / "straight" / f"epoch={epoch}.ckpt", weights_only=True)
         for key in ("state_dict", "current_model_state"):
             records = [read_record(v) for k, v in checkpoint[key].items() if is_record(k)]
-            assert sum(record["paused"] for record in records) == found
+            assert sum(bool(record["paused"]) for record in records) == found
             ConvNet().load_state_dict(
                 {
                     name.removeprefix("net."): value

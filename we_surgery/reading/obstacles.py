@@ -64,7 +64,7 @@ def obstacle_of(module: nn.Module, parameter: str) -> str | None:
     if weight.dtype not in _EXCITABLE_DTYPES:
         return f"has a weight of dtype {weight.dtype}"
     kind: Any = type(module)
-    if writes_in_forward(kind, parameter):
+    if parameter in written_in_forward(kind):
         return "is written to in its layer's own forward pass"
     if hasattr(weight, "full_tensor"):
         return "is sharded (a DTensor); convert before fully_shard"
@@ -84,19 +84,17 @@ def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def writes_in_forward(kind: Any, parameter: str) -> bool:
-    """Whether the source of a class's forward writes to one of the class's own parameters.
+def written_in_forward(kind: Any) -> frozenset[str]:
+    """What the source of a class's forward writes to, such as ``weight`` or ``conv.weight``.
 
-    As ``self.weight.data *= mask``, ``self.weight.data = ...``, ``self.weight.clamp_(...)``,
+    As ``self.weight.data *= mask``, ``self.conv.weight.data = ...``, ``self.weight.clamp_(...)``,
     ``init.zeros_(self.weight)`` or ``torch.mul(..., out=self.weight.data)`` do, also where the
     weight or a view of it has a name of its own.
     """
     own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _NOT_A_MODELS]
     trees = [_source(vars(base).get("forward")) for base in own]
-    return any(
-        _is_own(target, parameter, _names_of(tree, parameter))
-        for tree in trees
-        for target in _written(tree)
+    return frozenset(
+        path for tree in trees for target in _written(tree) for path in _paths(target, _names(tree))
     )
 
 
@@ -125,34 +123,45 @@ def _written(tree: ast.AST) -> Iterator[ast.expr]:
                 yield node.func.value
 
 
-def _names_of(tree: ast.AST, parameter: str) -> set[str]:
-    """The variables that are only ever the class's own parameter, its ``data`` or a view of it."""
-    values: dict[str, list[ast.expr]] = {}
+def _names(tree: ast.AST) -> dict[str, set[str]]:
+    """The variables that are only ever one path's, its ``data`` or a view of it, with the paths."""
+    values: dict[str, list[set[str]]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):
-                    values.setdefault(target.id, []).append(node.value)
-    return {n for n, given in values.items() if all(_is_own(v, parameter, set()) for v in given)}
+                    values.setdefault(target.id, []).append(set(_paths(node.value, {})))
+    return {name: set.intersection(*given) for name, given in values.items()}
 
 
-def _is_own(expression: ast.expr, parameter: str, names: set[str]) -> bool:
-    """Whether it is ``self.weight``, its ``data``, a part or view of them, or one of the names."""
+def _paths(expression: ast.expr, names: dict[str, set[str]]) -> Iterator[str]:
+    """``conv.weight`` of ``self.conv.weight``, its ``data``, a part or view of it, or a name."""
     while True:
+        if isinstance(expression, ast.Name):
+            yield from names.get(expression.id, ())
+            return
+        if path := _dotted(expression):
+            yield path.partition(".")[2]
         if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
             if expression.func.attr not in _VIEWS:
-                return False
+                return
             expression = expression.func.value
         elif isinstance(expression, ast.Subscript) or (
             isinstance(expression, ast.Attribute) and expression.attr in ("data", "T", "mT")
         ):
             expression = expression.value
         else:
-            break
+            return
+
+
+def _dotted(expression: ast.expr) -> str | None:
+    """``self.layers.0.weight`` of ``self.layers[0].weight``."""
     if isinstance(expression, ast.Name):
-        return expression.id in names
-    return (
-        isinstance(expression, ast.Attribute)
-        and expression.attr == parameter
-        and isinstance(expression.value, ast.Name)
-    )
+        return expression.id
+    if isinstance(expression, ast.Attribute):
+        owner, last = _dotted(expression.value), expression.attr
+    elif isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
+        owner, last = _dotted(expression.value), str(expression.slice.value)
+    else:
+        return None
+    return None if owner is None else f"{owner}.{last}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -63,12 +64,24 @@ class LayerTracer(fx.Tracer):
         One that is not returns whatever nothing in it had used.
         """
         try:
-            return self.trace(module), ""
+            with _patches_taken_back():
+                return self.trace(module), ""
         except Exception as error:
             graph = getattr(self, "graph", fx.Graph())
             used = {source for node in graph.nodes for source in sources(node)}
             graph.output(tuple(node for node in graph.nodes if node not in used))
             return graph, _why(error)
+
+
+@contextmanager
+def _patches_taken_back() -> Iterator[None]:
+    """What fx patches while it traces is as before, also after a Ctrl-C in its own clean-up."""
+    patched = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+    try:
+        yield
+    finally:
+        for name, original in patched.items():
+            setattr(nn.Module, name, original)
 
 
 def _pieces(node: fx.Node) -> int | None:

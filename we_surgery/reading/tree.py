@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -22,7 +23,7 @@ from we_surgery.reading.kinds import (
     standardizes_itself,
     weights_of,
 )
-from we_surgery.reading.obstacles import converted_obstacle_of, obstacle_of
+from we_surgery.reading.obstacles import converted_obstacle_of, obstacle_of, written_in_forward
 
 
 def list_layers(model: nn.Module) -> list[LayerFacts]:
@@ -34,6 +35,7 @@ def list_layers(model: nn.Module) -> list[LayerFacts]:
         if (kind := kind_of(module)) is not None
         for parameter in weights_of(module, kind)
     ]
+    _mark_written(modules, layers)
     _mark_gates(modules, layers)
     _mark_shifts(modules, layers)
     _mark_norms_by_order(modules, layers)
@@ -77,6 +79,17 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _mark_written(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
+    """By the source of the forwards around a layer."""
+    for layer in layers:
+        for ancestor in ancestors(layer.module) if layer.obstacle is None else ():
+            path = layer.path.removeprefix(f"{ancestor}." if ancestor else "")
+            kind: Any = type(modules[ancestor])
+            if path in written_in_forward(kind):
+                layer.obstacle = f"is written to in the forward pass of {kind.__name__}"
+                break
 
 
 def _mark_gates(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
