@@ -182,12 +182,17 @@ def test_an_interrupt_within_the_clean_up_of_fx_leaves_no_patch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = nn.Module.__call__, nn.Module.__getattr__
+    kind = torch.fx._symbolic_trace._PatchedFnSetAttr  # takes fx's patches back
+    revert, calls = kind.revert, iter([KeyboardInterrupt])
 
-    def interrupted(self: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted_once(self: Any) -> None:
+        for interrupt in calls:
+            raise interrupt
+        revert(self)
 
-    # The class that takes fx's patches back; Ctrl-C may come while it does.
-    monkeypatch.setattr(torch.fx._symbolic_trace._PatchedFnSetAttr, "revert", interrupted)
+    monkeypatch.setattr(kind, "revert", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     assert (nn.Module.__call__, nn.Module.__getattr__) == before
+    assert torch.fx._symbolic_trace.CURRENT_PATCHER is None
+    assert nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())(torch.ones(1, 3, 4, 4)).shape[1] == 4

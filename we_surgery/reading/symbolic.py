@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 from we_surgery._util.copies import deep_copy, drawing_nothing
 from we_surgery.reading.graph import MODULE, ModelGraph, called_name, join, sources
@@ -76,12 +77,16 @@ class LayerTracer(fx.Tracer):
 @contextmanager
 def _patches_taken_back() -> Iterator[None]:
     """What fx patches while it traces is as before, also after a Ctrl-C in its own clean-up."""
-    patched = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+    before = _symbolic_trace.CURRENT_PATCHER
     try:
         yield
     finally:
-        for name, original in patched.items():
-            setattr(nn.Module, name, original)
+        left = _symbolic_trace.CURRENT_PATCHER
+        if left is not None and left is not before:
+            for patch in left.patches_made:
+                with suppress(KeyError):  # a name that is deleted already
+                    patch.revert()
+            _symbolic_trace.CURRENT_PATCHER = before
 
 
 def _pieces(node: fx.Node) -> int | None:
