@@ -140,8 +140,8 @@ def _unfinished(rows: Sequence[Row], asked: int) -> str:
     if earlier:
         lines.append(
             f"{len(rows) - earlier} rows are of this run, the smallest models first. The other "
-            f"{earlier}, marked as earlier in the table, are of one before it, whose proof did not "
-            "count computations yet and which did not check pretrained starts."
+            f"{earlier}, marked as earlier in zoo.json, are of a run before it, with the versions "
+            "of that day."
         )
     return " ".join(lines) + "\n" if lines else ""
 
