@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -101,6 +102,7 @@ def main(folder: Path, rank: int) -> None:
         except Exception:
             found[name] = traceback.format_exc()
         finally:
+            gc.collect()  # FSDP2 leaves reference cycles that hold the group
             dist.destroy_process_group()
     torch.save(found, folder / f"frameworks-{rank}.pt")
 

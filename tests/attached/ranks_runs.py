@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -285,6 +286,7 @@ def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
         except Exception:
             result[name] = traceback.format_exc()
         finally:
+            gc.collect()  # FSDP2 leaves reference cycles that hold the group
             dist.destroy_process_group()
     torch.save(result, folder / f"rank-{rank}-{stage}.pt")
 

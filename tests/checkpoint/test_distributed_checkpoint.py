@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def join_group(rank: int, folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # FSDP2 leaves reference cycles that hold the group
         dist.destroy_process_group()
 
 
