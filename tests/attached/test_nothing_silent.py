@@ -184,3 +184,44 @@ def test_another_parameter_in_the_place_of_the_weight_is_an_error(run, replace, 
     # Without `zero_grad` the old Parameter still has the last step's gradient.
     with pytest.raises(ws.AttachmentError, match="holds another Parameter"):
         steps(model, optimizer, 1, zero=zero)
+
+
+CHANGES = {
+    "in place": lambda weight: weight.grad.mul_(0.5),
+    "assigned": lambda weight: setattr(weight, "grad", weight.grad * 0.5),
+    "dropped": lambda weight: setattr(weight, "grad", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_hook_that_changes_a_gradient_too_late_is_an_error(run, change):
+    model, optimizer, _ = run
+    before = snapshot(model)
+
+    def edit(*_):
+        change(model.stem.weight)
+
+    hook = optimizer.register_step_pre_hook(edit)
+    with pytest.raises(ws.AttachmentError, match="the gradient of layer 'stem'") as caught:
+        go_on(model, optimizer)
+    assert "param_groups" in caught.value.cure
+    assert torch.equal(before["stem.weight"], model.stem.weight)
+    hook.remove()
+    go_on(model, optimizer)
+    assert not torch.equal(before["stem.weight"], model.stem.weight)
+
+
+def test_a_hook_over_the_groups_changes_the_gradients_of_the_raw_weights(run):
+    model, optimizer, _ = run
+    still = copy.deepcopy(model.state_dict())
+
+    def clear(own, *_):
+        for group in own.param_groups:
+            group["weight_decay"] = group["momentum"] = 0
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+
+    optimizer.register_step_pre_hook(clear)
+    go_on(model, optimizer)
+    assert torch.equal(still["stem.weight"], model.stem.weight)

@@ -141,6 +141,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def with_hook(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> torch.optim.Optimizer:
+    """The optimizer, which drops a gradient as the last thing before a step."""
+    optimizer.register_step_pre_hook(lambda *_: setattr(weight, "grad", None))
+    return optimizer
+
+
 def step_after(change: Callable[[Any, Any], Any]) -> None:
     """A step of what ``change`` returns, or of the attached optimizer."""
     model, optimizer, excitation = attached()
@@ -251,6 +257,9 @@ PLANNED: dict[str, Callable[[], Any]] = {
     ),
     "the weight of layer '...' was changed outside of the optimizer's step": lambda: step_after(
         lambda model, _: model[0].reset_parameters()
+    ),
+    "a hook before the optimizer's step changes the gradient of layer '...'": lambda: step_after(
+        lambda model, optimizer: with_hook(optimizer, model[0].weight)
     ),
     "layer '...' holds another Parameter than when excitation was attached": lambda: step_after(
         lambda model, _: setattr(model[0], "weight", nn.Parameter(torch.ones(8, 3, 3, 3)))

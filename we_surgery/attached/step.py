@@ -45,6 +45,7 @@ class OptimizerStep:
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)  # and not excited therefore
     is_open: bool = False
     companion: torch.optim.AdamW = field(default_factory=new_companion)
+    _last: list[Callable[[], None]] = field(default_factory=list)  # puts the own pre-hooks last
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
@@ -57,6 +58,8 @@ class OptimizerStep:
             after = layer.register_step_post_hook(_outside_graphs(self._after_step))
             # What others have registered sees the model's own Parameters.
             layer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+            hooks: Any = layer._optimizer_step_pre_hooks
+            self._last.append(functools.partial(hooks.move_to_end, before.id))
             self._undo += [before.remove, after.remove]
         # A class may step without calling hooks, and no hook is called where a step raises.
         self._wrap("step", functools.partial(self._stepping, True))
@@ -73,6 +76,7 @@ class OptimizerStep:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self._last.clear()
 
     def _wrap(self, name: str, around: Callable[..., Any]) -> None:
         optimizer, own = self.optimizer, vars(self.optimizer)
@@ -101,6 +105,8 @@ class OptimizerStep:
 
     def _stepping(self, moves: bool, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         place = self._closure_place(args, kwargs)
+        for move in self._last:
+            move()
         args, kwargs = self._enter(args, kwargs, place)
         try:
             result = method(*args, **kwargs)
@@ -128,6 +134,7 @@ class OptimizerStep:
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._refuse_late_gradients()
         own, *rest = args
         found, kwargs = self._enter(tuple(rest), kwargs, self._closure_place(tuple(rest), kwargs))
         return (own, *found), kwargs
@@ -213,6 +220,17 @@ class OptimizerStep:
         except AttachmentError as error:
             found = error
         self.raise_together(found)
+
+    def _refuse_late_gradients(self) -> None:
+        """Raises where another hook has changed a gradient that is pulled back already."""
+        for weight in self.exchanged:
+            if weight.gradient_stamp() != weight.pulled_back:
+                raise AttachmentError(
+                    f"a hook before the optimizer's step changes the gradient of layer "
+                    f"{weight.layer!r}, which is pulled back to the raw weight already",
+                    "Change it before `optimizer.step()`, or in the hook change the gradients of "
+                    "`optimizer.param_groups`, which then hold the raw weights.",
+                )
 
     def remember(self, weights: Sequence[AttachedWeight]) -> None:
         """Remembers these weights, to compare them before the next step."""

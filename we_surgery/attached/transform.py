@@ -111,6 +111,7 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
             )
         if weight.raw.grad is not None:
             weight.gradient_version = weight.raw.grad._version
+        weight.pulled_back = weight.gradient_stamp()
 
 
 @torch.no_grad()

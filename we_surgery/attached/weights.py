@@ -41,6 +41,7 @@ class AttachedWeight:
     excited: Excited = field(default_factory=Excited)
     written: tuple[int, int] | None = None  # the stamp after W' was written
     gradient_version: int = 0  # of the raw weight's gradient when it was assigned
+    pulled_back: tuple[int, int] | None = None  # the gradient of W' then: identity and version
 
     def __post_init__(self) -> None:
         self.parameters = tuple(self.excitation.parameters())
@@ -54,6 +55,13 @@ class AttachedWeight:
         """Version and address of the Parameter's memory on this rank."""
         memory = self.parameter if self.shard is None else self.memory
         return memory._version, memory.data_ptr()
+
+    def gradient_stamp(self) -> tuple[int, int] | None:
+        """Identity and version of the Parameter's gradient; None if the raw one has it too."""
+        gradient = self.parameter.grad
+        if gradient is None or gradient is self.raw.grad:
+            return None
+        return id(gradient), local(gradient)._version
 
     @property
     def name(self) -> str:
