@@ -10,7 +10,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery import analysis
-from we_surgery.analysis.results import LearningRow
+from we_surgery.analysis.run_results import LearningRow
 from we_surgery.cli import we_surgery
 from we_surgery.converted.state import is_converted
 

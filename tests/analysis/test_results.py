@@ -26,7 +26,7 @@ from we_surgery.analysis import (
     save_result,
 )
 from we_surgery.analysis.pictures import render
-from we_surgery.analysis.results import SparseRow, SparseTraining, Sweep, SweepRow
+from we_surgery.analysis.run_results import SparseRow, SparseTraining, Sweep, SweepRow
 
 SWEEP = Sweep(
     "epsilon",

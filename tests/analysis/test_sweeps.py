@@ -20,7 +20,7 @@ from we_surgery.analysis import (
     sweep,
 )
 from we_surgery.analysis.progress import fingerprint
-from we_surgery.analysis.results import Sweep, SweepRow
+from we_surgery.analysis.run_results import Sweep, SweepRow
 from we_surgery.analysis.variants import (
     initialize_excitations,
     scale_standardized,

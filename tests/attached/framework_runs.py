@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import traceback
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from equal_forms import Net, batches, loss_of
+from processes import joined_group
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import we_surgery as ws
@@ -94,16 +93,11 @@ def main(folder: Path, rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, and not used
     found: dict[str, Any] = {}
     for name, run in FRAMEWORKS.items():
-        dist.init_process_group(
-            "gloo", init_method=(folder / name).as_uri(), rank=rank, world_size=2
-        )
-        try:
-            found[name] = run(folder, rank)
-        except Exception:
-            found[name] = traceback.format_exc()
-        finally:
-            gc.collect()  # FSDP2 leaves reference cycles that hold the group
-            dist.destroy_process_group()
+        with joined_group(folder / name, rank, 2):
+            try:
+                found[name] = run(folder, rank)
+            except Exception:
+                found[name] = traceback.format_exc()
     torch.save(found, folder / f"frameworks-{rank}.pt")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from equal_forms import Net, batches, loss_of
+from processes import joined_group
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -274,20 +273,11 @@ def main(folder: Path, rank: int, ranks: int, stage: int | None) -> None:
         found = {"losses": partial(stage_of_a_run, folder, stage), "elements": excited_elements}
     result: dict[str, Any] = {}
     for number, (name, run) in enumerate(found.items()):
-        dist.init_process_group(
-            "gloo",
-            init_method=(folder / f"rendezvous-{stage}-{number}").as_uri(),
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=60),
-        )
-        try:
-            result[name] = run()
-        except Exception:
-            result[name] = traceback.format_exc()
-        finally:
-            gc.collect()  # FSDP2 leaves reference cycles that hold the group
-            dist.destroy_process_group()
+        with joined_group(folder / f"rendezvous-{stage}-{number}", rank, ranks):
+            try:
+                result[name] = run()
+            except Exception:
+                result[name] = traceback.format_exc()
     torch.save(result, folder / f"rank-{rank}-{stage}.pt")
 
 

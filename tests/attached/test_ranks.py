@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_forms import Net, batches, plain_step
-from processes import run_together
+from processes import joined_group, run_together
 from ranks_runs import FORMS, SHARDED, STEPS, alone, alone_by, cases, hybrid_cases, main, sgd
 from torch.distributed.fsdp import fully_shard
 
@@ -85,17 +85,13 @@ def test_ddp_reduces_the_buckets_of_vanilla_in_their_order(ranks: list[dict[str,
 
 
 def test_fully_shard_after_attach_is_an_error_at_the_next_step(tmp_path: Path) -> None:
-    address = (tmp_path / "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    try:
+    with joined_group(tmp_path / "rendezvous", 0, 1):
         model = Net(is_tied=False)
         optimizer = sgd(model)
         ws.attach(model, optimizer, "lwe")
         fully_shard(model)
         with pytest.raises(ws.AttachmentError, match="another Parameter"):
             plain_step(optimizer, model, batches(1)[0], 0)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

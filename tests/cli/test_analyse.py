@@ -13,7 +13,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery._util.text import SafeConsole
-from we_surgery.analysis.results import Sweep, SweepRow
+from we_surgery.analysis.run_results import Sweep, SweepRow
 from we_surgery.cli import we_surgery
 from we_surgery.cli.analyse import _table
 

@@ -1,13 +1,15 @@
 """The papers' measurements on any model and data, and their pictures.
 
 Lives here: one ablation loop (`measuring`), one training sweep (`sweeps`), what they return
-(`results`) and its files and pictures. May import: everything below training, and the checkpoint
-room. To add an analysis of weights, write its changes and hand them to `measuring.measure`; to add
-a result, write its record in `results` and its picture in `pictures`.
+(`results` of one model, `run_results` of training runs), its files and pictures. May import:
+everything below training, and the checkpoint room. To add an analysis of weights, write its changes
+and hand them to `measuring.measure`; to add a result, write its record and its picture in
+`pictures`.
 """
 
 from we_surgery._util.progress import Progress as Progress
 from we_surgery._util.progress import progress_bar as progress_bar
+from we_surgery.analysis.curves import CurveDrawing as CurveDrawing
 from we_surgery.analysis.curves import curve_drawing as curve_drawing
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
@@ -21,16 +23,15 @@ from we_surgery.analysis.pictures import draw as draw
 from we_surgery.analysis.pruning import apply_masks as apply_masks
 from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks
 from we_surgery.analysis.pruning import pruning_curve as pruning_curve
-from we_surgery.analysis.results import CurveDrawing as CurveDrawing
-from we_surgery.analysis.results import LearningCurves as LearningCurves
 from we_surgery.analysis.results import LocationMap as LocationMap
 from we_surgery.analysis.results import LocationMaps as LocationMaps
 from we_surgery.analysis.results import MagnitudeCurve as MagnitudeCurve
 from we_surgery.analysis.results import MultiplierValidity as MultiplierValidity
 from we_surgery.analysis.results import PruningCurve as PruningCurve
 from we_surgery.analysis.results import Result as Result
-from we_surgery.analysis.results import SparseTraining as SparseTraining
-from we_surgery.analysis.results import Sweep as Sweep
+from we_surgery.analysis.run_results import LearningCurves as LearningCurves
+from we_surgery.analysis.run_results import SparseTraining as SparseTraining
+from we_surgery.analysis.run_results import Sweep as Sweep
 from we_surgery.analysis.saving import save_result as save_result
 from we_surgery.analysis.sweeps import sparse_training as sparse_training
 from we_surgery.analysis.sweeps import sweep as sweep

@@ -3,12 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from we_surgery.analysis.results import CurveDrawing, CurvePoint
+from we_surgery.analysis.results import Result
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.mwe import CURVES, MWE
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A weight, what a curve makes of it, and its gain ``dW'/dW``."""
+
+    curve: str
+    weight: float
+    excited: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class CurveDrawing(Result):
+    """The result of :func:`~we_surgery.analysis.curve_drawing`.
+
+    Attributes:
+        epsilon: of MWE.
+        relative: whether the curves see W / M_A, or W itself.
+        points: those of each curve.
+    """
+
+    analysis = "curve"
+    epsilon: float
+    relative: bool
+    points: list[CurvePoint]
+
+    @property
+    def records(self) -> Sequence[Any]:
+        return self.points
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each curve its range and the least and the largest gain."""
+        found = []
+        for name in dict.fromkeys(point.curve for point in self.points):
+            own = [point for point in self.points if point.curve == name]
+            row: dict[str, Any] = {"curve": name}
+            for what in ("excited", "gain"):
+                values = [getattr(point, what) for point in own]
+                row |= {f"least_{what}": min(values), f"largest_{what}": max(values)}
+            found.append(row)
+        return found
 
 
 def curve_drawing(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from we_surgery._util.progress import Progress
-from we_surgery.analysis.results import LearningCurves, LearningRow
+from we_surgery.analysis.run_results import LearningCurves, LearningRow
 from we_surgery.analysis.sweeps import MakeModel, all_runs, trained
 from we_surgery.analysis.variants import Variant, unchanged
 from we_surgery.converted.convert import convert

@@ -13,18 +13,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from we_surgery.analysis.curves import CurveDrawing
 from we_surgery.analysis.multipliers import GRANULARITIES
 from we_surgery.analysis.results import (
-    CurveDrawing,
-    LearningCurves,
     LocationMaps,
     MagnitudeCurve,
     MultiplierValidity,
     PruningCurve,
     Result,
-    SparseTraining,
-    Sweep,
 )
+from we_surgery.analysis.run_results import LearningCurves, SparseTraining, Sweep
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import nn
 from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import measure
 from we_surgery.analysis.progress import ProgressFile
-from we_surgery.analysis.results import SparseRow, SparseTraining, Sweep, SweepRow
+from we_surgery.analysis.run_results import SparseRow, SparseTraining, Sweep, SweepRow
 from we_surgery.analysis.scores import Metric, check_score
 from we_surgery.analysis.variants import Variant
 from we_surgery.analysis.weights import find_weights

@@ -27,7 +27,8 @@ from we_surgery.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from we_surgery.analysis.results import Result, Sweep
+    from we_surgery.analysis.results import Result
+    from we_surgery.analysis.run_results import Sweep
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."
@@ -372,7 +373,8 @@ def _show(result: Result, output: Path, *, picture: bool, force: bool, as_json: 
 
 def _table(result: Result) -> Table:
     from we_surgery._util.tables import table_of
-    from we_surgery.analysis.results import CurveDrawing, Sweep
+    from we_surgery.analysis.curves import CurveDrawing
+    from we_surgery.analysis.run_results import Sweep
 
     found = result.summary() if isinstance(result, CurveDrawing | Sweep) else result.rows()
     rows = [{key.replace("_", " "): _cell(value) for key, value in row.items()} for row in found]

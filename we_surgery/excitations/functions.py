@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -75,3 +75,19 @@ def kernel_mean(weight: Tensor) -> Tensor:
 def spread(values: Tensor, like: Tensor) -> Tensor:
     """``[O]`` or ``[O, I]`` made to broadcast over ``[O, I, *K]``; what has a kernel stays."""
     return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
+
+
+@torch.no_grad()
+def make_constant(layer: Any, value: float) -> None:
+    """Makes a linear or conv layer give ``value`` for every input."""
+    layer.weight.zero_()
+    layer.bias.fill_(value)
+
+
+@torch.no_grad()
+def wake_units(layer: nn.Linear, inputs: Tensor) -> None:
+    """Mirrors the units that a ReLU turns off for all ``inputs`` ``[N, I]``: they never learn."""
+    off = (linear(inputs, layer.weight, layer.bias) <= 0).all(0)
+    sign = torch.where(off, -1.0, 1.0).to(layer.weight.dtype)
+    layer.weight.mul_(sign.unsqueeze(1))
+    layer.bias.mul_(sign)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Affine, Device, DType, Excitation
-from we_surgery.excitations.functions import check_choice, linear, spread
+from we_surgery.excitations.functions import check_choice, linear, make_constant, spread, wake_units
 from we_surgery.excitations.layout import WeightLayout
 
 ATTENTIONS = ("none", "se")
@@ -74,22 +74,16 @@ class Gain(Excitation):
     def _gains(self, dtype: torch.dtype) -> Tensor:
         if self.attention == "none":
             return self.gain.to(dtype)
-        return torch.sigmoid(linear(F.relu(self._hidden(dtype)), self.fc2.weight, self.fc2.bias))
-
-    def _hidden(self, dtype: torch.dtype) -> Tensor:
-        return linear(self.input.to(dtype), self.fc1.weight, self.fc1.bias)
+        hidden = F.relu(linear(self.input.to(dtype), self.fc1.weight, self.fc1.bias))
+        return torch.sigmoid(linear(hidden, self.fc2.weight, self.fc2.bias))
 
     @torch.no_grad()
     def start_affine(self, weight: Tensor) -> Affine:
         if self.attention == "none":
             self.gain.fill_(1)
             return Affine()
-        # A hidden unit that is off for the only input would never learn: it is mirrored.
-        sign = torch.where(self._hidden(weight.dtype) <= 0, -1.0, 1.0).to(self.fc1.weight.dtype)
-        self.fc1.weight.mul_(sign.unsqueeze(1))
-        self.fc1.bias.mul_(sign)
-        self.fc2.weight.zero_()
-        self.fc2.bias.zero_()
+        wake_units(self.fc1, self.input.to(weight.dtype).unsqueeze(0))
+        make_constant(self.fc2, 0.0)
         return Affine(2.0)
 
     @classmethod

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
-from functools import partial
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -15,22 +14,17 @@ from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
     check_count,
-    check_flag,
     check_mapping,
     kernel_mean,
     linear,
+    make_constant,
     spread,
+    wake_units,
 )
 from we_surgery.excitations.layout import WeightLayout
+from we_surgery.excitations.lwe_options import Option, one_of, optional, skip_of
 
 Inner = str | Mapping[str, Mapping[str, Any]]
-
-
-class Option(NamedTuple):
-    """An option of an attention: what it is by default, and what refuses other values."""
-
-    default: Any
-    check: Callable[[str, Any], Any]
 
 
 class Widths(NamedTuple):
@@ -40,21 +34,6 @@ class Widths(NamedTuple):
     channels: int
     hidden: int
     kernel: tuple[int, ...]
-
-
-def one_of(choices: Collection[str]) -> Callable[[str, Any], str]:
-    """The check of an option that is one of these names."""
-    return partial(check_choice, choices=choices)
-
-
-def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """The check of an option that may be None."""
-    return lambda where, value: None if value is None else check(where, value)
-
-
-def skip_of(own: bool) -> Option:
-    """The option ``skip`` of an attention whose own form has a skip, or has none."""
-    return Option(None, lambda where, value: own if value is None else check_flag(where, value))
 
 
 class LWE(Excitation):
@@ -327,10 +306,7 @@ class LWE(Excitation):
         return self.skip + self.gate_at(self.start_bias)
 
     def _wake_units(self, weight: Tensor) -> None:
-        hidden = linear(self._pooled(weight), self.fc1.weight, self.fc1.bias)
-        sign = torch.where((hidden <= 0).all(0), -1.0, 1.0).to(self.fc1.weight.dtype)
-        self.fc1.weight.mul_(sign.unsqueeze(1))
-        self.fc1.bias.mul_(sign)
+        wake_units(self.fc1, self._pooled(weight))
 
     def _pooled(self, weight: Tensor) -> Tensor:
         """All that the layers are fed, ``[N, I]``."""
@@ -417,10 +393,3 @@ FOR_ALL: Mapping[str, Option] = {
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-@torch.no_grad()
-def make_constant(layer: Any, value: float) -> None:
-    """Makes a linear or conv layer give ``value`` for every input."""
-    layer.weight.zero_()
-    layer.bias.fill_(value)

@@ -16,9 +16,11 @@ from we_surgery.excitations.functions import (
     check_count,
     check_flag,
     kernel_mean,
+    make_constant,
     spread,
 )
-from we_surgery.excitations.lwe import LWE, Option, Widths, make_constant, optional, skip_of
+from we_surgery.excitations.lwe import LWE, Widths
+from we_surgery.excitations.lwe_options import Option, optional, skip_of
 
 KERNEL = Option(None, optional(check_count))
 """The size of convs over the positions of a kernel, in each dimension."""

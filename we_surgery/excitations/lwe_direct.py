@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from we_surgery.excitations.base import Device, DType
 from we_surgery.excitations.functions import check_count
-from we_surgery.excitations.lwe import LWE, Option, Widths, optional
+from we_surgery.excitations.lwe import LWE, Widths
+from we_surgery.excitations.lwe_options import Option, optional
 
 
 class DirectLWE(LWE, attention="direct"):

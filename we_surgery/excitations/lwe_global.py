@@ -14,8 +14,10 @@ from we_surgery.excitations.functions import (
     check_flag,
     kernel_mean,
     linear,
+    make_constant,
 )
-from we_surgery.excitations.lwe import LWE, Option, Widths, make_constant, one_of
+from we_surgery.excitations.lwe import LWE, Widths
+from we_surgery.excitations.lwe_options import Option, one_of
 
 WIDTH = 64
 """The channels that the net sees, whatever the layer has."""

@@ -22,8 +22,9 @@ from we_surgery.reading.kinds import kind_of
 _EXCITABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOT_A_MODELS = ("torch", "builtins")
 _LIBRARIES = ("", "torch", "nn", "init", "F")
-_VIEWS = frozenset(
-    "view reshape flatten t transpose permute squeeze unsqueeze detach numpy".split()
+_VIEWS = (
+    *("view", "reshape", "flatten", "t", "transpose", "permute"),
+    *("squeeze", "unsqueeze", "detach", "numpy"),
 )
 
 
