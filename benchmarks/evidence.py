@@ -1,4 +1,4 @@
-"""Does it help? Paired training runs of small networks on Fashion-MNIST, by a fixed protocol.
+"""Does it help? Paired training runs of small networks, by a fixed protocol.
 
     python benchmarks/evidence.py run resnet_bn --jobs 2      # tuning, then the counted pairs
     python benchmarks/evidence.py run mixer --arms plain mwe  # some arms
@@ -32,7 +32,8 @@ def main() -> None:
 
         write_report(RESULTS)
         return
-    evidence_data.load(options.data)  # an early word if it is absent
+    if not all(EXPERIMENTS[network].signals for network in options.networks):
+        evidence_data.load(options.data)  # an early word if it is absent
     for network in options.networks:
         run_network(network, options)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from evidence_networks import MobileNet, ResNet, mixer
+from evidence_networks import MobileNet, ResNet, SignalNet, mixer
 from torch import nn
 
 import we_surgery as ws
@@ -45,6 +45,7 @@ class Experiment:
 
     Attributes:
         pretrained: training begins with weights that were trained on half the classes.
+        signals: MNIST-1D in place of Fashion-MNIST; nothing is mirrored.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Experiment:
     epochs: int = 6
     batch: int = 64
     pretrained: bool = False
+    signals: bool = False
 
     def steps(self, arm: str) -> int:
         """Optimizer steps of an arm."""
@@ -161,5 +163,14 @@ EXPERIMENTS = {
         images=1000,
         epochs=16,
         pretrained=True,
+    ),
+    "signals": Experiment(
+        "1-d network, MNIST-1D",
+        SignalNet,
+        FEW_ARMS,
+        lrs=(0.03, 0.1, 0.3),
+        images=1000,
+        epochs=40,
+        signals=True,
     ),
 }

@@ -67,6 +67,22 @@ class MobileNet(nn.Module):
         return self.fc(self.features(images).mean((2, 3)))
 
 
+class SignalNet(nn.Module):
+    """Three 1-d convs of stride 2 with batch norm, and a linear layer: of MNIST-1D's own size."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, kernel in ((1, 5), (width, 3), (width, 3)):
+            conv = nn.Conv1d(inputs, width, kernel, 2, padding=kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm1d(width), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(5 * width, CLASSES)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.fc(self.features(signals).flatten(1))
+
+
 def _normed(conv: nn.Conv2d) -> tuple[nn.Module, ...]:
     return conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()
 

@@ -37,15 +37,16 @@ class Run:
 
 
 @cache
-def _loaded(folder: Path) -> Data:
-    return data.load(folder)
+def loaded(folder: Path | None) -> Data:
+    """Fashion-MNIST of a folder; MNIST-1D without one."""
+    return data.generate_signals() if folder is None else data.load(folder)
 
 
-def perform(run: Run, folder: Path) -> dict[str, Any]:
+def perform(run: Run, folder: Path | None) -> dict[str, Any]:
     """Trains and measures; a tuning run does not see the test images."""
     torch.set_num_threads(1)
-    images = _loaded(folder)
     experiment = EXPERIMENTS[run.network]
+    images = loaded(None if experiment.signals else folder)
     model, optimizer, excitation = prepare(experiment, run, images)
     training = data.draw(images.pool, experiment.images, run.seed)
     shown = images.validation.part(slice(0, data.CURVE))
@@ -151,7 +152,7 @@ def _train(
     schedule = warm_cosine(optimizer, steps)
     spent = 0.0
     losses: list[float] = []
-    feed = data.batches(training, experiment.batch, steps, run.seed)
+    feed = data.batches(training, experiment.batch, steps, run.seed, mirror=not experiment.signals)
     for step, (inputs, labels) in enumerate(feed, start=1):
         start = time.process_time()
         losses.append(train_step(model, optimizer, schedule, inputs, labels))

@@ -113,6 +113,33 @@ def test_two_processes_cannot_write_one_file(tmp_path):
         pass
 
 
+@pytest.fixture
+def signals(monkeypatch):
+    """MNIST-1D with few signals."""
+    pytest.importorskip("mnist1d")
+    monkeypatch.setattr(evidence_data, "_SIGNALS", {"pool": 100, "validation": 50, "test": 50})
+    evidence_training.loaded.cache_clear()
+    yield
+    evidence_training.loaded.cache_clear()
+
+
+def test_signals_are_those_of_the_package_and_are_not_mirrored(signals, monkeypatch):
+    data = evidence_data.generate_signals()
+    assert [len(part) for part in (data.pool, data.validation, data.test)] == [100, 50, 50]
+    assert data.pool.images.shape == (100, 1, 40)
+    again = evidence_data.generate_signals()
+    assert data.test.images.equal(again.test.images)
+    whole = torch.cat([part.images for part in (data.pool, data.validation, data.test)])
+    assert whole.mean().item() == pytest.approx(0, abs=1e-5)
+    assert whole.std().item() == pytest.approx(1, abs=1e-3)
+    monkeypatch.setattr(evidence_data, "mirrored", None)
+    small = dataclasses.replace(evidence_arms.EXPERIMENTS["signals"], images=64, epochs=2)
+    monkeypatch.setitem(evidence_arms.EXPERIMENTS, "signals", small)
+    measured = evidence_training.perform(Run("signals", "count", "default", 0, 0.03, 5e-4), None)
+    assert len(measured["validation_curve"]) == 2
+    assert 0 < measured["test_accuracy"] < 100
+
+
 @pytest.mark.parametrize("network", list(evidence_arms.EXPERIMENTS))
 def test_arms_of_a_seed_begin_with_the_same_raw_weights(network, folder):
     data = evidence_data.load(folder)
