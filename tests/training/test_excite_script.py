@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "excite_script.py"
@@ -80,37 +82,112 @@ def test_a_script_without_an_optimizer_is_named(tmp_path: Path) -> None:
     assert (done.returncode, "makes an `optimizer`" in done.stderr) == (1, True)
 
 
-@pytest.mark.skipif("TIMM_CLONE" not in os.environ, reason="TIMM_CLONE names a clone of timm")
-def test_timms_own_script_trains_resumes_and_validates(tmp_path: Path) -> None:
+def images(folder: Path, *names: str) -> None:
+    """Two random images in each of the folders."""
     import numpy as np
     from PIL import Image
 
-    clone = Path(os.environ["TIMM_CLONE"])
     random = np.random.default_rng(0)
-    for name in ("train/a", "train/b", "validation/a", "validation/b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
+    for name in names:
+        (folder / name).mkdir(parents=True)
         for i in range(2):
             image = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(image).save(tmp_path / "images" / name / f"{i}.png")
-    (tmp_path / "train_we.py").write_text(run(clone / "train.py"))
+            Image.fromarray(image).save(folder / name / f"{i}.png")
+
+
+def called(clone: Path, *words: object) -> str:
+    """What a script prints that runs in the folder of its clone, with the clone's own modules."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=clone,
+        env=os.environ | {"PYTHONPATH": f"{clone}{os.pathsep}{ROOT}"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif("TIMM_CLONE" not in os.environ, reason="TIMM_CLONE names a clone of timm")
+def test_timms_own_script_trains_resumes_and_validates(tmp_path: Path) -> None:
+    clone = Path(os.environ["TIMM_CLONE"])
+    images(tmp_path / "images", "train/a", "train/b", "validation/a", "validation/b")
+    script = tmp_path / "train_we.py"
+    script.write_text(run(clone / "train.py"))
 
     def timm(script: Path, *words: object) -> str:
         model = ["--model", "resnet10t", "--num-classes", "2", "--img-size", "32", "-b", "2"]
-        command = [sys.executable, script, tmp_path / "images", *model, "--workers", "1", *words]
-        done = subprocess.run(
-            [*map(str, command), "--device", "cpu"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=clone,
-            env=os.environ | {"PYTHONPATH": f"{clone}{os.pathsep}{ROOT}"},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+        return called(clone, script, tmp_path / "images", *model, "--workers", "1", *words)
 
     options = ["--warmup-epochs", "0", "--model-ema", "--output", tmp_path, "--experiment"]
-    timm(tmp_path / "train_we.py", *options, "one", "--epochs", "1")
+    timm(script, *options, "one", "--epochs", "1")
     last = tmp_path / "one" / "last.pth.tar"
-    said = timm(tmp_path / "train_we.py", *options, "two", "--epochs", "2", "--resume", last)
+    said = timm(script, *options, "two", "--epochs", "2", "--resume", last)
     assert "loaded the excitation of 15 weights; the model's weights differed by up to 0" in said
     assert '"top1"' in timm(clone / "validate.py", "--split", "validation", "--checkpoint", last)
+
+
+def coco(folder: Path) -> None:
+    """A data set in COCO's layout, with one box in each image."""
+    images(folder, "train2017", "val2017")
+    (folder / "annotations").mkdir()
+    box = {"bbox": [4, 4, 20, 20], "area": 400, "segmentation": [[4, 4, 24, 4, 24, 24, 4, 24]]}
+    for split in ("train", "val"):
+        data = {
+            "info": {},
+            "images": [
+                {"id": i, "file_name": f"{i}.png", "width": 32, "height": 32} for i in (0, 1)
+            ],
+            "annotations": [
+                {"id": i + 1, "image_id": i, "category_id": 1, "iscrowd": 0, **box} for i in (0, 1)
+            ],
+            "categories": [{"id": 1, "name": "square"}],
+        }
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
+
+
+# Some versions of these scripts ask torch.load for weights alone, and save their arguments too.
+ALLOWING_ARGUMENTS = """
+import argparse, runpy, sys, torch
+torch.serialization.add_safe_globals([argparse.Namespace])
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SMALL = ["--train-crop-size", "64", "--val-crop-size", "64", "--val-resize-size", "64"]
+TORCHVISION = {
+    "classification": (["--model", "resnet18", "--model-ema", *SMALL], "Test: EMA Acc@1"),
+    "detection": (["--model", "ssdlite320_mobilenet_v3_large"], "IoU metric: bbox"),
+}
+
+
+@pytest.mark.skipif("VISION_CLONE" not in os.environ, reason="VISION_CLONE names torchvision's")
+@pytest.mark.parametrize("task", TORCHVISION)
+def test_torchvisions_own_scripts_train_resume_and_evaluate(task: str, tmp_path: Path) -> None:
+    clone = Path(os.environ["VISION_CLONE"]) / "references" / task
+    if task == "classification":
+        # Five classes: it measures how often the right one is among the best five.
+        images(tmp_path / "images", *(f"{split}/{i}" for split in ("train", "val") for i in "abcde"))
+    else:
+        pytest.importorskip("pycocotools")
+        coco(tmp_path / "images")
+    script = tmp_path / "train_we.py"
+    script.write_text(run(clone / "train.py"))
+    (tmp_path / "allowing.py").write_text(ALLOWING_ARGUMENTS)
+    options, measured = TORCHVISION[task]
+
+    def torchvision(script: Path, *words: object) -> str:
+        shared = ["--data-path", tmp_path / "images", "-b", "2", "-j", "0", "--output-dir"]
+        return called(
+            clone, tmp_path / "allowing.py", script, *options, *shared, tmp_path / "out", *words
+        )
+
+    torchvision(script, "--epochs", "1")
+    first = tmp_path / "out" / "model_0.pth"
+    torchvision(script, "--epochs", "2", "--resume", first)
+    once, twice = (
+        torch.load(tmp_path / "out" / f"model_{i}.pth", weights_only=False)["optimizer"]["state"]
+        for i in (0, 1)
+    )
+    assert twice["we_surgery"]["steps"] == 2 * once["we_surgery"]["steps"] > 0
+    assert measured in torchvision(clone / "train.py", "--test-only", "--resume", first)
