@@ -167,7 +167,7 @@ def test_torchvisions_own_scripts_train_resume_and_evaluate(task: str, tmp_path:
     clone = Path(os.environ["VISION_CLONE"]) / "references" / task
     if task == "classification":
         # Five classes: it measures how often the right one is among the best five.
-        images(tmp_path / "images", *(f"{split}/{i}" for split in ("train", "val") for i in "abcde"))
+        images(tmp_path / "images", *(f"{part}/{i}" for part in ("train", "val") for i in "abcde"))
     else:
         pytest.importorskip("pycocotools")
         coco(tmp_path / "images")
