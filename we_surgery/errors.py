@@ -58,7 +58,7 @@ class NothingToConvertWarning(UserWarning):
 
 
 class ThawedLayerWarning(UserWarning):
-    """A layer that was frozen when excitation was attached is trained now, without excitation."""
+    """A layer that was frozen or in no optimizer at ``attach`` is trained without excitation."""
 
 
 class NothingToStripWarning(UserWarning):

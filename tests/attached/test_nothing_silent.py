@@ -186,6 +186,44 @@ def test_another_parameter_in_the_place_of_the_weight_is_an_error(run, replace, 
         steps(model, optimizer, 1, zero=zero)
 
 
+HEADS = {"same": nn.Linear(12, 5), "deeper": nn.Sequential(nn.Dropout(), nn.Linear(12, 5))}
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_new_layer_in_the_place_of_an_excited_one_is_an_error(run, head, zero):
+    model, optimizer, excitation = run
+    model.head = copy.deepcopy(head)
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    with pytest.raises(ws.AttachmentError, match="'head' holds another Parameter") as caught:
+        steps(model, optimizer, 1, zero=zero)
+    assert "detach()" in caught.value.cure
+    excitation.detach()
+    optimizer = sgd(model)
+    before = snapshot(model)
+    ws.attach(model, optimizer, "lwe+mwe", init="preserve")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)
+    steps(model, optimizer, 1)
+
+
+def wrap(model):
+    model.head = nn.Sequential(model.head)
+
+
+def remove(model):
+    model.head = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [wrap, remove])
+def test_a_layer_that_is_wrapped_or_removed_is_no_error(run, change):
+    model, optimizer, _ = run
+    change(model)
+    before = snapshot(model)
+    steps(model, optimizer, 2)
+    assert not same(before, model.state_dict())
+
+
 CHANGES = {
     "in place": lambda weight: weight.grad.mul_(0.5),
     "assigned": lambda weight: setattr(weight, "grad", weight.grad * 0.5),

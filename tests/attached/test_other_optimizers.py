@@ -161,6 +161,30 @@ def test_frozen_layers_are_left_alone_and_can_be_thawed():
     assert not torch.equal(excitation.named_parameters()["stem.weight"], before)
 
 
+def test_layers_that_the_optimizer_gets_later_can_be_excited():
+    model = Net()
+    optimizer = sgd(model.head)
+    excitation = ws.attach(model, optimizer, "lwe+mwe")
+    assert [row.layer for row in excitation.plan.excited] == ["head"]
+    go_on(model, optimizer)
+    optimizer.add_param_group({"params": list(model.stem.parameters())})
+    with pytest.warns(ws.ThawedLayerWarning, match="'stem'.*without excitation"):
+        go_on(model, optimizer)
+    assert excitation.extend() == 1
+    assert [row.layer for row in excitation.plan.excited] == ["stem", "head"]
+    go_on(model, optimizer)
+
+
+def test_layers_that_the_model_gets_later_can_be_excited(run):
+    model, optimizer, excitation = run
+    excited = len(excitation.raw_weights())
+    model.stem = nn.Sequential(model.stem, nn.Conv2d(8, 8, 1))
+    optimizer.add_param_group({"params": list(model.stem[1].parameters())})
+    assert excitation.extend() == 1
+    assert len(excitation.raw_weights()) == excited + 1
+    go_on(model, optimizer)
+
+
 def test_detach_leaves_a_vanilla_run(run):
     model, optimizer, excitation = run
     before = snapshot(model)

@@ -273,7 +273,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "the optimizer no longer holds the weight of layer '...'": lambda: step_after(
         lambda _, optimizer: optimizer.param_groups[0]["params"].clear()
     ),
-    "layer '...' was frozen when excitation was attached": thawed,
+    "layer '...' was frozen or not in the optimizer when excitation was attached": thawed,
     "the optimizer holds none of the ... weights that the plan excites": lambda: ws.attach(
         net(), torch.optim.SGD(net().parameters(), lr=0.1)
     ),

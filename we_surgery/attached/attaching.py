@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from we_surgery.attached.building import Building, Trained, with_gathered
+from we_surgery.attached.building import Building, Trained, as_attached
 from we_surgery.attached.excitation import AttachedExcitation
 from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
@@ -114,7 +114,7 @@ def attach(
     saved = _state_to_continue(found, optimizers, resume)
     handle = AttachedExcitation(
         root,
-        with_gathered(plan, [weight for weight, _ in found]),
+        as_attached(plan, [weight for weight, _ in found]),
         building,
         policy=policy,
         example_inputs=example_inputs,

@@ -90,8 +90,12 @@ class Building:
 _GATHERED = "; gathered on each rank, since it cannot be computed row by row"
 
 
-def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
-    """The plan, with a note on sharded weights that are gathered."""
+NOT_IN_OPTIMIZER = "not in the optimizer"
+
+
+def as_attached(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
+    """The plan without weights that no optimizer trains, and a note on sharded ones it gathers."""
+    attached = {place for weight in weights for place in weight.places}
     gathered = {
         place
         for weight in weights
@@ -99,12 +103,14 @@ def with_gathered(plan: Plan, weights: Sequence[AttachedWeight]) -> Plan:
         and rows_terms(weight.shard, weight.excitation.closed_form(weight.raw)) is None
         for place in weight.places
     }
-    rows = [
-        replace(row, reason=row.reason.removesuffix(_GATHERED) + _GATHERED)
-        if (row.module, row.parameter) in gathered
-        else row
-        for row in plan.decisions
-    ]
+    rows = []
+    for row in plan.decisions:
+        place = row.module, row.parameter
+        if row.excitation and place not in attached:
+            row = replace(row, excitation=[], added_parameters=0, reason=NOT_IN_OPTIMIZER)
+        if place in gathered:
+            row = replace(row, reason=row.reason.removesuffix(_GATHERED) + _GATHERED)
+        rows.append(row)
     return replace(plan, decisions=tuple(rows))
 
 

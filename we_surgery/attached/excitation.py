@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from we_surgery._util.scripted import own_parameters
-from we_surgery.attached.building import Building, Trained, placed, with_gathered
+from we_surgery.attached.building import NOT_IN_OPTIMIZER, Building, Trained, as_attached, placed
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.holding import Holding
 from we_surgery.attached.optimizers import start_early_state, supported_optimizers
@@ -30,6 +30,7 @@ from we_surgery.converted.state import PLAN_ATTRIBUTE
 from we_surgery.errors import AttachmentError, InputError
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
+from we_surgery.planning.rows import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class AttachedExcitation:
             step.steps = steps
 
     def extend(self) -> int:
-        """Excites layers that were frozen at ``attach`` and have been unfrozen since.
+        """Excites layers that were frozen or not in the optimizer at ``attach``, or did not exist.
 
         Unfreeze the layers and add them to the optimizer first.
 
@@ -275,11 +276,14 @@ class AttachedExcitation:
         plan = make_plan(
             readable, config=self._policy, example_inputs=self._example_inputs, form="attached"
         )
-        known = {place for weight in self._weights for place in weight.places}
-        new = [row for row in plan.excited if (row.module, row.parameter) not in known]
+        self._holding.meet()
+        known = {id(weight.parameter) for weight in self._weights}
+        new = [row for row in plan.excited if id(self._parameter_of(row)) not in known]
         found = self._building.weights_of(replace(plan, decisions=tuple(new))) if new else []
         if found:
-            self.plan = with_gathered(plan, [*self._weights, *(weight for weight, _ in found)])
+            rows = {(row.module, row.parameter): row for row in (*self.plan.decisions, *new)}
+            weights = [*self._weights, *(weight for weight, _ in found)]
+            self.plan = as_attached(replace(self.plan, decisions=tuple(rows.values())), weights)
             self.add(found)
         return len(found)
 
@@ -313,7 +317,7 @@ class AttachedExcitation:
                 for weight, values in before:
                     weight.memory.copy_(values)
             raise
-        self._watch_frozen()
+        self._watch_left_out()
         logger.info("attached the excitation of %d weights", len(found))
 
     def _install(self, optimizer: Any, weights: list[AttachedWeight]) -> None:
@@ -358,14 +362,18 @@ class AttachedExcitation:
                 ride(step, lambda: self.plan.to_json(), self._load, per_parameter=each)
             )
 
-    def _watch_frozen(self) -> None:
-        frozen = {}
+    def _watch_left_out(self) -> None:
+        left_out = {}
         for row in self.plan.decisions:
-            parameter = own_parameters(self._holding.modules[row.module]).get(row.parameter)
-            if row.reason.startswith("frozen") and parameter is not None:
-                frozen[row.layer] = parameter
+            parameter = self._parameter_of(row)
+            is_left_out = row.reason.startswith("frozen") or row.reason == NOT_IN_OPTIMIZER
+            if is_left_out and parameter is not None:
+                left_out[row.layer] = parameter
         for step in self._steps:
-            step.frozen = frozen
+            step.left_out = left_out
+
+    def _parameter_of(self, row: Decision) -> nn.Parameter | None:
+        return own_parameters(self._holding.modules[row.module]).get(row.parameter)
 
     def _mark(self, layer: Any) -> None:
         before = layer.defaults

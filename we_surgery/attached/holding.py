@@ -23,11 +23,16 @@ class Holding:
         self.modules = dict(model.named_modules())
         self.remember = remember
 
+    def meet(self) -> None:
+        """Takes in modules that the model has got since."""
+        for name, module in self.model.named_modules():
+            self.modules.setdefault(name, module)
+
     def is_held(self, weight: AttachedWeight) -> bool:
         """Whether the model holds the weight's Parameter where it was."""
         if weight.shard is not None and not self._holds(weight):
             share_again(self.model)
-        return self._holds(weight)
+        return self._holds(weight) and not any(self._is_replaced(name) for name, _ in weight.places)
 
     def _holds(self, weight: AttachedWeight) -> bool:
         for module, name in weight.places:
@@ -35,6 +40,19 @@ class Holding:
             if name not in own or own[name] is not weight.parameter:
                 return False
         return True
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether another module with weights is where this one was, or one that held it."""
+        parent, path = self.model, ""
+        for key in name.split(".") if name else ():
+            path = f"{path}.{key}" if path else key
+            now = getattr(parent, key, None)
+            parent = self.modules[path]
+            if now is not parent:
+                if not isinstance(now, nn.Module) or next(now.parameters(), None) is None:
+                    return False  # removed, with nothing trained in its place
+                return all(each is not self.modules[name] for each in self.model.modules())
+        return False
 
     @torch.no_grad()
     def report(self, weights: Sequence[AttachedWeight]) -> None:
@@ -44,9 +62,10 @@ class Holding:
                 raise AttachmentError(
                     f"layer {weight.layer!r} holds another Parameter than when excitation was "
                     "attached, so its weight is no longer trained",
-                    "Attach after whatever replaces Parameters (`fully_shard`, "
-                    "`load_state_dict(assign=True)`, parametrizations, pruning), and build the "
-                    "optimizer anew.",
+                    "Call `excitation.detach()`, build the optimizer anew and attach again with "
+                    '`init="preserve"`. In the next run, attach after whatever replaces layers or '
+                    "Parameters (`fully_shard`, `load_state_dict(assign=True)`, parametrizations, "
+                    "pruning).",
                 )
         changed = [weight.layer for weight in weights if not is_current(weight)]
         if changed:

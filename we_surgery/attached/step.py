@@ -42,7 +42,8 @@ class OptimizerStep:
     exchanged: list[AttachedWeight] = field(default_factory=list)
     steps: int = 0  # how many have moved a raw weight
     is_hidden: bool = False  # whether this step only makes states, without excitations
-    frozen: dict[str, nn.Parameter] = field(default_factory=dict)  # and not excited therefore
+    # Frozen or in no optimizer at attach, and not excited therefore.
+    left_out: dict[str, nn.Parameter] = field(default_factory=dict)
     is_open: bool = False
     companion: torch.optim.AdamW = field(default_factory=new_companion)
     _last: list[Callable[[], None]] = field(default_factory=list)  # puts the own pre-hooks last
@@ -184,15 +185,7 @@ class OptimizerStep:
     def _pull_in(self) -> None:
         """Pulls the gradients back and exchanges the weights that have one."""
         live = [weight for weight in self.weights if weight.parameter.grad is not None]
-        thawed = [layer for layer, p in self.frozen.items() if p.grad is not None]
-        if thawed:
-            warnings.warn(
-                f"layer {thawed[0]!r} was frozen when excitation was attached and is trained now, "
-                "without excitation. Call `excitation.extend()` to excite it.",
-                ThawedLayerWarning,
-                stacklevel=2,
-            )
-            self.frozen = {}
+        self._warn_of_left_out()
         gone = [
             weight
             for weight in self.weights
@@ -212,6 +205,22 @@ class OptimizerStep:
             groups = [*self.optimizer.param_groups, *self.companion.param_groups]
             entries = [p for group in groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(entries, self.clip_raw)
+
+    def _warn_of_left_out(self) -> None:
+        found = {layer: p for layer, p in self.left_out.items() if p.grad is not None}
+        if not found:
+            return
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        thawed = [layer for layer, p in found.items() if id(p) in trained]
+        if thawed:
+            warnings.warn(
+                f"layer {thawed[0]!r} was frozen or not in the optimizer when excitation was "
+                "attached; it is trained now, without excitation. Call `excitation.extend()` to "
+                "excite it.",
+                ThawedLayerWarning,
+                stacklevel=2,
+            )
+            self.left_out = {}
 
     def _check(self, live: Sequence[AttachedWeight]) -> None:
         found = None
