@@ -78,22 +78,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|--:|--:|---|---|",
     ]
     for row in rows:
-        added = ["-", "-"] if "network" in row or "recipe" not in row else list(_added(row))
-        cells = (row["system"], row["source"], _recipe_text(row), _form(row), *added, _after(row))
+        added = ["-", "-"] if "network" in row or "config" not in row else list(_added(row))
+        cells = (row["system"], row["source"], _config_text(row), _form(row), *added, _after(row))
         lines.append(_row((*cells, row["published"])))
     return "\n".join(lines)
 
 
-def _recipe_text(row: Mapping[str, Any]) -> str:
-    recipe = row.get("recipe")
-    if recipe is None:
+def _config_text(row: Mapping[str, Any]) -> str:
+    config = row.get("config")
+    if config is None:
         text = row["instead"]
-    elif isinstance(recipe, str):
-        text = f"[{recipe}](../configs/{recipe})"
-    elif list(recipe) == ["mode"]:
-        text = f"`mode: {recipe['mode']}`"
+    elif isinstance(config, str):
+        text = f"[{config}](../configs/{config})"
+    elif list(config) == ["mode"]:
+        text = f"`mode: {config['mode']}`"
     else:
-        text = f"`{yaml.safe_dump(recipe, default_flow_style=True, width=1000).strip()}`"
+        text = f"`{yaml.safe_dump(config, default_flow_style=True, width=1000).strip()}`"
     if "run" in row:
         text += f"; trained by [{Path(row['run']).stem}](../configs/recipes/{row['run']})"
     return text
@@ -106,7 +106,7 @@ def _added(row: Mapping[str, Any]) -> Iterator[str]:
 
 def _form(row: Mapping[str, Any]) -> str:
     """The forms that train a row's system, where it says nothing else."""
-    if "recipe" not in row or "form" in row:
+    if "config" not in row or "form" in row:
         return str(row.get("form", "-"))
     plan = _plan(row, row.get("network", NETWORKS[1]))
     found = [ws.EXCITATIONS[stage].forms for each in plan.excited for stage in each.stages]
@@ -128,8 +128,9 @@ def _after(row: Mapping[str, Any]) -> str:
 
 
 def _plan(row: Mapping[str, Any], network: str) -> ws.Plan:
-    recipe = row["recipe"]
-    config = ROOT / "we_surgery" / "configs" / recipe if isinstance(recipe, str) else recipe
+    config = row["config"]
+    if isinstance(config, str):
+        config = ROOT / "we_surgery" / "configs" / config
     return ws.plan(_build(network), config=config)
 
 

@@ -17,7 +17,7 @@ from we_surgery.excitations import (
     Backend,
     Composition,
     Excitation,
-    Recipe,
+    Stages,
     WeightLayout,
     build_excitation,
 )
@@ -119,6 +119,6 @@ def make_layer(layout: WeightLayout, memory_format: torch.memory_format, mode: s
     weight = torch.randn(layout.shape) * 0.05
     if weight.ndim == 4:
         weight = weight.contiguous(memory_format=memory_format)
-    recipe: Recipe = [{"standardize": {}}, *({name: {}} for name in mode.split("+"))]
-    excitation = build_excitation(recipe, layout)
+    stages: Stages = [{"standardize": {}}, *({name: {}} for name in mode.split("+"))]
+    excitation = build_excitation(stages, layout)
     return Layer(nn.Parameter(weight), excitation, torch.randn_like(weight))

@@ -67,7 +67,7 @@ def test_a_traced_network_gets_what_the_network_itself_gets(make: Callable[[], n
     assert {row.layer: row.excitation for row in plan.decisions} == rows
     assert ExcitePass()(graph_module).modified
     assert nodes_of(graph_module) == nodes  # layers change their class, not the graph
-    excited = {name for name, recipe in rows.items() if recipe}
+    excited = {name for name, stages in rows.items() if stages}
     assert {weight.module for weight in excited_weights(graph_module)} == excited
     graph_module.train()(x).square().mean().backward()
     assert StripPass(example_inputs=x)(graph_module).modified
@@ -86,7 +86,7 @@ def test_a_functional_convnext_has_an_excitation_node_for_each_weight_its_calls_
     assert ExcitePass(plan=plan)(graph_module).modified
     calls = [n for n in graph_module.graph.nodes if n.op == "call_module" and n.args]
     shown = {node.target for node in calls if str(node.target).endswith(".excitation")}
-    assert shown == {f"{name}.excitation" for name, recipe in rows.items() if recipe}
+    assert shown == {f"{name}.excitation" for name, stages in rows.items() if stages}
     StripPass(example_inputs=x)(graph_module)
     assert list(graph_module.state_dict()) == list(model.state_dict())
 

@@ -22,9 +22,9 @@ from we_surgery.excitations.names import excitation_name, raw_name
 
 def excited_conv(*stages: str, bias: bool = True) -> ExcitedLayer:
     conv = nn.Conv2d(8, 6, 3, bias=bias)
-    recipe = [{stage: {}} for stage in stages]
+    composed = [{stage: {}} for stage in stages]
     excite_owner(
-        conv, "weight", build_excitation(recipe, WeightLayout(conv.weight.shape)), "block.conv"
+        conv, "weight", build_excitation(composed, WeightLayout(conv.weight.shape)), "block.conv"
     )
     assert isinstance(conv, ExcitedLayer)
     return conv

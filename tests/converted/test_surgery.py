@@ -246,8 +246,8 @@ def test_a_decision_says_what_it_is_in_a_word() -> None:
         "LWE+MWE (standardized)": [{"standardize": {}}, {"lwe": {}}, {"mwe": {}}],
         "standardize": [{"standardize": {}}],
     }
-    for word, recipe in words.items():
-        assert replace(row, excitation=recipe).verdict == word
+    for word, stages in words.items():
+        assert replace(row, excitation=stages).verdict == word
 
 
 class Allocated(TorchDispatchMode):

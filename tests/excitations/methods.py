@@ -1,4 +1,4 @@
-"""Every method of the registry as recipes, for the tests that each of them has to pass.
+"""Every method of the registry as lists of stages, for the tests that each of them has to pass.
 
 A new line of the registry is here by itself, in its defaults; its further forms are added below.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from we_surgery.excitations import EXCITATIONS, Recipe, WeightLayout
+from we_surgery.excitations import EXCITATIONS, Stages, WeightLayout
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "lwe": [
@@ -46,7 +46,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "shift_attention": [{"shared": True, "inverse_temperature": 0.15}],
 }
 OPTIONS = [(name, form) for name in EXCITATIONS for form in [{}, *FORMS.get(name, [])]]
-RECIPES: list[Recipe] = [[{name: form}] for name, form in OPTIONS]
+STAGES: list[Stages] = [[{name: form}] for name, form in OPTIONS]
 
 LAYOUTS = {
     "conv1d": WeightLayout((6, 8, 5)),
@@ -62,25 +62,25 @@ LAYOUTS = {
 }
 
 
-def name_of(recipe: Recipe) -> str:
-    ((name, options),) = recipe[0].items()
+def name_of(stages: Stages) -> str:
+    ((name, options),) = stages[0].items()
     return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
 
 
-every_method = pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+every_method = pytest.mark.parametrize("stages", STAGES, ids=name_of)
 
 
 def on_layouts(*names: str) -> pytest.MarkDecorator:
     """Each method in its defaults on every layout, its further forms on the named ones."""
     cases = [
-        pytest.param(recipe, layout, id=f"{name_of(recipe)}-{name}")
-        for recipe in RECIPES
+        pytest.param(stages, layout, id=f"{name_of(stages)}-{name}")
+        for stages in STAGES
         for name, layout in LAYOUTS.items()
-        if name in names or {} in recipe[0].values()
+        if name in names or {} in stages[0].values()
     ]
-    return pytest.mark.parametrize(("recipe", "layout"), cases)
+    return pytest.mark.parametrize(("stages", "layout"), cases)
 
 
-def fits(recipe: Recipe, layout: WeightLayout) -> bool:
-    ((name, _),) = recipe[0].items()
+def fits(stages: Stages, layout: WeightLayout) -> bool:
+    ((name, _),) = stages[0].items()
     return EXCITATIONS[name].unsupported_reason(layout) is None

@@ -22,7 +22,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("stages", "message"),
     [
         ([{"lew": {}}], "no excitation called 'lew'; did you mean 'lwe'"),
         ([{"composition": {}}], "no excitation called 'composition'"),
@@ -35,9 +35,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ([], "at least one stage"),
     ],
 )
-def test_a_recipe_that_cannot_be_built_says_why(recipe: Any, message: str) -> None:
+def test_stages_that_cannot_be_built_say_why(stages: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_excitation(recipe, LAYOUT)
+        build_excitation(stages, LAYOUT)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True, None])
@@ -93,7 +93,7 @@ def test_the_defaults_are_those_of_the_papers() -> None:
 
 
 @pytest.mark.parametrize("name", EXCITATIONS)
-def test_the_constructors_have_the_same_defaults_as_recipes(name: str) -> None:
+def test_the_constructors_have_the_same_defaults_as_stages(name: str) -> None:
     parameters = inspect.signature(EXCITATIONS[name].__init__).parameters
     for option, default in EXCITATIONS[name].options().items():
         if option in parameters and parameters[option].default is not inspect.Parameter.empty:
@@ -101,8 +101,8 @@ def test_the_constructors_have_the_same_defaults_as_recipes(name: str) -> None:
 
 
 def test_stages_take_device_and_dtype_of_their_layer() -> None:
-    recipe = [{name: {}} for name in ("standardize", "lwe", "mwe")]
-    built = build_excitation(recipe, LAYOUT, device="meta", dtype=torch.bfloat16)
+    stages = [{name: {}} for name in ("standardize", "lwe", "mwe")]
+    built = build_excitation(stages, LAYOUT, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in built.parameters()} == {("meta", torch.bfloat16)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from methods import EXCITATIONS, LAYOUTS, Recipe, every_method, fits, on_layouts
+from methods import EXCITATIONS, LAYOUTS, Stages, every_method, fits, on_layouts
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -33,22 +33,22 @@ def with_true_gradient(stages: Any) -> Any:
 
 
 def prepared(
-    recipe: Recipe, layout: WeightLayout, dtype: torch.dtype | None = None
+    stages: Stages, layout: WeightLayout, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Composition]:
-    if not fits(recipe, layout):
+    if not fits(stages, layout):
         pytest.skip("the plan would leave it out")
     torch.manual_seed(0)
     weight = torch.randn(layout.shape, dtype=dtype)
-    excitation = build_excitation(recipe, layout, dtype=dtype)
+    excitation = build_excitation(stages, layout, dtype=dtype)
     excitation.prepare(weight)
     return weight, excitation
 
 
 @on_layouts("even kernel", "linear", "transposed")
 def test_the_weight_keeps_its_shape_and_trains_with_all_parameters(
-    recipe: Recipe, layout: WeightLayout
+    stages: Stages, layout: WeightLayout
 ) -> None:
-    weight, excitation = prepared(recipe, layout)
+    weight, excitation = prepared(stages, layout)
     weight.requires_grad_()
     excited = excitation(weight)
     assert excited.shape == weight.shape
@@ -62,11 +62,11 @@ def test_the_weight_keeps_its_shape_and_trains_with_all_parameters(
 
 @pytest.mark.parametrize("name", ["linear", "transposed"])
 @every_method
-def test_the_gradient_is_that_of_the_function(recipe: Recipe, name: str) -> None:
-    if not recipe[0].keys().isdisjoint(OWN_GRADIENT):
+def test_the_gradient_is_that_of_the_function(stages: Stages, name: str) -> None:
+    if not stages[0].keys().isdisjoint(OWN_GRADIENT):
         pytest.skip("its gradient is not that of its function by design; it has tests of its own")
-    recipe = [with_true_gradient(recipe[0])]
-    weight, excitation = prepared(recipe, LAYOUTS[name], F64)
+    stages = [with_true_gradient(stages[0])]
+    weight, excitation = prepared(stages, LAYOUTS[name], F64)
     weight.requires_grad_()
     excitation.eval()  # in training a buffer may move with each call
     parameters = dict(excitation.named_parameters())
@@ -87,8 +87,8 @@ def as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     [("conv2d", torch.bfloat16), ("linear", F64), ("transposed", torch.float32)],
 )
 @every_method
-def test_its_state_dict_rebuilds_it(recipe: Recipe, name: str, dtype: torch.dtype) -> None:
-    weight, built = prepared(recipe, LAYOUTS[name], dtype)
+def test_its_state_dict_rebuilds_it(stages: Stages, name: str, dtype: torch.dtype) -> None:
+    weight, built = prepared(stages, LAYOUTS[name], dtype)
     before = torch.get_rng_state()
     rebuilt = rebuild_excitation(as_saved(built.state_dict()))
     assert torch.equal(torch.get_rng_state(), before)
@@ -96,7 +96,7 @@ def test_its_state_dict_rebuilds_it(recipe: Recipe, name: str, dtype: torch.dtyp
     assert list(rebuilt.state_dict()) == list(built.state_dict())
     built.eval()
     assert torch.equal(rebuilt.eval()(weight), built(weight))
-    other = build_excitation(recipe, LAYOUTS[name], dtype=dtype).eval()
+    other = build_excitation(stages, LAYOUTS[name], dtype=dtype).eval()
     other.load_state_dict(built.state_dict())
     assert torch.equal(other(weight), built(weight))
 
@@ -110,8 +110,8 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("how", COPIES)
 @every_method
-def test_a_copy_computes_the_same(recipe: Recipe, how: str) -> None:
-    weight, built = prepared(recipe, LAYOUTS["conv2d"])
+def test_a_copy_computes_the_same(stages: Stages, how: str) -> None:
+    weight, built = prepared(stages, LAYOUTS["conv2d"])
     copied = COPIES[how](built.eval())
     exact = how != "half and back"
     torch.testing.assert_close(
@@ -120,8 +120,8 @@ def test_a_copy_computes_the_same(recipe: Recipe, how: str) -> None:
 
 
 @every_method
-def test_half_precision_is_computed_in_full(recipe: Recipe) -> None:
-    weight, excitation = prepared(recipe, LAYOUTS["conv2d"], torch.bfloat16)
+def test_half_precision_is_computed_in_full(stages: Stages) -> None:
+    weight, excitation = prepared(stages, LAYOUTS["conv2d"], torch.bfloat16)
     excitation.eval()
     exact = copy.deepcopy(excitation).float()(weight.float())
     assert torch.equal(excitation(weight), exact.to(torch.bfloat16))
@@ -129,9 +129,9 @@ def test_half_precision_is_computed_in_full(recipe: Recipe) -> None:
 
 @on_layouts("grouped", "linear", "transposed")
 def test_it_starts_as_what_was_there_or_says_that_it_cannot(
-    recipe: Recipe, layout: WeightLayout
+    stages: Stages, layout: WeightLayout
 ) -> None:
-    weight, excitation = prepared(recipe, layout)
+    weight, excitation = prepared(stages, layout)
     try:
         raw = excitation.preserve(weight)
     except NotImplementedError as error:
@@ -144,8 +144,8 @@ def test_it_starts_as_what_was_there_or_says_that_it_cannot(
 
 
 @every_method
-def test_after_such_a_start_every_parameter_learns_within_three_steps(recipe: Recipe) -> None:
-    weight, excitation = prepared(recipe, LAYOUTS["conv2d"])
+def test_after_such_a_start_every_parameter_learns_within_three_steps(stages: Stages) -> None:
+    weight, excitation = prepared(stages, LAYOUTS["conv2d"])
     try:
         raw = nn.Parameter(excitation.preserve(weight))
     except NotImplementedError:
@@ -179,11 +179,11 @@ class Small(nn.Module):
 
 @every_method
 def test_all_four_interfaces_take_it_and_strip_gives_the_vanilla_model_back(
-    recipe: Recipe,
+    stages: Stages,
 ) -> None:
     torch.manual_seed(0)
     vanilla, x = Small(), torch.randn(2, 4, 6, 6)
-    ((name, options),) = recipe[0].items()
+    ((name, options),) = stages[0].items()
     config = {"conv": name, "linear": name, name: options}
     plan = ws.plan(vanilla, config=config)
     assert all(name in row.stages for row in plan.decisions if row.excitation)

@@ -14,11 +14,11 @@ SHAPE = (6, 5, 3, 3)
 
 
 def pulled_back(
-    recipe: list[dict[str, object]], weight: Tensor
+    stages: list[dict[str, object]], weight: Tensor
 ) -> tuple[Tensor, Tensor, nn.Module]:
     """The excited weight, its gradient of a fixed upstream one, and the excitation."""
     torch.manual_seed(1)
-    excitation = build_excitation(recipe, WeightLayout(SHAPE), dtype=weight.dtype)
+    excitation = build_excitation(stages, WeightLayout(SHAPE), dtype=weight.dtype)
     raw = weight.clone().requires_grad_()
     excited = excitation(raw)
     excited.backward(upstream(weight))

@@ -17,8 +17,8 @@ F64 = torch.float64
 SHAPE = (4, 3, 2, 2)
 
 
-def weight_and(recipe: list[dict[str, dict[str, object]]]) -> tuple[Tensor, Composition]:
-    excitation = build_excitation(recipe, WeightLayout(SHAPE), dtype=F64)
+def weight_and(stages: list[dict[str, dict[str, object]]]) -> tuple[Tensor, Composition]:
+    excitation = build_excitation(stages, WeightLayout(SHAPE), dtype=F64)
     return torch.randn(SHAPE, dtype=F64, requires_grad=True), excitation
 
 

@@ -15,7 +15,7 @@ from we_surgery.excitations import (
     build_excitation,
 )
 
-RECIPES = {
+STAGES = {
     "standardize": [{"standardize": {}}],
     "lwe": [{"lwe": {"reduction": 2}}],
     "mwe": [{"mwe": {}}],
@@ -23,9 +23,9 @@ RECIPES = {
 }
 
 
-def build(recipe: str, weight: Tensor, groups: int = 1, transposed: bool = False) -> Composition:
+def build(stages: str, weight: Tensor, groups: int = 1, transposed: bool = False) -> Composition:
     layout = WeightLayout(tuple(weight.shape), groups, transposed)
-    return build_excitation(RECIPES[recipe], layout, dtype=weight.dtype)
+    return build_excitation(STAGES[stages], layout, dtype=weight.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,10 +38,10 @@ def test_half_precision_survives_the_smallest_published_epsilon(dtype: torch.dty
     assert weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_autocast_has_no_influence(recipe: str) -> None:
+@pytest.mark.parametrize("stages", STAGES)
+def test_autocast_has_no_influence(stages: str) -> None:
     weight = torch.randn(6, 8, 3, 3, requires_grad=True)
-    excitation = build(recipe, weight)
+    excitation = build(stages, weight)
     plain = excitation(weight)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = excitation(weight)
@@ -80,10 +80,10 @@ def test_a_filter_of_one_weight_is_not_standardized(shape: tuple[int, ...], form
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (5, 1, 1, 1), (5, 3), (5, 3, 3, 3)])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_zeros_stay_zeros_with_finite_gradients(recipe: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("stages", STAGES)
+def test_zeros_stay_zeros_with_finite_gradients(stages: str, shape: tuple[int, ...]) -> None:
     weight = torch.zeros(shape, requires_grad=True)
-    excitation = build(recipe, weight)
+    excitation = build(stages, weight)
     excited = excitation(weight)
     excited.sum().backward()
     assert torch.equal(excited, torch.zeros(shape))
@@ -110,11 +110,11 @@ def test_mwe_keeps_the_smallest_weights_exact(value: float, form: Form) -> None:
     torch.testing.assert_close(form(MWE())(weight).double()[:, 1], exact[:, 1], rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_weight_without_elements_is_returned(recipe: str) -> None:
+@pytest.mark.parametrize("stages", STAGES)
+def test_a_weight_without_elements_is_returned(stages: str) -> None:
     weight = torch.empty(0, 8, 3, 3, requires_grad=True)
     layout = WeightLayout((4, 8, 3, 3))
-    assert build_excitation(RECIPES[recipe], layout)(weight).shape == (0, 8, 3, 3)
+    assert build_excitation(STAGES[stages], layout)(weight).shape == (0, 8, 3, 3)
 
 
 @pytest.mark.parametrize(("groups", "transposed"), [(1, False), (2, True)])
@@ -122,16 +122,16 @@ def test_a_weight_without_elements_is_returned(recipe: str) -> None:
     ("shape", "memory_format"),
     [((6, 8, 3, 3), torch.channels_last), ((6, 8, 2, 3, 3), torch.channels_last_3d)],
 )
-@pytest.mark.parametrize("recipe", ["lwe", "all"])
+@pytest.mark.parametrize("stages", ["lwe", "all"])
 def test_the_memory_format_is_kept(
-    recipe: str,
+    stages: str,
     shape: tuple[int, ...],
     memory_format: torch.memory_format,
     groups: int,
     transposed: bool,
 ) -> None:
     weight = torch.randn(shape).to(memory_format=memory_format)
-    excitation = build(recipe, weight, groups, transposed)
+    excitation = build(stages, weight, groups, transposed)
     expected = excitation(weight.contiguous())
     for excited in (excitation(weight), excitation.excite(weight)):
         assert excited.stride() == weight.stride()

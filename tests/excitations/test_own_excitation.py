@@ -63,10 +63,10 @@ def test_the_command_line_converts_and_strips_with_it(
 ) -> None:
     model, source = make_model(), tmp_path / "model.pt"
     torch.save(model, source)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("conv: peak_gain\npeak_gain: {peaks: 3}\n", encoding="utf-8")
+    config = tmp_path / "config.yaml"
+    config.write_text("conv: peak_gain\npeak_gain: {peaks: 3}\n", encoding="utf-8")
     converted, stripped = tmp_path / "model.we.pt", tmp_path / "stripped.pt"
-    run(convert_command, source, "--config", recipe, "--allow", package)
+    run(convert_command, source, "--config", config, "--allow", package)
     if kind == "state_dict":
         whole = torch.load(converted, weights_only=False)
         converted = tmp_path / "checkpoint.pt"

@@ -14,7 +14,7 @@ from we_surgery.excitations import (
     rebuild_excitation,
 )
 
-RECIPES = [
+STAGES = [
     "standardize",
     "lwe",
     "mwe",
@@ -32,13 +32,13 @@ LAYOUTS = {
     "transposed": WeightLayout((6, 4, 3, 3), groups=2, transposed=True),
     "linear": WeightLayout((5, 7)),
 }
-every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+all_stages = pytest.mark.parametrize("stages", STAGES)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-def build(recipe: str, layout: WeightLayout, dtype: torch.dtype = torch.float32) -> Composition:
+def build(stages: str, layout: WeightLayout, dtype: torch.dtype = torch.float32) -> Composition:
     torch.manual_seed(0)
-    return build_excitation([{name: {}} for name in recipe.split("+")], layout, dtype=dtype)
+    return build_excitation([{name: {}} for name in stages.split("+")], layout, dtype=dtype)
 
 
 def pretrained(layout: WeightLayout, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,10 +52,10 @@ def pretrained(layout: WeightLayout, dtype: torch.dtype = torch.float32) -> Tens
 
 
 @every_layout
-@every_recipe
-def test_the_excited_weight_is_the_pretrained_one(recipe: str, layout: WeightLayout) -> None:
+@all_stages
+def test_the_excited_weight_is_the_pretrained_one(stages: str, layout: WeightLayout) -> None:
     weight = pretrained(layout)
-    excitation = build(recipe, layout)
+    excitation = build(stages, layout)
     raw = excitation.preserve(weight)
     assert raw.shape == weight.shape
     assert raw.dtype == weight.dtype
@@ -65,25 +65,25 @@ def test_the_excited_weight_is_the_pretrained_one(recipe: str, layout: WeightLay
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS["conv2d"], LAYOUTS["transposed"]])
-@every_recipe
+@all_stages
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_a_half_precision_weight_stays_within_its_rounding(
-    recipe: str, layout: WeightLayout, dtype: torch.dtype, rounding: float
+    stages: str, layout: WeightLayout, dtype: torch.dtype, rounding: float
 ) -> None:
     weight = pretrained(layout, dtype)
-    excitation = build(recipe, layout, dtype)
+    excitation = build(stages, layout, dtype)
     excited = excitation(excitation.preserve(weight))
     assert excited.dtype == dtype
     # The curve is up to 5.8 times as steep as a line, and what it is given was rounded before.
-    steepness = 6.8 if "mwe" in recipe else 1.0
+    steepness = 6.8 if "mwe" in stages else 1.0
     error = (excited.double() - weight.double()).abs()
     assert (error <= steepness * rounding * weight.double().abs() + 1e-6).all()
 
 
 @every_layout
-@pytest.mark.parametrize("recipe", ["lwe", "standardize+lwe+mwe"])
-def test_every_parameter_learns_within_three_steps(recipe: str, layout: WeightLayout) -> None:
-    excitation = build(recipe, layout)
+@pytest.mark.parametrize("stages", ["lwe", "standardize+lwe+mwe"])
+def test_every_parameter_learns_within_three_steps(stages: str, layout: WeightLayout) -> None:
+    excitation = build(stages, layout)
     raw = torch.nn.Parameter(excitation.preserve(pretrained(layout)))
     parameters = [raw, *excitation.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.1)
@@ -110,16 +110,16 @@ def test_a_hidden_unit_that_is_off_for_all_filters_is_mirrored() -> None:
     assert lwe.fc1.bias.item() == pytest.approx(0.1)
 
 
-@every_recipe
-def test_a_state_dict_rebuilds_the_start(recipe: str) -> None:
+@all_stages
+def test_a_state_dict_rebuilds_the_start(stages: str) -> None:
     layout = LAYOUTS["grouped"]
-    excitation = build(recipe, layout)
+    excitation = build(stages, layout)
     raw = excitation.preserve(pretrained(layout))
     state = excitation.state_dict()
     rebuilt = rebuild_excitation(dict(sorted(state.items())))
     assert [type(stage) for stage in rebuilt.stages] == [type(s) for s in excitation.stages]
     assert torch.equal(rebuilt(raw), excitation(raw))
-    assert ("rescale.gain" in state) == ("standardize" in recipe)
+    assert ("rescale.gain" in state) == ("standardize" in stages)
 
 
 def test_casting_a_layer_does_not_round_what_was_given_back() -> None:

@@ -12,7 +12,7 @@ from we_surgery.errors import InputError
 from we_surgery.excitations import (
     LWE,
     Composition,
-    Recipe,
+    Stages,
     WeightLayout,
     build_excitation,
     rebuild_excitation,
@@ -22,7 +22,7 @@ from we_surgery.excitations.record import to_tensor
 PLAIN = WeightLayout((6, 8, 3, 3))
 GROUPED = WeightLayout((6, 4, 3, 3), groups=2)
 TRANSPOSED = WeightLayout((8, 3, 3, 3), groups=2, transposed=True)
-RECIPES: list[Recipe] = [
+STAGES: list[Stages] = [
     [{"standardize": {}}],
     [{"standardize": {"epsilon": 1e-3}}, {"lwe": {"reduction": 2}}],
     [{"mwe": {"epsilon": 0.2, "detach_max": False}}],
@@ -43,11 +43,11 @@ PLACES: list[tuple[WeightLayout, Order, torch.dtype]] = [
 
 
 @pytest.mark.parametrize(("layout", "order", "dtype"), PLACES, ids=["plain", "grouped", "transp"])
-@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+@pytest.mark.parametrize("stages", STAGES, ids=range(len(STAGES)))
 def test_an_excitation_is_rebuilt_bit_equal_from_its_state_dict(
-    recipe: Recipe, layout: WeightLayout, order: Order, dtype: torch.dtype
+    stages: Stages, layout: WeightLayout, order: Order, dtype: torch.dtype
 ) -> None:
-    built = build_excitation(recipe, layout, dtype=dtype)
+    built = build_excitation(stages, layout, dtype=dtype)
     rebuilt = rebuild_excitation(order(built.state_dict()))
     assert repr(rebuilt) == repr(built)
     assert list(rebuilt.state_dict()) == list(built.state_dict())
@@ -59,7 +59,7 @@ def test_an_excitation_is_rebuilt_bit_equal_from_its_state_dict(
 
 
 def test_rebuilding_draws_no_random_numbers() -> None:
-    state = build_excitation(RECIPES[3], PLAIN).state_dict()
+    state = build_excitation(STAGES[3], PLAIN).state_dict()
     before = torch.get_rng_state()
     rebuild_excitation(state)
     assert torch.equal(torch.get_rng_state(), before)
@@ -99,7 +99,7 @@ def reworded(old: str, new: str) -> Callable[[dict[str, Tensor]], object]:
 def test_a_damaged_state_dict_is_an_error_that_says_what_is_wrong(
     damage: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    state = dict(build_excitation(RECIPES[3], PLAIN).state_dict())
+    state = dict(build_excitation(STAGES[3], PLAIN).state_dict())
     damage(state)
     with pytest.raises(InputError, match=message):
         rebuild_excitation(state)
@@ -119,9 +119,9 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_casting_and_moving_change_no_hyperparameter(cast: str) -> None:
-    recipe: Recipe = [{"standardize": {"epsilon": 0.1}}, {"mwe": {"detach_max": False}}]
-    recipe = [*recipe, {"shift_attention": {"inverse_temperature": 0.1}}]
-    before = build_excitation(recipe, TRANSPOSED)
+    stages: Stages = [{"standardize": {"epsilon": 0.1}}, {"mwe": {"detach_max": False}}]
+    stages = [*stages, {"shift_attention": {"inverse_temperature": 0.1}}]
+    before = build_excitation(stages, TRANSPOSED)
     after = CASTS[cast](copy.deepcopy(before))
     assert isinstance(after, Composition)
     assert after.record == before.record
@@ -132,7 +132,7 @@ def test_casting_and_moving_change_no_hyperparameter(cast: str) -> None:
 
 
 def test_a_model_on_the_meta_device_keeps_its_hyperparameters() -> None:
-    excitation = build_excitation(RECIPES[3], PLAIN, device="meta")
+    excitation = build_excitation(STAGES[3], PLAIN, device="meta")
     assert all(parameter.is_meta for parameter in excitation.parameters())
     materialized = excitation.to_empty(device="cpu")
     assert [s.epsilon for s in materialized.stages if not isinstance(s, LWE)] == [1e-5, 0.1]

@@ -8,7 +8,7 @@ from we_surgery.excitations import LWE, MWE, Standardize, WeightLayout, build_ex
 from we_surgery.excitations.layout import from_filters, to_filters
 
 Spec = tuple[type[nn.Module], int, int, int | tuple[int, ...], int]
-Recipe = list[dict[str, dict[str, int]]]
+Stages = list[dict[str, dict[str, int]]]
 
 LAYERS: list[Spec] = [
     (nn.Linear, 6, 5, (), 1),
@@ -29,7 +29,7 @@ TRANSPOSED: list[Spec] = [
     (nn.ConvTranspose3d, 6, 9, (3, 1, 2), 3),
     (nn.ConvTranspose2d, 6, 6, 3, 6),
 ]
-RECIPES = [
+STAGES = [
     [{"standardize": {}}],
     [{"lwe": {}}],
     [{"mwe": {}}],
@@ -45,23 +45,23 @@ def make(spec: Spec) -> tuple[Tensor, WeightLayout]:
     return layer.weight.detach(), WeightLayout(tuple(layer.weight.shape), groups, transposed)
 
 
-def name_of(value: Spec | Recipe) -> str:
+def name_of(value: Spec | Stages) -> str:
     if isinstance(value, tuple):
         return f"{value[0].__name__}-{value[3]}-g{value[4]}"
     return "+".join(name for stage in value for name in stage)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "spec"),
+    ("stages", "spec"),
     [
-        *((recipe, spec) for recipe in RECIPES for spec in (LAYERS[0], LAYERS[4])),
-        *((RECIPES[-1], spec) for spec in LAYERS + TRANSPOSED),
+        *((stages, spec) for stages in STAGES for spec in (LAYERS[0], LAYERS[4])),
+        *((STAGES[-1], spec) for spec in LAYERS + TRANSPOSED),
     ],
     ids=name_of,
 )
-def test_the_excited_weight_keeps_shape_and_dtype_and_trains(spec: Spec, recipe: Recipe) -> None:
+def test_the_excited_weight_keeps_shape_and_dtype_and_trains(spec: Spec, stages: Stages) -> None:
     raw, layout = make(spec)
-    excitation = build_excitation(recipe, layout)
+    excitation = build_excitation(stages, layout)
     raw.requires_grad_()
     excited = excitation(raw)
     assert excited.shape == raw.shape
@@ -136,11 +136,11 @@ def test_regrouping_gives_the_filters_and_back(spec: Spec) -> None:
     assert torch.equal(from_filters(filters, layout.groups), weight)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("stages", STAGES, ids=name_of)
 @pytest.mark.parametrize("spec", TRANSPOSED, ids=name_of)
-def test_a_transposed_conv_is_excited_per_output_filter(spec: Spec, recipe: Recipe) -> None:
+def test_a_transposed_conv_is_excited_per_output_filter(spec: Spec, stages: Stages) -> None:
     weight, layout = make(spec)
-    excitation = build_excitation(recipe, layout)
+    excitation = build_excitation(stages, layout)
     filters = torch.stack(regrouped_by_hand(weight, layout.groups))
     for stage in excitation.stages:
         filters = stage(filters)

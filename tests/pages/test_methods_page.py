@@ -43,7 +43,7 @@ def test_each_method_and_each_config_has_a_row() -> None:
     assert [name for name in names if not any(name in text for text in texts)] == []
     configs = {path.name for path in ROOT.glob("configs/*.yaml")}
     of_modes = {"lwe.yaml", "we.yaml", "lwe+mwe.yaml", "thesis.yaml"}
-    rows = {row["recipe"] for row in ROWS if isinstance(row.get("recipe"), str)}
+    rows = {row["config"] for row in ROWS if isinstance(row.get("config"), str)}
     assert configs - of_modes - rows == set()
 
 
@@ -53,5 +53,5 @@ def test_each_row_says_where_it_is_from_what_gives_it_and_what_was_found(
 ) -> None:
     assert row["source"]
     assert row["published"]
-    assert ("recipe" in row) != ("instead" in row)
+    assert ("config" in row) != ("instead" in row)
     assert "planned" not in str(row)

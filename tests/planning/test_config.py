@@ -13,7 +13,7 @@ from we_surgery import MODES, InputError, Policy, Rule, make_policy
 
 
 def write(folder: Path, text: str) -> Path:
-    path = folder / "recipe.yaml"
+    path = folder / "config.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -73,13 +73,13 @@ def test_what_is_no_list_of_rules_is_refused(rules: Any) -> None:
 
 def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "mode: we\nliner: skip\n")
-    with pytest.raises(InputError, match=r"recipe\.yaml has an unknown key 'liner'.* 'linear'"):
+    with pytest.raises(InputError, match=r"config\.yaml has an unknown key 'liner'.* 'linear'"):
         make_policy(config=path)
 
 
 @pytest.mark.parametrize("text", ["a: [", "mode: \x00"])
 def test_a_file_that_is_no_yaml_is_an_input_error(text: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"recipe\.yaml cannot be read"):
+    with pytest.raises(InputError, match=r"config\.yaml cannot be read"):
         make_policy(config=write(tmp_path, text))
 
 
@@ -173,16 +173,16 @@ def test_a_wrong_value_of_an_option_is_an_input_error_of_the_plan(value: Any) ->
         ws.plan(nn.Linear(3, 3), config={"mwe": {"epsilon": value}})
 
 
-RECIPES = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 MIXER, VIT = "mixer_s16_224", "vit_tiny_patch16_224"
 MADE_FOR = {"mixer": MIXER, "mixer-channels": MIXER, "vit": VIT}
-"""The timm models whose layers a recipe names."""
+"""The timm models whose layers a config names."""
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_each_recipe_that_ships_can_be_read(path: Path) -> None:
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_that_ships_can_be_read(path: Path) -> None:
     model: nn.Module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
     if path.stem in MADE_FOR:
         with torch.device("meta"):
@@ -190,11 +190,11 @@ def test_each_recipe_that_ships_can_be_read(path: Path) -> None:
     assert ws.plan(model, config=path).excited
 
 
-@pytest.mark.parametrize(("recipe", "tokens"), [("mixer", 16), ("mixer-channels", 0)])
-def test_token_mixing_can_be_chosen(recipe: str, tokens: int) -> None:
+@pytest.mark.parametrize(("config", "tokens"), [("mixer", 16), ("mixer-channels", 0)])
+def test_token_mixing_can_be_chosen(config: str, tokens: int) -> None:
     with torch.device("meta"):
         model = timm.create_model(MIXER)
-    plan = ws.plan(model, config=RECIPES[0].with_name(f"{recipe}.yaml"))
+    plan = ws.plan(model, config=CONFIGS[0].with_name(f"{config}.yaml"))
     assert all(row.stages == ("mwe",) for row in plan.excited)
     assert sum("mlp_tokens" in row.layer for row in plan.excited) == tokens
     assert sum(row.kind == "linear" for row in plan.excited) == 17 + tokens
@@ -203,7 +203,7 @@ def test_token_mixing_can_be_chosen(recipe: str, tokens: int) -> None:
 def test_the_four_sorts_of_layers_of_a_vit_can_be_chosen() -> None:
     with torch.device("meta"):
         model = timm.create_model(VIT)
-    plan = ws.plan(model, config=RECIPES[0].with_name("vit.yaml"))
+    plan = ws.plan(model, config=CONFIGS[0].with_name("vit.yaml"))
     assert plan.pattern_matches == {
         "*.attn.qkv": 12,
         "*.attn.proj": 12,

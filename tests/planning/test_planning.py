@@ -348,7 +348,7 @@ def test_a_plan_file_that_is_broken_names_the_file(tmp_path: Path) -> None:
         (None, "a row that cannot be read"),
     ],
 )
-def test_a_row_whose_recipe_cannot_be_built_is_an_input_error(
+def test_a_row_whose_stages_cannot_be_built_is_an_input_error(
     excitation: Any, message: str
 ) -> None:
     with pytest.raises(ws.InputError, match=message):

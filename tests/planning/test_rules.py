@@ -102,8 +102,8 @@ def decide(*rules: Rule, mode: str = "lwe", **facts: Any) -> tuple[tuple[str, ..
         "type_name": "torch.nn.modules.conv.Conv2d",
         "layout": WeightLayout((4, 4, 3, 3)),
     } | facts
-    recipe, reason = make_policy(mode, rules=rules).decide(LayerFacts(**given), CONV)
-    return tuple(name for stage in recipe for name in stage), reason
+    stages, reason = make_policy(mode, rules=rules).decide(LayerFacts(**given), CONV)
+    return tuple(name for stage in stages for name in stage), reason
 
 
 def test_the_last_rule_that_matches_wins() -> None:
@@ -111,11 +111,11 @@ def test_the_last_rule_that_matches_wins() -> None:
     assert decide(*rules) == (("mwe",), "rule '*.conv'; not standardized: no norm after it")
 
 
-def test_a_rule_without_a_recipe_keeps_that_of_the_mode() -> None:
+def test_a_rule_without_stages_keeps_those_of_the_mode() -> None:
     rule = Rule("*", options={"lwe": {"reduction": 2}, "mwe": {"epsilon": 0.2}})
     facts = LayerFacts("a", "weight", "conv2d", "", WeightLayout((4, 4, 3, 3)))
-    recipe, reason = make_policy("lwe", rules=[rule]).decide(facts, CONV)
-    assert recipe == [{"lwe": {"reduction": 2}}]
+    stages, reason = make_policy("lwe", rules=[rule]).decide(facts, CONV)
+    assert stages == [{"lwe": {"reduction": 2}}]
     assert reason.startswith("conv; options of rule '*'")
 
 
@@ -123,8 +123,8 @@ def test_the_options_of_a_rule_come_over_those_of_the_config() -> None:
     config = {"mwe": {"epsilon": 0.05, "detach_max": False}}
     rule = Rule("a", options={"mwe": {"epsilon": 0.2}})
     facts = LayerFacts("a", "weight", "linear", "", WeightLayout((4, 4)))
-    recipe, _ = make_policy(config=config, rules=[rule]).decide(facts, LINEAR)
-    assert recipe == [{"mwe": {"epsilon": 0.2, "detach_max": False}}]
+    stages, _ = make_policy(config=config, rules=[rule]).decide(facts, LINEAR)
+    assert stages == [{"mwe": {"epsilon": 0.2, "detach_max": False}}]
 
 
 @pytest.mark.parametrize(

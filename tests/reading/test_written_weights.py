@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import we_surgery as ws
-from we_surgery.excitations import Recipe
+from we_surgery.excitations import Stages
 
 
 class Masked(nn.Conv2d):
@@ -232,8 +232,8 @@ class Distilled(nn.Module):
 
 def test_a_teacher_that_gets_no_gradient_is_left_alone() -> None:
     plan = ws.plan(Distilled(), "lwe", example_inputs=torch.randn(1, 3, 6, 6))
-    excited: dict[str, Recipe] = {row.module: row.excitation for row in plan.decisions}
-    assert [name for name, recipe in excited.items() if recipe] == ["student", "checkpointed"]
+    excited: dict[str, Stages] = {row.module: row.excitation for row in plan.decisions}
+    assert [name for name, stages in excited.items() if stages] == ["student", "checkpointed"]
     assert "gets no gradient" in plan.decisions[1].reason
 
 

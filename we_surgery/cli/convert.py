@@ -204,15 +204,15 @@ def convert_command(
     # The last match wins: what is named to be left alone is left alone.
     rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
     options = _options(option_parts)
-    recipe: Path | Policy | None = config
+    policy: Path | Policy | None = config
     if options:
-        recipe, mode = make_policy(mode, config).with_options(options), None
+        policy, mode = make_policy(mode, config).with_options(options), None
     plan = None if plan_path is None else Plan.from_file(plan_path)
     if dry_run:
         planned = plan_file(
             source,
             mode=mode,
-            config=recipe,
+            config=policy,
             rules=rules,
             transplants=transplants,
             plan=plan,
@@ -223,7 +223,7 @@ def convert_command(
     result = convert_file(
         source,
         mode=mode,
-        config=recipe,
+        config=policy,
         rules=rules,
         transplants=transplants,
         plan=plan,
@@ -247,11 +247,11 @@ def _check_rule(text: str) -> None:
 
 
 def _rule(text: str) -> Rule:
-    from we_surgery.excitations.stage_text import RECIPE_PATTERN
+    from we_surgery.excitations.stage_text import STAGES_PATTERN
     from we_surgery.planning.rules import Rule
 
-    # The last '=' before something that can be a recipe: a pattern may hold others.
-    found = re.fullmatch(rf"(.+)=({RECIPE_PATTERN})", text)
+    # The last '=' before what can be a list of stages: a pattern may hold others.
+    found = re.fullmatch(rf"(.+)=({STAGES_PATTERN})", text)
     if found is None:
         raise InputError(f"--rule takes PATTERN=STAGES, not {text!r}", _RULE)
     return Rule(found[1], found[2])

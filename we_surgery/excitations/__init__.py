@@ -8,7 +8,7 @@ closed form. May import: ``errors``. To add a method: one file, and one line in 
 from we_surgery.excitations import registry as registry  # registers the family
 from we_surgery.excitations.base import Excitation as Excitation
 from we_surgery.excitations.building import EXCITATIONS as EXCITATIONS
-from we_surgery.excitations.building import Recipe as Recipe
+from we_surgery.excitations.building import Stages as Stages
 from we_surgery.excitations.building import build_excitation as build_excitation
 from we_surgery.excitations.building import check_stage as check_stage
 from we_surgery.excitations.building import load_plugins as load_plugins

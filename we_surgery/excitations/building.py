@@ -35,7 +35,7 @@ _RESERVED = {
 
 _Class = TypeVar("_Class", bound=type[Excitation])
 
-Recipe = Sequence[Mapping[str, Mapping[str, Any]]]
+Stages = Sequence[Mapping[str, Mapping[str, Any]]]
 """What a layer gets: ``[{"standardize": {}}, {"lwe": {"reduction": 16}}]``; empty: left alone."""
 
 
@@ -128,7 +128,7 @@ def check_stage(name: object, options: object = None) -> type[Excitation]:
 
 
 def build_excitation(
-    recipe: Recipe,
+    stages: Stages,
     layout: WeightLayout,
     *,
     device: Device = None,
@@ -137,16 +137,16 @@ def build_excitation(
 ) -> Composition:
     """A new composition for one layer, its parameters in their default initialization.
 
-    ``parts`` are the modules that all layers of one model have in common; it is filled. What the
-    recipe asks for and does not exist is an InputError.
+    ``parts`` holds the modules that all layers of one model share, and is filled. An unknown stage
+    or option is an InputError.
     """
     try:
-        stages = [
+        built = [
             check_stage(name, options).for_layout(layout, device=device, dtype=dtype, **options)
-            for stage in recipe
+            for stage in stages
             for name, options in stage.items()
         ]
-        composition = Composition(stages, layout.groups if layout.transposed else None)
+        composition = Composition(built, layout.groups if layout.transposed else None)
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.excitations.base import Affine, Device, DType, Excitation
-from we_surgery.excitations.building import build_excitation
+from we_surgery.excitations.building import Stages, build_excitation
 from we_surgery.excitations.functions import (
     ACTIVATIONS,
     check_choice,
@@ -223,14 +223,13 @@ class LWE(Excitation):
     def _excite_layers(self, inner: Inner, device: Device, dtype: DType) -> None:
         if not isinstance(inner, str | Mapping) or not inner:
             raise ValueError(f"lwe: inner must name excitations, not {inner!r}")
-        stages: Mapping[str, Any] = (
+        own: Mapping[str, Any] = (
             dict.fromkeys(inner.split("+")) if isinstance(inner, str) else inner
         )
-        recipe: list[Mapping[str, Any]] = [{"standardize": {}}]
-        recipe += [{stage: options or {}} for stage, options in stages.items()]
+        stages: Stages = [{"standardize": {}}, *({name: own[name] or {}} for name in own)]
         for name, fc in (("fc1", self.fc1), ("fc2", self.fc2)):
             layout = WeightLayout(tuple(fc.weight.shape))
-            excitation = build_excitation(recipe, layout, device=device, dtype=dtype)
+            excitation = build_excitation(stages, layout, device=device, dtype=dtype)
             self.add_module(f"{name}_excitation", excitation)
 
     def closed_form_fields(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Recipes as people type them: ``lwe(attention=cbam, skip=true)+mwe``."""
+"""Stages as people type them: ``lwe(attention=cbam, skip=true)+mwe``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from we_surgery.excitations import EXCITATIONS, check_stage
 SKIP = "skip"
 
 _STAGE = r"\w+(?:\([^()]*\))?"
-RECIPE_PATTERN = rf"{_STAGE}(?:\s*\+\s*{_STAGE})*"
-"""A regular expression for what :func:`parse_recipe` reads."""
+STAGES_PATTERN = rf"{_STAGE}(?:\s*\+\s*{_STAGE})*"
+"""A regular expression for what :func:`parse_stages` reads."""
 
 
 class YAMLLoader(yaml.SafeLoader):
@@ -27,7 +27,7 @@ YAMLLoader.add_implicit_resolver(
 )
 
 
-def parse_recipe(text: object, where: str) -> dict[str, dict[str, Any]]:
+def parse_stages(text: object, where: str) -> dict[str, dict[str, Any]]:
     """The stages of ``lwe+mwe(epsilon=0.2)`` with their options, checked; none for ``skip``.
 
     Options stand in parentheses, ``name=value`` with commas between, values as in YAML.

@@ -12,7 +12,7 @@ from we_surgery._util import shipped
 from we_surgery._util.settings import refuse_unknown
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage, load_plugins
-from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_recipe
+from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_stages
 from we_surgery.planning.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
 from we_surgery.planning.rules import Rule, check_standardize
 from we_surgery.transplants import parse_transplants
@@ -125,7 +125,7 @@ def _check_mode(mode: object) -> str:
 
 
 def _cell(text: object, where: str) -> str:
-    stages = parse_recipe(text, where)
+    stages = parse_stages(text, where)
     for name, options in stages.items():
         if options:
             raise InputError(

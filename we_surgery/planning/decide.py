@@ -88,7 +88,7 @@ def _decide(
     parts: dict[Hashable, nn.Module],
     form: Form,
 ) -> Decision:
-    recipe, reason = policy.decide(facts, module, form)
+    stages, reason = policy.decide(facts, module, form)
     return Decision(
         module=facts.module,
         parameter=facts.parameter,
@@ -96,9 +96,9 @@ def _decide(
         type_name=facts.type_name,
         shape=facts.layout.shape,
         groups=facts.layout.groups,
-        excitation=recipe,
+        excitation=stages,
         reason=reason,
-        added_parameters=added_parameters(recipe, facts.layout, parts),
+        added_parameters=added_parameters(stages, facts.layout, parts),
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from we_surgery.excitations import EXCITATIONS, Recipe, Standardize, check_stage
-from we_surgery.excitations.stage_text import SKIP, parse_recipe
+from we_surgery.excitations import EXCITATIONS, Stages, Standardize, check_stage
+from we_surgery.excitations.stage_text import SKIP, parse_stages
 from we_surgery.planning.rules import Rule
 from we_surgery.reading import Form, LayerFacts
 from we_surgery.transplants import Transplant
@@ -121,7 +121,7 @@ class Policy:
 
     def decide(
         self, facts: LayerFacts, module: nn.Module, form: Form = "converted"
-    ) -> tuple[Recipe, str]:
+    ) -> tuple[Stages, str]:
         """The stages of one layer and the reason; no stages if it is skipped."""
         matching = [rule for rule in self.rules if rule.matches(module, facts.name)]
         rule = matching[-1] if matching else None
@@ -143,7 +143,7 @@ class Policy:
             return [], "applied to a constant alone, such as a table of positions"
         elif rule is not None:
             reason = f"{reason}; options of rule {rule.pattern!r}"
-        names = list(parse_recipe(excite, reason))
+        names = list(parse_stages(excite, reason))
         if not names:
             return [], reason
         wanted = (rule.standardize if rule is not None else None) or self.standardize

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from we_surgery.errors import InputError
-from we_surgery.excitations import EXCITATIONS, Recipe, WeightLayout, build_excitation
+from we_surgery.excitations import EXCITATIONS, Stages, WeightLayout, build_excitation
 from we_surgery.reading import layer_display_name
 
 
@@ -36,7 +36,7 @@ class Decision:
     type_name: str
     shape: tuple[int, ...]
     groups: int
-    excitation: Recipe
+    excitation: Stages
     reason: str
     added_parameters: int = 0
     shared_with: str | None = None
@@ -76,14 +76,14 @@ def _named(stage: str, options: Mapping[str, Any]) -> str:
 
 
 def added_parameters(
-    recipe: Recipe, layout: WeightLayout, parts: dict[Hashable, nn.Module] | None = None
+    stages: Stages, layout: WeightLayout, parts: dict[Hashable, nn.Module] | None = None
 ) -> int:
     """The number of parameters that these stages add; nothing is allocated."""
-    if not recipe:
+    if not stages:
         return 0
     parts = {} if parts is None else parts
     known = {id(parameter) for part in parts.values() for parameter in part.parameters()}
-    excitation = build_excitation(recipe, layout, device="meta", parts=parts)
+    excitation = build_excitation(stages, layout, device="meta", parts=parts)
     return sum(p.numel() for p in excitation.parameters() if id(p) not in known)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from we_surgery.errors import InputError
 from we_surgery.excitations import check_stage
-from we_surgery.excitations.stage_text import SKIP, parse_recipe
+from we_surgery.excitations.stage_text import SKIP, parse_stages
 
 STANDARDIZE_CHOICES = ("auto", "on", "off")
 
@@ -41,7 +41,7 @@ class Rule:
     def __post_init__(self) -> None:
         options = {name: dict(values) for name, values in self.options.items()}
         if self.excite is not None:
-            stages = parse_recipe(self.excite, f"rule {self.pattern!r}")
+            stages = parse_stages(self.excite, f"rule {self.pattern!r}")
             object.__setattr__(self, "excite", "+".join(stages) or SKIP)
             for name, typed in stages.items():
                 if typed:

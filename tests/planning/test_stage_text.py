@@ -1,11 +1,11 @@
-"""Recipes as text: stages joined by +, options in parentheses."""
+"""Stages as text: joined by +, options in parentheses."""
 
 from typing import Any
 
 import pytest
 
 from we_surgery import InputError, Rule
-from we_surgery.excitations.stage_text import parse_recipe
+from we_surgery.excitations.stage_text import parse_stages
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ from we_surgery.excitations.stage_text import parse_recipe
         ("lwe()", {"lwe": {}}),
     ],
 )
-def test_a_recipe_is_its_stages_and_their_options(text: str, stages: dict[str, Any]) -> None:
-    assert parse_recipe(text, "here") == stages
+def test_a_text_is_stages_and_their_options(text: str, stages: dict[str, Any]) -> None:
+    assert parse_stages(text, "here") == stages
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_a_recipe_is_its_stages_and_their_options(text: str, stages: dict[str, A
         ("mwe+mwe", "out of order or repeated"),
     ],
 )
-def test_what_is_no_recipe_says_why(text: object, message: str) -> None:
+def test_a_text_that_is_not_a_list_of_stages_says_why(text: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        parse_recipe(text, "here")
+        parse_stages(text, "here")
 
 
-def test_a_rule_takes_options_in_its_recipe_over_those_beside_it() -> None:
+def test_a_rule_takes_options_in_its_text_over_those_beside_it() -> None:
     beside = {"mwe": {"epsilon": 0.1, "detach_max": False}}
     rule = Rule("layer4.*", "lwe(reduction=8)+mwe(epsilon=0.2)", options=beside)
     assert rule == Rule(
