@@ -56,6 +56,62 @@ def assert_goes_on(model, optimizer, halfway):
         assert torch.equal(value, final[name]), name
 
 
+def half(model):
+    return torch.optim.AdamW(model.bfloat16().parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("state", ["optimizer", "parameter", "separate"])
+@pytest.mark.parametrize("first", ["model", "optimizer", "attach"])
+def test_a_half_precision_run_goes_on_to_the_bit(first, state):
+    parts = [(images.bfloat16(), labels) for images, labels in batches(6)]
+    model, optimizer, excitation = started(0, make=half, state=state)
+    trained(model, optimizer, parts[:3])
+    saved = through_a_file((model.state_dict(), optimizer.state_dict(), excitation.state_dict()))
+    losses = trained(model, optimizer, parts[3:])
+
+    other = Net()
+    twin = half(other)
+    if first == "attach" or state == "parameter":
+        handle = ws.attach(other, twin, "lwe+mwe", state=state)
+    if first != "optimizer":
+        other.load_state_dict(saved[0])
+    twin.load_state_dict(saved[1])
+    if first != "attach" and state != "parameter":
+        resume = saved[2] if state == "separate" else True
+        handle = ws.attach(other, twin, "lwe+mwe", state=state, resume=resume)
+    elif state == "separate":
+        handle.load_state_dict(saved[2])
+    if first == "optimizer":
+        other.load_state_dict(saved[0])
+    assert trained(other, twin, parts[3:]) == losses
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    for name, value in excitation.named_parameters().items():
+        assert torch.equal(value, handle.named_parameters()[name]), name
+
+
+def test_a_half_precision_state_that_torch_has_cast_is_refused():
+    model, optimizer, _ = started(0, make=half, state="parameter")
+    trained(model, optimizer, [(images.bfloat16(), labels) for images, labels in batches(1)])
+    other = Net()
+    twin = half(other)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ws.AttachmentError, match="has cast the excitation's state") as caught:
+        ws.attach(other, twin, "lwe+mwe", state="parameter")
+    assert "Attach first" in caught.value.cure
+
+
+def test_a_vanilla_half_precision_run_is_excited_midway():
+    parts = [(images.bfloat16(), labels) for images, labels in batches(4)]
+    model = Net()
+    optimizer = half(model)
+    trained(model, optimizer, parts[:2])
+    ws.attach(model, optimizer, "lwe+mwe", init="preserve", resume=False)
+    trained(model, optimizer, parts[2:])
+    assert optimizer.state[model.stem.weight]["exp_avg"].dtype == torch.float32
+    assert optimizer.state[model.stem.weight]["step"] == 4
+
+
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 def test_attached_before_the_state_is_loaded(halfway, order):
     model, optimizer, _ = started(9)

@@ -251,6 +251,24 @@ def test_clipping_acts_on_other_gradients_unless_raw_ones_are_clipped():
     assert outside.losses != pytest.approx(converted.losses, rel=1e-4)
 
 
+def test_raw_gradients_are_clipped_the_same_where_the_optimizer_unscales_them():
+    losses = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+        ws.attach(model, optimizer, "lwe+mwe", clip_raw=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for batch in batches(4):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert losses[4:] == pytest.approx(losses[:4], rel=1e-6)
+
+
 def test_kernels_work_on_all_layers_at_once(launches):
     config = {"mode": "lwe+mwe", "standardize": "on"}  # LWE and MWE, and MWE alone
     torch.manual_seed(0)

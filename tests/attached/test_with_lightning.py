@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import we_surgery as ws
 
 lightning = pytest.importorskip("lightning.pytorch")
+lightning_fabric = pytest.importorskip("lightning.fabric")
 
 from lightning.pytorch.callbacks import (  # noqa: E402
     BackboneFinetuning,
@@ -54,6 +55,29 @@ class Module(lightning.LightningModule):
 class Validated(Module):
     def validation_step(self, batch, index):
         return loss_of(self.net, batch)
+
+
+@pytest.mark.parametrize("is_set_up_first", [True, False])
+def test_fabric(is_set_up_first):
+    torch.manual_seed(0)
+    plain, fabric = Net(), lightning_fabric.Fabric(accelerator="cpu", devices=1)
+    model = copy.deepcopy(plain)
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) for net in (plain, model)]
+    wrapped, outer = fabric.setup(model, optimizers[1]) if is_set_up_first else (model, None)
+    torch.manual_seed(1)
+    excitation = ws.attach(wrapped, outer or optimizers[1], MODE)
+    torch.manual_seed(1)
+    ws.attach(plain, optimizers[0], MODE)
+    if outer is None:
+        wrapped, outer = fabric.setup(model, optimizers[1])
+    for batch in batches(STEPS):
+        plain_step(optimizers[0], plain, batch, 0)
+        outer.zero_grad()
+        fabric.backward(loss_of(wrapped, batch))
+        outer.step()
+    assert next(iter(excitation.named_parameters())) == "stem.weight"
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 class Normed(Module):

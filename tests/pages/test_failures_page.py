@@ -206,6 +206,21 @@ def attached_to(name: str) -> None:
     ws.attach(model, kind(model.parameters(), lr=0.1))
 
 
+def attach_to_two() -> None:
+    model = net()
+    ws.attach(model, [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)])
+
+
+def load_cast() -> None:
+    model, optimizer, _ = attached(net().bfloat16(), state="parameter")
+    model(X.bfloat16()).sum().backward()
+    optimizer.step()
+    other = net().bfloat16()
+    twin = torch.optim.SGD(other.parameters(), lr=0.1)
+    twin.load_state_dict(optimizer.state_dict())
+    ws.attach(other, twin, state="parameter")
+
+
 def adopt_without_inverse() -> None:
     model, _, excitation = attached(config={"conv": "shift_attention"})
     nn.init.ones_(model[0].weight)
@@ -277,6 +292,10 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "the optimizer holds none of the ... weights that the plan excites": lambda: ws.attach(
         net(), torch.optim.SGD(net().parameters(), lr=0.1)
     ),
+    "the plan excites none of the model's ... weights": lambda: attached(
+        rules=[ws.Rule("*", "skip")]
+    ),
+    "the weight of layer '...' is in 2 of the optimizers": attach_to_two,
     "the optimizer has made steps already, and holds no state of an excitation": attach_after_steps,
     "'...' is excited by an excitation that was attached before": attach_again,
     "the model is converted: its layers compute their excited weights themselves": lambda: attached(
@@ -294,6 +313,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     ),
     "the saved excitation of '...' has other stages than this one": lambda: load("mwe"),
     "the saved excitation has other trained parameters than this one": load_less,
+    "the optimizer has cast the excitation's state to the model's half precision": load_cast,
     "the weight of layer '...' cannot be taken over": adopt_without_inverse,
     "excitation was attached by a plan": lambda: attached(plan=ws.plan(net()))[2].extend(),
     "the excitation is attached to the optimizer, so a loss on the model reaches the excited "

@@ -13,11 +13,12 @@ from we_surgery.attached.excitation import AttachedExcitation
 from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
 from we_surgery.attached.riding import drop_loaded_states, loaded_states
+from we_surgery.attached.weights import HALF
 from we_surgery.attached.wrappers import inside_wrappers
 from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.state import is_converted, refuse_wrappers
-from we_surgery.errors import InputError
+from we_surgery.errors import AttachmentError, InputError
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.backends import check_backend
 from we_surgery.planning.decide import plan as make_plan
@@ -169,6 +170,13 @@ def _policy_of(mode: str | None, options: ConvertOptions) -> Any:
 
 
 def _trained_weights(building: Building, plan: Plan) -> list[Trained]:
+    if not plan.excited:
+        reasons = "".join(f": {row.layer!r} {row.reason}" for row in plan.decisions[:1])
+        raise InputError(
+            f"the plan excites none of the model's {len(plan.decisions)} weights{reasons}",
+            "Print the result of `we_surgery.plan(model, ...)`, which has the reason of each, and "
+            "change what it says.",
+        )
     found = building.weights_of(plan)
     if not found:
         raise InputError(
@@ -188,6 +196,12 @@ def _state_to_continue(
     saved = loaded_states(optimizers) if resume else None
     if resume and saved is None:
         _refuse_steps_behind(found)
+    if saved is not None and any(own["raw"].dtype in HALF for own in saved["weights"].values()):
+        raise AttachmentError(
+            "the optimizer has cast the excitation's state to the model's half precision, as torch "
+            'does when it loads a state saved with `state="parameter"`',
+            "Attach first, and load the state then.",
+        )
     return saved
 
 

@@ -57,7 +57,8 @@ class Building:
             assert parameter is not None
             known = places.setdefault(id(parameter), [])
             known.append((item.module, item.parameter))
-            optimizer = optimizer_of(parameter, self.optimizers)
+            layer = item.module or item.parameter
+            optimizer = optimizer_of(parameter, self.optimizers, layer)
             if len(known) > 1 or optimizer is None:
                 continue
             values = item.raw
@@ -65,9 +66,9 @@ class Building:
                 own = readable.get_submodule(item.module)._parameters[item.parameter]
                 assert own is not None
                 values = own.detach()
-            shard = shard_of(parameter, item.module or item.parameter)
+            shard = shard_of(parameter, layer)
             weight = AttachedWeight(
-                layer=item.module or item.parameter,
+                layer=layer,
                 places=(),
                 parameter=parameter,
                 raw=raw_like(parameter, values, shard),

@@ -103,7 +103,7 @@ class AttachedExcitation:
 
         The optimizer's state dict holds the same.
         """
-        return state_of(self._weights, self._parameters, plan=self.plan.to_json(), steps=self.steps)
+        return state_of(self._steps, self.plan.to_json())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copies a state into this excitation, and W' of it into the model.
@@ -125,7 +125,8 @@ class AttachedExcitation:
     def _load(self, state: Mapping[str, Any], steps: Sequence[OptimizerStep]) -> None:
         """Loads a checked state of the weights of these optimizers."""
         weights = [weight for step in steps for weight in step.weights]
-        load_state(state, weights, [own for step in steps for own in step.parameters])
+        for step in steps:
+            load_state(state, step)
         largest = 0.0
         for weight in weights:
             before = weight.memory.clone()
@@ -134,7 +135,6 @@ class AttachedExcitation:
                 difference = (weight.memory.float() - before.float()).abs().max()
                 largest = max(largest, float(difference))
         for step in steps:
-            step.steps = int(state.get("steps", 0))
             step.remember(step.weights)
         logger.info(
             "loaded the excitation of %d weights; the model's weights differed by up to %.3g",
@@ -240,7 +240,7 @@ class AttachedExcitation:
         optimizers = supported_optimizers(optimizer)
         found = []
         for weight in self._weights:
-            own = optimizer_of(weight.parameter, optimizers)
+            own = optimizer_of(weight.parameter, optimizers, weight.layer)
             if own is None:
                 raise InputError(
                     f"the optimizer does not hold the weight of layer {weight.layer!r}",

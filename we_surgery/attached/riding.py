@@ -28,7 +28,7 @@ def ride(
     taken: list[Mapping[str, Any]] = []
 
     def add(_: Any, state: State) -> State:
-        own = state_of(step.weights, step.parameters, plan=plan(), steps=step.steps)
+        own = state_of([step], plan())
         if per_parameter:
             return {**state, "state": _beside_parameters(step, state, own)}
         return {**state, "state": {**state["state"], STATE_KEY: own}}

@@ -108,7 +108,7 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach()
 
 
-def put(target: nn.Parameter, values: Tensor, shard: Shard | None) -> None:
+def put(target: Tensor, values: Tensor, shard: Shard | None) -> None:
     """Copies the whole values, or this rank's part of them, into a raw weight."""
     if shard is None:
         target.detach().copy_(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,20 +10,16 @@ import torch
 from torch import Tensor
 
 from we_surgery.attached.shards import local, put
+from we_surgery.attached.step import OptimizerStep
 from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
+from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.errors import AttachmentError, InputError
 
 VERSION = 1
 
 
-def state_of(
-    weights: Sequence[AttachedWeight],
-    parameters: Sequence[ExcitationParameter],
-    *,
-    plan: str,
-    steps: int,
-) -> dict[str, Any]:
-    """Raw weights, excitations, and what the optimizer keeps for these, by name.
+def state_of(each: Sequence[OptimizerStep], plan: str) -> dict[str, Any]:
+    """Raw weights, excitations, and what the optimizers keep for these, by name.
 
     It holds tensors, text and numbers alone, so that ``torch.load(weights_only=True)`` opens it.
     Tensors are references, as in any state dict.
@@ -30,16 +27,28 @@ def state_of(
     return {
         "version": VERSION,
         "plan": plan,
-        "steps": steps,
+        "steps": max((step.steps for step in each), default=0),
         "weights": {
-            weight.name: {
-                "raw": weight.raw.detach(),
-                "excitation": dict(weight.excitation.state_dict()),
-            }
-            for weight in weights
+            weight.name: _weight_state(weight, step) for step in each for weight in step.weights
         },
-        "optimizer": {own.name: [_plain(kept) for kept in own.states] for own in parameters},
+        "optimizer": {
+            own.name: [_plain(kept) for kept in own.states]
+            for step in each
+            for own in step.parameters
+        },
     }
+
+
+def _weight_state(weight: AttachedWeight, step: OptimizerStep) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "raw": weight.raw.detach(),
+        "excitation": dict(weight.excitation.state_dict()),
+    }
+    if weight.raw.dtype != weight.parameter.dtype:
+        # Torch casts the optimizer's own entries to the Parameter's dtype when it loads them.
+        states = (layer.state.get(weight.parameter, {}) for layer in with_wrapped(step.optimizer))
+        found["states"] = [dict(kept) for kept in states]
+    return found
 
 
 def parts_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -106,19 +115,21 @@ def check_state(
 
 
 @torch.no_grad()
-def load_state(
-    state: Mapping[str, Any],
-    weights: Sequence[AttachedWeight],
-    parameters: Sequence[ExcitationParameter],
-) -> None:
-    """Copies a checked state into the weights' raw values, excitations and optimizer states."""
-    for weight in weights:
+def load_state(state: Mapping[str, Any], step: OptimizerStep) -> None:
+    """Copies a checked state into the step's raw weights, excitations and optimizer states."""
+    for weight in step.weights:
         saved = state["weights"][weight.name]
         put(weight.raw, saved["raw"], weight.shard)
         weight.excitation.load_state_dict(saved["excitation"])
-    for own in parameters:
+        for layer, kept in zip(with_wrapped(step.optimizer), saved.get("states", ()), strict=False):
+            if kept:
+                layer.state[weight.parameter] = {
+                    key: _raw_like(value, weight) for key, value in kept.items()
+                }
+    for own in step.parameters:
         states = state["optimizer"][own.name]
         own.states = [_copied(kept, own) for kept in states]
+    step.steps = int(state.get("steps", 0))
 
 
 def _plain(value: Any) -> Any:
@@ -128,6 +139,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return value
+
+
+def _raw_like(value: Any, weight: AttachedWeight) -> Any:
+    """A copy of what an optimizer keeps for a raw weight, on its device and rows."""
+    if not isinstance(value, Tensor) or value.shape != weight.raw.shape or not value.ndim:
+        return copy.deepcopy(value)
+    found = torch.empty_like(weight.raw, dtype=value.dtype)
+    put(found, value, weight.shard)
+    return found
 
 
 def _copied(value: Any, own: ExcitationParameter) -> Any:

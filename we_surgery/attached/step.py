@@ -15,14 +15,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from we_surgery.attached.guard import Tripwire
 from we_surgery.attached.optimizers import companion_group, new_companion
 from we_surgery.attached.ranks import any_rank
 from we_surgery.attached.shards import local
 from we_surgery.attached.transform import drop_gradient, pull_back, write
-from we_surgery.attached.weights import AttachedWeight, ExcitationParameter
+from we_surgery.attached.weights import HALF, AttachedWeight, ExcitationParameter
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
 from we_surgery.errors import AttachmentError, InputError, ThawedLayerWarning
 
@@ -203,8 +203,7 @@ class OptimizerStep:
         self._exchange(live)
         if self.clip_raw is not None:
             groups = [*self.optimizer.param_groups, *self.companion.param_groups]
-            entries = [p for group in groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(entries, self.clip_raw)
+            _clip([p for group in groups for p in group["params"]], self.clip_raw, self.optimizer)
 
     def _warn_of_left_out(self) -> None:
         found = {layer: p for layer, p in self.left_out.items() if p.grad is not None}
@@ -356,7 +355,20 @@ def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     return outside
 
 
+def _clip(entries: list[nn.Parameter], bound: float, optimizer: Any) -> None:
+    """As ``clip_grad_norm_``, also where the optimizer itself unscales what a scaler scaled."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in entries if p.grad is not None])
+    scale = getattr(optimizer, "grad_scale", None)
+    torch.nn.utils.clip_grads_with_norm_(entries, bound, norm if scale is None else norm / scale)
+
+
 def _move_state(state: Any, source: nn.Parameter, target: nn.Parameter) -> None:
     found = state.pop(source, None)
-    if found is not None:
-        state[target] = found
+    if found is None:
+        return
+    state[target] = found
+    if source.dtype in HALF and target.dtype not in HALF:
+        # Made or loaded for W', as of a vanilla run; the optimizer takes no two dtypes.
+        for key, value in found.items():
+            if isinstance(value, Tensor) and value.dtype == source.dtype:
+                found[key] = value.to(target.dtype)

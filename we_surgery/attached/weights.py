@@ -12,8 +12,11 @@ from torch.autograd.graph import GradientEdge
 from torch.optim import Optimizer
 
 from we_surgery.attached.shards import Shard, local
+from we_surgery.errors import InputError
 from we_surgery.excitations import Backend, Composition
 from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True)
@@ -88,7 +91,7 @@ def raw_like(parameter: nn.Parameter, values: Tensor, shard: Shard | None = None
     A raw weight in bfloat16 would hardly move: at a learning rate of 1e-4 an update is below
     half of a last bit for two of three values.
     """
-    dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
+    dtype = torch.float32 if values.dtype in HALF else values.dtype
     if shard is None:
         raw = nn.Parameter(torch.empty_like(values, dtype=dtype).copy_(values))
     else:
@@ -99,10 +102,18 @@ def raw_like(parameter: nn.Parameter, values: Tensor, shard: Shard | None = None
     return raw
 
 
-def optimizer_of(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> Optimizer | None:
-    """The optimizer that trains the Parameter."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(parameter is other for other in group["params"]):
-                return optimizer
-    return None
+def optimizer_of(
+    parameter: nn.Parameter, optimizers: Iterable[Optimizer], layer: str
+) -> Optimizer | None:
+    """The optimizer that trains the layer's Parameter."""
+    found = [
+        optimizer
+        for optimizer in optimizers
+        if any(parameter is other for group in optimizer.param_groups for other in group["params"])
+    ]
+    if len(found) > 1:
+        raise InputError(
+            f"the weight of layer {layer!r} is in {len(found)} of the optimizers",
+            "Give each weight to one optimizer.",
+        )
+    return found[0] if found else None

@@ -12,6 +12,7 @@ _MODEL_WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
+    "_FabricModule": "_original_module",
 }
 
 PURE_WRAPPERS = {
@@ -22,6 +23,8 @@ PURE_WRAPPERS = {
     "ApexOptimWrapper": "optimizer",
 }
 """Classes that pass each step on to the optimizer in that attribute."""
+_PREFIXES = ("Lightning", "Fabric")
+"""Of the names of classes that Lightning makes, which do so too."""
 
 _INNER = ("optimizer", "_base_optimizer", "base_optimizer")
 """Where optimizers that do something of their own around a step keep the one they wrap."""
@@ -34,10 +37,8 @@ STEPS = {"first_step": False, "second_step": True}
 
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer that steps, inside wrappers that only pass its step on."""
-    while type(optimizer).__name__.startswith("Lightning") or type(optimizer).__name__ in (
-        PURE_WRAPPERS
-    ):
-        attribute = PURE_WRAPPERS.get(type(optimizer).__name__, "optimizer")
+    while (name := type(optimizer).__name__).startswith(_PREFIXES) or name in PURE_WRAPPERS:
+        attribute = PURE_WRAPPERS.get(name, "optimizer")
         inner = getattr(optimizer, attribute, None)
         if inner is None:
             break
