@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from we_surgery.recipes.networks import (
@@ -7,6 +8,7 @@ from we_surgery.recipes.networks import (
     TemporalShift,
     TSMResNet50,
     WideResNet,
+    deeplabv3_resnet50,
     resnet18_for_small_images,
     resnet50_with_group_norm,
     resnet50_without_norm,
@@ -36,6 +38,18 @@ def test_small_images_go_through():
     assert ResNeXt29(cardinality=2, base_width=8, num_classes=5)(images).shape == (2, 5)
     assert WideResNet(10, 1, num_classes=5, dropout=0.3)(images).shape == (2, 5)
     assert vgg19_for_small_images(5)(images).shape == (2, 5)
+
+
+def test_deeplab_has_a_sixteenth_of_the_image_and_torchvisions_names():
+    with torch.device("meta"):
+        model = deeplabv3_resnet50(21)
+        torchvisions = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None)
+        assert model.backbone(torch.empty(1, 3, 64, 64))["out"].shape == (1, 2048, 4, 4)
+    assert [
+        module.dilation for module in model.classifier.modules() if isinstance(module, nn.Conv2d)
+    ][1:4] == [(6, 6), (12, 12), (18, 18)]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in torchvisions.state_dict().items()}
 
 
 def test_a_wide_network_of_no_such_depth_is_refused():

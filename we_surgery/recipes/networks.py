@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
+from torchvision.models.segmentation import DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 
 def resnet18_for_small_images(num_classes: int = 10) -> nn.Module:
@@ -40,6 +43,14 @@ def vgg19_for_small_images(num_classes: int = 100) -> nn.Module:
     """VGG19 with batch normalization and one linear layer, for images of 32x32."""
     features = torchvision.models.vgg19_bn().features
     return nn.Sequential(features, nn.Flatten(), nn.Linear(512, num_classes))
+
+
+def deeplabv3_resnet50(num_classes: int = 21) -> nn.Module:
+    """DeepLabv3 on ResNet50 with an output stride of 16; torchvision's has 8."""
+    backbone = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    head = DeepLabHead(2048, num_classes, atrous_rates=(6, 12, 18))
+    model: nn.Module = DeepLabV3(IntermediateLayerGetter(backbone, {"layer4": "out"}), head)
+    return model
 
 
 class ResNeXt29(nn.Module):

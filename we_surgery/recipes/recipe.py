@@ -73,7 +73,8 @@ class Training:
         batch_size: over all processes and accumulated steps.
         optimizer: arguments of ``timm.optim.create_optimizer_v2``: ``opt``, ``lr``, ...
         decay_all: whether biases and norm scales are decayed like weights, as plain SGD does.
-        schedule: arguments of ``timm.scheduler.create_scheduler_v2``: ``sched``, ...
+        schedule: arguments of ``timm.scheduler.create_scheduler_v2``: ``sched``, ...; a milestone
+            of 31 gives 30 epochs before the decay.
         smoothing: label smoothing.
         sparsity: weight of :func:`we_surgery.sparsity_loss` in the loss; needs the converted form.
         excite_from: the first epoch with excitation; before it, it is paused.
