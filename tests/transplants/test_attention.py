@@ -211,7 +211,7 @@ def test_a_pattern_and_the_edited_plan_choose_the_places() -> None:
         ),
         ({"cbam": {"kernel_size": 4}}, "cbam: the kernel_size must be odd, not 4"),
         ({"cbam": {"kernel_size": "x"}}, "kernel_size in cbam in transplants cannot be 'x'"),
-        ({"bam": {"dilation": 0}}, "bam: the dilation must be a positive integer, not 0"),
+        ({"bam": {"dilation": 0}}, "bam: dilation must be an integer of at least 1, not 0"),
         (
             {"max_dropout": {"always_on": 3}},
             "max_dropout in transplants cannot be 3\nGive true",

@@ -121,7 +121,7 @@ def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
 
 def is_half(value: object) -> bool:
     """Whether this is a tensor of float16 or bfloat16."""
-    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(value, Tensor) and value.dtype in _HALF
 
 
 def _torchvision_crop(name: str) -> int:

@@ -7,15 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from we_surgery.attached.registry import excitation_of
-from we_surgery.converted.graphs import excited_weights
-from we_surgery.converted.layer import ExcitedLayer
 from we_surgery.errors import InputError
+from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.layout import to_filters
-from we_surgery.reading.kinds import CONV_KINDS
-from we_surgery.training.vanilla_view import inside_wrappers
-
-_LAYERS = (*CONV_KINDS, nn.Linear)
+from we_surgery.training.trained_weights import trained_weights
 
 
 def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor:
@@ -28,7 +23,7 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
 
     Args:
         model: a converted or vanilla model; also inside DDP or ``torch.compile``. A model with an
-        attached excitation needs ``of="excited"``.
+            attached excitation needs ``of="excited"``.
         of: ``raw`` or ``excited``, the weight to take for excited layers. A standardized filter of
             N weights always has the length ``sqrt(N - 1)``, so with standardization, as in the mode
             ``lwe``, ``excited`` gives a large loss without effect.
@@ -44,37 +39,16 @@ def norm_loss(model: nn.Module, of: Literal["raw", "excited"] = "raw") -> Tensor
     """
     if of not in ("excited", "raw"):
         raise InputError(f"`of` must be 'raw' or 'excited', got {of!r}", "Give one of the two.")
-    model = inside_wrappers(model)
-    found: dict[int, Tensor] = {}
-    excitations: set[nn.Module] = set()
-    for weight in excited_weights(model):
-        excitations.update(weight.excitation.modules())
-        if weight.raw.requires_grad and id(weight.raw) not in found:
-            read = weight.raw if of == "raw" else _excited(weight.owner, weight.parameter)
-            if read is None:  # read by a graph
-                read = weight.excitation(weight.raw)
-            found[id(weight.raw)] = _filters(weight.owner, read)
-    for module in model.modules():
-        own = module._parameters.get("weight") if isinstance(module, _LAYERS) else None
-        if own is not None and own.requires_grad and module not in excitations:
-            if of == "raw" and excitation_of(own) is not None:
-                raise InputError(
-                    "the excitation is attached to the optimizer, so a loss on the model reaches "
-                    "the excited weights and not the raw ones",
-                    'Pass `of="excited"`, or train the converted form.',
-                )
-            found.setdefault(id(own), _filters(module, own))
-    terms = [(1 - torch.linalg.vector_norm(w, dim=1)).square().sum() for w in found.values()]
+    lengths = []
+    for weight in trained_weights(model):
+        if of == "raw" and weight.is_attached:
+            raise InputError(
+                "the excitation is attached to the optimizer, so a loss on the model reaches the "
+                "excited weights and not the raw ones",
+                'Pass `of="excited"`, or train the converted form.',
+            )
+        read = weight.parameter if of == "raw" else weight.computed()
+        filters = to_filters(in_full_precision(read), weight.transposed_groups).flatten(1)
+        lengths.append(torch.linalg.vector_norm(filters, dim=1))
+    terms = [(1 - length).square().sum() for length in lengths]
     return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def _excited(owner: nn.Module, parameter: str) -> Tensor | None:
-    return getattr(owner, parameter) if isinstance(owner, ExcitedLayer) else None
-
-
-def _filters(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as ``[filters, weights of one]``, at least in float32."""
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        weight = to_filters(weight, layer.groups)
-    flat = weight.flatten(1)
-    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from we_surgery.errors import InputError
+from we_surgery.excitations.functions import check_count
 from we_surgery.transplants.base import Site, Transplant, qualified_name, replace_module
 from we_surgery.transplants.residual_blocks import ResidualBlock, channels_of, residual_blocks
 
@@ -35,7 +36,7 @@ class BranchAttention(Transplant):
     reduction: int = 16
 
     def __post_init__(self) -> None:
-        check_positive("reduction", self.reduction)
+        check_count("reduction", self.reduction)
 
     @property
     def stays(self) -> bool:
@@ -124,7 +125,7 @@ class CBAM(BranchAttention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("kernel_size", self.kernel_size)
+        check_count("kernel_size", self.kernel_size)
         if self.kernel_size % 2 == 0:  # it would leave a map of another size
             raise ValueError(f"the kernel_size must be odd, not {self.kernel_size}")
 
@@ -144,12 +145,6 @@ class CBAM(BranchAttention):
         norm.momentum = 0.01
         nn.init.zeros_(norm.weight)
         return module
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raises a ValueError unless the value of an option is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"the {name} must be a positive integer, not {value!r}")
 
 
 def like(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

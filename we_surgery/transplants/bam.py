@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.errors import InputError
-from we_surgery.transplants.attention import check_positive, like
+from we_surgery.excitations.functions import check_count
+from we_surgery.transplants.attention import like
 from we_surgery.transplants.base import Site, Transplant, qualified_name, replace_module
 from we_surgery.transplants.residual_blocks import residual_blocks
 
@@ -112,8 +113,8 @@ class BAMTransplant(Transplant):
     form: str = "product"
 
     def __post_init__(self) -> None:
-        check_positive("reduction", self.reduction)
-        check_positive("dilation", self.dilation)
+        check_count("reduction", self.reduction)
+        check_count("dilation", self.dilation)
         if self.form not in FORMS:
             raise ValueError(f"the form must be one of {', '.join(FORMS)}, not {self.form!r}")
 

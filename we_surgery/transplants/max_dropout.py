@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from we_surgery.errors import InputError
+from we_surgery.excitations.base import in_full_precision
 from we_surgery.excitations.functions import check_flag
 from we_surgery.transplants.base import Site, Transplant, qualified_name
 
@@ -58,7 +59,7 @@ def drop_largest(x: Tensor, rate: float) -> Tensor:
     if x.numel() == 0:
         return x
     with torch.no_grad():
-        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        values = in_full_precision(x)
         smallest, largest = torch.aminmax(values)
         # A constant tensor gives NaN here, which exceeds nothing.
         dropped = (values - smallest) / (largest - smallest) > 1 - rate
