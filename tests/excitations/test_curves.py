@@ -140,7 +140,7 @@ def test_an_epsilon_that_is_driven_down_keeps_the_weights_finite() -> None:
         ({"curve": "atan"}, "mwe: curve must be one of atanh, sigmoid"),
         ({"learn": "all"}, "mwe: learn must be one of none, epsilon, mix"),
         ({"rescale": 0}, "mwe: rescale must be true or false"),
-        ({"relative": False}, "mwe: relative=False takes another curve than atanh"),
+        ({"relative": False}, "mwe: relative=False needs another curve than atanh"),
         ({"relative": False, "curve": "tanh", "learn": "epsilon"}, "has no epsilon to learn"),
     ],
 )

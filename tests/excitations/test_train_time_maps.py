@@ -155,7 +155,7 @@ def test_the_compander_by_its_curve() -> None:
         assert value == pytest.approx(0.8 * math.atan(one / 0.3), rel=1e-12)
     assert found.abs().max() < 0.4 * math.pi
     torch.testing.assert_close(stage.right_inverse(found), weight)
-    with pytest.raises(ws.InputError, match=r"yields no weight over 1\.257"):
+    with pytest.raises(ws.InputError, match=r"the limit is 1\.257"):
         stage.right_inverse(torch.full((3, 4), 1.3, dtype=F64))
 
 

@@ -1,8 +1,8 @@
-"""The mathematics: maps from weight to weight. No module here knows a model.
+"""Maps from weight to weight. No module here knows a model.
 
-Lives here: what excitations have in common (``base``), each method in a file of its own, their
-``composition`` in a layer, ``record`` for state dicts, ``building`` by name; ``compute`` has the
-closed form. May import: ``errors``. To add a method: one file, and one line in ``registry.py``.
+Lives here: what excitations have in common (``base``), one file per method, their ``composition``
+in a layer, the ``record`` in state dicts, ``building`` by name; ``compute`` has the closed form.
+May import: ``errors``. To add a method: one file, and one line in ``registry.py``.
 """
 
 from we_surgery.excitations import registry as registry  # registers the family

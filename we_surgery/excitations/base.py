@@ -1,4 +1,4 @@
-"""What every excitation has in common: its protocol, its precision, its hyper-parameters."""
+"""What every excitation has in common: its protocol, its precision, its options."""
 
 from __future__ import annotations
 
@@ -40,39 +40,38 @@ class Affine(NamedTuple):
 class Excitation(nn.Module, ABC):
     """A map from a weight ``[O, I, *K]`` to an excited weight of the same shape and dtype.
 
-    It follows torch's parametrization protocol (``forward`` and, where one exists,
-    ``right_inverse``), so it can also be registered by ``torch.nn.utils.parametrize``.
-    Half-precision weights are computed in float32 and rounded once, and autocast is off inside:
-    under bf16 autocast an excited weight would differ from its float32 value by 0.4 %, and a fold
-    in float32 would no longer be what was trained.
+    It follows torch's parametrization protocol (``forward``, and ``right_inverse`` if the map has
+    an inverse), so ``torch.nn.utils.parametrize`` accepts it. Half-precision weights are computed
+    in float32 and rounded once, and autocast is off inside: bf16 autocast would change an excited
+    weight by 0.4 %, and a fold in float32 would differ from what was trained.
 
-    Subclasses set ``name`` (their key in a state dict and in a config) and ``order`` (their place
-    when several are composed; two of one place exclude each other), write :meth:`excite`, and
-    give :meth:`for_layout` and :meth:`from_state`; the rest has a default. Each option of
-    :meth:`for_layout` is an attribute of its name: a state dict says the options in words
-    (:mod:`we_surgery.excitations.record`), and in tensors only what is trained or moves.
+    A subclass sets ``name`` (its key in state dicts and configs) and ``order`` (its place in a
+    composition, which holds one excitation per place), and defines :meth:`excite`,
+    :meth:`for_layout` and :meth:`from_state`; all else has a default. It keeps each option of
+    :meth:`for_layout` as an attribute of the same name. A state dict stores the options as text
+    (:mod:`we_surgery.excitations.record`), and only what is trained or moves as tensors.
     """
 
     name: ClassVar[str]
     order: ClassVar[int]
     summary: ClassVar[str] = ""
-    """What it does, in a line, for listings."""
+    """What it does, in one line."""
     source: ClassVar[str] = ""
-    """The paper and section it is from."""
+    """Paper and section."""
     published: ClassVar[tuple[str, ...]] = ()
-    """The results its authors print, also those where it did not help."""
+    """The results in its paper, including those where it did not help."""
     deploys_to: ClassVar[str] = "the vanilla layer, bit-equal"
     forms: ClassVar[str] = "both"
-    """Which form trains it: attached, converted or both, and what of it needs one of them."""
+    """The forms that train it, and the functions that need one of them."""
     takes_standardized: ClassVar[bool] = False
     """Whether its paper standardizes the weights of convs first."""
     adjustable: ClassVar[tuple[str, ...]] = ()
-    """The attributes that a checkpoint may change when it is loaded, such as an epsilon.
+    """The options that loading a checkpoint may change, such as an epsilon.
 
-    All other options say what is computed, and have to be equal in model and checkpoint.
+    All others must be equal in model and checkpoint.
     """
     is_part: bool = False
-    """Whether it is a stage of a composition, whose record says what it is."""
+    """Whether the record of a larger excitation describes it."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""
@@ -82,32 +81,30 @@ class Excitation(nn.Module, ABC):
     def excite(self, weight: Tensor) -> Tensor:
         """The excited weight; called in full precision with at least one element.
 
-        The same weight, parameters and buffers give the same bits each time: a buffer that
-        moves, or a random number, belongs in :meth:`advance`.
+        It is a function of weight, parameters and buffers, to the bit. Update buffers and draw
+        random numbers in :meth:`advance`.
         """
 
     def closed_form_fields(self) -> dict[str, Any] | None:
         """Its fields of :class:`~we_surgery.excitations.compute.inputs.ClosedFormInputs`.
 
-        None where the closed form does not compute what :meth:`excite` does; autograd then
-        differentiates the whole composition.
+        None if the closed form does not know it; autograd then differentiates the composition.
         """
         return None
 
     def advance(self, weight: Tensor) -> None:
-        """Moves the buffers that follow training, such as a power iteration's; mostly nothing.
+        """Updates buffers during training, such as those of a power iteration; default: nothing.
 
-        Called in training mode before each excited weight that is computed for a gradient, and
-        never in eval mode, in a fold or in the second run of a backward pass, which has the
-        buffers of the first.
+        Called in training mode before an excited weight is computed for a gradient. Not called in
+        eval mode, in a fold, or when a backward pass runs the stages again.
 
         Args:
-            weight: what :meth:`excite` will be given, detached.
+            weight: the input of the next :meth:`excite`, detached.
         """
 
     @property
     def advances(self) -> bool:
-        """Whether :meth:`advance` does anything."""
+        """Whether the class defines :meth:`advance`."""
         return type(self).advance is not Excitation.advance
 
     def right_inverse(self, excited: Tensor) -> Tensor:
@@ -119,7 +116,7 @@ class Excitation(nn.Module, ABC):
         return self._in_full_precision(self.invert, excited)
 
     def invert(self, excited: Tensor) -> Tensor:
-        """The inverse of :meth:`excite`, where one exists."""
+        """The inverse of :meth:`excite`, if it has one in closed form."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse in closed form")
 
     @classmethod
@@ -130,59 +127,59 @@ class Excitation(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        """An excitation shaped as its state dict says; parameter values are assigned after.
+        """An excitation with the shapes of ``state``; the caller then assigns the values.
 
         Args:
             state: its tensors.
-            options: what :meth:`chosen_options` said when they were saved.
+            options: the saved :meth:`chosen_options`.
         """
 
     @classmethod
     def unsupported_reason(cls, layout: WeightLayout) -> str | None:
-        """Why this can do nothing for a weight of that layout, as a sentence's end; None if it can.
+        """Why it cannot excite a weight of this layout, as in "has ..."; None if it can.
 
-        The plan then leaves this stage out, with that reason.
+        The plan then leaves the stage out and gives the reason.
         """
         return None
 
     def prepare(self, weight: Tensor) -> None:
-        """Takes what it starts from, such as a norm, from the weight it is going to excite.
+        """Initializes what depends on the weight, such as a norm; default: nothing.
 
-        Called once, at the conversion, without gradients and in full precision.
+        Called once, at conversion, without gradients and in full precision.
 
         Args:
-            weight: ``[O, I, *K]``, as :meth:`excite` will get it.
+            weight: the input of the first :meth:`excite`, ``[O, I, *K]``.
         """
 
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
-        """Takes the modules that all layers of a model have in common from ``parts``.
+        """Takes the modules that all layers of a model share from ``parts``, or puts them there.
 
-        Or puts them there, for the layers after it. Called once for each layer of a conversion.
+        Called once per excited layer.
         """
 
     def start_affine(self, weight: Tensor) -> Affine:
-        """Starts a stage that comes before :class:`Rescale` so that its effect can be undone.
+        """Initializes a stage that runs before :class:`Rescale` so that its effect can be undone.
 
         Args:
-            weight: what it is fed, ``[O, I, *K]``.
+            weight: its input, ``[O, I, *K]``.
 
         Returns:
-            What makes ``weight`` of ``excite(weight)``. A gain that is a number says that this
-            holds for any other multiple of ``weight`` as well.
+            The map from ``excite(weight)`` back to ``weight``. If the gain is a number, it also
+            holds for every multiple of ``weight``.
 
         Raises:
-            NotImplementedError: there is no such start.
+            NotImplementedError: the stage cannot start this way.
         """
         raise NotImplementedError(f"{self.name} cannot start as an identity")
 
     def start_inverse(self, weight: Tensor) -> Tensor:
-        """Starts a stage that comes after :class:`Rescale` so that it can yield ``weight``.
+        """Initializes a stage that runs after :class:`Rescale` so that it can yield ``weight``.
 
         Returns:
-            What it has to be fed for that.
+            The input whose excitation is ``weight``.
 
         Raises:
-            NotImplementedError: there is no such start.
+            NotImplementedError: the stage cannot start this way.
         """
         try:
             return self.invert(weight)
@@ -191,24 +188,21 @@ class Excitation(nn.Module, ABC):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """The names and defaults of the options :meth:`for_layout` takes."""
+        """The options of :meth:`for_layout` with their defaults."""
         parameters = inspect.signature(cls.for_layout).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def chosen_options(self) -> dict[str, Any]:
-        """The options it has now, of JSON types: all that no tensor shows.
-
-        By default the attributes that are called as the options of :meth:`for_layout`.
-        """
+        """Its present options, of JSON types; by default the attributes of their names."""
         return {name: getattr(self, name) for name in self.options()}
 
     @classmethod
     def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a record of an earlier version, with defaults for those it lacks."""
+        """The options of an earlier version's record, completed by defaults."""
         return {**cls.options(), **options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Reads a pickle, also that of an earlier version, which lacks the options since then."""
+        """Reads pickles, including those of earlier versions, which lack newer options."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, value in self.completed({}).items():
             if not hasattr(self, name):
@@ -216,20 +210,16 @@ class Excitation(nn.Module, ABC):
 
     @property
     def stages(self) -> tuple[Excitation, ...]:
-        """What its record speaks of: itself, or the stages of a composition."""
+        """What its record describes: itself, or the stages of a composition."""
         return (self,)
 
     @property
     def record(self) -> Record:
-        """What it is, in words; see :mod:`we_surgery.excitations.record`."""
+        """Stages and options as state dicts store them; :mod:`we_surgery.excitations.record`."""
         return make_record([{stage.name: stage.chosen_options()} for stage in self.stages])
 
     def adopt(self, saved: Tensor) -> Record:
-        """Takes what a checkpoint may change, such as an epsilon, from its record.
-
-        Raises:
-            InputError: the record is of another excitation, or cannot be read.
-        """
+        """Takes over the adjustable options of a saved record; an InputError if it differs."""
         mine, theirs = self.record, read_record(saved)
         try:
             if outline(mine) != outline(theirs):
@@ -244,7 +234,7 @@ class Excitation(nn.Module, ABC):
             ) from error
         return theirs
 
-    # Not by `get_extra_state`: torch.distributed.checkpoint would ask the class for that of a part.
+    # Not `get_extra_state`: torch.distributed.checkpoint would call it on parts too.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.is_part:
@@ -274,17 +264,10 @@ class Excitation(nn.Module, ABC):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Raises a ``ValueError`` where one of :attr:`adjustable` is out of range."""
+        """Raises a ``ValueError`` if an :attr:`adjustable` option is out of range."""
 
     def take_over(self, options: Mapping[str, Any]) -> None:
-        """Takes the adjustable options that a checkpoint has.
-
-        Args:
-            options: what :meth:`chosen_options` said when it was saved; None is not known.
-
-        Raises:
-            ValueError: another option differs, so the checkpoint is of another excitation.
-        """
+        """Takes over adjustable options; a ``ValueError`` if another one differs. None: unknown."""
         own = self.chosen_options()
         for name in own.keys() | options.keys():
             mine, theirs = own.get(name), options.get(name)
@@ -298,15 +281,15 @@ class Excitation(nn.Module, ABC):
             setattr(self, name, options[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casting a model to half precision, or materializing it with `to_empty`, must move a
-        # buffer and never change its value: a temperature of 0.1 is not 0.09998 in fp16.
+        # Casting or `to_empty` may move a buffer, and must not change its value: a temperature of
+        # 0.1 would become 0.09998 in fp16.
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in buffers.items():
             after = self._buffers[name]
             if before is not None and after is not None:
                 target = before.device if after.is_meta else after.device
-                # One without memory has no value to keep; `to_empty` has just given it memory.
+                # A meta buffer has no value to keep; `to_empty` has just given it memory.
                 kept = after if before.is_meta else before
                 self._buffers[name] = kept.to(target, before.dtype)
         return self
@@ -326,8 +309,8 @@ def in_full_precision(weight: Tensor) -> Tensor:
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast on that kind of device."""
-    # A compiled backward pass runs under the autocast of its forward pass, which is not known yet
-    # while it is traced.
+    # A compiled backward pass runs under the autocast of its forward pass, which tracing does not
+    # know yet.
     if device_type != "meta" and (
         torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)
     ):

@@ -1,4 +1,4 @@
-"""Excitations by name: registering a class, building from options, rebuilding from a state dict."""
+"""Excitations by name: registered, built from options, rebuilt from a state dict."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from we_surgery.excitations.record import (
 from we_surgery.excitations.standardize import Rescale
 
 EXCITATIONS: dict[str, type[Excitation]] = {}
-"""Every excitation by the name that configs, plans and state dicts use."""
+"""Every excitation by its name in configs, plans and state dicts."""
 
 _RESERVED = {
     *(Rescale.name, Composition.name, "skip", "mode", "rules", "match", "excite"),
     *("conv", "depthwise", "shift", "linear", "gate", "paused", "transposed_groups"),
 }
-"""Names that configs and state dicts give another meaning."""
+"""Names with another meaning in configs or state dicts."""
 
 _Class = TypeVar("_Class", bound=type[Excitation])
 
 Stages = Sequence[Mapping[str, Mapping[str, Any]]]
-"""What a layer gets: ``[{"standardize": {}}, {"lwe": {"reduction": 16}}]``; empty: left alone."""
+"""What a layer gets: ``[{"standardize": {}}, {"lwe": {"reduction": 16}}]``; empty: skipped."""
 
 
 def register_excitation(excitation: _Class) -> _Class:
     """Makes a method of your own known to configs, plans, files and the command line.
 
-    To be called, or used as a decorator, where the program that converts, loads or strips
-    imports it. The same class may be registered again.
+    Call it, or use it as a decorator, in a module that the converting, loading or stripping
+    program imports. Registering the same class again has no effect.
 
     Args:
-        excitation: with its ``name`` and ``order`` set.
+        excitation: a class with ``name`` and ``order``.
 
     Raises:
-        InputError: the name is taken, is no plain identifier, or means something else in a
-            config; or the class is still abstract.
+        InputError: the name is taken, is not an identifier, or is a key of configs; or the class
+            is abstract.
     """
     name = getattr(excitation, "name", None)
     if not isinstance(name, str) or not name.isidentifier() or not hasattr(excitation, "order"):
@@ -74,15 +74,11 @@ def register_excitation(excitation: _Class) -> _Class:
 
 
 _PLUGINS = "we_surgery.excitations"
-"""The group of entry points by which an installed package brings excitations."""
+"""The entry point group for excitations of installed packages."""
 
 
 def load_plugins(names: Container[object] | None = None) -> None:
-    """Registers excitations of installed packages: those of the given names, or all.
-
-    Raises:
-        InputError: a package cannot be imported, or its class does not fit its entry point.
-    """
+    """Registers excitations of installed packages: those of the given names, or all."""
     for point in metadata.entry_points(group=_PLUGINS):
         if point.name in EXCITATIONS or (names is not None and point.name not in names):
             continue
@@ -103,7 +99,7 @@ def load_plugins(names: Container[object] | None = None) -> None:
 
 
 def check_stage(name: object, options: object = None) -> type[Excitation]:
-    """The class of the stage ``name``, its option names checked; else an InputError."""
+    """The class of the stage ``name``; an InputError if it or an option does not exist."""
     if isinstance(name, str) and name not in EXCITATIONS:
         load_plugins([name])
     if not isinstance(name, str) or name not in EXCITATIONS:
@@ -169,13 +165,8 @@ def build_excitation(
 def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None) -> Composition:
     """A composition with the stages and options of its record, and the values of ``state``.
 
-    Args:
-        state: the entries below a layer's ``excitation.``, such as ``lwe.fc1.weight``.
-        record: by default the one that ``state`` holds.
-
-    Raises:
-        InputError: there is no record, it names an unknown excitation, or it does not fit the
-            tensors: one is missing, or one is of no stage.
+    ``state`` holds the entries below a layer's ``excitation.``, such as ``lwe.fc1.weight``. A
+    record that does not fit the tensors exactly is an InputError.
     """
     tensors = {key: value for key, value in state.items() if not is_record(key)}
     if record is None:
@@ -199,7 +190,6 @@ def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None
         composition = Composition(stages, record["transposed_groups"])
         composition.set_paused(record["paused"])
         own = composition.state_dict()
-        # Nothing that is said may be left out, and nothing left unsaid.
         if composition.record != record:
             raise ValueError(f"its record should be {composition.record}, and is {record}")
         records = {key: value for key, value in own.items() if is_record(key)}
@@ -216,7 +206,7 @@ def rebuild_excitation(state: Mapping[str, Tensor], record: Record | None = None
 
 
 def _completed(record: Record) -> Record:
-    """The record of an earlier version as this one would have written it."""
+    """The record of an earlier version in the current schema."""
     if record["schema"] == SCHEMA_VERSION:
         return record
     stages = [

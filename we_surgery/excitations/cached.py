@@ -1,4 +1,4 @@
-"""Excited weights that are kept for a block of code."""
+"""Excited weights, computed once for a block of code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cached(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Computes at each read, also inside :func:`cached`: what is proven must not have been kept."""
+    """Computes at each read, also inside :func:`cached`: a proof must not use cached weights."""
     hidden, _here.blocks = _here.blocks, []
     try:
         yield
@@ -70,13 +70,13 @@ class Block:
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), excitation.training
         key = (excitation, modes, *map(id, computed_from))
         if key not in self._kept:
-            # The tensors are kept with it: an id may be given to another tensor otherwise.
+            # Keep the tensors too, or their ids could be reused.
             self._kept[key] = computed_from, compute(raw)
         return self._kept[key][1]
 
 
 class _Here(threading.local):
-    """The blocks that this thread is in, the outermost first."""
+    """The blocks this thread has entered, outermost first."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -86,14 +86,14 @@ _here = _Here()
 
 
 def block_of(excitation: Excitation, raw: Tensor) -> Block | None:
-    """The block that keeps the weight of this excitation here, if there is one."""
+    """The entered block that caches this excitation's weight, if there is one."""
     if torch.compiler.is_compiling() or not _here.blocks or _must_compute(raw):
         return None
     return next((block for block in _here.blocks if excitation in block.excitations), None)
 
 
 def _must_compute(raw: Tensor) -> bool:
-    """Whether something is on that has to see each computation."""
+    """Whether a mode, transform or tracer must see the computation."""
     return (
         torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0

@@ -1,4 +1,4 @@
-"""Excitations applied one after the other, on a weight read as filters."""
+"""Several excitations in sequence, on a weight read as filters."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from we_surgery.excitations.standardize import Rescale
 class Composition(Excitation):
     """The stages of an excited layer, in their fixed order: normalize, locate, amplify, mask.
 
-    The papers compose in one order only (WE paper, Table 3: standardization, then the
-    LWE gate, then MWE with its maximum taken over the gated weight), so each stage
-    carries its place, and a place is taken at most once. A state dict says all this in words, in
-    the composition's *record* (:mod:`we_surgery.excitations.record`).
+    The papers compose in one order (WE paper, Table 3: standardization, then LWE, then MWE with
+    the maximum of the located weight), so each stage has a place, and each place holds one stage.
+    A state dict stores stages and options as text, the *record*
+    (:mod:`we_surgery.excitations.record`).
 
     Args:
         stages: at least one excitation; at most one of each ``order``.
@@ -49,9 +49,9 @@ class Composition(Excitation):
     order: ClassVar[int] = 0
     transposed_groups: int | None
     paused: Tensor | None
-    """Not empty in a pause, so that no average of the model goes on over the end of one."""
+    """Not empty during a pause: its size tells an average of the model that the pause ended."""
     sets_in: PausedInit = "preserve"
-    """How it begins after a pause: ``preserve`` keeps the weight that it has then."""
+    """How the pause ends: ``preserve`` keeps the weight of that moment."""
 
     def __init__(self, stages: Iterable[Excitation], transposed_groups: int | None = None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Composition(Excitation):
             raise ValueError(f"two of {names} take the same place; a composition takes one of them")
         self._add(ordered)
         self.transposed_groups = transposed_groups
-        # Not in a state dict, whose record says it.
+        # The record stores it.
         self.register_buffer("paused", None, persistent=False)
 
     @property
@@ -80,7 +80,7 @@ class Composition(Excitation):
         return paused is not None and paused.shape[0] > 0
 
     def set_paused(self, paused: Paused, device: torch.device | str = "cpu") -> None:
-        """Begins a pause that ends in the way given, or ends one."""
+        """Begins a pause that will end as given, or ends one."""
         if paused:
             self.sets_in = paused
         if bool(paused) != self.is_paused:
@@ -104,10 +104,10 @@ class Composition(Excitation):
 
     @torch.no_grad()
     def pause(self, weight: Tensor, sets_in: PausedInit = "preserve") -> None:
-        """Makes this the identity until :meth:`resume`, with all tensors that it will have then.
+        """Makes this the identity until :meth:`resume`, with the tensors that it will have then.
 
         Raises:
-            NotImplementedError: it is to set in by ``preserve``, and a stage cannot.
+            NotImplementedError: it resumes by ``preserve``, and a stage cannot.
         """
         if sets_in == "preserve":
             self.preserve(weight)
@@ -115,9 +115,9 @@ class Composition(Excitation):
 
     @torch.no_grad()
     def resume(self, weight: Tensor) -> Tensor:
-        """Ends the pause; returns the raw weight to go on with.
+        """Ends the pause and returns the new raw weight.
 
-        Where it sets in by ``preserve``, that is the one whose excitation is the present weight.
+        With ``preserve``, its excitation is the present weight.
         """
         if not self.is_paused:
             return weight
@@ -129,7 +129,7 @@ class Composition(Excitation):
         return weight
 
     def __prepare_scriptable__(self) -> Self:
-        """What ``torch.jit.script`` asks each module for."""
+        """Called by ``torch.jit.script``."""
         raise ExcitationError(
             "torch.jit.script does not support converted models",
             "Strip the model first (`we_surgery.strip(model)`) and script the result.",
@@ -140,11 +140,11 @@ class Composition(Excitation):
         return self.compute(weight) if block is None else block.excited(self, weight, self.compute)
 
     def compute(self, weight: Tensor) -> Tensor:
-        """:meth:`forward`, also where it would return what was computed before."""
+        """:meth:`forward` without :func:`~we_surgery.cached`."""
         warn_if_exported()
         if self.is_paused:
             return _idle(weight, list(self.parameters()))
-        # A trace that is to be saved cannot hold an autograd function.
+        # A saved trace cannot hold an autograd function.
         is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
         inputs = self._inputs(weight)
         if is_traced or weight.numel() == 0 or (inputs is not None and changes_nothing(inputs)):
@@ -157,9 +157,9 @@ class Composition(Excitation):
         return excite_and_rerun(self, weight)
 
     def closed_form(self, weight: Tensor) -> ClosedFormInputs | None:
-        """What the closed form is given for this weight; None where something else computes.
+        """The closed form's inputs for this weight; None if autograd computes it.
 
-        No stages, where the excited weight is the raw weight itself.
+        Without stages if the excited weight is the raw weight.
         """
         if self.is_paused or weight.numel() == 0:
             return NO_STAGES
@@ -167,7 +167,7 @@ class Composition(Excitation):
 
     @torch.no_grad()
     def excite_in_place(self, weight: Tensor) -> Tensor:
-        """:meth:`forward` to the bit; a large weight's closed form in its own memory."""
+        """:meth:`forward` to the bit; may overwrite a large weight."""
         inputs = self.closed_form(weight)
         if inputs is None or changes_nothing(inputs):
             return self(weight)  # type: ignore[no-any-return]
@@ -175,7 +175,7 @@ class Composition(Excitation):
 
     @torch.no_grad()
     def _feed(self, weight: Tensor, method: str) -> None:
-        """Calls a method of each stage with what the stage is fed, to the last that defines it."""
+        """Calls a method of each stage with the stage's input, up to the last that defines it."""
         base = getattr(Excitation, method)
         last = [stage for stage in self.stages if getattr(type(stage), method) is not base][-1:]
         if not last or weight.numel() == 0:
@@ -189,7 +189,7 @@ class Composition(Excitation):
                 filters = stage.excite(filters)
 
     def _inputs(self, weight: Tensor) -> ClosedFormInputs | None:
-        """The stages as the closed form takes them; None where it does not know them."""
+        """The stages as inputs of the closed form; None if it does not know one."""
         found: dict[str, Any] = {}
         for stage in self._modules.values():
             own = stage.closed_form_fields() if isinstance(stage, Excitation) else None
@@ -197,7 +197,7 @@ class Composition(Excitation):
                 return None
             found |= own
         if weight.numel() <= self._out_channels(weight):
-            # Filters of one value are not standardized.
+            # Filters of a single value are not standardized.
             found.pop("standardize_epsilon", None)
         return ClosedFormInputs(**found, transposed_groups=self.transposed_groups)
 
@@ -207,7 +207,6 @@ class Composition(Excitation):
         return weight.shape[1] * self.transposed_groups
 
     def excite(self, weight: Tensor) -> Tensor:
-        """The excited weight stage by stage, in full precision."""
         filters = to_filters(weight, self.transposed_groups)
         for stage in self.stages:
             filters = stage.excite(filters)
@@ -228,11 +227,11 @@ class Composition(Excitation):
 
     @torch.no_grad()
     def preserve(self, weight: Tensor) -> Tensor:
-        """Starts the stages so that a pretrained weight stays what it is.
+        """Initializes the stages so that a pretrained weight stays the same.
 
-        Stages such as MWE are inverted. LWE starts as one multiplier for all kernels, by which
-        the weight is divided. What standardization and its like take of each filter, a
-        :class:`Rescale` stage gives back; it is added here.
+        Stages such as MWE are inverted. LWE starts with one multiplier for all kernels, and the
+        weight is divided by it. A :class:`Rescale` stage, added here, restores the mean and scale
+        that standardization removes from each filter.
 
         Args:
             weight: the pretrained weight, as the layer stores it.
@@ -241,7 +240,7 @@ class Composition(Excitation):
             The raw weight whose excitation is ``weight`` up to rounding.
 
         Raises:
-            NotImplementedError: a stage cannot be started so.
+            NotImplementedError: a stage cannot start this way.
         """
         if weight.numel() == 0:
             return weight
@@ -253,7 +252,7 @@ class Composition(Excitation):
         filters = to_filters(in_full_precision(weight), self.transposed_groups)
         for stage in reversed([s for s in others if s.order > Rescale.order]):
             filters = stage.start_inverse(filters)
-        # Of the weight as it is stored, perhaps rounded.
+        # The stages will see the stored weight, which may be rounded.
         stored = self._as_stored(filters, weight).to(weight.dtype)
         fed = to_filters(in_full_precision(stored), self.transposed_groups)
         undone = Affine()
@@ -270,7 +269,7 @@ class Composition(Excitation):
         gain, shift = (filters.new_zeros(filters.shape[0]) + values for values in undone)
         rescale = self._modules.get(Rescale.name)
         if isinstance(rescale, Rescale):
-            # The weight may have been cast since.
+            # The weight may have another dtype since.
             rescale.gain = rescale.gain.to(gain.dtype).copy_(gain)
             rescale.shift = rescale.shift.to(shift.dtype).copy_(shift)
         else:
@@ -286,7 +285,7 @@ class Composition(Excitation):
     def _as_stored(self, filters: Tensor, like: Tensor) -> Tensor:
         if self.transposed_groups is None:
             return filters
-        # Regrouping loses the memory format, and a conv's result may depend on it.
+        # Regrouping loses the memory format, which can change a conv's result.
         return torch.empty_like(like).copy_(from_filters(filters, self.transposed_groups))
 
     @classmethod
@@ -299,9 +298,9 @@ class Composition(Excitation):
 
 
 def warn_if_exported() -> None:
-    """Warns where an excitation becomes part of an exported or traced graph."""
+    """Warns when an excitation becomes part of an exported or traced graph."""
     if torch.compiler.is_dynamo_compiling():
-        return  # it cannot warn; `torch.export` with strict=True comes this way
+        return  # it cannot warn; `torch.export(strict=True)` gets here
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         warnings.warn(
             "the model that is exported or traced is converted, so its graph computes the excited "
@@ -313,10 +312,7 @@ def warn_if_exported() -> None:
 
 
 def _idle(weight: Tensor, parameters: list[Tensor]) -> Tensor:
-    """``weight``, with a graph in which the parameters have a gradient of 0.
-
-    Without one, DDP would wait for them, and an optimizer would meet them later than the rest.
-    """
+    """``weight``, with a graph that gives the parameters a zero gradient, as DDP needs."""
     is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     if is_traced or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return weight

@@ -1,4 +1,4 @@
-"""DO-Conv: a depthwise conv composed with the layer's own, both trained, folded into one."""
+"""DO-Conv: a depthwise conv composed with the layer's own; both are trained."""
 
 from __future__ import annotations
 
@@ -16,23 +16,13 @@ from we_surgery.excitations.layout import WeightLayout
 class DOConv(Excitation):
     """``W'[o, i, m] = sum_s D_i[m, s] W[o, i, s]``, with a trained K x K matrix D_i per channel.
 
-    Cao et al. (TIP 2022, arXiv 2006.12030): m and s are positions of a kernel, and all filters
-    that read input channel i share D_i. D is ``1 + residual``, the residual starting at 0, so
-    that the layer first computes what it did before and weight decay draws D to the identity.
-    The depth multiplier is the paper's default, the number K of positions: with a larger one
-    the weight would have another shape. In a grouped conv each of the C input channels has a
-    matrix of its own, as the paper says; the authors' code pairs them with the channels of
-    other groups. Kernels of a single position are left alone, as there.
-
-    Args:
-        in_channels: C, the layer's input channels over all groups.
-        positions: K, at least 2.
-        device, dtype: those of the layer.
-
-    The parameter is ``residual``, ``[C, K, K]``.
-
-    Raises:
-        ValueError: the kernel has a single position.
+    Cao et al. (TIP 2022, arXiv 2006.12030). m and s are positions of a kernel; all filters that
+    read input channel i share D_i. D is ``1 + residual`` and the residual, ``[C, K, K]``, starts at
+    0: the layer's outputs do not change at first, and weight decay draws D to the identity. The
+    depth multiplier is the paper's default, the number K of positions; a larger one would change
+    the weight's shape. In a grouped conv each of the C input channels has its own matrix, as in
+    the paper; the authors' code pairs them with channels of other groups. Kernels of one position
+    are skipped, as in that code.
     """
 
     name: ClassVar[str] = "do_conv"

@@ -1,4 +1,4 @@
-"""Dynamic Sparse Training: weights below a trained threshold of their filter are zero."""
+"""Dynamic Sparse Training: weights below their filter's trained threshold are zero."""
 
 from __future__ import annotations
 
@@ -19,19 +19,13 @@ _KEPT_AT_LEAST = 0.01
 class DynamicSparse(Excitation):
     """``W_j * step(|W_j| - t_j)`` for each filter j, with a trained threshold t_j from 0 on.
 
-    Liu et al. (ICLR 2020), which the WE paper's supplement combines with LWE. The step's
-    gradient is the paper's long-tailed estimate, :func:`long_tailed_slope`; it reaches W, besides
-    what the mask lets through, and t. Add ``ws.sparsity_loss(model)`` to the loss, which drives
-    the thresholds up. Where 1 % of a layer's weights or less would be left, its thresholds are
-    taken for 0; in training they are set to 0. After other stages it masks what those make, so
-    that the stripped weight is the sparse one; standardized weights are about 1 in size, which
-    is another scale for the thresholds than that of raw ones.
-
-    Args:
-        out_channels: O, the layer's filters.
-        device, dtype: those of the layer.
-
-    The parameter is ``threshold``, t, ``[O]``.
+    Liu et al. (ICLR 2020); the WE paper's supplement combines it with LWE. The step's gradient is
+    the paper's long-tailed estimate, :func:`long_tailed_slope`. It reaches t and, in addition to
+    what the mask passes, W. Add ``ws.sparsity_loss(model)`` to the loss; it drives the thresholds,
+    the parameter ``threshold``, ``[O]``, up. If at most 1 % of a layer's weights would be left, its
+    thresholds count as 0, and training sets them to 0. It masks the output of other stages, so
+    the stripped weight is sparse; standardized weights have sizes of about 1, another scale for
+    the thresholds than that of raw weights.
     """
 
     name: ClassVar[str] = "dynamic_sparse"
@@ -57,20 +51,20 @@ class DynamicSparse(Excitation):
         mask = (over > 0).to(weight.dtype)
         if not torch.is_grad_enabled():
             return weight * mask
-        # The addition is 0, and has the gradient that a step has not.
+        # The added term is 0; it gives the step a gradient.
         return weight * (mask + long_tailed_slope(over.detach()) * (over - over.detach()))
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         kept = self._is_enough_kept(weight, self.threshold.to(weight.dtype))
-        # Without a new version: `excite` takes those thresholds for 0 already, so no graph that
-        # has read them is out of date, and a layer may be called twice in a forward pass.
+        # Without a new version: `excite` uses 0 for these thresholds already, so graphs that have
+        # read them stay valid, and a layer may run twice in a forward pass.
         with _unsafe_preserve_version_counter(self.threshold):
             self.threshold.mul_(kept.to(self.threshold.dtype))
 
     @staticmethod
     def _is_enough_kept(weight: Tensor, threshold: Tensor) -> Tensor:
-        """Whether more than 1 % of the layer's weights lie over the thresholds; 0-d."""
+        """Whether more than 1 % of the layer's weights exceed the thresholds; 0-d."""
         return (weight.abs() > spread(threshold, weight)).float().mean() > _KEPT_AT_LEAST
 
     @torch.no_grad()
@@ -89,7 +83,7 @@ class DynamicSparse(Excitation):
 
 
 def long_tailed_slope(over: Tensor) -> Tensor:
-    """The derivative that the step is given: ``2 - 4 |q|`` up to 0.4, 0.4 up to 1, then 0."""
+    """The derivative used for the step: ``2 - 4 |q|`` up to 0.4, 0.4 up to 1, then 0."""
     distance = over.abs()
     tail = torch.where(distance <= 1, 0.4, 0.0).to(over.dtype)
     return torch.where(distance <= 0.4, 2 - 4 * distance, tail)

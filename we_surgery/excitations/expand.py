@@ -1,4 +1,4 @@
-"""ExpandNets: three linear convs in the place of one, 1x1, k x k and 1x1, folded into one."""
+"""ExpandNets: three linear convs instead of one, 1x1, k x k and 1x1."""
 
 from __future__ import annotations
 
@@ -17,28 +17,17 @@ from we_surgery.excitations.layout import WeightLayout
 class Expand(Excitation):
     """``W'[o, i, k] = sum_pq after[o, p] core[p, q, k] before[q, i]``: 1x1 . k x k . 1x1.
 
-    Guo et al. (NeurIPS 2020, arXiv 1811.10495), ExpandNet-CL: the conv between the two 1x1
-    convs has r times the input and output channels, no activation stands between them, and all
-    three are trained. The layer's own weight is the core's first O x I block and keeps its
-    shape; what r adds is held here. In a grouped conv each group is expanded by itself, as the
-    authors do with depthwise ones; a linear layer is the same with a kernel of one position.
-    The three start as convs do in torch. Started with ``preserve``, the 1x1 convs pass on the
-    layer's own block alone, and the others learn from the second step on.
-
-    Args:
-        groups: the layer's groups g.
-        outputs: O / g, the filters of one group.
-        channels: I, the input channels that one filter sees.
-        kernel_size: K; empty for a linear layer.
-        rate: r, from 2 on; the paper's is 4.
-        device, dtype: those of the layer.
+    Guo et al. (NeurIPS 2020, arXiv 1811.10495), ExpandNet-CL: the conv between the two 1x1 convs
+    has r times the input and output channels (``rate``, at least 2, 4 in the paper), and there are
+    no activations between them. The layer's own weight keeps its shape and is the core's first
+    O x I block; the rest is held here. Each group of a grouped conv is expanded separately, as the
+    authors do for depthwise convs; a linear layer has a kernel of one position. All three start as
+    torch's convs do. With ``preserve``, the 1x1 convs pass on only the layer's own block at first,
+    and the other blocks learn from the second step on.
 
     Parameters are ``before``, ``[g, r I, I]``, ``after``, ``[g, O / g, r O / g]``, and the rest of
     the core: ``beside``, ``[g, O / g, (r - 1) I, *K]``, and ``below``,
     ``[g, (r - 1) O / g, r I, *K]``.
-
-    Raises:
-        ValueError: the rate is not an integer from 2 on.
     """
 
     name: ClassVar[str] = "expand"

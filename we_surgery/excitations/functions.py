@@ -1,4 +1,4 @@
-"""Small functions that several excitations share."""
+"""What several excitations share."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "none": lambda x: x,
 }
-"""By the names that options use; the slope of ``leaky_relu`` is torch's default of 0.01."""
+"""By their names in options; ``leaky_relu`` has torch's default slope of 0.01."""
 
 
 def check_choice(where: str, value: object, choices: Collection[str]) -> str:
-    """``value`` if it is one of the choices; else it raises a ``ValueError``."""
+    """``value``; a ``ValueError`` if it is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{where} must be one of {', '.join(choices)}, not {value!r}")
     return value
 
 
 def check_flag(where: str, value: object) -> bool:
-    """``value`` if it is true or false; else it raises a ``ValueError``."""
+    """``value``; a ``ValueError`` if it is not true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"{where} must be true or false, not {value!r}")
     return value
 
 
 def check_mapping(where: str, value: object) -> Mapping[str, Any]:
-    """``value`` if it is a mapping; else it raises a ``ValueError``."""
+    """``value``; a ``ValueError`` if it is not a mapping."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a mapping of options, not {value!r}")
     return value
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is an int or a float, and not a flag."""
+    """Whether it is an int or a float, but not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_positive(where: str, value: object) -> float:
-    """``value`` if it is a positive finite number; else it raises a ``ValueError``."""
+    """``value``; a ``ValueError`` if it is not a positive finite number."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{where} must be positive and finite, not {value!r}")
     return float(value)
 
 
 def check_count(where: str, value: object, least: int = 1) -> int:
-    """``value`` if it is an integer from ``least`` on; else it raises a ``ValueError``."""
+    """``value``; a ``ValueError`` if it is not an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{where} must be an integer of at least {least}, not {value!r}")
     return value
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``inputs W^T + b`` in the inputs' precision: parameters may be half, arithmetic never is."""
+    """``inputs W^T + b`` in the inputs' dtype; parameters may be half precision."""
     return F.linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype))
 
 
@@ -73,20 +73,20 @@ def kernel_mean(weight: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """``[O]`` or ``[O, I]`` made to broadcast over ``[O, I, *K]``; what has a kernel stays."""
+    """``[O]`` or ``[O, I]`` reshaped to broadcast over ``[O, I, *K]``."""
     return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
 @torch.no_grad()
 def make_constant(layer: Any, value: float) -> None:
-    """Makes a linear or conv layer give ``value`` for every input."""
+    """Makes a linear or conv layer output ``value`` for every input."""
     layer.weight.zero_()
     layer.bias.fill_(value)
 
 
 @torch.no_grad()
 def wake_units(layer: nn.Linear, inputs: Tensor) -> None:
-    """Mirrors the units that a ReLU turns off for all ``inputs`` ``[N, I]``: they never learn."""
+    """Mirrors units that a ReLU turns off for all ``inputs`` ``[N, I]``, and that cannot learn."""
     off = (linear(inputs, layer.weight, layer.bias) <= 0).all(0)
     sign = torch.where(off, -1.0, 1.0).to(layer.weight.dtype)
     layer.weight.mul_(sign.unsqueeze(1))

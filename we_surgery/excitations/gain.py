@@ -1,4 +1,4 @@
-"""A gain per filter: what remains of channel attention whose values no longer change."""
+"""A gain per filter: channel attention whose input is constant."""
 
 from __future__ import annotations
 
@@ -16,28 +16,20 @@ from we_surgery.excitations.layout import WeightLayout
 ATTENTIONS = ("none", "se")
 _REDUCTION = 16
 _START = 0.1
-"""Of the learned input, in the authors' code."""
+"""The learned input's, in the authors' code."""
 
 
 class Gain(Excitation):
     """``g_j W_j`` for each filter j, with a trained g.
 
+    With ``attention="none"`` the parameter is g itself, ``gain``, ``[O]``, from 1.
+
     With ``attention="se"`` it is ASR (Huang et al., ECCV 2024, arXiv 2304.06345), "attention-alike
-    structural re-parameterization": channel attention that is given a learned vector in the place
-    of the activations' means, ``g = sigmoid(fc2(relu(fc1(input))))``, and so is a constant once
-    trained. The authors put it behind the norm and fold it into that; here it is folded into the
-    weight, so biases are not multiplied, and a norm after the layer undoes its value, though not
-    its effect on the gradients.
-
-    Args:
-        out_channels: O, the layer's filters.
-        attention: ``none`` trains g itself, from 1; ``se`` is ASR, with O / 16 hidden units.
-        device, dtype: those of the layer.
-
-    The parameter is ``gain``, ``[O]``; or ``input``, ``[O]``, and the layers ``fc1`` and ``fc2``.
-
-    Raises:
-        ValueError: there is no such attention.
+    structural re-parameterization": channel attention on a learned vector instead of the means of
+    activations, ``g = sigmoid(fc2(relu(fc1(input))))`` with O / 16 hidden units, which is a
+    constant after training. The authors put it after the norm and fold it into the norm. Here it
+    is folded into the weight: biases are not multiplied, and a norm after the layer undoes its
+    value, but not its effect on the gradients.
     """
 
     name: ClassVar[str] = "gain"

@@ -1,7 +1,7 @@
 """Excitation of the gradient alone: the layer computes with W, and W moves as if excited.
 
-The papers explain their gains by amplified gradients. These stages have that part without the
-changed weights, so that the two can be told apart.
+The papers explain their gains by amplified gradients. These stages separate that effect from the
+changed weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,8 @@ from we_surgery.excitations.mwe import MWE, curve_limit
 class MWEGradient(Excitation):
     """``W``, whose gradient is multiplied by ``M_A^2 / (M_A^2 - w^2)``, the slope of MWE's curve.
 
-    WE paper, eq. 3, without eq. 2; ``M_A = (1 + epsilon) * max|W|``.
-
-    Args:
-        epsilon: as of :class:`~we_surgery.excitations.MWE`.
-
-    Raises:
-        ValueError: epsilon is out of range.
+    WE paper, eq. 3 without eq. 2; ``M_A = (1 + epsilon) * max|W|`` with the epsilon of
+    :class:`~we_surgery.excitations.MWE`.
     """
 
     name: ClassVar[str] = "mwe_gradient"
@@ -71,15 +66,9 @@ class MWEGradient(Excitation):
 class LWEGradient(Excitation):
     """``W``, whose gradient is multiplied by LWE's m.
 
-    WE paper, eq. 1, on the gradient alone. The layers that compute m are trained by the gradient
-    that they would have if W m were the weight; W gets none through them.
-
-    Args:
-        lwe: what computes m. The option of this name holds its options, such as
-            ``{"attention": "cbam"}``.
-
-    Raises:
-        ValueError: the option is not a mapping, or LWE refuses what it holds.
+    WE paper, eq. 1, on the gradient alone. The layers that compute m get the gradient that they
+    would get if W m were the weight; W gets no gradient through them. The option ``lwe`` holds the
+    options of :class:`~we_surgery.excitations.LWE`, such as ``{"attention": "cbam"}``.
     """
 
     name: ClassVar[str] = "lwe_gradient"

@@ -1,4 +1,4 @@
-"""How a weight tensor is read as filters: ``[out_channels, channels, *kernel]``."""
+"""Reads a weight tensor as filters: ``[out_channels, channels, *kernel]``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Shape of one conv or linear weight, and how its axes are to be read.
+    """Shape of one conv or linear weight, and the meaning of its axes.
 
     Conv and linear weights are stored filter by filter, ``[O, I, *K]`` with
-    ``I = in_channels / groups``. Transposed convs store ``[C, O / groups, *K]``,
-    so their filters have to be regrouped before anything can act per filter.
+    ``I = in_channels / groups``. Transposed convs store ``[C, O / groups, *K]``; their filters
+    must be regrouped before anything can act per filter.
 
     Attributes:
-        shape: the weight's shape as the layer stores it.
-        groups: the layer's groups.
-        transposed: whether the layer is a transposed conv.
+        shape: of the weight, as the layer stores it.
+        groups: of the layer.
+        transposed: whether it is a transposed conv.
     """
 
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class WeightLayout:
 
     @property
     def out_channels(self) -> int:
-        """O, the layer's filters."""
+        """O, the number of filters."""
         return self.shape[1] * self.groups if self.transposed else self.shape[0]
 
     @property
@@ -48,15 +48,12 @@ class WeightLayout:
 
     @property
     def fan_in(self) -> int:
-        """N = I * K, the weights of one filter."""
+        """N = I * K, the number of weights in one filter."""
         return self.channels * math.prod(self.kernel_size)
 
 
 def to_filters(weight: Tensor, groups: int | None) -> Tensor:
-    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into filters ``[O, C/g, *K]``.
-
-    Any other layer's weight, with None for the groups, is made of filters already.
-    """
+    """Regroups a transposed conv's weight ``[C, O/g, *K]`` into ``[O, C/g, *K]``; None: no-op."""
     if groups is None:
         return weight
     inputs, outputs, *kernel = weight.shape

@@ -1,8 +1,8 @@
-"""State dicts of the time before records, read as if they had one.
+"""State dicts without records, of earlier versions.
 
-There, a stage was known by its tensors alone: a number such as an epsilon was a 0-d buffer, a
-choice such as ``gate: tanh`` the presence of a key ``gate_tanh``, and a count the length of a
-buffer. Such keys are called marks here.
+Their tensors alone show the stages: a number such as an epsilon is a 0-d buffer, a choice such as
+``gate: tanh`` is a key ``gate_tanh``, and a count is the length of a buffer. Such keys are called
+marks here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEGACY_NOTE = (
     "was saved before we_surgery wrote records: what was excited was read off the names of its "
     "tensors, which cannot show a stage whose tensors are lost; save it again to have a record"
 )
-"""The end of a sentence on a checkpoint in the old form."""
+"""The end of a warning about such a checkpoint."""
 
 _PLACES = dict.fromkeys(("standardize", "weight_norm", "spectral_norm", "weight_align"), 0) | {
     "lwe": 10,
@@ -45,12 +45,12 @@ Tensors = Mapping[str, Tensor]
 
 
 def has_marks(tensors: Tensors) -> bool:
-    """Whether the tensors of an excitation are in the old form."""
+    """Whether these tensors of an excitation have no record."""
     return any(map(_MARK.fullmatch, tensors))
 
 
 def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
-    """The record of an excitation in the old form, and the tensors that are left of it."""
+    """The record that the marks stand for, and the other tensors."""
     by_stage: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stage, _, rest = key.partition(".")
@@ -77,7 +77,7 @@ def read_legacy(tensors: Tensors) -> tuple[Record, dict[str, Tensor]]:
 
 
 def upgraded(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors of an excitation in the old form, with records for their marks."""
+    """The tensors with records in the place of their marks."""
     record, state = read_legacy(tensors)
     state[RECORD_KEY] = to_tensor(record)
     for inner in ("lwe.fc1_excitation.", "lwe.fc2_excitation."):
@@ -89,7 +89,7 @@ def upgraded(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def upgrade_state(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Puts records in the place of the marks of the excitation below ``prefix``, if it has any."""
+    """:func:`upgraded` in place, for the excitation below ``prefix`` if it has marks."""
     own = _below(state, prefix)
     if has_marks(own):
         for key in own:
@@ -108,7 +108,7 @@ def _of_standardize(stage: Tensors) -> dict[str, Any]:
 def _of_mwe(stage: Tensors) -> dict[str, Any]:
     learn = "epsilon" if "rho" in stage else "mix" if "mix" in stage else "none"
     return {
-        # What a learned one started from is not known, and not needed.
+        # The start of a learned one is unknown, and not needed.
         "epsilon": 0.1 if learn == "epsilon" else _number(stage["epsilon"]),
         "detach_max": "undetached_max" not in stage,
         "curve": _choice(stage, "curve", "atanh"),
@@ -134,7 +134,7 @@ def _of_lwe(stage: Tensors) -> dict[str, Any]:
 
 
 def _inner(stage: Tensors) -> dict[str, Any] | None:
-    """The stages that excite the weights of a stacked LWE's own layers, but the standardization."""
+    """The stages that excite a stacked LWE's own layers, without standardization."""
     excitations = [_below(stage, f"{fc}_excitation.") for fc in ("fc1", "fc2")]
     if not excitations[0]:
         return None
@@ -151,7 +151,7 @@ def _inner(stage: Tensors) -> dict[str, Any] | None:
 
 
 def _reduction(shapes: Sequence[tuple[int, ...]]) -> int:
-    """One that gives layers of these ``(hidden, channels)``."""
+    """A reduction that gives layers of these ``(hidden, channels)``."""
     candidates = (16, *range(1, max(channels for _, channels in shapes) + 1))
     fit = (r for r in candidates if all(max(c // r, 1) == hidden for hidden, c in shapes))
     reduction: int = next(fit)
@@ -179,7 +179,7 @@ def _choice(stage: Tensors, option: str, default: str) -> str:
 
 
 def _number(tensor: Tensor) -> float:
-    """The value of a 0-d buffer, in the digits that its dtype has."""
+    """The value of a 0-d buffer, with as few digits as its dtype needs."""
     if tensor.ndim or tensor.is_meta:
         raise ValueError(f"a number is in a tensor of shape {tuple(tensor.shape)}")
     value = float(tensor)

@@ -28,7 +28,7 @@ Inner = str | Mapping[str, Mapping[str, Any]]
 
 
 class Widths(NamedTuple):
-    """What the layers of an attention are made for."""
+    """The sizes that an attention's layers depend on."""
 
     filters: int
     channels: int
@@ -39,49 +39,48 @@ class Widths(NamedTuple):
 class LWE(Excitation):
     """``W_j * m_j`` with ``m_j = sigmoid(fc2(relu(fc1(mean_K(W_j)))))`` for each filter j.
 
-    WE paper, section 3.2, eq. 1. ``mean_K`` averages each kernel to one value,
-    whatever its rank, so ``m_j`` holds one multiplier in (0, 1) for each of the
-    I input channels of filter j. All filters of a layer share ``fc1`` and ``fc2``.
-    The paper feeds the standardized weight: compose with
+    WE paper, section 3.2, eq. 1. ``mean_K`` averages each kernel to one value, so ``m_j`` has one
+    multiplier in (0, 1) for each of the I input channels of filter j. All filters of a layer share
+    ``fc1`` and ``fc2``. The paper's input is the standardized weight: compose with
     :class:`~we_surgery.excitations.Standardize`.
 
-    What computes the multiplier is its *attention*; this class is that of the paper, ``se``, and
-    each other one is a subclass of its own, which says in ``takes`` what options it has.
+    The *attention* computes the multiplier. This class has the paper's, ``se``; every other
+    attention is a subclass, whose ``takes`` lists its options.
 
     Args:
         in_channels: C, the layer's input channels over all groups.
         groups: the layer's groups; one filter sees I = C / groups channels.
-        reduction: hidden width is ``max(in_channels // reduction, 1)``, from the
-            full ``in_channels`` also for grouped convs (only so does ResNeXt50
-            reach the 27.9 M parameters of Table 1).
-        filters: O, which matters to some attentions.
-        kernel_size: K of the layer's weight; empty for a linear layer.
-        device, dtype: those of the layer.
-        options: further ones of the attention. Of ``se``:
+        reduction: the hidden width is ``max(in_channels // reduction, 1)``, with all
+            ``in_channels`` for grouped convs too (as ResNeXt50's 27.9 M parameters in Table 1
+            imply).
+        filters: O; only some attentions depend on it.
+        kernel_size: K; empty for a linear layer.
+        device, dtype: of the layer.
+        options: further options of the attention. ``se`` has
 
-            ``skip``: the multiplier is ``1 + m``; None is the attention's own form, which is
-            without for all but ``bam``.
+            ``skip``: the multiplier is ``1 + m``. None selects the attention's own form, without
+            skip for all but ``bam``.
 
-            ``activation``: between ``fc1`` and ``fc2``; Table 6.10 of the thesis compares some.
+            ``activation``: between ``fc1`` and ``fc2``; the thesis compares some in Table 6.10.
 
-            ``gate``: after ``fc2``, in the place of the sigmoid.
+            ``gate``: after ``fc2``, instead of the sigmoid.
 
-            ``inner``: excites the weights of ``fc1`` and ``fc2`` themselves, standardized first:
-            stage names joined by ``+``, or a mapping of stages to options, which may hold a
-            further ``inner`` (thesis, chapter 8).
+            ``inner``: excites the weights of ``fc1`` and ``fc2``, after standardizing them: stage
+            names joined by ``+``, or a mapping of stages to options, which may hold another
+            ``inner`` (thesis, chapter 8).
 
-            ``repeat``: the excited weight goes through as many LWEs of this kind, each with layers
-            of its own (another reading of the thesis' chapter 8). All attentions take it.
+            ``repeat``: that many LWEs of this kind in sequence, each with its own layers (another
+            reading of the thesis' chapter 8). All attentions have it.
 
-            ``then``: the excited weight goes through another LWE with these options, such as
-            ``{"attention": "se"}`` behind a global one. All attentions take it.
+            ``then``: another LWE, with these options, follows, such as ``{"attention": "se"}``
+            after a global one. All attentions have it.
 
-    Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias,
-    in torch's default initialization (supplement, section 1).
+    Parameters are ``fc1`` (I -> hidden) and ``fc2`` (hidden -> I), both with bias, in torch's
+    default initialization (supplement, section 1).
 
     Raises:
-        ValueError: a width is not positive, groups do not divide in_channels, or an option does
-            not exist or has no such value.
+        ValueError: a size is not positive, groups do not divide in_channels, or an option or its
+            value does not exist.
     """
 
     name: ClassVar[str] = "lwe"
@@ -96,7 +95,7 @@ class LWE(Excitation):
 
     attention: ClassVar[str] = "se"
     attentions: ClassVar[dict[str, type[LWE]]] = {}
-    """Each class by the name of its attention, as the option takes it."""
+    """The classes by the values of the option ``attention``."""
     takes: ClassVar[Mapping[str, Option]] = {
         "reduction": Option(16, optional(check_count)),
         "skip": skip_of(False),
@@ -104,10 +103,10 @@ class LWE(Excitation):
         "gate": Option("sigmoid", one_of(ACTIVATIONS)),
         "inner": Option(None, lambda where, value: value),
     }
-    """Its options beside :data:`FOR_ALL`; each is an attribute of its name."""
+    """Its options besides :data:`FOR_ALL`; each is an attribute of the same name."""
 
     reduction: int | None
-    """None where nobody said it; the layers have their shapes in any case."""
+    """None in old state dicts, where only the layers' shapes show it."""
     skip: bool
     activation: str
     gate: str
@@ -177,7 +176,7 @@ class LWE(Excitation):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """Those of all attentions."""
+        """The options of all attentions."""
         every = {n: o.default for kind in LWE.attentions.values() for n, o in kind.takes.items()}
         shared = {name: option.default for name, option in FOR_ALL.items()}
         return {"attention": LWE.attention, **every, **shared}
@@ -198,7 +197,7 @@ class LWE(Excitation):
         return {"attention": self.attention, **chosen}
 
     def _further(self) -> list[tuple[type[LWE], dict[str, Any]]]:
-        """The LWEs that come after this one, with their options."""
+        """The LWEs that follow this one, with their options."""
         own = {name: getattr(self, name) for name in self.takes}
         found: list[tuple[type[LWE], dict[str, Any]]] = [(type(self), own)] * (self.repeat - 1)
         if self.then is not None:
@@ -212,7 +211,7 @@ class LWE(Excitation):
 
     def _hide_further(self) -> None:
         for lwe in self._after:
-            lwe.is_part = True  # this one's record says all of them
+            lwe.is_part = True  # this one's record describes them
 
     def _add_layers(self, widths: Widths, device: Device, dtype: DType) -> None:
         self.fc1 = nn.Linear(widths.channels, widths.hidden, device=device, dtype=dtype)
@@ -233,7 +232,7 @@ class LWE(Excitation):
             self.add_module(f"{name}_excitation", excitation)
 
     def closed_form_fields(self) -> dict[str, Any] | None:
-        # Of eq. 1 alone; an exact type, since a subclass computes something else.
+        # Only eq. 1; subclasses compute something else.
         if type(self) is not LWE or self.further:
             return None
         if (self.skip, self.activation, self.gate, self.inner) != (False, "relu", "sigmoid", None):
@@ -248,7 +247,7 @@ class LWE(Excitation):
         """The location map of a weight ``[O, I, *K]`` of at least float32.
 
         Returns:
-            ``[O, I]``, or ``[O, I, *K]`` where the attention tells positions of a kernel apart.
+            ``[O, I]``, or ``[O, I, *K]`` if the attention distinguishes positions of a kernel.
         """
         total = self._multiplier(weight)
         for lwe in self._after:
@@ -257,16 +256,16 @@ class LWE(Excitation):
         return total
 
     def _multiplier(self, weight: Tensor) -> Tensor:
-        """That of this attention alone, whatever comes after it."""
+        """Of this LWE alone, without those that follow."""
         gated = self._gated(weight)
         return 1 + gated if self.skip else gated
 
     def _gated(self, weight: Tensor) -> Tensor:
-        """The multiplier without a skip."""
+        """The multiplier without skip."""
         return ACTIVATIONS[self.gate](self._mlp(kernel_mean(weight)))
 
     def _mlp(self, pooled: Tensor) -> Tensor:
-        """``fc2(activation(fc1(p)))`` of ``[O, I]``."""
+        """``fc2(activation(fc1(pooled)))``, ``[O, I]``."""
         return self._fc("fc2", ACTIVATIONS[self.activation](self._fc("fc1", pooled)))
 
     def _fc(self, name: str, inputs: Tensor) -> Tensor:
@@ -282,10 +281,9 @@ class LWE(Excitation):
 
     @torch.no_grad()
     def start_constant(self, weight: Tensor) -> float:
-        """Makes the multiplier the same for all kernels of ``weight`` and able to learn.
+        """Makes the multiplier one number for all kernels of ``weight``, which it returns.
 
-        Returns:
-            That multiplier.
+        All parameters can still learn.
         """
         constant = self._start(weight)
         for lwe in self._after:
@@ -293,10 +291,10 @@ class LWE(Excitation):
         return constant
 
     def _start(self, weight: Tensor) -> float:
-        """:meth:`start_constant` of this attention alone.
+        """:meth:`start_constant` of this LWE alone.
 
-        The last layer becomes zero. The first has no gradient until the last has left zero, and
-        none for good where a hidden unit is off for every filter: such a unit is mirrored.
+        The last layer becomes zero. The first gets gradients once the last has left zero, but not
+        for a hidden unit that is off for every filter: such a unit is mirrored.
         """
         if self.inner is not None:
             raise NotImplementedError("a stacked lwe cannot start as an identity")
@@ -308,16 +306,16 @@ class LWE(Excitation):
         wake_units(self.fc1, self._pooled(weight))
 
     def _pooled(self, weight: Tensor) -> Tensor:
-        """All that the layers are fed, ``[N, I]``."""
+        """All inputs of the layers, ``[N, I]``."""
         return kernel_mean(weight)
 
     @property
     def start_bias(self) -> float:
-        """Where the gate starts so that it is neither 0 nor flat."""
+        """A start at which the gate is neither 0 nor flat."""
         return 0.0 if self.gate == "sigmoid" else 1.0
 
     def gate_at(self, value: float) -> float:
-        """The gate of one number."""
+        """The gate's value for one number."""
         return ACTIVATIONS[self.gate](torch.tensor(value, dtype=torch.float64, device="cpu")).item()
 
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
@@ -369,7 +367,7 @@ class LWE(Excitation):
         return known if cls is LWE else cls  # type: ignore[return-value]
 
     def _rebuild_layers(self, state: Mapping[str, Tensor]) -> None:
-        """The layers in the shapes that the state dict has, on meta: no random numbers drawn."""
+        """Adds layers of the state dict's shapes, on meta, which draws no random numbers."""
         hidden, channels = state["fc1.weight"].shape
         meta, dtype = torch.device("meta"), state["fc1.weight"].dtype
         self._add_layers(Widths(1, channels, hidden, self._kernel_size(state)), meta, dtype)

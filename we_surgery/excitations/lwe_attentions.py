@@ -1,4 +1,4 @@
-"""LWE with the multipliers of CBAM, BAM and triplet attention, as the thesis has them."""
+"""LWE with the multipliers of CBAM, BAM and triplet attention, after the thesis."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ from we_surgery.excitations.lwe import LWE, Widths
 from we_surgery.excitations.lwe_options import Option, optional, skip_of
 
 KERNEL = Option(None, optional(check_count))
-"""The size of convs over the positions of a kernel, in each dimension."""
+"""The size, in each dimension, of convs over the positions of a kernel."""
 
 _CONVS: tuple[Callable[..., nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 class CBAMLWE(LWE, attention="cbam"):
-    """Each filter is taken for an image of I channels and the size of a kernel.
+    """CBAM on each filter, read as an image with I channels and the size of a kernel.
 
-    Thesis, section 3.1.2, eqs. 3.1 to 3.4, in the form of its code::
+    Thesis, section 3.1.2, eqs. 3.1 to 3.4, as in its code::
 
         c_j = gate(mlp(mean_K(W_j)) + mlp(max_K(W_j)))             [I], one mlp for both
         s_j = gate(conv([max_I(V_j), mean_I(V_j)]))                [*K], of V_j = c_j W_j
         W'_j = c_j s_j W_j
 
-    The conv has the layer's own kernel size, as in the thesis' code; ``kernel=7`` is the 7x7 of
-    its text. With ``skip``, which
-    with ``activation="leaky_relu"`` is what the thesis proposes (section 3.2), V_j = (1 + c_j) W_j
-    and ``W'_j = ((1 + c_j) (1 + s_j) + c_j) W_j``: no weight is made smaller. A linear layer,
-    which has no kernel, has the channels' part alone.
+    The conv has the layer's kernel size, as in the thesis' code; ``kernel=7`` gives the 7x7 of its
+    text. With ``skip``, V_j = (1 + c_j) W_j and ``W'_j = ((1 + c_j) (1 + s_j) + c_j) W_j``: no
+    weight gets smaller. ``skip`` with ``activation="leaky_relu"`` is the thesis' proposal (section
+    3.2). A linear layer has no kernel, and only the channel part.
 
     Adds ``2 K + 1`` parameters to those of :class:`~we_surgery.excitations.LWE`.
     """
@@ -87,20 +86,18 @@ class CBAMLWE(LWE, attention="cbam"):
 
 
 class BAMLWE(LWE, attention="bam"):
-    """The O filters are taken for a batch of images of I channels and the size of a kernel.
+    """BAM on the O filters, read as a batch of images with I channels and the size of a kernel.
 
-    Thesis, section 3.1.3, eqs. 3.5 and 3.6, which give neither code nor results::
+    Thesis, section 3.1.3, eqs. 3.5 and 3.6, without code or results::
 
         c = norm(fc2(relu(fc1(mean_K(W)))))                        [O, I]
         s = norm(conv1x1(relu(conv(relu(conv(relu(conv1x1(W)))))))) [O, 1, *K]
         W' = (1 + gate(c + s)) W
 
-    The batch norms take the statistics of the filters themselves in training and in eval mode,
-    so that the excited weight depends on nothing but the weight and strips exactly. The two
-    middle convs have the layer's own kernel size, or ``kernel``; BAM dilates them by 4, which on a
-    map as small as a kernel would see nothing but padding. A linear layer has the first branch
-    alone.
-    ``skip=False`` leaves the 1 out.
+    The batch norms use the statistics of the filters, in eval mode too, so the excited weight
+    depends on the weight alone and strips exactly. The two middle convs have the layer's kernel
+    size, or ``kernel``; BAM dilates them by 4, which would see only padding on a map of the size
+    of a kernel. A linear layer has only the first branch. ``skip=False`` drops the 1.
     """
 
     takes: ClassVar[Mapping[str, Option]] = {**LWE.takes, "skip": skip_of(True), "kernel": KERNEL}
@@ -145,7 +142,7 @@ class BAMLWE(LWE, attention="bam"):
         return ACTIVATIONS[self.gate](total)
 
     def _start(self, weight: Tensor) -> float:
-        """Starts the norms at a scale of 0, so that the layers before them stay as they are."""
+        """Starts the norms with scale 0; the layers before them need no change."""
         self._wake_units(weight)
         self.channel_scale.zero_()
         self.channel_shift.fill_(self.start_bias)
@@ -159,22 +156,21 @@ class BAMLWE(LWE, attention="bam"):
 
 
 class TripletLWE(LWE, attention="triplet"):
-    """The mean of one gate for each axis of a filter, the axis being pooled.
+    """The mean of one gate per axis of a filter, each computed after pooling its axis.
 
-    Thesis, section 3.1.3, on a 2-d kernel, with the ``[max; mean]`` of an axis as the two
-    channels that a conv sees::
+    Thesis, section 3.1.3, on a 2-d kernel; a conv's two input channels are the ``[max; mean]`` of
+    the pooled axis::
 
         g_0 = gate(conv(pool_I(W)))      [O, 1, kh, kw]
         g_1 = gate(conv(pool_kh(W)))     [O, I, 1, kw], the maps being I x kw
         g_2 = gate(conv(pool_kw(W)))     [O, I, kh, 1], the maps being kh x I
         W' = (g_0 + g_1 + g_2) / 3 W
 
-    A kernel of another rank has as many axes more or less, a linear weight one. The conv has
-    the layer's own kernel size or ``kernel``. It is the same for all axes and has ``2 K + 1``
-    parameters. With ``separate``, which is what section 3.1.3 and triplet attention itself have,
-    each axis has a conv of its own without bias and a batch norm after it, of the filters' own
-    statistics as in :class:`BAMLWE`. The thesis' public code trains no such attention: one version
-    makes it anew in each forward pass, the other fails.
+    Kernels of another rank have more or fewer axes, linear weights one. The conv has the layer's
+    kernel size, or ``kernel``; all axes share it, and it has ``2 K + 1`` parameters. With
+    ``separate``, as in section 3.1.3 and in triplet attention, each axis has its own conv without
+    bias, followed by a batch norm as in :class:`BAMLWE`. The thesis' public code does not train
+    this attention: one version makes it anew in each forward pass, the other fails.
     """
 
     takes: ClassVar[Mapping[str, Option]] = {
@@ -228,7 +224,7 @@ class TripletLWE(LWE, attention="triplet"):
 
 
 def _size(kernel: int | None, widths: Widths) -> tuple[int, ...]:
-    """That of a conv over the maps of a kernel; empty for a linear layer."""
+    """The kernel size of a conv over the positions of a kernel; empty for a linear layer."""
     return widths.kernel if kernel is None else (kernel,) * len(widths.kernel)
 
 
@@ -247,11 +243,8 @@ def _make_conv(
 
 
 def _same_conv(inputs: Tensor, conv: nn.Module) -> Tensor:
-    """The conv on maps ``[N, C, *size]``, zero-padded so that their size stays.
-
-    An odd kernel is padded by half its size on both sides, an even one by one more behind.
-    """
-    # Not get_parameter: a backward pass may put other tensors in the parameters' place.
+    """The conv on maps ``[N, C, *size]``, zero-padded to keep their size."""
+    # Not get_parameter: a backward pass may replace parameters by tensors.
     own: Any = conv
     weight = own.weight.to(inputs.dtype)
     bias = None if own.bias is None else own.bias.to(inputs.dtype)
@@ -266,10 +259,7 @@ def _largest_and_mean(filters: Tensor) -> Tensor:
 
 
 def _batch_standardized(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Batch norm of ``[N, C, *]`` by the batch's own statistics, also in eval mode.
-
-    ``weight`` and ``bias`` are ``[C]``; 1e-5 is added to the variance.
-    """
+    """Batch norm of ``[N, C, *]`` by the batch's own statistics; weight and bias ``[C]``."""
     dims = (0, *range(2, inputs.ndim))
     variance, mean = torch.var_mean(inputs, dims, correction=0, keepdim=True)
     shape = (1, -1, *[1] * (inputs.ndim - 2))

@@ -1,4 +1,4 @@
-"""LWE by a map of learned multipliers, which the WE paper names and leaves for its small net."""
+"""LWE with a map of learned multipliers, the WE paper's alternative to its small net."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from we_surgery.excitations.lwe_options import Option, optional
 class DirectLWE(LWE, attention="direct"):
     """``W * sigmoid(P)`` with a parameter P of ``O x I``, whatever the weight is.
 
-    WE paper, section 3.2, "a simple approach", which there costs around 60 % more parameters on
-    ResNet50: 52 % in its convs, 60 % with the last linear layer. P starts at 0, so that all
-    multipliers are 1/2; the paper says nothing of it.
+    WE paper, section 3.2, "a simple approach", with around 60 % more parameters on ResNet50: 52 %
+    in its convs, 60 % with the last linear layer. P starts at 0, so all multipliers start at 1/2;
+    the paper gives no start.
 
-    Between that and the paper's net: with a ``rank`` r, ``P = U V^T`` of ``U`` ``[O, r]``, which
-    starts at 0, and ``V`` ``[I, r]``, which starts as a linear layer's weight does.
+    With a ``rank`` r, ``P = U V^T``: ``U``, ``[O, r]``, starts at 0, and ``V``, ``[I, r]``, like a
+    linear layer's weight.
     """
 
     takes: ClassVar[Mapping[str, Option]] = {

@@ -1,4 +1,4 @@
-"""LWE by one location net for all layers of a model."""
+"""LWE with one location net for all layers of a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from we_surgery.excitations.lwe import LWE, Widths
 from we_surgery.excitations.lwe_options import Option, one_of
 
 WIDTH = 64
-"""The channels that the net sees, whatever the layer has."""
+"""The net's input channels, for layers of any width."""
 
 RESIZINGS = ("linear", "area")
 
 
 class LocationNet(nn.Module):
-    """The two layers that all excited layers of a model have in common."""
+    """The two layers that all excited layers of a model share."""
 
     def __init__(self, hidden: int, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
@@ -37,18 +37,15 @@ class LocationNet(nn.Module):
 class GlobalLWE(LWE, attention="global"):
     """``W_j * m_j`` with ``m_j = to_I(sigmoid(fc2(relu(fc1(to_64(mean_K(W_j)))))))``.
 
-    Thesis, section 4.2. ``fc1`` and ``fc2`` (64 -> 64 / reduction -> 64) are one module for all
-    layers of a conversion; ``to_n`` resizes along the input channels. A model whose layers
-    differ in device or dtype has one net for each.
+    Thesis, section 4.2. All layers of a conversion share ``fc1`` and ``fc2`` (64 -> 64 / reduction
+    -> 64), one net per device and dtype; ``to_n`` resizes along the input channels. The options
+    are those of :class:`~we_surgery.excitations.LWE` without ``inner``, and
 
-    Args:
-        in_channels, groups, reduction, kernel_size, skip, activation, gate, device, dtype: as in
-            :class:`~we_surgery.excitations.LWE`; the hidden width is ``64 // reduction``.
-        resize: ``linear`` interpolation as in the thesis' code, which from 256 channels on sees
-            only some of them, or ``area``, the mean over all.
-        averaged: each layer has a net of its own, and ``ws.average_location_nets`` makes their
-            weights one, but not their biases, after each optimizer step: that is what the
-            thesis' code does.
+    ``resize``: ``linear`` interpolation as in the thesis' code, which from 256 channels on skips
+    some of them, or ``area``, the mean over all.
+
+    ``averaged``: each layer has its own net, and ``ws.average_location_nets`` averages their
+    weights, but not their biases, after each optimizer step, as the thesis' code does.
     """
 
     takes: ClassVar[Mapping[str, Option]] = {
@@ -80,10 +77,7 @@ class GlobalLWE(LWE, attention="global"):
     def state_dict(
         self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any
     ) -> Any:
-        """With a copy of a net that another layer has as well.
-
-        A file of safetensors takes no tensor twice, and each record is to stand by itself.
-        """
+        """Copies a shared net: safetensors refuses a tensor twice, and each record is complete."""
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
         if self.is_net_borrowed and not keep_vars:
             for name, _ in self.net.named_parameters():
@@ -104,7 +98,7 @@ class GlobalLWE(LWE, attention="global"):
         return F.interpolate(rows.unsqueeze(1), size, mode=self.resize).squeeze(1)
 
     def _start(self, weight: Tensor) -> float:
-        """As in LWE, but that no unit is mirrored: another layer may have it on."""
+        """As in LWE, without mirroring units: they may be on in another layer."""
         make_constant(self.net.fc2, self.start_bias)
         return self.skip + self.gate_at(self.start_bias)
 

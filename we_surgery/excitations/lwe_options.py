@@ -10,14 +10,14 @@ from we_surgery.excitations.functions import check_choice, check_flag
 
 
 class Option(NamedTuple):
-    """An option of an attention: what it is by default, and what refuses other values."""
+    """An option of an attention: its default, and a check that returns the value or raises."""
 
     default: Any
     check: Callable[[str, Any], Any]
 
 
 def one_of(choices: Collection[str]) -> Callable[[str, Any], str]:
-    """The check of an option that is one of these names."""
+    """The check of an option with these values."""
     return partial(check_choice, choices=choices)
 
 
@@ -27,5 +27,5 @@ def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 
 def skip_of(own: bool) -> Option:
-    """The option ``skip`` of an attention whose own form has a skip, or has none."""
+    """The option ``skip``; ``own`` is the attention's own form, which None selects."""
     return Option(None, lambda where, value: own if value is None else check_flag(where, value))

@@ -45,41 +45,41 @@ CURVES: dict[str, Callable[[Tensor], Tensor]] = {
     "novel": novel,
     "novel_log10": novel_log10,
 }
-"""By the names that the option ``curve`` takes. All but the first are of the thesis, section
-3.3.1, which found none of them satisfactory, and its eq. 3.7."""
+"""The values of the option ``curve``. All but the first are from the thesis, section 3.3.1, which
+finds none of them satisfactory, and its eq. 3.7."""
 
 
 class MWE(Excitation):
     """``M_A * atanh(w / M_A)`` with ``M_A = (1 + epsilon) * max|W|`` over the whole layer.
 
-    WE paper, section 3.3, eq. 2 (``M_A * 0.5 * ln((1 + w/M_A) / (1 - w/M_A))`` is the
-    same curve; that form loses weights below 1e-6 in float32). It has no parameters
-    and works on any shape.
+    WE paper, section 3.3, eq. 2. (Its form ``M_A * 0.5 * ln((1 + w/M_A) / (1 - w/M_A))`` is the
+    same curve, but loses weights below 1e-6 in float32.) It has no parameters and accepts any
+    shape.
 
     Args:
-        epsilon: distance of the curve's pole from the largest weight; the paper uses
-            0.1 and names 0 < epsilon < 0.2. Values from 1e-6 (below it float32 cannot
-            tell M_A from the largest weight) to 1 (nearly the identity) are accepted.
+        epsilon: distance of the curve's pole from the largest weight, from 1e-6 (below, float32
+            does not distinguish M_A from the largest weight) to 1 (nearly the identity). The
+            paper uses 0.1 and names 0 < epsilon < 0.2.
         detach_max: M_A is a constant in the backward pass, which gives eq. 3,
-            ``dL/dw = M_A^2 / (M_A^2 - w^2) * dL/dw'``. The public code lets the gradient
-            flow through the maximum, which turns the largest weight's own factor of 5.76
-            into 1.67 at epsilon 0.1; ``detach_max=False`` reproduces that.
-        curve: in the place of atanh, one of :data:`~we_surgery.excitations.mwe.CURVES`.
-        rescale: the curve of w / M_A is multiplied by M_A again. ``False`` with
-            ``curve="novel_log10"`` is the thesis' code; the weight then has a scale of about 1
-            whatever it was, and needs a norm after it.
-        relative: ``False`` gives ``curve(w)`` of the weight itself, which is eq. 3.7 of the thesis
-            as it is printed with ``curve="novel"``. There is no M_A then, so that ``epsilon``,
-            ``detach_max`` and ``rescale`` mean nothing; atanh is not defined for all weights.
+            ``dL/dw = M_A^2 / (M_A^2 - w^2) * dL/dw'``. ``False`` lets the gradient flow through
+            the maximum, as the public code does: the largest weight's factor is then 1.67 instead
+            of 5.76 at epsilon 0.1.
+        curve: one of :data:`~we_surgery.excitations.mwe.CURVES`.
+        rescale: multiplies the curve of w / M_A by M_A. ``False`` with ``curve="novel_log10"`` is
+            the thesis' code; the excited weight then has a scale of about 1 and needs a norm after
+            it.
+        relative: ``False`` gives ``curve(w)`` without M_A, so ``epsilon``, ``detach_max`` and
+            ``rescale`` have no effect. With ``curve="novel"`` it is the thesis' eq. 3.7 as printed.
+            Not for atanh, which is not defined for all weights.
         learn: ``epsilon`` trains epsilon, as ``softplus(rho)`` over 1e-6; ``mix`` trains a, from
-            1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea and no form).
-        device, dtype: those of the layer, for what is learned.
+            1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea without a form).
+        device, dtype: of the learned parameter.
 
-    With atanh a weight of zeros is returned as it is, and so is one of subnormal numbers. Only
-    atanh has an inverse here, and can start as an identity.
+    atanh leaves weights of zeros or subnormal numbers unchanged. Only atanh has an inverse here
+    and can start as an identity.
 
     Raises:
-        ValueError: epsilon is out of range, or there is no such curve.
+        ValueError: epsilon is out of range, or the curve does not exist.
     """
 
     name: ClassVar[str] = "mwe"
@@ -94,7 +94,7 @@ class MWE(Excitation):
     takes_standardized: ClassVar[bool] = True
     adjustable: ClassVar[tuple[str, ...]] = ("epsilon",)
     epsilon: float
-    """Where it is learned, what it starts from."""
+    """The start, if it is learned."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class MWE(Excitation):
         self.relative = check_flag("mwe: relative", relative)
         if not relative and (curve == "atanh" or learn == "epsilon"):
             raise ValueError(
-                "mwe: relative=False takes another curve than atanh, and has no epsilon to learn"
+                "mwe: relative=False needs another curve than atanh, and has no epsilon to learn"
             )
         if learn == "epsilon":
             rho = math.log(math.expm1(max(epsilon - _SMALLEST_EPSILON, _SMALLEST_EPSILON)))
@@ -129,8 +129,7 @@ class MWE(Excitation):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         epsilon = options["epsilon"]
-        # Written so that NaN is refused as well. The tolerance admits a bound that was
-        # stored in float32.
+        # This form refuses NaN too. The tolerance admits a bound stored in float32.
         lowest = _SMALLEST_EPSILON * (1 - 1e-6)
         if not (is_number(epsilon) and lowest <= epsilon <= _LARGEST_EPSILON):
             raise ValueError(
@@ -139,7 +138,7 @@ class MWE(Excitation):
             )
 
     def closed_form_fields(self) -> dict[str, Any] | None:
-        # Of eq. 2 alone; an exact type, since a subclass computes something else.
+        # Only eq. 2; subclasses compute something else.
         if type(self) is not MWE or not self._is_paper_curve or self.learn != "none":
             return None
         return {"mwe_epsilon": self.epsilon, "detach_max": self.detach_max}
@@ -166,7 +165,7 @@ class MWE(Excitation):
     def _epsilon(self) -> Tensor | float:
         if self.learn != "epsilon":
             return self.epsilon
-        # In full precision: half precision cannot tell 1 + epsilon from 1.
+        # In full precision: in half precision 1 + epsilon may round to 1.
         rho = self.rho if self.rho.dtype == torch.float64 else self.rho.float()
         return F.softplus(rho).squeeze(0) + _SMALLEST_EPSILON
 
@@ -185,7 +184,7 @@ class MWE(Excitation):
     def _inverted(self, excited: Tensor) -> Tensor:
         # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
         epsilon = self._epsilon()
-        # Rounded as in `curve_limit`, and then no more, where the model has become float64 since.
+        # Rounded as in `curve_limit`, also if the model has become float64 since.
         pole = torch.as_tensor(1 + epsilon, dtype=excited.dtype, device=excited.device)
         largest_gain = pole * torch.atanh(1 / pole)
         limit = curve_limit(excited / largest_gain, epsilon)
@@ -232,10 +231,10 @@ def amplified(weight: Tensor, epsilon: Tensor | float, detach_max: bool) -> Tens
 
 def curve_limit(weight: Tensor, epsilon: Tensor | float) -> Tensor:
     """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
-    # Not aminmax: torch 2.8 has no derivative of it, and it copies a weight in channels-last order.
-    # With all dimensions by number: the ONNX exporter knows no amin without them.
+    # Not aminmax: torch 2.8 cannot differentiate it, and it copies channels_last weights. The ONNX
+    # exporter needs the dimensions of amin.
     dims = tuple(range(weight.ndim))
     limit = (1 + epsilon) * torch.maximum(-weight.amin(dims), weight.amax(dims))
-    # Subnormal weights count as zeros: their M_A may round to the largest weight itself.
+    # Subnormal weights count as zeros: M_A may round to the largest one.
     vanishes = limit < torch.finfo(limit.dtype).tiny
     return torch.where(vanishes, torch.ones_like(limit), limit)

@@ -1,4 +1,4 @@
-"""What an excited layer calls its parts, and how a parameter is renamed in its place."""
+"""The names of an excited layer's parts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ EXCITATION = "excitation"
 
 
 def raw_name(parameter: str) -> str:
-    """Where the raw tensor of ``parameter`` is kept: ``weight`` -> ``raw_weight``."""
+    """``weight`` -> ``raw_weight``."""
     return RAW_PREFIX + parameter
 
 
 def vanilla_key(raw_key: str) -> str:
-    """A state dict's key of the weight whose raw tensor has this one."""
+    """``conv.raw_weight`` -> ``conv.weight``."""
     owner, dot, last = raw_key.rpartition(".")
     return f"{owner}{dot}{last.removeprefix(RAW_PREFIX)}"
 
 
 def excitation_name(parameter: str) -> str:
-    """The submodule that excites ``parameter``: ``in_proj_weight`` -> ``in_proj_excitation``."""
+    """``in_proj_weight`` -> ``in_proj_excitation``, the submodule that excites it."""
     stem = parameter.removesuffix("weight")
     return stem + EXCITATION if stem != parameter else f"{parameter}_{EXCITATION}"
 
@@ -39,29 +39,25 @@ _SEPARATOR = ":"
 
 @dataclass(frozen=True)
 class MadeClass:
-    """The class of an excited layer that is made on demand, as pickles name it.
+    """A class of excited layers that is made on demand, as pickles name it.
 
-    The separators are no characters of an identifier, and a dot would send pickle looking for
-    attributes of attributes. Parameters may have any name, as in a ParameterDict.
-
-    Attributes:
-        module: the vanilla class's module.
-        classes: its qualified name: those it is nested in, and its own.
-        parameters: those that are excited.
+    The separators do not occur in identifiers, and are not dots, which pickle would resolve as
+    attributes. Parameters may have any name, as in a ParameterDict.
     """
 
     module: str
     classes: tuple[str, ...]
+    """The vanilla class's qualified name, split at its dots."""
     parameters: tuple[str, ...]
 
     @classmethod
     def of(cls, base: type, parameters: Sequence[str]) -> MadeClass:
-        """The class of a ``base`` layer whose ``parameters`` are excited."""
+        """That of a layer of class ``base`` whose ``parameters`` are excited."""
         return cls(base.__module__, tuple(base.__qualname__.split(".")), tuple(parameters))
 
     @classmethod
     def parse(cls, name: str) -> MadeClass | None:
-        """The inverse of :attr:`name`; None where it is the name of something else."""
+        """The inverse of :attr:`name`; None for other names."""
         module, *rest = name.split(_SEPARATOR)
         if len(rest) < 2:
             return None
@@ -69,18 +65,18 @@ class MadeClass:
         found = cls(
             module.replace("/", "."), tuple(classes.split("/")), tuple(map(unquote, parameters))
         )
-        # One name for one class: pickles are looked over by it.
+        # A class has one name: pickles are checked by it.
         return found if found.name == name else None
 
     @property
     def name(self) -> str:
-        """What pickle calls it."""
+        """Its name in pickles."""
         quoted = (quote(parameter, safe="") for parameter in self.parameters)
         return _SEPARATOR.join((self.module.replace(".", "/"), "/".join(self.classes), *quoted))
 
 
 def rename_parameter(module: nn.Module, old: str, new: str) -> None:
-    """Renames a parameter without a change of its position."""
+    """Renames a parameter in its place in the order."""
     renamed = {new if name == old else name: p for name, p in module._parameters.items()}
     module._parameters.clear()
     module._parameters.update(renamed)

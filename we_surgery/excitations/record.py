@@ -1,22 +1,21 @@
-"""The record: what was excited, in words, as state dicts hold it.
+"""The record: the stages and options of an excitation, as text in a state dict.
 
 A state dict has one record per excitation, beside its tensors: ``layer1.0.conv1.excitation.
-_extra_state``, the key that torch has for a module's state that is not a tensor. It is JSON::
+_extra_state``, torch's key for the state of a module that is not a tensor. It is JSON::
 
     {"schema": 2,
      "stages": [{"standardize": {"epsilon": 1e-05}}, {"lwe": {"attention": "se", ...}}],
      "transposed_groups": null,
      "paused": false}
 
-The stages are in the order in which they run, each with all of its options. ``paused`` says how
-excitation will set in, ``"preserve"`` or ``"paper"``, or is false. The text is stored as a uint8
-tensor of its UTF-8 bytes, which safetensors, ``weights_only=True`` and
-torch.distributed.checkpoint take like any other. It is made anew for each state dict, so that
-nothing that averages, casts or broadcasts parameters and buffers can change it; where somebody
-casts a whole state dict, each byte is still a whole number.
+The stages are in the order in which they run, each with all of its options. ``paused`` is false
+or how the pause will end, ``"preserve"`` or ``"paper"``. The text is stored as a uint8 tensor of
+its UTF-8 bytes, which safetensors, ``weights_only=True`` and torch.distributed.checkpoint accept.
+Each state dict gets a new one, so averaging, casting or broadcasting parameters and buffers cannot
+change it; if a whole state dict is cast, each byte stays a whole number.
 
-Records of schema 1 know fewer options: those that they lack have their defaults. Their ``paused``
-is true or false.
+Records of schema 1 have fewer options; the missing ones take their defaults. Their ``paused`` is
+true or false.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Paused = Literal[False] | PausedInit
 
 
 def is_record(key: str) -> bool:
-    """Whether a state dict's key is that of a record, or of another module's extra state."""
+    """Whether a state dict's key belongs to a record or to another module's extra state."""
     return key.rpartition(".")[2] == RECORD_KEY
 
 
@@ -62,7 +61,7 @@ def make_record(
 
 
 def stage_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a record's stages."""
+    """The names of its stages."""
     return tuple(name for stage in record["stages"] for name in stage)
 
 
@@ -74,7 +73,7 @@ def outline(record: Mapping[str, Any]) -> str:
 
 
 def to_tensor(record: Mapping[str, Any]) -> Tensor:
-    """The record as a state dict holds it; an InputError if an option is not of a JSON type."""
+    """The record as a state dict stores it; an InputError if an option is not of a JSON type."""
     try:
         text = json.dumps(record)
     except (TypeError, ValueError, RecursionError) as error:
@@ -86,7 +85,7 @@ def to_tensor(record: Mapping[str, Any]) -> Tensor:
 
 
 def read_record(tensor: Any) -> Record:
-    """The inverse of :func:`to_tensor`, of a tensor of any dtype; an InputError if it has none."""
+    """The inverse of :func:`to_tensor`, for any dtype; an InputError if it is not a record."""
     if not isinstance(tensor, Tensor) or tensor.ndim != 1 or tensor.numel() > _LONGEST:
         raise _unreadable("it is not a row of bytes")
     if tensor.is_meta:

@@ -21,21 +21,14 @@ class ScaledStandardize(Excitation):
     """``gamma g_j (W_j - mean_j) / sqrt(N var_j)`` for each filter j of N weights.
 
     Brock et al. (arXiv 2101.08692, "Scaled Weight Standardization"; NFNets, arXiv 2102.06171),
-    with a trained gain g_j that starts at 1. The variance is the biased one, so each filter
-    has the length ``gamma g_j``, and the layer needs no norm after it. To each deviation 1e-5 is
-    added, where the authors' code bounds ``N var_j`` from below by 1e-4: a constant filter
-    becomes 0. A filter of a single weight is only multiplied by g_j.
+    with a trained g_j, the parameter ``gain``, ``[O]``, from 1. The variance is the biased one, so
+    each filter has the length ``gamma g_j``, and the layer needs no norm after it. 1e-5 is added to
+    each deviation, and a constant filter becomes 0; the authors' code bounds ``N var_j`` from below
+    by 1e-4. A filter of a single weight is only multiplied by g_j.
 
     Args:
-        out_channels: O, the layer's filters.
-        gamma: the constant of the activation that follows, over 0; ``sqrt(2 / (1 - 1 / pi))``,
-            about 1.7128, for ReLU. At 1 the network's activations must hold it, as in timm.
-        device, dtype: those of the layer.
-
-    The parameter is ``gain``, g, ``[O]``.
-
-    Raises:
-        ValueError: gamma is not a positive finite number.
+        gamma: the positive constant of the activation that follows; ``sqrt(2 / (1 - 1 / pi))``,
+            about 1.7128, for ReLU. With 1 the network's activations must apply it, as in timm.
     """
 
     name: ClassVar[str] = "scaled_standardize"

@@ -19,24 +19,15 @@ HARDENINGS = ("soft", "argmax", "round")
 class ShiftAttention(Excitation):
     """``W * softmax(T * A / std(A))`` over the positions of each kernel, A being trained.
 
-    Hacene et al. (ICPR 2020), in the form of their code. T is an inverse temperature that
-    grows during training (:class:`~we_surgery.training.ShiftAttentionSchedule`), until all but
-    one position of a kernel are near zero; :func:`we_surgery.harden` then makes them exactly
-    zero, after which the layer is a shift and a 1x1 conv. A is ``[O, I, *K]`` and starts
-    uniform in (0, 1); shared, all filters of a layer take the same positions and it is
-    ``[1, I, *K]``. The deviation is that of a kernel, unbiased; neither the scale nor the mean of
-    A matter.
+    Hacene et al. (ICPR 2020), as in their code. T is an inverse temperature that grows during
+    training (:class:`~we_surgery.training.ShiftAttentionSchedule`) until all but one position of a
+    kernel are near zero; :func:`we_surgery.harden` then sets them to zero, and the layer is a shift
+    and a 1x1 conv. A is the parameter ``attention``, ``[O, I, *K]``, and starts uniform in (0, 1).
+    The deviation is each kernel's, unbiased; scale and mean of A have no effect.
 
     Args:
-        out_channels: O, the layer's filters.
-        channels: I, the input channels of one.
-        kernel_size: K, of at least two positions.
-        shared: whether the filters have their positions in common.
-        inverse_temperature: T to start with; the code's 20 is that for CIFAR, 0.15 for ImageNet.
-        device, dtype: those of the layer.
-
-    Raises:
-        ValueError: the kernel has a single position, or T is not positive.
+        shared: all filters choose the same positions; A is ``[1, I, *K]``.
+        inverse_temperature: the first T; the authors' code has 20 for CIFAR and 0.15 for ImageNet.
     """
 
     name: ClassVar[str] = "shift_attention"
@@ -50,7 +41,7 @@ class ShiftAttention(Excitation):
     adjustable: ClassVar[tuple[str, ...]] = ("hardening",)
     attention: nn.Parameter
     inverse_temperature: Tensor
-    """A buffer, because it grows while training goes on."""
+    """A buffer, because it grows during training."""
     hardening: str
     """``soft``, ``argmax`` or ``round``."""
 
@@ -93,8 +84,7 @@ class ShiftAttention(Excitation):
         return weight * self.positions(weight.dtype)
 
     def positions(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the weight is multiplied by, ``[O or 1, I, *K]``: one-hot in each kernel if hard."""
-        # Flat, whatever the kernel's rank.
+        """The factors of the weight, ``[O or 1, I, *K]``; once hardened, one-hot in each kernel."""
         scores = self.attention.to(dtype).flatten(2)
         if self.hardening == "argmax":
             largest = scores.argmax(2, keepdim=True)
@@ -112,15 +102,14 @@ class ShiftAttention(Excitation):
 
     @torch.no_grad()
     def undecided(self) -> int:
-        """How many kernels have no position over one half, and vanish by ``round``."""
+        """The number of kernels without a position over one half, which ``round`` sets to zero."""
         largest = self._softmax(self.attention.float().flatten(2)).amax(2)
         return int((largest <= 0.5).sum())
 
     def stored_words(self, weight: Tensor) -> float:
-        """The 32-bit words that the hardened layer needs: a weight per kernel, and its position.
+        """The 32-bit words of the hardened layer: one weight and one position per kernel.
 
-        A position takes as many bits as tell all of a kernel apart, 4 for 3x3; shared, it is
-        kept once for each input channel.
+        A position takes 4 bits in a 3x3 kernel; shared ones are stored once per input channel.
         """
         filters, channels, *kernel_size = self.attention.shape
         positions = math.prod(kernel_size)

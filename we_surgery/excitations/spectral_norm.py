@@ -19,17 +19,12 @@ _FIRST_ITERATIONS = 15
 class SpectralNorm(Excitation):
     """``W / (u^T W v)``, W read as a matrix of its O filters by N weights each.
 
-    Miyato et al., as a baseline of the WE paper, and what
-    ``torch.nn.utils.parametrizations.spectral_norm`` computes: u and v, which approach the
-    largest singular value's vectors, are buffers; 15 steps of the power iteration are taken at
-    the conversion and one before each forward pass in training. What is stripped is what eval
-    mode computes. For a grouped transposed conv the matrix has all groups' filters, where torch
-    has the first axis of the stored tensor. A weight of zeros stays one.
-
-    Args:
-        out_channels: O, the layer's filters.
-        fan_in: N, the weights of one.
-        device, dtype: those of the layer; u and v are of at least float32.
+    Miyato et al., a baseline of the WE paper, as
+    ``torch.nn.utils.parametrizations.spectral_norm`` computes it. u and v, of at least float32, are
+    buffers that approach the singular vectors of the largest singular value: 15 steps of the power
+    iteration at conversion, and one before each forward pass in training. Strip folds what eval
+    mode computes. The matrix of a grouped transposed conv has the filters of all groups as rows;
+    torch's has the first axis of the stored tensor. A weight of zeros stays zero.
     """
 
     name: ClassVar[str] = "spectral_norm"
@@ -57,7 +52,7 @@ class SpectralNorm(Excitation):
         return weight / torch.where(sigma == 0, torch.ones_like(sigma), sigma)
 
     def _sigma(self, weight: Tensor) -> Tensor:
-        # Copies: the buffers move before the next forward pass.
+        # Copies, since the next forward pass updates the buffers.
         u, v = (buffer.to(weight.dtype, copy=True) for buffer in (self.u, self.v))
         return torch.dot(u, torch.mv(weight.flatten(1), v))
 

@@ -30,11 +30,7 @@ YAMLLoader.add_implicit_resolver(
 def parse_stages(text: object, where: str) -> dict[str, dict[str, Any]]:
     """The stages of ``lwe+mwe(epsilon=0.2)`` with their options, checked; none for ``skip``.
 
-    Options stand in parentheses, ``name=value`` with commas between, values as in YAML.
-
-    Raises:
-        InputError: it is not a list of stages, has an unknown stage or option, or its stages
-            are not in the order they run in.
+    Values of options are YAML. An error begins with ``where``.
     """
     if text == SKIP:
         return {}
@@ -65,7 +61,7 @@ def parse_stages(text: object, where: str) -> dict[str, dict[str, Any]]:
 
 
 def name_and_options(text: str, where: str) -> tuple[str, Mapping[str, Any]]:
-    """``lwe(reduction=8)`` as its name and options, neither of them checked."""
+    """``lwe(reduction=8)`` as name and options, unchecked."""
     name, _, rest = text.partition("(")
     if not rest:
         return name, {}

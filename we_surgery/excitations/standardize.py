@@ -1,4 +1,4 @@
-"""Weight standardization, and the rescaling that gives back what it took from a filter."""
+"""Weight standardization, and the rescaling that restores a filter's mean and scale."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from we_surgery.excitations.layout import WeightLayout
 class Standardize(Excitation):
     """``(W_j - mean_j) / (std_j + epsilon)`` for each filter j, std unbiased.
 
-    Weight standardization (Qiao et al.), which weight excitation uses as the
-    input of LWE and MWE (WE paper, end of section 3.3 and section 4.1).
+    Weight standardization (Qiao et al.), the input of LWE and MWE in the WE paper (end of section
+    3.3 and section 4.1).
 
-    A filter of a single weight (fan-in 1) has no standard deviation and is
-    passed through unchanged; a constant filter becomes 0 with a finite
-    gradient. The variance is that of the centred weight, because the one-pass
-    formula loses 7 % at a mean of 1000 standard deviations, and the weight is
-    centred twice, because the rounding of a mean of 0.3 alone makes 3e-3 of a
-    constant filter.
+    A filter of a single weight (fan-in 1) has no standard deviation and stays unchanged; a
+    constant filter becomes 0 with a finite gradient. The variance is computed from the centred
+    weight: the one-pass formula is 7 % off at a mean of 1000 standard deviations. The weight is
+    centred twice: the rounding of a mean of 0.3 turns a constant filter into 3e-3.
 
     Args:
         epsilon: added to each standard deviation; at least 0 and finite.
@@ -84,14 +82,10 @@ class Standardize(Excitation):
 class Rescale(Excitation):
     """``gain_j * W_j + shift_j`` for each filter j.
 
-    A pretrained weight that is to be excited with standardization loses its filters' scale and
-    mean. :meth:`Composition.preserve <we_surgery.excitations.Composition.preserve>` puts them
-    here, so that the converted model computes what the pretrained one did. They are buffers:
-    part of the state dict, and not trained.
-
-    Args:
-        gain: ``[O]``.
-        shift: ``[O]``.
+    Standardization removes scale and mean from the filters of a pretrained weight.
+    :meth:`Composition.preserve <we_surgery.excitations.Composition.preserve>` stores them here, so
+    that the converted model starts with the pretrained outputs. They are buffers, ``[O]`` each,
+    and not trained.
     """
 
     name: ClassVar[str] = "rescale"
@@ -118,7 +112,7 @@ class Rescale(Excitation):
 
     @classmethod
     def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        raise TypeError("a rescaling is made from a pretrained weight; see `Composition.preserve`")
+        raise TypeError("`Composition.preserve` makes a rescaling, from a pretrained weight")
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
@@ -126,7 +120,7 @@ class Rescale(Excitation):
 
 
 def rescaled(weight: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """See :class:`Rescale`; for a weight ``[O, I, *K]`` of at least float32."""
+    """:class:`Rescale`, for a weight ``[O, I, *K]`` of at least float32."""
     return torch.addcmul(_per_filter(shift, weight), weight, _per_filter(gain, weight))
 
 
@@ -155,8 +149,8 @@ def _centred(weight: Tensor) -> Tensor:
 
 
 def _deviation(centred: Tensor) -> Tensor:
-    # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which is what
-    # a constant filter needs.
+    # std(W_j) = |W_j - mean_j| / sqrt(N - 1). The norm's gradient at 0 is 0, which suits constant
+    # filters.
     dims = tuple(range(1, centred.ndim))
     norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
     return norm / math.sqrt(centred[0].numel() - 1)

@@ -1,4 +1,4 @@
-"""WeightAlign: filters of mean 0 and the scale that He initialization gives them."""
+"""WeightAlign: filters with mean 0 and the scale of He initialization."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ from we_surgery.excitations.scaled_standardize import ScaledStandardize
 class WeightAlign(ScaledStandardize):
     """``g_j * (W_j - mean_j) / sqrt(N / 2 * var_j)`` for each filter j of N weights.
 
-    Shi et al. (arXiv 2010.07160), with a trained g_j that starts at 1: scaled standardization
-    with a gamma of ``sqrt(2)``, the scale of He initialization. **Not verified**: we had the
-    paper's abstract ("mean and scaled standard derivation computed within a filter") and no code
-    of its authors; the factor 1/2, the biased variance and the start of g are reconstructed.
-
-    Args:
-        out_channels: O, the layer's filters.
-        device, dtype: those of the layer.
-
-    The parameter is ``gain``, g, ``[O]``.
+    Shi et al. (arXiv 2010.07160): scaled standardization with a gamma of ``sqrt(2)``, the scale of
+    He initialization, and a trained g_j, the parameter ``gain``, from 1. **Not verified**: we had
+    only the paper's abstract ("mean and scaled standard derivation computed within a filter"); the
+    factor 1/2, the biased variance and the start of g are reconstructed.
     """
 
     name: ClassVar[str] = "weight_align"

@@ -16,25 +16,18 @@ from we_surgery.excitations.layout import WeightLayout
 
 
 class WeightCompander(Excitation):
-    """``a * arctan(w / b)`` with a and b of the layer, trained or fixed.
+    """``a * arctan(w / b)`` with a and b per layer, trained or fixed.
 
-    Cakaj, Mehnert and Yang (arXiv 2306.16993). No weight is larger than ``a pi / 2``, and near
-    0 the curve has the slope a / b. **Not verified**: we had the paper's abstract (a nonlinear
-    function of each weight that restricts its magnitude and forces it away from zero, with
-    learned hyper-parameters) and no code; the arctan and the defaults could not be compared with
-    it. What is trained are the logarithms of a and b, so that both stay positive.
+    Cakaj, Mehnert and Yang (arXiv 2306.16993). No excited weight exceeds ``a pi / 2``, and the
+    slope at 0 is a / b. **Not verified**: we had only the paper's abstract (a nonlinear function of
+    each weight that restricts its magnitude and forces it away from zero, with learned
+    hyper-parameters); the arctan and the defaults are reconstructed.
 
     Args:
-        a: the scale of the excited weight; None takes the largest magnitude of the layer's
-            weight at the conversion.
-        b: the scale of the raw weight; None takes half of that, a slope of 2 at 0.
-        learn: trains a and b.
-        device, dtype: those of the layer.
-
-    The parameters, or buffers, are ``log_a`` and ``log_b``, ``[1]``.
-
-    Raises:
-        ValueError: a or b is not a positive finite number.
+        a: the scale of the excited weight; by default the largest magnitude of the layer's weight
+            at conversion.
+        b: the scale of the raw weight; by default half of that, for a slope of 2 at 0.
+        learn: trains a and b, as logarithms, ``log_a`` and ``log_b``, so that they stay positive.
     """
 
     name: ClassVar[str] = "weight_compander"
@@ -85,8 +78,8 @@ class WeightCompander(Excitation):
         largest = excited.abs().amax().item()
         if largest >= reach:
             raise InputError(
-                f"weight_compander yields no weight over {reach:.4g}, and one of {largest:.4g} "
-                "was assigned",
+                f"weight_compander cannot yield the assigned weight: its largest value is "
+                f"{largest:.4g}, and the limit is {reach:.4g}",
                 "Convert the model again from that weight, or give a larger `a`.",
             )
         return b * torch.tan(excited / a)

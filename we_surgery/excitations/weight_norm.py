@@ -1,4 +1,4 @@
-"""Weight normalization: the length of each filter as a parameter of its own."""
+"""Weight normalization: each filter's length is a parameter."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ from we_surgery.excitations.layout import WeightLayout
 class WeightNorm(Excitation):
     """``g_j * W_j / |W_j|`` for each filter j, with a trained g_j that starts at ``|W_j|``.
 
-    Salimans and Kingma, as a baseline of the WE paper. It is what
-    ``torch.nn.utils.parametrizations.weight_norm`` computes, per output filter also for
-    transposed convs, where torch's default ``dim=0`` takes input channels. The converted model
-    computes what it did before. A filter of zeros stays one.
-
-    Args:
-        out_channels: O, the layer's filters.
-        device, dtype: those of the layer.
-
-    The parameter is ``magnitude``, g, ``[O]``.
+    Salimans and Kingma, a baseline of the WE paper; g is the parameter ``magnitude``, ``[O]``. As
+    ``torch.nn.utils.parametrizations.weight_norm``, but per output filter for transposed convs
+    too, for which torch's default ``dim=0`` takes input channels. Conversion does not change the
+    model's outputs. A filter of zeros stays zero.
     """
 
     name: ClassVar[str] = "weight_norm"
@@ -52,7 +46,7 @@ class WeightNorm(Excitation):
     @torch.no_grad()
     def start_affine(self, weight: Tensor) -> Affine:
         self.prepare(weight)
-        # Tensors, and not the number 1: another multiple of the weight would not be kept.
+        # Tensors, and not the number 1, which would claim it for all multiples of the weight.
         rounded = self.magnitude.to(weight.dtype)
         gain = torch.where(rounded == 0, torch.ones_like(rounded), _norm(weight) / rounded)
         return Affine(gain, torch.zeros_like(gain))
