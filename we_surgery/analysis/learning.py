@@ -61,11 +61,7 @@ def regularization_variants(
 
 
 def with_dropout(model: nn.Module, rate: float) -> nn.Module:
-    """Puts dropout in front of the last linear layer, in place.
-
-    Raises:
-        InputError: there is no linear layer below the model.
-    """
+    """Puts dropout in front of the last linear layer, in place."""
     names = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
     if not names:
         raise InputError(

@@ -90,10 +90,6 @@ def measure(
             end.
         progress: called with (measurements done, measurements in all), the latter 0 where a loader
             does not say its length.
-
-    Raises:
-        InputError: the metric is neither of the two, does not run the model, or does not give a
-            number; the batches differ from those of the run to be resumed.
     """
     check_score(score)
     label = "metric_fn" if callable(metric) else score

@@ -190,11 +190,7 @@ def _chosen(
 def with_multipliers(
     model: nn.Module, layers: Sequence[str] = ()
 ) -> tuple[nn.Module, dict[MeasuredWeight, Tensor]]:
-    """The stripped model, and the multiplier maps of its weights, on the CPU.
-
-    Raises:
-        InputError: there are none, or a pattern matches no layer.
-    """
+    """The stripped model, and the multiplier maps of its weights, on the CPU."""
     maps = multiplier_maps(model)
     copied = deployed_copy(model)
     found = {

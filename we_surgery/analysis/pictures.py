@@ -45,11 +45,7 @@ _UNITS = {"accuracy": "accuracy", "log_likelihood": "mean log likelihood", "metr
 
 
 def check_pictures() -> None:
-    """Says before a long run whether its picture could be drawn.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """Says before a long run whether its picture could be drawn."""
     _matplotlib("matplotlib")
 
 
@@ -79,9 +75,6 @@ def render(result: Result, kind: str) -> bytes:
     Args:
         result: what an analysis returned.
         kind: ``png`` or ``svg``.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
     figure = draw(result)
     buffer = io.BytesIO()

@@ -23,12 +23,7 @@ def _result_files(stem: str | Path, *, picture: bool) -> list[Path]:
 
 
 def check_result(stem: str | Path, *, picture: bool = True, force: bool = False) -> None:
-    """Checks before a long run that its result can be saved.
-
-    Raises:
-        InputError: a file exists without ``force`` or cannot be written, or the picture needs
-            matplotlib and there is none.
-    """
+    """Checks before a long run that its result can be saved."""
     for path in _result_files(stem, picture=picture):
         check_target(path, force=force)
     if picture:

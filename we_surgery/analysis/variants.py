@@ -70,9 +70,6 @@ def initialize_excitations(model: Excited, initialization: Initialization) -> Ex
         model: a converted model, or an attached excitation.
         initialization: ``default`` leaves torch's, ``xavier`` is uniform, ``kaiming`` normal
             over ``fan_out``.
-
-    Raises:
-        InputError: there is no such initialization.
     """
     draw = {
         "default": None,

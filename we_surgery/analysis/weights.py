@@ -60,9 +60,6 @@ def find_weights(
         model: a vanilla model.
         layers: patterns as in a :class:`~we_surgery.Rule`; none takes all.
         kinds: what the kind begins with: ``conv``, ``linear``, or "" for all.
-
-    Raises:
-        InputError: a pattern matches nothing, or there is no such weight.
     """
     modules = dict(model.named_modules())
     owners: dict[nn.Parameter, list[nn.Module]] = {}

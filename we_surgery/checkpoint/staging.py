@@ -263,10 +263,6 @@ def staged_together() -> Iterator[Staging]:
 
     When the block raises, or one of them cannot take its place, nothing is left and the targets are
     as they were.
-
-    Raises:
-        InputError: a target cannot be written to, or exists without ``force``.
-        SurgeryError: writing failed; the targets are as they were, unless the message says else.
     """
     stage = Staging()
     try:

@@ -97,10 +97,6 @@ def strip_file(source: Source, options: StripOptions) -> Stripped:
     A state dict needs no model: it says itself what was excited. To safetensors it is stripped
     tensor by tensor. What was written is read back and compared bit for bit with a second fold
     before it gets its name.
-
-    Raises:
-        InputError: bad usage, an unreadable input, or nothing to compare outputs with.
-        SurgeryError: there is nothing to strip, or a proof failed; nothing is written.
     """
     mark = ".ema" if source.weights == "ema" and options.output is None else ""
     return _strip_all([(source, mark)], options)[0]

@@ -67,9 +67,6 @@ def shift_before(data: fx.Node, channel_dim: int, graph: ModelGraph) -> Shift | 
         data: what a conv or linear operation of a recorded graph is applied to.
         channel_dim: its channels' dimension; may be negative.
         graph: the graph.
-
-    Raises:
-        RuntimeError: a movement cannot be replayed.
     """
     inside, sources = _slice(data, graph)
     if not _may_shift(inside) or _moves_channels_alone(inside, channel_dim):

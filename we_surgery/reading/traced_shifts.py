@@ -36,11 +36,7 @@ _JOINING = ("cat", "stack", "concat", "gather", "setitem", "copy", "indexselect"
 def traced_shift_before(
     data: fx.Node, kind: str, layout: WeightLayout, graph: ModelGraph
 ) -> Shift | None:
-    """The shift that made what a layer is applied to, on the first made-up shapes that run.
-
-    Raises:
-        RuntimeError: it runs on none of them.
-    """
+    """The shift that made what a layer is applied to, on the first made-up shapes that run."""
     if kind not in _MADE_UP_SHAPES:
         return None
     inside, sources = _between_layers(data, graph)

@@ -25,11 +25,7 @@ IGNORED_LABEL = 255
 
 
 def open_dataset(data: Data, folder: Path, *, is_training: bool) -> Examples:
-    """The split that is trained on or evaluated, its ``transform`` still to be set.
-
-    Raises:
-        InputError: something is missing; the message tells what to put where.
-    """
+    """The split that is trained on or evaluated, its ``transform`` still to be set."""
     split = data.train if is_training else data.validation
     opener = _OPENERS[data.layout]
     try:

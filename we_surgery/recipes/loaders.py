@@ -44,11 +44,7 @@ class Loaders:
 def make_loaders(
     recipe: Recipe, folder: Path, batch_size: int, workers: int, process: ProcessInfo
 ) -> Loaders:
-    """Loaders over a data folder; ``batch_size`` is that of one step of this process.
-
-    Raises:
-        InputError: images are missing.
-    """
+    """Loaders over a data folder; ``batch_size`` is that of one step of this process."""
     made = []
     for is_training in (True, False):
         dataset: Any = open_dataset(recipe.data, folder, is_training=is_training)

@@ -144,10 +144,6 @@ def load_recipe(path: str | Path) -> Recipe:
 
     A file may begin with ``extends: OTHER.yaml``, a path from its own folder: mappings are
     merged key by key, and everything else is replaced.
-
-    Raises:
-        InputError: the file cannot be read, a key is unknown or missing, or a value is not of
-            its type.
     """
     path = shipped.check_recipe(path)
     settings = _merged(path, ())

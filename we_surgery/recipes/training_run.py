@@ -129,11 +129,7 @@ class TrainingRun:
         return epoch or 0
 
     def train_epoch(self, batches: Batches, epoch: int, progress: Progress) -> dict[str, float]:
-        """One pass; returns the mean loss.
-
-        Raises:
-            SurgeryError: the loss is not finite.
-        """
+        """One pass; returns the mean loss."""
         random_seed(self.seed + epoch, self.process.rank)
         sampler: Any = getattr(batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):

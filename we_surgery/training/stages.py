@@ -19,11 +19,7 @@ Stage = TypeVar("Stage", bound=Excitation)
 
 
 def stages_of(model: nn.Module, kind: type[Stage], function: str) -> list[Stage]:
-    """The stages of one kind in a model.
-
-    Raises:
-        InputError: an excitation is attached to the model, which holds no stages then.
-    """
+    """The stages of one kind in a model."""
     attached = isinstance(model, AttachedExcitation)
     if not attached:
         model = inside_wrappers(model)

@@ -72,9 +72,6 @@ class MaxDropout(nn.Module):
     Args:
         rate: see :func:`drop_largest`.
         always_on: drop in eval mode too, as the authors' models do.
-
-    Raises:
-        ValueError: the rate is outside of 0 to 1.
     """
 
     def __init__(self, rate: float = 0.3, always_on: bool = False) -> None:

@@ -29,11 +29,7 @@ TRANSPLANTS: dict[str, type[Transplant]] = {
 
 
 def build_transplant(name: object, options: object = None, where: str = "") -> Transplant:
-    """A transplant from its name and options.
-
-    Raises:
-        InputError: there is no such transplant or option, or a value is out of range.
-    """
+    """A transplant from its name and options."""
     prefix = f"{where}: " if where else ""
     if not isinstance(name, str) or name not in TRANSPLANTS:
         raise InputError(
@@ -58,9 +54,6 @@ def parse_transplants(asked: Any, where: str = "transplants") -> tuple[Transplan
         asked: names, with options or without (``max_dropout(rate=0.3)``), mappings of a name to
             its options, and ready-made transplants.
         where: what asks for them, for messages.
-
-    Raises:
-        InputError: it is no such list, or as :func:`build_transplant`.
     """
     if asked is None:
         return ()

@@ -88,12 +88,7 @@ class ShiftConv2d(nn.Module):
 
     @staticmethod
     def from_conv(conv: nn.Conv2d) -> ShiftConv2d:
-        """What computes the same as ``conv``.
-
-        Raises:
-            InputError: its kernels have several weights, or at different places; or the conv
-                has groups or pads with something else than zeros.
-        """
+        """What computes the same as ``conv``."""
         reason = unsupported_reason(conv)
         positions = None if reason else shared_positions(conv.weight)
         if positions is None:

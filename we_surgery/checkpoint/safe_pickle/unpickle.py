@@ -64,9 +64,6 @@ def unpickle(
         mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
             they are used; what is written to them does not reach it.
         content: what torch.save wrote, where it is a part of the file; at its start.
-
-    Raises:
-        InputError: the file is damaged or refused.
     """
     stood_in: list[Refusal] = []
     try:
