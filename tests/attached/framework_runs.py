@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from equal_forms import Net, batches, loss_of
+import torch.distributed as dist
+from equal_forms import Net, batches, loss_of, plain_step
 from processes import joined_group
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import we_surgery as ws
@@ -28,7 +32,7 @@ def images() -> TensorDataset:
     return TensorDataset(torch.cat(x), torch.cat(y))
 
 
-def by_accelerate(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+def by_accelerate(folder: Path, rank: int) -> dict[str, Tensor]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -46,44 +50,51 @@ def by_accelerate(folder: Path, rank: int) -> dict[str, torch.Tensor]:
     return accelerator.unwrap_model(model).state_dict()
 
 
-def by_lightning(folder: Path, rank: int) -> dict[str, torch.Tensor]:
-    import lightning.pytorch as lightning
+def by_lightning(strategy: str, optimization: str, folder: Path, _: int) -> dict[str, Tensor]:
+    import lightning_runs
 
-    from we_surgery.training.lightning import WeightExcitation
+    return lightning_runs.fit(folder, strategy, optimization)
 
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
 
-        def training_step(self, batch: Any, index: int) -> torch.Tensor:
-            return loss_of(self.net, batch)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return sgd(self)
-
+def by_hand(net: str, _: Path, rank: int) -> dict[str, Tensor]:
+    """A loop of one's own with DDP."""
     torch.manual_seed(0)
-    module = Module()
+    model = NETS[net]()
+    optimizer = sgd(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=net == "unused")
     torch.manual_seed(1 + rank)
-    trainer = lightning.Trainer(
-        default_root_dir=folder,
-        max_epochs=1,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[WeightExcitation(MODE, form="attached")],
-    )
-    # Lightning's own would shuffle.
-    sampler = DistributedSampler(images(), num_replicas=2, rank=rank, shuffle=False)
-    trainer.fit(module, DataLoader(images(), batch_size=3, sampler=sampler))
-    return module.net.state_dict()
+    ws.attach(wrapped, optimizer, MODE)
+    sampler = DistributedSampler(images(), shuffle=False)
+    for batch in DataLoader(images(), batch_size=3, sampler=sampler):
+        plain_step(optimizer, wrapped, batch, 0)
+    return model.state_dict()
 
 
-FRAMEWORKS = {"accelerate": by_accelerate, "lightning": by_lightning}
+class SometimesUnused(Net):
+    """The second process never reads ``extra``, and no process reads ``idle``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Conv2d(3, 5, 3)
+        self.idle = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.extra(x).mean((2, 3)) if dist.get_rank() == 0 else y
+
+
+NETS = {"plain": Net, "unused": SometimesUnused}
+OWN = ["ddp", "ddp_find_unused_parameters_true"]
+"""Strategies of Lightning that join processes that run."""
+FRAMEWORKS = {
+    "accelerate": by_accelerate,
+    **{f"by hand-{net}": partial(by_hand, net) for net in NETS},
+    **{
+        f"{strategy}-{optimization}": partial(by_lightning, strategy, optimization)
+        for strategy in OWN
+        for optimization in ("automatic", "manual")
+    },
+}
 
 
 def main(folder: Path, rank: int) -> None:
