@@ -1,6 +1,7 @@
 """Attached excitation in Lightning's real Trainer, by one callback."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -276,6 +277,14 @@ def test_a_second_fit_goes_on(tmp_path):
     fit(net, tmp_path, attached(), epochs=1)  # another Trainer and another callback
     assert len(net.losses) == 3 * STEPS
     assert callback.excitation.steps == 3 * STEPS
+
+
+def test_only_a_new_callback_goes_into_spawned_processes(tmp_path):
+    callback = attached(start_epoch=1)
+    assert pickle.loads(pickle.dumps(callback)).start_epoch == 1
+    fit(module(), tmp_path, callback, epochs=1)
+    with pytest.raises(ws.InputError, match="has attached an excitation in this process"):
+        pickle.dumps(callback)
 
 
 def test_the_learning_rate_finder_leaves_no_trace(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.ao.quantization.quantize_fx
 from safetensors.torch import save_file
 from torch import nn
 
@@ -72,6 +73,24 @@ def make_keras(path):
 def make_npz(path):
     with path.open("wb") as file:
         np.savez(file, weight=np.ones(3))
+
+
+def make_quantized(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Linear(2, 2))
+        torch.save(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), path)
+
+
+def make_quantized_graph(path):
+    inputs = (torch.ones(1, 2),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapping = torch.ao.quantization.get_default_qconfig_mapping()
+        model = nn.Sequential(nn.Linear(2, 2)).eval()
+        prepared = torch.ao.quantization.quantize_fx.prepare_fx(model, mapping, inputs)
+        prepared(*inputs)
+        torch.save(torch.ao.quantization.quantize_fx.convert_fx(prepared), path)
 
 
 def make_npy(path):
@@ -152,6 +171,8 @@ UNREADABLE = {
     "gguf": (lambda path: path.write_bytes(b"GGUF\x03" + bytes(40)), "is a GGUF file", "made from"),
     "tflite": (lambda path: path.write_bytes(b"\x1c\0\0\0TFL3" + bytes(40)), "Lite", "PyTorch"),
     "onnx": (make_onnx, "is an ONNX model", "exported from"),
+    "quantized": (make_quantized, "packed weights of a quantized model", "float model"),
+    "quantized graph": (make_quantized_graph, "packed weights of a quantized", "float model"),
     "keras": (make_keras, "is a Keras model", "PyTorch"),
     "npz": (make_npz, "NumPy arrays", "save"),
     "npy": (make_npy, "a NumPy array", "save"),

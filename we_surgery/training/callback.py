@@ -49,6 +49,15 @@ class ExcitingCallback:
         self.options = resolve_options(mode, paused_until(start_epoch, options))
         self.strip_checkpoints = strip_checkpoints
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.excitation is not None:
+            raise InputError(
+                "this callback has attached an excitation in this process, which cannot be copied "
+                "to another process",
+                "Give a trainer that starts processes a new callback.",
+            )
+        return vars(self)
+
     def begin_epoch(self, epoch: int, model: nn.Module, *averages: nn.Module) -> None:
         """Switches paused excitation on, in either form, once its epoch is reached."""
         if self.start_epoch is not None:

@@ -96,6 +96,7 @@ class Why(Enum):
     NO_MODULE = "not an nn.Module class"
     MAIN = "defined in the script that saved it"
     WRAPPER = "a wrapper"
+    PACKED = "the packed weights of a quantized model"
     MISUSED = "called in a way that torch.save never writes"
     HELD = "a callable that is not a layer, stored where the model would call it"
 
@@ -207,6 +208,8 @@ def _find(name: Name, allow: tuple[str, ...]) -> Any:
 
 
 def _find_module_class(name: Name, allow: tuple[str, ...]) -> Any:
+    if name.path == PACKED:
+        return Refusal(PACKED, Why.PACKED)
     packages = (*_PACKAGES, *allow)
     if not covers(packages, name.module):
         if name.module == "__main__":
@@ -360,7 +363,12 @@ def _path(value: Any) -> str:
     return value.path if isinstance(value, Name) else "an object"
 
 
+PACKED = "torch.ScriptObject"
+"""How a whole int8 model names the weights of its layers, which it does not hold as tensors."""
+
 WRAPPERS = {
+    PACKED: "Give the float model or its checkpoint: excite the float model, and quantize it after "
+    "training.",
     "torch.nn.parallel.distributed.DistributedDataParallel": "Save the model inside the wrapper: "
     "`torch.save(model.module, ...)`.",
     "torch._dynamo.eval_frame.OptimizedModule": "Save the model inside the wrapper: "

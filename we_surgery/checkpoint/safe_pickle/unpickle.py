@@ -20,6 +20,7 @@ from torch import Tensor
 from we_surgery._util.imports import working_folder_importable
 from we_surgery.checkpoint.safe_pickle.inert import holds_only_weights_aside
 from we_surgery.checkpoint.safe_pickle.permissions import (
+    PACKED,
     RENAMED,
     WRAPPERS,
     Refusal,
@@ -170,6 +171,8 @@ def _scan(path: Path, stream: IO[bytes], actions: Actions) -> None:
     try:
         scan(stream, actions)
     except ValueError as error:
+        if PACKED in actions.names:  # models of FX are written with other instructions too
+            raise _refused(path, [Refusal(PACKED, Why.PACKED)], ()) from error
         raise InputError(
             f"{path} cannot be read safely: {error}",
             "Save it again with today's torch.save and its default protocol, or open it with "
