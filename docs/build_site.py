@@ -1,8 +1,8 @@
 """Builds the site of the pages: ``python docs/build_site.py`` (``make docs``).
 
-The README becomes the first page. What pages link to outside of ``docs`` (results, configs, tests)
-is copied beside them, so that the site needs no other place. The reference is made of the public
-names' docstrings. Needs the extra ``docs``; nothing is fetched while it builds.
+The README becomes the first page, and notebooks are run. What pages link to outside of ``docs``
+(results, configs, tests) is copied beside them, so that the site needs no other place. The
+reference is made of the public names' docstrings. Needs the extra ``docs``; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 GATHERED = ROOT / "build" / "docs"
 OUTSIDE = "repository"
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
@@ -26,9 +27,11 @@ PUBLIC = re.compile(r"^from (we_surgery[\w.]*) import \w+ as (\w+)$", re.M)
 def gather() -> None:
     """Puts the pages and what they link to into ``build/docs``."""
     shutil.rmtree(GATHERED, ignore_errors=True)
-    shutil.copytree(DOCS, GATHERED, ignore=shutil.ignore_patterns("*.py", "*.csv", "*.yaml"))
-    waiting = [(ROOT / "README.md", GATHERED / "index.md")]
-    waiting += [(page, GATHERED / page.name) for page in DOCS.glob("*.md")]
+    left_out = shutil.ignore_patterns("*.py", "*.csv", "*.yaml", "*.ipynb")
+    shutil.copytree(DOCS, GATHERED, ignore=left_out)
+    run_notebooks()
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *NOTEBOOKS]
+    waiting = [(page, in_site(page)) for page in pages]
     done: set[Path] = set()
     while waiting:
         source, target = waiting.pop()
@@ -36,13 +39,20 @@ def gather() -> None:
             continue
         done.add(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == ".md":
+        if target.suffix == ".md":
             text, linked = rewritten(source, target)
             target.write_text(text, encoding="utf-8")
             waiting += linked
         elif source != target:
             shutil.copy(source, target)
     (GATHERED / "reference.md").write_text(reference(), encoding="utf-8")
+
+
+def run_notebooks() -> None:
+    """Writes each notebook as a page, with the outputs of running it now."""
+    convert = [sys.executable, "-m", "nbconvert", "--execute", "--to", "markdown"]
+    target = ["--log-level", "WARN", "--output-dir", GATHERED / "notebooks"]
+    subprocess.run([*convert, *target, *NOTEBOOKS], check=True)
 
 
 def rewritten(source: Path, target: Path) -> tuple[str, list[tuple[Path, Path]]]:
@@ -58,7 +68,8 @@ def rewritten(source: Path, target: Path) -> tuple[str, list[tuple[Path, Path]]]
         climb = len(target.parent.relative_to(GATHERED).parts)
         return f"]({'../' * climb}{place.relative_to(GATHERED).as_posix()}{match[3]}"
 
-    text = LINK.sub(replace, source.read_text(encoding="utf-8"))
+    page = target if source in NOTEBOOKS else source
+    text = LINK.sub(replace, page.read_text(encoding="utf-8"))
     return text, linked
 
 
@@ -66,6 +77,8 @@ def in_site(file: Path) -> Path:
     """Where a file of the repository lies in the site."""
     if file == ROOT / "README.md":
         return GATHERED / "index.md"
+    if file in NOTEBOOKS:
+        file = file.with_suffix(".md")
     if file.is_relative_to(DOCS):
         return GATHERED / file.relative_to(DOCS)
     return GATHERED / OUTSIDE / file.relative_to(ROOT)

@@ -22,12 +22,15 @@ def test_the_reference_has_each_public_name() -> None:
 
 def test_each_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "zensical.toml").read_text(encoding="utf-8")
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
-    assert pages == set(re.findall(r'"(\w+\.md)"', navigation)) - {"index.md", "reference.md"}
+    listed = set(re.findall(r'"([\w/]+)\.md"', navigation)) - {"index", "reference"}
+    docs = ROOT / "docs"
+    pages = [*docs.glob("*.md"), *docs.rglob("*.ipynb")]
+    assert {page.relative_to(docs).with_suffix("").as_posix() for page in pages} == listed
 
 
 def test_the_site_builds_and_is_whole() -> None:
-    pytest.importorskip("zensical")
+    for needed in ("zensical", "nbconvert", "ipykernel"):
+        pytest.importorskip(needed)
     assert SCRIPT["main"]() == 0
     site = ROOT / "site"
     pages = list(site.rglob("*.html"))
