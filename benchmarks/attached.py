@@ -259,7 +259,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
             ),
             "## Memory, in multiples of the excited weights\n",
             "Raw weights and parameters of the excitations are held between steps. A step takes "
-            "the raw gradients, and gives them back at its end.\n",
+            "what one layer needs: the raw gradients lie in the memory of W'.\n",
             table(
                 ("network", "held between steps", "in a step, more than vanilla"),
                 [(name, f"{row['held']:.3f}", f"{row['step']:.3f}") for name, row in networks],

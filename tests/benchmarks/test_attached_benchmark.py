@@ -60,12 +60,12 @@ def bytes_of_a_step(count: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*profiler")
-def test_a_step_takes_raw_gradients_and_what_one_layer_takes():
+def test_a_step_takes_what_one_layer_takes():
     bytes_of_a_step(1)
     few, many = bytes_of_a_step(4), bytes_of_a_step(12)
     weight = 32 * 32 * 9 * 4
-    assert (many - few) / (8 * weight) == pytest.approx(1, abs=0.15)
-    assert few < (4 + 4) * weight
+    assert (many - few) / (8 * weight) < 0.15
+    assert few < 4 * weight
 
 
 def saved_and_nodes(model: nn.Module, x: Tensor) -> tuple[list[tuple[int, ...]], int]:

@@ -87,7 +87,7 @@ def write_gathered(weight: AttachedWeight, *, advance: bool) -> None:
     weight.excited = Excited()
 
 
-def pull_back_rows(weights: Sequence[AttachedWeight]) -> None:
+def pull_back_rows(weights: Sequence[AttachedWeight], *, in_place: bool) -> None:
     """Assigns the gradients of rows; those of excitations are summed over the ranks."""
     parameters: dict[int, list[torch.nn.Parameter]] = {}
     for weight in weights:
@@ -101,7 +101,8 @@ def pull_back_rows(weights: Sequence[AttachedWeight]) -> None:
         found: tuple[Tensor | None, ...] = (gradient,)
         if rows.numel() and kept is not None:
             needed = (True, *(fc is not None and fc.requires_grad for fc in fcs))
-            asked = Pullback(gradient, rows, terms, kept, needed)
+            target = weight.memory_for_gradient if in_place else None
+            asked = Pullback(gradient, rows, terms, kept, needed, target)
             found = pull_back(weight.backend, [asked])[0]
         assert found[0] is not None
         weight.raw.grad = shard.joined(found[0], weight.raw)

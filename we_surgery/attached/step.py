@@ -26,6 +26,9 @@ from we_surgery.attached.weights import HALF, AttachedWeight, ExcitationParamete
 from we_surgery.attached.wrappers import STEPS, SWITCHES, with_wrapped
 from we_surgery.errors import AttachmentError, InputError, ThawedLayerWarning
 
+Places = dict[int, tuple[list[nn.Parameter], int]]
+"""Of an entry by its id: the group's list that holds it, and where."""
+
 
 @dataclass(eq=False)
 class OptimizerStep:
@@ -121,8 +124,8 @@ class OptimizerStep:
         if self.depth == 0:
             self.tripwire.check(self.weights)
             # Lookahead skips what has no gradient.
-            pull_back([weight for weight in self.weights if weight.parameter.grad is not None])
-            self._exchange(self.weights)
+            live = [weight for weight in self.weights if weight.parameter.grad is not None]
+            self._begin(live, self.weights)
         self.depth += 1
         try:
             result = method(*args, **kwargs)
@@ -161,7 +164,7 @@ class OptimizerStep:
             if not is_lazy:
                 self._pull_in()
         except BaseException:
-            self.depth = 0
+            self._abandon()
             raise
         if place == "closure":
             return args, {**kwargs, "closure": self._around(kwargs["closure"])}
@@ -199,8 +202,7 @@ class OptimizerStep:
         if not self.is_hidden:  # which comes between the loading of weights and of states
             self.synchronize(self)
             self._check(live)
-        pull_back(live)
-        self._exchange(live)
+        self._begin(live, live)
         if self.clip_raw is not None:
             groups = [*self.optimizer.param_groups, *self.companion.param_groups]
             _clip([p for group in groups for p in group["params"]], self.clip_raw, self.optimizer)
@@ -220,6 +222,18 @@ class OptimizerStep:
                 stacklevel=2,
             )
             self.left_out = {}
+
+    def _begin(self, live: Sequence[AttachedWeight], moved: Sequence[AttachedWeight]) -> None:
+        """Pulls the gradients of ``live`` weights back, and exchanges those that will move."""
+        places = self._places(moved)
+        try:
+            # A hidden step does not compute W' anew.
+            pull_back(live, in_place=not self.is_hidden)
+        except BaseException:
+            write(live, advance=False)
+            self.remember(live)
+            raise
+        self._exchange(moved, places)
 
     def _check(self, live: Sequence[AttachedWeight]) -> None:
         found = None
@@ -254,7 +268,8 @@ class OptimizerStep:
         moving = any(bool(local(weight.parameter.grad).any()) for weight in live)  # type: ignore[arg-type]
         return not any_rank(live, moving)
 
-    def _exchange(self, weights: Sequence[AttachedWeight]) -> None:
+    def _places(self, weights: Sequence[AttachedWeight]) -> Places:
+        """Where the optimizer holds its entries; raises where it no longer holds a weight's."""
         places = {
             id(parameter): (group["params"], index)
             for group in self.optimizer.param_groups
@@ -266,6 +281,9 @@ class OptimizerStep:
                     f"the optimizer no longer holds the weight of layer {weight.layer!r}",
                     "Detach before changing the optimizer's parameters, then attach again.",
                 )
+        return places
+
+    def _exchange(self, weights: Sequence[AttachedWeight], places: Places) -> None:
         layers = list(with_wrapped(self.optimizer))
         self.exchanged = list(weights)
         for weight in weights:

@@ -73,8 +73,12 @@ def _write_by_autograd(weight: AttachedWeight, advance: bool) -> None:
         weight.parameter.copy_(excited)
 
 
-def pull_back(weights: Sequence[AttachedWeight]) -> None:
+def pull_back(weights: Sequence[AttachedWeight], *, in_place: bool) -> None:
     """Assigns the gradients of raw weights and excitations from those of the Parameters.
+
+    ``in_place``, the raw gradients take the memory of W', which is computed anew after the step:
+    a second set of gradients would be as large as the weights, and new memory costs more than
+    their computation.
 
     The last weight comes first, as in the backward pass of a model: a parameter that several
     excitations share then sums its gradients in the same order.
@@ -88,9 +92,11 @@ def pull_back(weights: Sequence[AttachedWeight]) -> None:
             closed.setdefault(weight.backend, []).append(weight)
     found: dict[int, tuple[Tensor | None, ...]] = {}
     for backend, own in closed.items():
-        results = pull_back_in_closed_form(backend, [_pullback(weight) for weight in own])
+        jobs = [_pullback(weight, in_place=in_place) for weight in own]
+        results = pull_back_in_closed_form(backend, jobs)
         found |= zip(map(id, own), results, strict=True)
-    pull_back_rows([w for w in weights if w.shard is not None and w.excited.terms is not None])
+    rows = [w for w in weights if w.shard is not None and w.excited.terms is not None]
+    pull_back_rows(rows, in_place=in_place)
     for weight in reversed(weights):
         if weight.shard is not None and not weight.excited.is_identity:
             if weight.excited.terms is None:
@@ -160,13 +166,14 @@ def _gradient(weight: AttachedWeight) -> Tensor:
     return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
-def _pullback(weight: AttachedWeight) -> Pullback:
+def _pullback(weight: AttachedWeight, *, in_place: bool) -> Pullback:
     terms, kept = weight.excited.terms, weight.excited.kept
     assert terms is not None
     assert kept is not None
     fcs = (terms.fc1_weight, terms.fc1_bias, terms.fc2_weight, terms.fc2_bias)
     needed = (True, *(tensor is not None and tensor.requires_grad for tensor in fcs))
-    return Pullback(_gradient(weight), weight.raw, terms, kept, needed)
+    target = weight.memory_for_gradient if in_place else None
+    return Pullback(_gradient(weight), weight.raw, terms, kept, needed, target)
 
 
 def _accumulate(terms: ClosedFormInputs, gradients: Iterable[Tensor | None]) -> None:

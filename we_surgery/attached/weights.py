@@ -54,6 +54,17 @@ class AttachedWeight:
         """The Parameter's memory on this rank, detached."""
         return self.parameter.detach() if self.shard is None else local(self.parameter)
 
+    @property
+    def memory_for_gradient(self) -> Tensor | None:
+        """The Parameter's memory if a gradient of the raw weight can lie there for a step.
+
+        Not where another process may read it, such as an actor of reinforcement learning.
+        """
+        memory, raw = self.memory, local(self.raw)
+        if memory.dtype != raw.dtype or memory.stride() != raw.stride():
+            return None
+        return None if memory.device.type == "cpu" and memory.is_shared() else memory  # type: ignore[no-untyped-call]
+
     def stamp(self) -> tuple[int, int]:
         """Version and address of the Parameter's memory on this rank."""
         memory = self.parameter if self.shard is None else self.memory

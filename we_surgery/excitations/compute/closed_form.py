@@ -119,13 +119,15 @@ def _forward(weight: Tensor, inputs: ClosedFormInputs) -> tuple[Tensor, Kept]:
 
 def _backward(asked: Pullback) -> tuple[Tensor | None, ...]:
     """The gradients of W, A, a, B and b, where they are needed."""
-    gradient, weight, inputs, kept, needed = asked
+    gradient, weight, inputs, kept, needed, target = asked
+    filters = _as_filters(weight, inputs)
+    out = target if filters is weight else None
     # The formulas ask for the strides of what comes of the gradient, and a compiler starts over
     # when it is asked: within the context it would leave autocast off for the whole model.
     gradient.is_contiguous()
     with autocast_off(weight.device.type):
         by_filters, *by_fcs = formulas.differentiate(
-            _as_filters(gradient, inputs), _as_filters(weight, inputs), inputs, kept, needed
+            _as_filters(gradient, inputs), filters, inputs, kept, needed, out
         )
     if by_filters is None:
         return None, *by_fcs
@@ -134,7 +136,7 @@ def _backward(asked: Pullback) -> tuple[Tensor | None, ...]:
 
 def _differentiable_backward(asked: Pullback) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs and of the upstream one, for ``create_graph``."""
-    gradient, weight, inputs, _, needed = asked
+    gradient, weight, inputs, _, needed, _ = asked
     fcs = (inputs.fc1_weight, inputs.fc1_bias, inputs.fc2_weight, inputs.fc2_bias)
     sources: list[Any] = [weight, *fcs]
     places = [place for place, is_needed in enumerate(needed) if is_needed]
@@ -210,19 +212,28 @@ def pull_back(backend: Backend, asked: Sequence[Pullback]) -> list[tuple[Tensor 
         if runs_on_kernels(backend, one.weight, one.inputs):
             launched.append(place)
         else:
-            found[place] = _backward(one)
+            found[place] = _in_target(one, *_backward(one))
     if launched:
         results = kernels().differentiate([_with_filters(asked[place]) for place in launched])
         for place, (by_filters, *by_fcs) in zip(launched, results, strict=True):
             groups = asked[place].inputs.transposed_groups
             by_weight = None if by_filters is None else from_filters(by_filters, groups)
-            found[place] = (by_weight, *by_fcs)
+            found[place] = _in_target(asked[place], by_weight, *by_fcs)
     return [found[place] for place in range(len(asked))]
+
+
+def _in_target(
+    asked: Pullback, by_weight: Tensor | None, *by_fcs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if asked.target is not None and by_weight is not None and by_weight is not asked.target:
+        by_weight = asked.target.copy_(by_weight)
+    return by_weight, *by_fcs
 
 
 def _with_filters(asked: Pullback) -> Pullback:
     gradient, weight = (_as_filters(t, asked.inputs) for t in (asked.gradient, asked.weight))
-    return asked._replace(gradient=gradient, weight=weight)
+    target = asked.target if weight is asked.weight else None
+    return asked._replace(gradient=gradient, weight=weight, target=target)
 
 
 @torch.no_grad()

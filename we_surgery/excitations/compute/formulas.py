@@ -162,9 +162,14 @@ def _before_curve(
 
 
 def differentiate(
-    g: Tensor, filters: Tensor, inputs: ClosedFormInputs, kept: Kept, needed: Sequence[bool]
+    g: Tensor,
+    filters: Tensor,
+    inputs: ClosedFormInputs,
+    kept: Kept,
+    needed: Sequence[bool],
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of W, A, a, B and b from G, the gradient of W'.
+    """The gradients of W, A, a, B and b from G, the gradient of W'; that of W in ``out``, if given.
 
     With sums over a whole filter written sum_F:
 
@@ -186,16 +191,16 @@ def differentiate(
     gain, shift = rescaling(inputs, filters)
     if limit is not None and inputs.mwe_epsilon is not None:
         ratio = _ratio(centred, gate, _product(scale, gain), shift, limit)
-        g = _through_curve(g, ratio, inputs.mwe_epsilon, inputs.detach_max)
+        g = _through_curve(g, ratio, inputs.mwe_epsilon, inputs.detach_max, out)
     if gain is not None:
-        g = g * _spread(gain, filters)
+        g = torch.mul(g, _spread(gain, filters), out=out)
     t: Tensor | None = None
     by_fcs: tuple[Tensor | None, ...] = (None,) * 4
     if gate is not None:
-        g, t, by_fcs = _through_gate(g, centred, gate, scale, needed)
+        g, t, by_fcs = _through_gate(g, centred, gate, scale, needed, out)
     elif scale is not None:
         t = (g * centred).sum(tuple(range(1, g.ndim))).unsqueeze(1)
-        g = g * _spread(scale, filters)
+        g = torch.mul(g, _spread(scale, filters), out=out)
     if not needed[0]:
         return None, *by_fcs
     if scale is not None and norm is not None and t is not None:
@@ -206,10 +211,12 @@ def differentiate(
     return g, *by_fcs
 
 
-def _through_curve(g: Tensor, ratio: Tensor, epsilon: float, detach_max: bool) -> Tensor:
+def _through_curve(
+    g: Tensor, ratio: Tensor, epsilon: float, detach_max: bool, out: Tensor | None
+) -> Tensor:
     """From the gradient of W' to that of w; ``ratio``, w / M, is used up."""
     if detach_max:
-        return g / ratio.square_().neg_().add_(1)
+        return torch.div(g, ratio.square_().neg_().add_(1), out=out)
     # M moves with the largest weight: dW'/dM = atanh(w / M) - (w / M) / (1 - (w / M)^2). Equally
     # large weights share what comes of it.
     slope = 1 / (1 - ratio * ratio)
@@ -217,7 +224,7 @@ def _through_curve(g: Tensor, ratio: Tensor, epsilon: float, detach_max: bool) -
     magnitude = ratio.abs()
     largest = magnitude == magnitude.max()
     share = of_limit * (1 + epsilon) / largest.sum()
-    return g * slope + ratio.sign() * largest * share
+    return torch.add(g * slope, ratio.sign() * largest * share, out=out)
 
 
 def _ratio(
@@ -247,7 +254,12 @@ class _Gate(NamedTuple):
 
 
 def _through_gate(
-    g: Tensor, centred: Tensor, gate: _Gate, scale: Tensor | None, needed: Sequence[bool]
+    g: Tensor,
+    centred: Tensor,
+    gate: _Gate,
+    scale: Tensor | None,
+    needed: Sequence[bool],
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """d, t, and the gradients of A, a, B and b; ``gate.multiplier`` is used up."""
     multiplier, hidden = gate.multiplier, gate.hidden
@@ -277,10 +289,12 @@ def _through_gate(
     if scale is not None:
         multiplier.mul_(scale)
     if kernel == 1:
-        d = multiplier.mul_(g.flatten(1)).addmm_(v, gate.fc1_weight).view(centred.shape)
+        flat = multiplier if out is None else out.view(multiplier.shape)
+        torch.addmm(multiplier.mul_(g.flatten(1)), v, gate.fc1_weight, out=flat)
+        d = flat.view(centred.shape) if out is None else out
     else:
         spread = _spread(torch.mm(v, gate.fc1_weight), centred)
-        d = torch.addcmul(spread, g, _spread(multiplier, centred))
+        d = torch.addcmul(spread, g, _spread(multiplier, centred), out=out)
     return d, t, by_fcs
 
 

@@ -61,6 +61,8 @@ class Pullback(NamedTuple):
     kept: Kept
     needed: Sequence[bool]
     """Whether W, A, a, B and b need a gradient."""
+    target: Tensor | None = None
+    """Memory for the gradient of W, laid out as ``weight``; new memory where it is None."""
 
 
 def changes_nothing(inputs: ClosedFormInputs) -> bool:

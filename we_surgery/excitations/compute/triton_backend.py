@@ -156,7 +156,7 @@ def _kept_shapes(layer: _Layer) -> Shapes:
 
 
 def _differentiate(group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
-    for layer, (gradient, _, _, kept, needed) in zip(group, asked, strict=True):
+    for layer, (gradient, weight, _, kept, needed, target) in zip(group, asked, strict=True):
         if gradient.stride() != layer.filters.stride():
             gradient = torch.empty_like(layer.filters).copy_(gradient)
         layer.tensors["gradient"] = gradient
@@ -164,7 +164,9 @@ def _differentiate(group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
         held = {name: v.contiguous() for name, v in kept._asdict().items() if v is not None}
         layer.tensors |= held
         if needed[0]:
-            layer.tensors["result"] = torch.empty_like(layer.filters)
+            if target is None or layer.filters is not weight:
+                target = torch.empty_like(layer.filters)
+            layer.tensors["result"] = target
     by_fcs: list[Shapes] = [
         {f"by_{name}": layer.tensors[name].shape for name in _FCS} if any(one.needed[1:]) else {}
         for layer, one in zip(group, asked, strict=True)
