@@ -59,7 +59,7 @@ fuzz-guided: $(READY)
 # does not run on NumPy 2.4, and matplotlib 3.9 calls what pyparsing 3.3 warns of.
 NOT_OLDEST = check-jsonschema|import-linter|mypy|ruff|zizmor|$(UNBOUND)
 # What tests skip without, and what brings newer versions of others along.
-UNBOUND = fastai|ipykernel|mmengine|monai|nbconvert|peft|pytorch-ignite|torch-ema|torch-geometric|ultralytics|zensical
+UNBOUND = fastai|ipykernel|mmengine|monai|nbconvert|peft|playwright|pytorch-ignite|torch-ema|torch-geometric|ultralytics|zensical
 RECIPES = timm==1.0.31
 OLDEST = $$(grep -oE '"[A-Za-z][A-Za-z0-9-]*>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' \
 	| grep -vE '^($(NOT_OLDEST))=|^$(RECIPES)' | sort -u) 'numpy<2.4' 'pyparsing<3.3'
