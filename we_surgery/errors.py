@@ -85,6 +85,11 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
 
 def no_such_file(path: Path) -> InputError:
     """The error for a file that is not there, with the names beside it that look like its own."""
+    if path.is_symlink():
+        return InputError(
+            f"{path} is a symbolic link to {path.readlink()}, and there is no such file",
+            "Give the file itself, or mend the link.",
+        )
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     return InputError(
         f"there is no file {path}{near_matches(path.name, beside)}",

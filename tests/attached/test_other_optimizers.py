@@ -81,6 +81,31 @@ COPIES = {
 }
 
 
+def test_the_hint_for_a_second_optimizer_works_as_it_is_written(run):
+    model, _, excitation = run
+    optimizer = sgd(model)
+    with pytest.raises(ws.AttachmentError, match="another optimizer") as caught:
+        go_on(model, optimizer)
+    assert "`excitation.move_to(optimizer)`" in caught.value.cure
+    excitation.move_to(optimizer)
+    go_on(model, optimizer)
+
+
+def test_the_hint_for_parameters_taken_from_the_optimizer_keeps_the_weights(run):
+    model, optimizer, excitation = run
+    del optimizer.param_groups[0]["params"][-2]  # of the head
+    with pytest.raises(ws.InputError, match="'head'") as caught:
+        go_on(model, optimizer)
+    assert "detach()` before" in caught.value.cure
+    assert 'init="preserve"' in caught.value.cure
+    excitation.detach()
+    before = snapshot(model)
+    ws.attach(model, optimizer, "lwe+mwe", init="preserve")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)
+    go_on(model, optimizer)
+
+
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copied_optimizer_does_not_train_in_silence(run, copied):
     model, optimizer = copied(run[:2])
@@ -159,6 +184,25 @@ def test_frozen_layers_are_left_alone_and_can_be_thawed():
     before = excitation.named_parameters()["stem.weight"].detach().clone()
     go_on(model, optimizer)
     assert not torch.equal(excitation.named_parameters()["stem.weight"], before)
+
+
+class MomentumEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = Net(), Net()
+        self.key.requires_grad_(False)
+        self.copy()
+
+    def copy(self):
+        self.key.load_state_dict(self.query.state_dict())
+
+
+@pytest.mark.parametrize("init", [None, "preserve"])
+def test_a_frozen_copy_that_is_left_behind_is_told_of(init, caplog):
+    model = MomentumEncoder()
+    ws.attach(model, sgd(model), "lwe+mwe", init=init)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(",")[0] for text in told] == ([] if init else ["6 frozen weights"])
 
 
 def test_layers_that_the_optimizer_gets_later_can_be_excited():

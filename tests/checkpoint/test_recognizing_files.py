@@ -215,6 +215,12 @@ def test_a_missing_file_names_one_beside_it_that_looks_like_it(tmp_path):
         read(tmp_path / "nowhere" / "model.pt")
 
 
+def test_a_link_to_a_missing_file_is_named(tmp_path):
+    (tmp_path / "link.pt").symlink_to("gone.pt")
+    with pytest.raises(InputError, match=r"link\.pt is a symbolic link to gone\.pt"):
+        read(tmp_path / "link.pt")
+
+
 @pytest.mark.parametrize("name", ["\0", "a" * 5000])
 def test_an_impossible_name_is_an_input_error(name):
     with pytest.raises(InputError):

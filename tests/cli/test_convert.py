@@ -45,6 +45,12 @@ def test_a_module_file_alone_gives_a_module_file_beside_it(model_file: Path) -> 
     assert str(target) in result.stderr
 
 
+def test_the_next_command_can_be_pasted_also_with_spaces(model_file: Path) -> None:
+    target = model_file.with_name("a model.pt")
+    result = run(model_file, "-o", target)
+    assert f"`we-strip '{target}'`" in " ".join(result.stderr.split("\n"))
+
+
 def test_the_same_seed_gives_the_same_file_contents(model_file: Path) -> None:
     first, second, other = (model_file.with_name(f"{name}.pt") for name in "abc")
     run(model_file, "-o", first)

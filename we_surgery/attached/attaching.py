@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
+from we_surgery._util.scripted import own_parameters
 from we_surgery.attached.building import Building, Trained, as_attached
 from we_surgery.attached.excitation import AttachedExcitation
 from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
 from we_surgery.attached.riding import drop_loaded_states, loaded_states
-from we_surgery.attached.weights import HALF
+from we_surgery.attached.shards import is_sharded
+from we_surgery.attached.weights import HALF, AttachedWeight
 from we_surgery.attached.wrappers import inside_wrappers
 from we_surgery.converted.options import ConvertOptions, resolve_options
 from we_surgery.converted.sites import Init, Start
@@ -25,6 +29,8 @@ from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
 from we_surgery.planning.rules import Rule
+
+logger = logging.getLogger(__name__)
 
 Rides = Literal["optimizer", "parameter", "separate"]
 
@@ -122,9 +128,43 @@ def attach(
         rides=state,
         clip_raw=clip_raw,
     )
+    copies = _frozen_copies(root, plan, found)
     handle.add(found, saved)
     drop_loaded_states(optimizers)
+    left = [
+        layer for layer, copied, weight in copies if not torch.allclose(copied, weight.parameter)
+    ]
+    if left:
+        logger.warning(
+            "%d frozen weights, such as %r, were copies of weights that excitation has changed; "
+            "copy them again, as for a momentum encoder",
+            len(left),
+            left[0],
+        )
     return handle
+
+
+def _frozen_copies(
+    root: nn.Module, plan: Plan, found: Sequence[Trained]
+) -> list[tuple[str, nn.Parameter, AttachedWeight]]:
+    """Frozen layers that hold the values of an excited weight: momentum encoders, teachers."""
+    originals: dict[Any, list[AttachedWeight]] = {}
+    for weight, _ in found:
+        originals.setdefault(_likeness(weight.parameter), []).append(weight)
+    copies = []
+    for row in plan.decisions:
+        frozen = own_parameters(root.get_submodule(row.module)).get(row.parameter)
+        if frozen is None or frozen.requires_grad or is_sharded(frozen):
+            continue
+        for weight in originals.get(_likeness(frozen), ()):
+            if torch.equal(frozen, weight.parameter):
+                copies.append((row.layer, frozen, weight))
+                break
+    return copies
+
+
+def _likeness(parameter: nn.Parameter) -> tuple[Any, ...]:
+    return parameter.shape, parameter.dtype, parameter.device, is_sharded(parameter)
 
 
 def _check_options(backend: str, state: str, clip_raw: float | None) -> None:
@@ -152,7 +192,8 @@ def _refuse_model(root: nn.Module) -> None:
             raise InputError(
                 f"{name!r} is excited by an excitation that was attached before",
                 "To go on with another optimizer, call `excitation.move_to(optimizer)`. To begin "
-                "anew, call `excitation.detach()` first.",
+                'anew, call `excitation.detach()` first, and attach with `init="preserve"` to '
+                "keep the current weights.",
             )
 
 

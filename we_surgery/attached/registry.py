@@ -96,6 +96,6 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
                 raise AttachmentError(
                     f"{type(optimizer).__name__} trains a weight whose excitation is attached to "
                     "another optimizer: its step would be lost",
-                    "Detach the excitation and attach it to this optimizer, or give both to one "
-                    "call: `attach(model, [first, second])`.",
+                    "Call `excitation.move_to(optimizer)` to go on with this optimizer. If each "
+                    "trains weights of its own, attach to both: `attach(model, [first, second])`.",
                 )

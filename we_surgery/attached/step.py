@@ -279,7 +279,8 @@ class OptimizerStep:
             if id(weight.parameter) not in places:
                 raise InputError(
                     f"the optimizer no longer holds the weight of layer {weight.layer!r}",
-                    "Detach before changing the optimizer's parameters, then attach again.",
+                    "Call `excitation.detach()` before changing the optimizer's parameters, then "
+                    'attach again with `init="preserve"`.',
                 )
         return places
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,7 +302,7 @@ def _show_result(result: Converted, as_json: bool) -> None:
     say(plan_summary(result.plan))
     assert result.target is not None
     say_written(result.target, kind=result.kind)
-    say(f"next: train it as always, then `we-strip {result.target}`")
+    say(f"next: train it as always, then `we-strip {shlex.quote(str(result.target))}`")
     if as_json:
         row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
         print_text(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,5 +289,5 @@ def _what_to_do(found: Inspection) -> list[str]:
         ]
     needs_architecture = found.kind != "module" and found.architecture is None
     architecture = " --arch NAME" if needs_architecture else ""
-    command = f"we-convert {found.source}{architecture} --dry-run"
+    command = f"we-convert {shlex.quote(str(found.source))}{architecture} --dry-run"
     return ["vanilla: no excited weights", f"next: `{command}` shows what would be excited"]
