@@ -22,7 +22,6 @@ __all__ = [
     "NotStrippedWarning",
     "NothingToConvertWarning",
     "NothingToStripWarning",
-    "OldFormatWarning",
     "PartialLoadWarning",
     "Plan",
     "Policy",

@@ -20,7 +20,6 @@ from we_surgery.errors import InputError as InputError
 from we_surgery.errors import NothingToConvertWarning as NothingToConvertWarning
 from we_surgery.errors import NothingToStripWarning as NothingToStripWarning
 from we_surgery.errors import NotStrippedWarning as NotStrippedWarning
-from we_surgery.errors import OldFormatWarning as OldFormatWarning
 from we_surgery.errors import PartialLoadWarning as PartialLoadWarning
 from we_surgery.errors import SurgeryError as SurgeryError
 from we_surgery.errors import ThawedLayerWarning as ThawedLayerWarning

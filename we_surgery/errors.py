@@ -73,10 +73,6 @@ class PartialLoadWarning(UserWarning):
     """``load_state_dict`` loaded other tensors of an excited layer, but not its weight."""
 
 
-class OldFormatWarning(UserWarning):
-    """A checkpoint of a converted model is old: it has no records of its excitations."""
-
-
 def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     """The ``choices`` that look like ``word``, as the end of a sentence ("" when none does)."""
     found = difflib.get_close_matches(word, list(choices), n=limit, cutoff=0.4)

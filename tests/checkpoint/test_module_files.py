@@ -4,15 +4,11 @@ import functools
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import StdConv2d
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 from torchvision.models import SwinTransformer, VisionTransformer
@@ -223,27 +219,3 @@ def test_a_class_for_a_parameter_that_is_none_is_refused(name):
     asked = Name("we_surgery.converted", f"torch/nn/modules/linear:Linear:{name}")
     found = permit(Actions(names={asked.path: asked}), unsafe={asked.path})
     assert len(found.refusals) == 1
-
-
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code for container")
-@pytest.mark.parametrize(
-    ("options", "legacy"), [({}, False), ({"trust": True}, False), ({"trust": True}, True)]
-)
-def test_a_module_pickled_by_an_earlier_version_opens(
-    options: dict[str, Any], legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its classes were in ``we_surgery.layers``: written out, and made on demand."""
-    model = ws.convert(nn.Sequential(nn.Conv2d(3, 4, 3), StdConv2d(4, 4, 3)), "lwe+mwe")
-    classes = [type(model[0]), type(model[1])]
-    with monkeypatch.context() as patch:
-        layers = ModuleType("we_surgery.layers")
-        patch.setitem(sys.modules, "we_surgery.layers", layers)
-        for kind in classes:
-            patch.setattr(kind, "__module__", "we_surgery.layers")
-            setattr(layers, kind.__qualname__, kind)
-        torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=not legacy)
-    assert b"we_surgery.layers" in (tmp_path / "old.pt").read_bytes()
-    opened = ws.load(tmp_path / "old.pt", **options)
-    assert [type(layer) for layer in opened] == classes
-    x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(opened.eval()(x), model.eval()(x))

@@ -82,14 +82,12 @@ def test_a_stage_by_itself_is_known_by_its_record(excitation):
     torch.testing.assert_close(state["fc.weight"], layer.weight.detach())
 
 
-def test_what_cannot_be_told_is_refused():
-    state = {
-        "fc.bias": torch.ones(3),
-        "fc.parametrizations.weight.original": torch.ones(3, 3),
-        "fc.parametrizations.weight.0.epsilon": torch.tensor(0.1),
-    }
-    with pytest.raises(InputError, match="may be a Standardize or an MWE"):
-        ws.strip_state_dict(state)
+@pytest.mark.parametrize("as_composition", [True, False])
+def test_excitations_without_their_records_are_refused(as_composition):
+    layer = nn.Linear(3, 3)
+    register(layer, composition(layer, "lwe") if as_composition else LWE(3))
+    with pytest.raises(InputError, match=r"nothing says how .*weight.original"):
+        ws.strip_state_dict({name: value.detach() for name, value in layer.named_parameters()})
 
 
 def test_an_order_that_is_none_of_ours_is_refused():

@@ -2,22 +2,19 @@
 
 import copy
 import json
-import warnings
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm.utils
 import torch
 from click.testing import CliRunner
-from old_form import in_old_form
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
-from toys import EVERYTHING, ConvNet
+from toys import ConvNet
 
 import we_surgery as ws
-from we_surgery.cli import inspect_command, strip_command
+from we_surgery.cli import strip_command
 from we_surgery.excitations.record import is_record, read_record, to_tensor
 
 RECORD = "stem.excitation._extra_state"
@@ -231,73 +228,6 @@ def test_a_changed_epsilon_is_seen_by_the_next_read():
     before = model.weight.clone()
     model.excitation.mwe.epsilon = 0.5
     assert not torch.equal(model.weight, before)
-
-
-# Files of before records.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_state_dict_in_the_old_form_folds_with_a_warning(dtype):
-    model = ws.convert(ConvNet().to(dtype), config=EVERYTHING)
-    with pytest.warns(ws.OldFormatWarning, match="save it again"):
-        stripped = ws.strip_state_dict(in_old_form(model.state_dict(), dtype))
-    assert_folds_as(model, stripped)
-
-
-def test_a_state_dict_in_the_old_form_loads_into_a_model(converted):
-    other = ws.convert(ConvNet(), config=EVERYTHING)
-    other.load_state_dict(in_old_form(converted.state_dict()))
-    assert all(map(torch.equal, other.state_dict().values(), converted.state_dict().values()))
-    lost = in_old_form(converted.state_dict())
-    del lost["stem.excitation.standardize.epsilon"]
-    with pytest.raises(RuntimeError, match=r"stem\.excitation: the model has standardize\+"):
-        other.load_state_dict(lost)
-
-
-def old_file(model: nn.Module, path: Path, *lost: str) -> Path:
-    ws.save(model, path, architecture="toys:ConvNet")
-    checkpoint = torch.load(path)
-    checkpoint["we_surgery"]["schema"] = 1
-    checkpoint["state_dict"] = in_old_form(checkpoint["state_dict"])
-    for key in lost:
-        del checkpoint["state_dict"][key]
-    torch.save(checkpoint, path)
-    return path
-
-
-def test_a_file_in_the_old_form_opens_where_its_plan_agrees(tmp_path):
-    model = ws.convert(ConvNet(), config=EVERYTHING)
-    path = old_file(model, tmp_path / "old.pt")
-    result = run_strip(path)
-    assert result.exit_code == 0, result.output
-    assert "save it again" in result.stderr.replace("\n", " ")
-    assert_folds_as(model, torch.load(tmp_path / "old.stripped.pt"))
-    assert CliRunner().invoke(inspect_command, [str(path)]).exit_code == 0
-    with pytest.warns(ws.OldFormatWarning):
-        loaded = ws.load(path, allow="toys")
-    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ws.save(loaded, tmp_path / "new.pt", architecture="toys:ConvNet")
-        ws.load(tmp_path / "new.pt", allow="toys")
-
-
-def test_a_file_in_the_old_form_that_its_plan_contradicts_is_refused(tmp_path):
-    model = ws.convert(ConvNet(), "lwe")
-    path = old_file(model, tmp_path / "old.pt", "stem.excitation.standardize.epsilon")
-    result = run_strip(path)
-    assert result.exit_code == 2
-    assert "plan gives layer 'stem' standardize+lwe" in result.stderr.replace("\n", " ")
-    with pytest.raises(ws.InputError, match="plan gives layer 'stem'"):
-        ws.load(path, allow="toys")
-
-
-def test_stages_without_a_mark_open_with_a_plan_alone(tmp_path):
-    config = {"conv": "lwe", "standardize": "off", "linear": "skip"}
-    model = ws.convert(ConvNet(), config=config)
-    assert run_strip(old_file(model, tmp_path / "old.pt")).exit_code == 0
-    with pytest.raises(ws.InputError, match="nothing says how"):
-        ws.strip_state_dict(in_old_form(model.state_dict()))
 
 
 def test_a_plan_does_not_stand_in_for_records_that_a_file_has_lost(tmp_path):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from we_surgery.checkpoint.architecture import Architecture, looks_like_architecture
 from we_surgery.checkpoint.attached_runs import RUN_OBJECTS, AttachedRun, find_attached_run
-from we_surgery.checkpoint.excited_entry import with_records
 from we_surgery.checkpoint.metadata import METADATA_KEY, Metadata
 from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards import open_files, resolve
@@ -123,7 +122,7 @@ def _from_files(
     with _errors_named(files.path):
         saved = files.checkpoint(RUN_OBJECTS if with_excitation else ())
         state, notes, run = _unwrapped(saved, key, weights, with_excitation=with_excitation)
-        found = _in_present_form(files.located(state, notes), files.metadata)
+        found = files.located(state, notes)
     return Contents(
         files.kind,
         weights=found,
@@ -157,11 +156,6 @@ def _unwrapped(
     if run is None:
         return state, notes, None
     return run.converted(state), [*notes, run.note], run
-
-
-def _in_present_form(weights: StateDict, metadata: Metadata | None) -> StateDict:
-    is_old = metadata is not None and metadata.plan is not None and not metadata.has_records
-    return with_records(weights, has_old_plan=is_old)
 
 
 def _metadata_of(run: AttachedRun | None) -> Metadata | None:
@@ -204,12 +198,11 @@ def _from_mapping(
         state, notes, run = _unwrapped(found, key, weights, with_excitation=with_excitation)
         if metadata is not None and key is None:
             notes = [note for note in notes if note != "used 'state_dict'"]
-        own = _in_present_form(StateDict(state, notes), metadata)
     return Contents(
         "state_dict",
-        weights=own,
+        weights=StateDict(state, notes),
         metadata=metadata or _metadata_of(run),
-        notes=own.notes,
+        notes=notes,
         path=path,
         is_attached=run is not None,
     )

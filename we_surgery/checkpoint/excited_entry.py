@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from we_surgery.checkpoint.shards.files import StateDict
-from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.converted.proof import is_finite, refuse_non_finite
 from we_surgery.errors import InputError, SurgeryError, quoted
 from we_surgery.excitations import EXCITATIONS, Composition, Rescale, rebuild_excitation
 from we_surgery.excitations.base import in_full_precision
-from we_surgery.excitations.legacy import LEGACY_NOTE, has_marks, upgraded
 from we_surgery.excitations.names import EXCITATION, RAW_PREFIX, excitation_name, raw_name
 from we_surgery.excitations.record import RECORD_KEY, Record, is_record, read_record
 
@@ -182,38 +179,6 @@ def find_excited(state: Mapping[str, Any]) -> Iterator[ExcitedEntry]:
                 "Give the state dict of one model, converted or vanilla.",
             )
         yield entry
-
-
-def with_records(weights: StateDict, *, has_old_plan: bool) -> StateDict:
-    """A state dict in the old form, from before records, in the present one.
-
-    It is known by marks that stood for records. One with a plan of that time, which is held against
-    what its tensors say, may lack them.
-    """
-    found = list(find_excited(weights.tensors))
-    old = [entry for entry in found if RECORD_KEY not in entry.excitation]
-    has_marks_alone = len(old) == len(found) and any(has_marks(e.excitation) for e in old)
-    if not old or not (has_old_plan or has_marks_alone):
-        return weights
-    loaded = {entry.raw_key: entry for entry in find_excited(weights.with_excitations())}
-    by_raw_key = {entry.raw_key: loaded[entry.raw_key] for entry in old}
-    gone = {e.excitation_prefix + key for e in old for key in e.excitation}
-    tensors: dict[str, Tensor] = {}
-    for key, value in weights.tensors.items():
-        if key not in gone:
-            tensors[key] = value
-        if key in by_raw_key:
-            entry = by_raw_key[key]
-            with entry.named_errors():
-                own = upgraded(entry.excitation)
-            tensors |= {entry.excitation_prefix + name: tensor for name, tensor in own.items()}
-    versions = getattr(weights.tensors, VERSIONS, None)
-    return replace(
-        weights,
-        tensors=tensors if versions is None else with_versions(tensors, versions),
-        stored={key: place for key, place in weights.stored.items() if key not in gone},
-        notes=[*weights.notes, f"the state dict {LEGACY_NOTE}"],
-    )
 
 
 def excitation_of(key: str, prefixes: Container[str]) -> str | None:

@@ -21,18 +21,15 @@ from we_surgery.checkpoint.excited_entry import (
     is_raw_weight,
     no_record,
     tensor_identity,
-    with_records,
 )
 from we_surgery.checkpoint.shards.files import StateDict
 from we_surgery.checkpoint.unwrap import VERSIONS, Weights, unwrap, with_versions
 from we_surgery.errors import (
     InputError,
     NothingToStripWarning,
-    OldFormatWarning,
     SurgeryError,
     quoted,
 )
-from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.excitations.names import vanilla_key
 
 
@@ -85,8 +82,6 @@ def strip_state_dict(
         >>> averaged = ws.strip_state_dict(checkpoint, weights="ema")
     """
     stripped, report = strip_state_dict_with_report(checkpoint, key=key, weights=weights)
-    if any(LEGACY_NOTE in note for note in report.notes):
-        warnings.warn(f"the state dict {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     if not report.layers:
         warnings.warn(
             "the state dict has no excited weights; there is nothing to strip.",
@@ -111,8 +106,6 @@ def strip_state_dict_with_report(
     """
     state, notes = unwrap(checkpoint, key, weights)
     _refuse_sharded(state)
-    found = with_records(StateDict(state, notes), has_old_plan=False)
-    state = found.tensors
     entries = vanilla_entries(state)
     excited = [entry for entry in entries.values() if isinstance(entry, ExcitedEntry)]
     stripped: dict[str, Tensor] = {}
@@ -133,7 +126,7 @@ def strip_state_dict_with_report(
         prefixes = {entry.excitation_prefix for entry in excited}
         left = {k: v for k, v in versions.items() if excitation_of(f"{k}.", prefixes) is None}
         stripped = with_versions(stripped, left)
-    return stripped, report_of(entries, found.notes)
+    return stripped, report_of(entries, notes)
 
 
 def refuse_vanilla(state: StateDict, name: str) -> None:

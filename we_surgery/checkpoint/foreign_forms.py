@@ -8,8 +8,7 @@ weight first, with 1e-5 added to each standard deviation. Its MWE layers leave n
 **torch.nn.utils.parametrize** keeps a weight as ``X.parametrizations.weight.original``, and what
 computes it under ``X.parametrizations.weight.0``, ``.1`` and so on, in the order they are applied.
 Each may be one of our compositions or one of its stages by itself, and has a record that says
-which. In checkpoints without records a composition is known by its keys, and a stage by itself by
-its keys and its place.
+which.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from we_surgery.checkpoint.excited_entry import no_record
 from we_surgery.errors import InputError, listed
 from we_surgery.excitations import EXCITATIONS, LWE, Rescale, check_stage
 from we_surgery.excitations.names import EXCITATION, excitation_name, raw_name
@@ -39,8 +39,6 @@ _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 _TREE = "parametrizations"
 _IN_TREE = re.compile(rf"(?:^|(?<=\.)){_TREE}(?:\.[^.]+|$)")
 _ORIGINAL = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original")
-_EPSILON = {"epsilon"}
-_MWE = {"epsilon", "undetached_max"}
 
 
 @dataclass(frozen=True)
@@ -125,14 +123,16 @@ def read_parametrized(state: Mapping[str, Tensor], modules: Iterable[str]) -> Re
             continue
         prefix = key.removesuffix("original")
         chain = _chain(index, prefix)
-        stages, record = _said(state, prefix, chain) or (_stages(prefix, chain), None)
-        if stages is None:
+        said = _said(state, prefix, chain)
+        if said is None:
+            if any(map(_is_excitation, chain.values())):
+                raise no_record([key])
             continue
+        stages, record = said
         owner = f"{found[1]}." if found[1] else ""
         excitation = owner + excitation_name(found[2])
         renamed[key] = owner + raw_name(found[2])
-        if record is not None:
-            records[f"{excitation}.{RECORD_KEY}"] = record
+        records[f"{excitation}.{RECORD_KEY}"] = record
         renamed |= {old: f"{excitation}.{new}" for old, new in stages.items()}
         excitations |= dict.fromkeys((f"{owner}{_TREE}", f"{owner}{_TREE}.{found[2]}"), excitation)
         weights.append(owner + found[2])
@@ -157,6 +157,11 @@ def _chain(index: _KeyIndex, prefix: str) -> dict[str, set[str]]:
             number, _, rest = key.removeprefix(prefix).partition(".")
             chain.setdefault(number, set()).add(rest)
     return chain
+
+
+def _is_excitation(keys: set[str]) -> bool:
+    """Whether a parametrization has the keys of a composition or of an LWE."""
+    return keys == set(_GATE) or {key.partition(".")[0] for key in keys} <= EXCITATIONS.keys()
 
 
 def _said(
@@ -187,23 +192,6 @@ def _said(
     return names, to_tensor(record)
 
 
-def _stages(prefix: str, chain: Mapping[str, set[str]]) -> dict[str, str] | None:
-    """The names in the old form, as :func:`_said`; None for other parametrizations."""
-    names: dict[str, str] = {}
-    order: list[str] = []
-    for number, keys in chain.items():
-        is_composition = {key.partition(".")[0] for key in keys} <= EXCITATIONS.keys()
-        if not is_composition and keys not in (set(_GATE), _EPSILON, _MWE):
-            return None
-        stage = "" if is_composition else _stage(keys, order, len(chain), prefix)
-        order += sorted({key.partition(".")[0] for key in keys}) if is_composition else [stage]
-        names |= {f"{prefix}{number}.{key}": f"{stage}.{key}" if stage else key for key in keys}
-    if not chain:
-        return None
-    _refuse_other_order(prefix, chain, order, is_whole=len(chain) == 1)
-    return names
-
-
 def _refuse_other_order(
     prefix: str, chain: Mapping[str, set[str]], order: list[str], *, is_whole: bool
 ) -> None:
@@ -215,22 +203,6 @@ def _refuse_other_order(
             f"{' after '.join(reversed(order))}",
             "Register one `Composition`, or save the weights it computes.",
         )
-
-
-def _stage(keys: set[str], before: list[str], length: int, prefix: str) -> str:
-    """The name of an excitation that stands by itself in a chain."""
-    if keys == set(_GATE):
-        return "lwe"
-    if keys == _MWE or before:
-        return "mwe"
-    if length > 1:
-        return "standardize"
-    raise InputError(
-        f"the parametrization of {prefix.removesuffix('.')!r} may be a Standardize or an MWE: the "
-        "state dict holds an epsilon and nothing else",
-        "Register a `Composition` of it, whose keys name the stage, and save again; or save the "
-        "weights it computes.",
-    )
 
 
 def _in_vanilla_order(state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> dict[str, Tensor]:

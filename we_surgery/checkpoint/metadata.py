@@ -15,7 +15,6 @@ from we_surgery.planning.plans import Plan
 METADATA_KEY = "we_surgery"
 SCHEMA_VERSION = 2
 _READ_VERSIONS = (1, 2)
-"""Of the first, excitations may have no records."""
 
 _MOST_VALUES = 300_000
 
@@ -27,12 +26,10 @@ class Metadata:
     Attributes:
         plan: as data.
         architecture: None where it is not known.
-        has_records: whether each excitation of the file had a record when it was written.
     """
 
     plan: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
-    has_records: bool = True
 
     @property
     def stored_plan(self) -> Plan | None:
@@ -72,7 +69,6 @@ class Metadata:
         return Metadata(
             plan=plan,
             architecture=None if architecture is None else Architecture.from_dict(architecture),
-            has_records=schema > 1,
         )
 
     def to_json(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from we_surgery.checkpoint.unwrap import VERSIONS, with_versions
 from we_surgery.checkpoint.writing import write
 from we_surgery.converted.excite import ExcitationSite, excite
 from we_surgery.converted.state import PLAN_ATTRIBUTE, refuse_wrappers
-from we_surgery.errors import InputError, OldFormatWarning, near_matches, quoted
+from we_surgery.errors import InputError, near_matches, quoted
 from we_surgery.excitations import Composition
-from we_surgery.excitations.legacy import LEGACY_NOTE
 from we_surgery.planning.transplant_rows import attach
 
 _FIT = (
@@ -98,8 +96,6 @@ def load(
     """
     contents = read(path, key=key, allow=allow, trust=trust)
     check_plan(contents)
-    if any(LEGACY_NOTE in note for note in contents.notes):
-        warnings.warn(f"{path} {LEGACY_NOTE}.", OldFormatWarning, stacklevel=2)
     return model_from(contents, architecture=architecture, allow=allow)
 
 

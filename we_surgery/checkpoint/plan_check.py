@@ -78,12 +78,6 @@ def _differ(stage: str, planned: Mapping[str, Any], said: Mapping[str, Any]) -> 
     excitation = check_stage(stage)
     for option, value in {**excitation.options(), **planned}.items():
         own = said.get(option)
-        if option in excitation.adjustable or option not in said:
-            continue
-        if isinstance(value, Mapping | str) and isinstance(own, Mapping | str):
-            # A stacked excitation in the old form says in full what the plan says in short.
-            if type(value) is type(own) and value != own:
-                return True
-        elif value is not None and own is not None and value != own:
+        if option not in excitation.adjustable and None not in (value, own) and value != own:
             return True
     return False

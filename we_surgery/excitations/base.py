@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from we_surgery.errors import InputError
 from we_surgery.excitations.layout import WeightLayout
-from we_surgery.excitations.legacy import upgrade_state
 from we_surgery.excitations.record import (
     RECORD_KEY,
     SCHEMA_VERSION,
@@ -252,8 +251,6 @@ class Excitation(nn.Module, ABC):
         if not self.is_part:
             key = prefix + RECORD_KEY
             try:
-                if key not in state_dict:
-                    upgrade_state(state_dict, prefix)
                 if key in state_dict:
                     self.adopt(state_dict.pop(key))
                 elif strict:

@@ -106,7 +106,7 @@ class LWE(Excitation):
     """Its options besides :data:`FOR_ALL`; each is an attribute of the same name."""
 
     reduction: int | None
-    """None in old state dicts, where only the layers' shapes show it."""
+    """None in state dicts of the paper's public code, where only the layers' shapes show it."""
     skip: bool
     activation: str
     gate: str

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -43,9 +43,6 @@ _PACKAGES = (
     PUBLIC_PATH,
     "we_surgery.transplants",
 )
-
-RENAMED = {"we_surgery.layers": PUBLIC_PATH}
-"""Modules whose classes pickles of earlier versions name by another path."""
 
 # Their methods compile code they hold, or join a process group.
 _REFUSED_CLASSES: tuple[type, ...] = (
@@ -193,7 +190,6 @@ def covers(packages: Sequence[str], module: str) -> bool:
 
 def _find(name: Name, allow: tuple[str, ...]) -> Any:
     """The object a name stands for, or a :class:`Refusal`."""
-    name = replace(name, module=RENAMED.get(name.module, name.module))
     if name.path == _PARTIAL:
         return functools.partial
     if name.path == _NUMPY_DTYPE or name.path in _NUMPY_SCALARS:

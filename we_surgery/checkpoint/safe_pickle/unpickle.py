@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import mmap
-import pickle
 import sys
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 import torch
@@ -21,7 +19,6 @@ from we_surgery._util.imports import working_folder_importable
 from we_surgery.checkpoint.safe_pickle.inert import holds_only_weights_aside
 from we_surgery.checkpoint.safe_pickle.permissions import (
     PACKED,
-    RENAMED,
     WRAPPERS,
     Refusal,
     Why,
@@ -74,12 +71,7 @@ def unpickle(
             warnings.simplefilter("ignore")
             if trust:
                 with working_folder_importable():
-                    return torch.load(
-                        file,
-                        map_location="cpu",
-                        weights_only=False,
-                        pickle_module=_renaming_pickle(),
-                    )
+                    return torch.load(file, map_location="cpu", weights_only=False)
             safe, stood_in = _safe_globals(path, file, kind, allow)
             file.seek(0)
             # torch maps files by their path alone.
@@ -110,24 +102,6 @@ def _load_weights_only(place: str | IO[bytes], safe: list[Any], *, mapped: bool)
         private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
     with torch.serialization.safe_globals(safe), private, sound:
         return torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-class _RenamingUnpickler(pickle.Unpickler):
-    """Finds the classes that an earlier version of this package had elsewhere."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(RENAMED.get(module, module), name)
-
-
-def _renaming_pickle() -> ModuleType:
-    """Python's pickle, with that unpickler, as ``torch.load`` takes it."""
-
-    def load(file: Any, **options: Any) -> Any:
-        return _RenamingUnpickler(file, **options).load()
-
-    module = ModuleType("pickle")
-    vars(module).update(vars(pickle) | {"Unpickler": _RenamingUnpickler, "load": load})
-    return module
 
 
 def _safe_globals(
