@@ -21,7 +21,7 @@ from we_surgery._util.scripted import is_scripted
 from we_surgery.errors import SurgeryError
 
 _SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
-"""Attributes that Python cannot copy and that a copy may have in common with its original."""
+"""Attributes that Python cannot copy and that a copy may share."""
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _VIEWS: dict[type, str] = {
     type(getattr(mapping, method)()): method
@@ -51,10 +51,10 @@ def copy_model(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy``, also of models that hold what it does not copy.
+    """``copy.deepcopy``, also for models with attributes that it refuses.
 
-    What a forward has left in an attribute is copied without its graph: Python's deep copy refuses
-    it. Views of dictionaries become views of the copies, and locks and Python modules are shared.
+    Results of a forward pass are copied without their graph, views of dictionaries become views
+    of the copies, and locks and Python modules are shared.
     """
     with _Results():
         modules = (module for module in model.modules() if not is_scripted(module))
@@ -63,7 +63,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _Results(TorchFunctionMode):
-    """Copies of tensors that have a graph, without it."""
+    """Copies tensors without their graph."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -97,15 +97,15 @@ def _prepare(values: list[Any], memo: dict[int, Any]) -> None:
 
 
 def _complete_graph_modules(model: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Gives the copies of GraphModules what torch's deep copy leaves out.
+    """Completes copies of GraphModules.
 
-    It drops attributes, the plan among them, and second names of tied parameters that the graph
-    does not read, which are entries of the state dict.
+    torch's deep copy drops attributes, such as the plan, and names of tied parameters that the
+    graph does not read.
     """
     graphs = (module for module in model.modules() if isinstance(module, fx.GraphModule))
     for module in graphs:
         everything = memo.get(id(module.__dict__))
-        if everything is not None:  # a subclass may copy itself in another way
+        if everything is not None:  # a subclass may copy itself differently
             copied = memo[id(module)].__dict__
             copied.update({name: everything[name] for name in _STATE})
             for name, value in everything.items():
@@ -114,10 +114,7 @@ def _complete_graph_modules(model: nn.Module, memo: Mapping[int, Any]) -> None:
 
 @contextlib.contextmanager
 def drawing_nothing(model: nn.Module) -> Iterator[None]:
-    """Gives the random generators that a model's code may draw from their state back.
-
-    Torch's of the CPU and of the model's GPUs, Python's, and NumPy's.
-    """
+    """Restores the random states of torch (CPU and the model's GPUs), Python and NumPy."""
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None

@@ -12,8 +12,5 @@ def is_scripted(module: nn.Module) -> bool:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that the module itself registers, by name.
-
-    A scripted module has a container of its own kind for them, which only knows ``items``.
-    """
+    """The module's own parameters by name; a scripted module's container has only ``items``."""
     return dict(module._parameters.items())

@@ -15,7 +15,7 @@ _GAP = 2
 
 
 def merge_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names that differ in numbers alone, under one pattern.
+    """Groups names that differ only in numbers, by a pattern.
 
     Example:
         >>> list(merge_names(["layer1.0.conv1", "layer1.1.conv1", "layer1.2.conv1", "fc"]))
@@ -115,13 +115,12 @@ def table_of(
     expendable: Sequence[str] = (),
     right: Sequence[str] = (),
 ) -> Table:
-    """A table of which no cell is broken.
+    """A table whose cells are never wrapped.
 
     Args:
-        rows: cells by the heading of their column.
-        width: columns of ``expendable`` go, the first one first, until it fits; None
-            keeps all.
-        expendable: headings, of what is missed least first.
+        rows: cells by column heading.
+        width: drops columns in the order of ``expendable`` until the table fits; None keeps all.
+        expendable: headings of columns that may be dropped.
         right: headings of columns of numbers.
     """
     headings = [heading for heading in rows[0] if any(str(row[heading]) for row in rows)]

@@ -10,7 +10,7 @@ from rich.segment import Segment
 
 
 def printable(text: str) -> str:
-    r"""The text with all spelled out that is neither visible nor the end of a line.
+    r"""The text with invisible characters escaped, except for line ends.
 
     Example:
         >>> printable("\x1b[2J")
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 class SafeConsole(Console):
-    """A console whose terminal is steered by styles alone, and by no text."""
+    """A console that escapes control characters in texts."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(

@@ -15,16 +15,15 @@ from we_surgery._util.scripted import is_scripted
 
 
 class AllOrNothing:
-    """A block that, when it fails at any point, leaves modules as they were before it.
+    """A block that restores modules if it fails at any point.
 
-    What is put back are the modules' classes and attributes, their tables of parameters, buffers,
-    submodules and hooks, the memory and gradients of their parameters, and their torch.fx graphs.
-    Values that are overwritten in their own memory stay overwritten.
-
-    Nothing is noted while the block runs, so that it may be interrupted anywhere.
+    It restores the modules' classes and attributes, their tables of parameters, buffers, submodules
+    and hooks, the memory and gradients of their parameters, and their torch.fx graphs, but not
+    values that are overwritten in place. All of it is recorded before the block runs, so the block
+    may be interrupted anywhere.
 
     Args:
-        modules: those that the block may change. What it adds to them needs not be known.
+        modules: those that the block may change or add to.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

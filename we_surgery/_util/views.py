@@ -1,4 +1,4 @@
-"""A second tree of modules around the same tensors, for reading a model as another one."""
+"""A second tree of modules around the same tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def view_of(
     adapt: Callable[[nn.Module, nn.Module], None],
     views: dict[int, nn.Module] | None = None,
 ) -> nn.Module:
-    """The module in another class, with dictionaries of its own that ``adapt(module, view)`` edits.
+    """The module as another class, with its own dictionaries, which ``adapt(module, view)`` edits.
 
-    Nothing else is copied, so that a sharded model, which cannot be deep-copied, has a view too.
+    Nothing else is copied, so this works for sharded models, which cannot be deep-copied.
     """
     views = {} if views is None else views
     if id(module) in views:
         return views[id(module)]
-    # Not the class's own __new__: that of a sharded module builds a whole new module.
+    # Not the class's own __new__: a sharded module's builds a whole new module.
     view = views[id(module)] = object.__new__(class_of(module))
     view.__dict__.update(module.__dict__)
     view.__dict__["_parameters"] = dict(module._parameters.items())

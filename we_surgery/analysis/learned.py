@@ -55,10 +55,7 @@ class MultiplierStatistics:
 
 @dataclass(frozen=True)
 class GainStatistics:
-    """How much more gradient the raw weights get than the excited ones, by MWE.
-
-    WE paper, eq. 3: the slope of the curve at each weight, ``M_A^2 / (M_A^2 - w^2)``.
-    """
+    """MWE's gain on the gradients of raw weights (WE paper, eq. 3), ``M_A^2 / (M_A^2 - w^2)``."""
 
     minimum: float
     mean: float
@@ -73,17 +70,17 @@ class WeightStatistics:
     Attributes:
         raw_norm: Euclidean norm of the raw weight.
         excited_norm: that of the excited weight, which strip leaves.
-        raw_histogram: the values of the raw weight in 21 equal bins from the negative of its
-            largest absolute value to this.
-        excited_histogram: the same of the excited weight.
-        multiplier: None where no stage has multipliers.
+        raw_histogram: of the raw weight, in 21 equal bins from minus its largest absolute value to
+            that value.
+        excited_histogram: of the excited weight.
+        multiplier: None if no stage has multipliers.
         gain: None without MWE.
-        multiply_adds: of the excitation's linear layers, for each time the weight is computed;
-            it does not grow with the batch, and is 0 after strip.
-        raw_distance: of the raw weight from the start's, over the start's norm; None where the
-            start is not known.
-        excitation_distance: the same of the excitation's parameters.
-        verdict: whether it learned anything; see :data:`VERDICTS`.
+        multiply_adds: of the excitation's linear layers, once per computation of the weight,
+            whatever the batch size; 0 after strip.
+        raw_distance: between the raw weight and its start, over the start's norm; None if the
+            start is unknown.
+        excitation_distance: the same for the excitation's parameters.
+        verdict: whether it learned anything; one of :data:`VERDICTS`.
     """
 
     raw_norm: float
@@ -165,9 +162,8 @@ def _verdict(
 def _is_as_drawn(excitation: Composition) -> bool:
     """Whether all its layers could come from torch's default initialization.
 
-    That draws weights and biases from U(-b, b) with b = 1 / sqrt(fan_in), whose mean square is
-    b^2 / 3; of n values the mean of ``3 x^2 / b^2`` is 1 with a standard error of sqrt(0.8 / n).
-    Training moves some of the values near a bound beyond it.
+    It draws from U(-b, b) with b = 1 / sqrt(fan_in). The mean of ``3 x^2 / b^2`` over n values is
+    then 1 with a standard error of sqrt(0.8 / n). Training moves some values out of the bounds.
     """
     layers = [
         module

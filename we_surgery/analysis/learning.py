@@ -1,4 +1,4 @@
-"""Learning curves of variants: how far training and validation part, how smooth, how fast.
+"""Learning curves of variants: train/validation gap, smoothness, speed.
 
 Thesis, sections 3.6 and 6.7, looks at weight excitation as regularization by such curves and gives
 no numbers; Fig. 4c of the WE paper compares how fast accuracy is reached.
@@ -26,12 +26,7 @@ History = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Regularized:
-    """A variant of a model, and what of its regularization is in the training loop.
-
-    Attributes:
-        variant: changes the vanilla model.
-        settings: keyword arguments of the training function, such as ``weight_decay``.
-    """
+    """A variant of a model, and the keyword arguments of the training function it needs."""
 
     variant: Variant = unchanged
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -46,8 +41,8 @@ def regularization_variants(
 ) -> dict[str, Regularized]:
     """A vanilla model, an excited one, and regularized ones (thesis, sections 3.6 and 6.7).
 
-    Dropout goes in front of the last linear layer. The others are settings of the training
-    function, which gets ``weight_decay`` or ``label_smoothing`` where a variant has it.
+    Dropout precedes the last linear layer. The training function gets the other settings as
+    ``weight_decay`` or ``label_smoothing``.
     """
     return {
         "vanilla": Regularized(),

@@ -43,12 +43,7 @@ _BASELINE = ""
 
 @dataclass(frozen=True)
 class Change:
-    """Weights to set to zero together.
-
-    Attributes:
-        name: unique in one run.
-        cells: makes the masks when they are needed; those of all changes would fill the memory.
-    """
+    """Weights to set to zero together; ``cells`` makes their masks only when they are needed."""
 
     name: str
     cells: Callable[[], Cells]
@@ -80,16 +75,15 @@ def measure(
     """The metric of ``model``, and its metric under each change.
 
     Args:
-        model: a vanilla model of our own: its weights change meanwhile.
+        model: a vanilla copy, whose weights change meanwhile.
         changes: what to set to zero.
         metric: ``metric_fn(model) -> float``, or a loader of ``(inputs, labels)``, run in eval
             mode without gradients and with a fixed seed.
         score: for a loader, ``accuracy`` or ``log_likelihood``.
-        job: what a progress file is checked against besides the model and the changes.
-        progress_file: keeps results while the run lasts; taken up if it is there, removed at the
-            end.
-        progress: called with (measurements done, measurements in all), the latter 0 where a loader
-            does not say its length.
+        job: what a progress file must agree with, besides the model and the changes.
+        progress_file: holds results during the run, resumes it, and is removed at its end.
+        progress: called with (measurements done, measurements in all); the latter is 0 if a loader
+            has no length.
     """
     check_score(score)
     label = "metric_fn" if callable(metric) else score

@@ -45,7 +45,7 @@ _UNITS = {"accuracy": "accuracy", "log_likelihood": "mean log likelihood", "metr
 
 
 def check_pictures() -> None:
-    """Says before a long run whether its picture could be drawn."""
+    """An InputError, before a long run, if matplotlib is missing."""
     _matplotlib("matplotlib")
 
 

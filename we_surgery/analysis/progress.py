@@ -19,10 +19,10 @@ _SCHEMA = 2
 
 
 class ProgressFile:
-    """A file of JSON lines: first what is being done, then one line for each result.
+    """A file of JSON lines: the job, then one line per result.
 
-    Only whole lines count: a run that was killed while writing loses its last line. A file of
-    another job is refused; without a path, results are kept in memory alone.
+    A run that was killed while writing loses its last, incomplete line. A file of another job is
+    refused. Without a path, results stay in memory.
     """
 
     def __init__(self, path: str | Path | None, job: Mapping[str, Any]) -> None:

@@ -15,15 +15,12 @@ LARGE_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Int8Error:
-    """What int8 would do to one weight.
+    """The int8 error of one weight, by its vanilla key.
 
     Attributes:
-        name: the weight's vanilla key.
-        low: its smallest value.
-        high: its largest.
-        peak: the largest absolute value over the root mean square of all.
+        peak: the largest absolute value over the root mean square.
         per_tensor: the error with one scale for the weight; see :func:`channel_errors`.
-        per_channel: the error with one scale for each output channel.
+        per_channel: the error with one scale per output channel.
     """
 
     name: str
@@ -76,7 +73,7 @@ def round_weight(weight: Tensor, bits: int = 8, *, per_channel: bool = False) ->
 def channel_errors(weight: Tensor, rounded: Tensor) -> Tensor:
     """The relative error of each output channel that is not zero.
 
-    A norm behind the layer brings small channels to the size of large ones, with their error.
+    Relative, because a norm after the layer scales small channels up, with their error.
     """
     norms = weight.flatten(1).norm(dim=1)
     errors = (rounded - weight).flatten(1).norm(dim=1)

@@ -45,11 +45,9 @@ class Sweep(Result):
         return self.runs
 
     def summary(self) -> list[dict[str, Any]]:
-        """For each variant its mean, its mean paired difference, and how certain that is.
+        """Per variant: mean, mean paired difference, its standard error and 95 % interval.
 
-        The standard error is that of the mean of the paired differences, in the metric's unit;
-        ``low`` and ``high`` are the ends of Student's 95 % interval. All are None for fewer than
-        two pairs.
+        The interval is Student's, from ``low`` to ``high``; all are None for fewer than two pairs.
         """
         found = []
         for variant in dict.fromkeys(row.variant for row in self.runs):
@@ -137,11 +135,7 @@ class LearningRow:
 
     @property
     def roughness(self) -> float:
-        """How far the validation metric moves per epoch, less what it gains by it.
-
-        The mean of ``|v[t+1] - v[t]|`` minus that of ``v[t+1] - v[t]``: 0 for a curve that never
-        falls.
-        """
+        """The mean of ``|v[t+1] - v[t]|`` minus that of ``v[t+1] - v[t]``: 0 if it never falls."""
         steps = [b - a for a, b in itertools.pairwise(self.validation)]
         return sum(abs(step) - step for step in steps) / len(steps) if steps else 0.0
 
@@ -178,7 +172,7 @@ class LearningCurves(Result):
             }
 
     def summary(self) -> list[dict[str, Any]]:
-        """For each variant the means of these figures over its runs, and how many reached the goal.
+        """Per variant: means over its runs, and how many reached the goal.
 
         ``epochs_to_goal`` is the mean over the runs that reached it.
         """

@@ -24,10 +24,10 @@ _IGNORED = -100
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
-    """How many of the labels have the largest output, and how many labels there are.
+    """How many labels have the largest output, and the number of labels.
 
-    Outputs are ``[N, classes]``, or ``[N, classes, ...]`` with a label for each place; labels are
-    int64, and those of -100 are passed over.
+    Outputs are ``[N, classes]``, or ``[N, classes, ...]`` with one label per place; labels are
+    int64, and -100 is ignored.
     """
     counted = labels != _IGNORED
     right = (outputs.argmax(1) == labels) & counted
@@ -37,7 +37,7 @@ def accuracy(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
 def log_likelihood(outputs: Tensor, labels: Tensor) -> tuple[float, int]:
     """The sum of the labels' log probabilities (natural logarithm), and their number.
 
-    Outputs are logits, otherwise as in :func:`accuracy`. It moves where no prediction does.
+    As :func:`accuracy`, for logits; it also changes when no prediction does.
     """
     loss = F.cross_entropy(outputs.double(), labels, ignore_index=_IGNORED, reduction="sum")
     return -float(loss), int((labels != _IGNORED).sum())

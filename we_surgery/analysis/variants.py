@@ -1,4 +1,4 @@
-"""What a sweep varies: models converted with other settings, other starts, or without norms."""
+"""The variants of sweeps: models with other settings or initializations, or without norms."""
 
 from __future__ import annotations
 
@@ -66,10 +66,7 @@ def initialization_variants(*, mode: str = "lwe") -> dict[str, Variant]:
 def initialize_excitations(model: Excited, initialization: Initialization) -> Excited:
     """Draws the weights of the excitations' linear layers anew, in place.
 
-    Args:
-        model: a converted model, or an attached excitation.
-        initialization: ``default`` leaves torch's, ``xavier`` is uniform, ``kaiming`` normal
-            over ``fan_out``.
+    ``default`` keeps torch's, ``xavier`` is uniform, ``kaiming`` is normal over ``fan_out``.
     """
     draw = {
         "default": None,
@@ -141,8 +138,8 @@ def without_normalization(model: nn.Module) -> nn.Module:
 def scale_standardized(model: nn.Module, factor: float = 1.0) -> nn.Module:
     """Multiplies each standardized weight by ``factor * sqrt(1 / N)``, in place; N is the fan-in.
 
-    It is a fixed stage of the excitation behind LWE. With a factor of 1 a layer's output has the
-    scale of its input, but for the multipliers and the activation function.
+    This is a fixed stage after LWE. With a factor of 1 a layer's output has the scale of its
+    input, apart from multipliers and activation.
     """
     made: dict[Composition, Composition] = {}  # tied layers share one
     for weight in excited_weights(model):

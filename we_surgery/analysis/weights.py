@@ -24,10 +24,8 @@ class MeasuredWeight:
     """One conv or linear weight of a vanilla model.
 
     Attributes:
-        name: the layer's name, as plans and patterns have it.
-        parameter: the weight.
-        layout: how its axes are read.
-        owners: the modules that have it; several where it is tied.
+        name: the layer's name, as in plans and patterns.
+        owners: the modules that share it.
     """
 
     name: str
@@ -37,10 +35,10 @@ class MeasuredWeight:
 
 
 def deployed_copy(model: nn.Module) -> nn.Module:
-    """A copy of a vanilla model, a stripped one of a converted model.
+    """A copy of a vanilla model; of a converted one, a stripped copy.
 
-    What is measured is what a deployed weight does. In a converted model the raw weight is not
-    that: setting one to zero would change the standardization and the maximum of all others.
+    Analyses measure deployed weights. Setting a raw weight to zero would change the
+    standardization and the maximum of all others.
     """
     if is_converted(model):
         return strip(model)
@@ -54,12 +52,10 @@ def deployed_copy(model: nn.Module) -> nn.Module:
 def find_weights(
     model: nn.Module, layers: Sequence[str] = (), *, kinds: str = "conv"
 ) -> list[MeasuredWeight]:
-    """The weights of a vanilla model in its order, each Parameter once.
+    """The weights of a vanilla model in order, each Parameter once.
 
-    Args:
-        model: a vanilla model.
-        layers: patterns as in a :class:`~we_surgery.Rule`; none takes all.
-        kinds: what the kind begins with: ``conv``, ``linear``, or "" for all.
+    ``layers`` are patterns as in a :class:`~we_surgery.Rule`, none for all; ``kinds`` is ``conv``,
+    ``linear``, or "" for both.
     """
     modules = dict(model.named_modules())
     owners: dict[nn.Parameter, list[nn.Module]] = {}
@@ -101,12 +97,7 @@ def _matching(weights: Sequence[MeasuredWeight], layers: Sequence[str]) -> list[
 
 
 def kernel_mask(layout: WeightLayout, chosen: Tensor) -> Tensor:
-    """A bool mask over whole kernels, of the shape in which the layer stores its weight.
-
-    Args:
-        layout: of the weight.
-        chosen: ``[O, I]``, bool: which kernels, by filter and input channel of the filter.
-    """
+    """A bool mask in the weight's stored shape, from chosen kernels ``[O, I]``, bool."""
     spread = chosen.reshape(*chosen.shape, *(1 for _ in layout.kernel_size))
     mask = spread.expand(*chosen.shape, *layout.kernel_size)
     return from_filters(mask, layout.groups) if layout.transposed else mask

@@ -1,8 +1,8 @@
 """A model -> torch.fx graphs -> facts about its layers. The model is never changed.
 
-Lives here: three readings (``recorded``, ``symbolic``, ``tree``) that build one sort of graph
-(``graph``), and the passes over it, one per fact: ``weights``, ``norms``, ``gates``, ``shifts``;
-``passes`` puts what they find into the ``facts`` of each layer. May import: ``excitations``,
+Lives here: three readings (``recorded``, ``symbolic``, ``tree``) that build the same kind of graph
+(``graph``), and one pass over it per fact: ``weights``, ``norms``, ``gates``, ``shifts``;
+``passes`` writes their results into the ``facts`` of each layer. May import: ``excitations``,
 ``_util``, ``errors``. To add a fact: a field in ``facts``, a pass over ``ModelGraph``, a line in
 ``passes``.
 """
@@ -33,8 +33,8 @@ _SHOWN_BLOCKS = 3
 def read(model: nn.Module, example_inputs: Any = None) -> Reading:
     """Reads ``model`` without changing it.
 
-    With example inputs one forward pass is recorded; without them, or where that fails, the model
-    is traced symbolically; where that fails too, its module tree is listed.
+    With example inputs it records a forward pass. Without them, or if that fails, it traces the
+    model symbolically. If that fails too, it lists the module tree.
 
     Args:
         model: any model in eager mode.

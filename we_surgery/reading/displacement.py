@@ -1,4 +1,4 @@
-"""Is a tensor of position codes a channel-wise shift of the tensor it came from?"""
+"""Whether a tensor of position codes is a channel-wise shift of the tensor it came from."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FEWEST_POSITIONS = 32
 
 @dataclass(frozen=True)
 class Shift:
-    """Channels displaced by different unit-stride translations.
+    """Channels displaced by different translations of stride 1.
 
     Attributes:
-        dims: the source's dimensions along which channels are displaced.
-        steps: the distinct displacements, one number for each of ``dims``.
+        dims: the source's dimensions along which channels move.
+        steps: the distinct displacements, one number per dimension.
     """
 
     dims: tuple[int, ...]
@@ -40,15 +40,10 @@ def position_codes(shape: tuple[int, ...]) -> Tensor:
 def find_shift(codes: Tensor, channel_dim: int, source_shape: tuple[int, ...]) -> Shift | None:
     """The shift that turned ``position_codes(source_shape)`` into ``codes``, or None.
 
-    A shift moves each channel by one translation of stride 1, uses each source channel at
-    most once, and moves at least two channels differently. The same translation of all
-    channels (a roll, padding), a permutation of channels, patches gathered into channels
-    (space-to-depth, unfold) and strided samples are not shifts.
-
-    Args:
-        codes: what the data movement made of the codes; 0 where nothing arrived.
-        channel_dim: the channels' dimension in ``codes``.
-        source_shape: the shape the codes had before.
+    A shift moves each channel by one translation of stride 1, uses each source channel at most
+    once, and moves at least two channels differently. The same translation of all channels (a roll,
+    padding), a permutation of channels, patches gathered into channels (space-to-depth, unfold) and
+    strided samples are not shifts. ``codes`` are 0 where nothing arrived.
     """
     moved = codes.movedim(channel_dim, 0)
     channels, positions = moved.shape[0], moved[0].numel()
@@ -103,7 +98,7 @@ def _sample(positions: int, channels: int) -> Tensor:
     enough = max(_FEWEST_POSITIONS, _ENOUGH_CODES // channels)
     if positions <= enough:
         return torch.arange(positions)
-    # At random, since an even stride could fall into step with a row's length.
+    # Random positions: a regular stride could coincide with the length of a row.
     generator = torch.Generator().manual_seed(0)
     return torch.randint(positions, (enough,), generator=generator).sort().values
 
@@ -114,11 +109,10 @@ def _own_coordinates(
     source_shape: tuple[int, ...],
     source_channel_dim: int,
 ) -> Tensor | None:
-    """Where each position would lie in the source had nothing been displaced.
+    """The source position of each position if nothing were displaced.
 
-    ``positions`` are those in a tensor of ``shape``, which has no channels. The result is
-    ``[source dims without the channels', positions]``, or None when neither the number of
-    dimensions nor the number of positions agrees.
+    ``positions`` are flat ones in ``shape``, which excludes channels. The result is ``[source dims
+    without channels, positions]``; None if neither number of dimensions nor of positions agrees.
     """
     rest = [size for dim, size in enumerate(source_shape) if dim != source_channel_dim]
     if len(rest) == len(shape):
@@ -129,13 +123,12 @@ def _own_coordinates(
 
 
 def _most_common(steps: Tensor, arrived: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel's most common displacement, and the share of its positions that have it.
+    """Each channel's most common displacement, ``[dims, channels]``, and its share, ``[channels]``.
 
-    Of ``steps``, ``[dims, channels, positions]``, those that have ``arrived`` count. The results
-    are ``[dims, channels]`` and ``[channels]``.
+    ``steps`` is ``[dims, channels, positions]``; only positions in ``arrived`` count.
     """
     span = 2 * int(steps.abs().amax()) + 1
-    # One number for each displacement; another for each position that does not count.
+    # One number per displacement, and another one per position that does not count.
     number = torch.zeros_like(steps[0])
     for step in steps:
         number = number * span + (step + span // 2)

@@ -21,23 +21,22 @@ class LayerFacts:
         kind: ``conv1d`` ... ``conv_transpose3d``, ``linear``, ``linear_transpose`` (x @ W) or
             ``attention``.
         type_name: the module's class, qualified.
-        layout: the weight's shape and how its axes are read.
+        layout: the weight's shape and the meaning of its axes.
         tied_modules: the distinct modules, by first name, that own the same Parameter.
         frozen: the Parameter does not require a gradient.
-        standardizes_itself: the class standardizes its weight in its own forward.
+        standardizes_itself: the class's forward standardizes the weight.
         gate: the attention gate the layer sits in, or None.
         shift: how the layer's input channels are displaced, or None.
-        followed_by_norm: whether each path from the layer meets a normalization before anything
-            that notices the scale of the layer's output; None when unknown.
-        norm_evidence: where ``followed_by_norm`` comes from, for the plan's reasons.
-        obstacle: why the weight cannot be excited at all, or None.
-        converted_obstacle: why it cannot be excited in the model's graph, or None; excitation in
-            the optimizer's step leaves the layer alone and can do it.
-        readers: modules other than its own that feed it to an operation.
-        reads: how often a forward pass reads it as a weight; None when not recorded.
-        no_gradient: in train mode a forward pass reads it only with gradients turned off.
-        constant_input: it is only ever applied to what no input feeds, such as a table of
-            positions.
+        followed_by_norm: each path from the layer meets a norm before anything that depends on the
+            scale of the layer's output; None if unknown.
+        norm_evidence: the evidence for ``followed_by_norm``, for the plan's reasons.
+        obstacle: why the weight cannot be excited, or None.
+        converted_obstacle: why only the optimizer's step can excite it, and not the model's graph;
+            or None.
+        readers: other modules than its own that feed it to an operation.
+        reads: how often a forward pass reads it as a weight; None if not recorded.
+        no_gradient: in train mode, forward passes read it only with gradients off.
+        constant_input: it is applied only to constants, such as a table of positions.
     """
 
     module: str
@@ -90,13 +89,13 @@ def layer_display_name(module: str, parameter: str) -> str:
 
 @dataclass
 class Reading:
-    """A model as it was read.
+    """The result of reading a model.
 
     Attributes:
-        read_by: ``recorded`` (one forward pass was written down), ``symbolic`` (traced without
-            inputs) or ``listed`` (the module tree alone).
-        read_by_reason: why a more precise reading was not possible, or which parts this one
-            could not read; "" when there is nothing to say.
+        read_by: ``recorded`` (a forward pass), ``symbolic`` (traced without inputs) or ``listed``
+            (only the module tree).
+        read_by_reason: why a more precise reading was not possible, or which parts could not be
+            read; or "".
         layers: the facts, in the order of ``model.named_modules()``.
     """
 

@@ -1,6 +1,6 @@
-"""Tensors without memory that stand for a model's own while it is recorded.
+"""Tensors without memory that replace a model's own during a recording.
 
-None outlives its recording: what the model's code keeps is computed once more, for real.
+None outlives its recording: those that the model's code keeps are then computed for real.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 class Fakes:
     """Torch's fake tensors, made once for all recordings of a model.
 
-    They say they are where the model's own tensors are, so a forward pass takes the path that it
-    takes on the real device. Code of the model may keep some of them in places that outlive the
-    recording: a ``functools.lru_cache``, a global, a class attribute. When this context is left,
-    each fake tensor that is still held somewhere becomes, in place, the tensor it stands for.
+    They report the device of the model's tensors, so a forward pass takes the same path. The
+    model's code may keep some of them beyond the recording, in a ``functools.lru_cache``, a global
+    or a class attribute. At the end of this context, each fake tensor that is still referenced
+    becomes, in place, the real one.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Fakes:
     def __call__(self, tensor: Tensor) -> Tensor:
         """A stand-in of the same shape, strides and dtype, always the same one."""
         if id(tensor) not in self._made:
-            # The tensor is kept with it, so that no other one gets its id.
+            # Keep the tensor too, or its id could be reused.
             self._made[id(tensor)] = (tensor, self._make(tensor.detach()))
         return self._made[id(tensor)][1]
 
@@ -93,7 +93,7 @@ class Fakes:
         for fake, real in list(self._origins.items()):
             if isinstance(fake, FakeTensor):
                 _become(fake, real.detach())
-        # What only a graph held is gone with the tensor that had the graph.
+        # Tensors that only a graph held are freed with the tensor that had the graph.
         failures = [why for held, why in failed if isinstance(held(), FakeTensor)]
         if failures:
             raise SurgeryError(
@@ -108,9 +108,9 @@ class Fakes:
 
 
 def _replace(replay: Replay) -> list[tuple[TensorWeakRef, str]]:
-    """Replaces the fake tensors of a recording that are held; returns what could not be computed.
+    """Replaces the referenced fake tensors of a recording; returns those it could not compute.
 
-    The last are replaced first: what they keep for a backward pass goes with them.
+    The last come first, which frees what they keep for a backward pass.
     """
     failed = []
     for reference, node in replay.recorder.held():
@@ -129,10 +129,9 @@ def _replace(replay: Replay) -> list[tuple[TensorWeakRef, str]]:
 
 
 def _become(fake: Tensor, value: Tensor) -> None:
-    """Makes one tensor another one wherever it is held, as ``torch.utils.swap_tensors`` does.
+    """Turns one tensor into another in place, as ``torch.utils.swap_tensors`` does.
 
-    That function refuses tensors with weak references; what refers to a fake tensor weakly is
-    the mode that made it, which is over.
+    That function refuses tensors with weak references, such as the finished fake mode's.
     """
     if isinstance(fake, nn.Parameter):
         value = nn.Parameter(value, requires_grad=fake.requires_grad)
@@ -142,10 +141,7 @@ def _become(fake: Tensor, value: Tensor) -> None:
 
 
 class Replay:
-    """Computes tensors that a recording made once more, on the model's own tensors and inputs.
-
-    Each operation is computed at most once.
-    """
+    """Computes tensors of a recording from the model's own tensors and inputs, each once."""
 
     def __init__(self, recorder: Recorder, model: nn.Module, example_inputs: Any) -> None:
         self.recorder = recorder
@@ -180,7 +176,7 @@ class Replay:
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.op in ("get_attr", "placeholder"):
-            # The operations that follow may write into it.
+            # Later operations may write into it.
             return self._leaf(node).detach().clone()
         args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)

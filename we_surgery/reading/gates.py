@@ -1,14 +1,14 @@
-"""Which conv and linear operations make an attention gate, by what the data does.
+"""Finds the conv and linear operations of attention gates, by dataflow.
 
-A gate passes what it makes of a feature map through a bounded activation, and multiplies the very
-map it was made from, and from nothing else: SE, CBAM, ECA, BAM, coordinate attention and their
-kin, whatever their classes are called. Inside it is what is used for nothing but the factor: not
-the main network, where a factor is made of its deeper maps. Where several bounded activations are
-added or multiplied into one factor, one of them has to be made from the map.
+A gate computes a factor from a feature map, ends with a bounded activation, and multiplies that
+same map: SE, CBAM, ECA, BAM, coordinate attention and others, whatever their class names. An
+operation belongs to the gate if nothing but the factor uses it; the main network, from whose deeper
+maps a factor may be computed, does not. If several bounded activations are added or multiplied
+into one factor, one of them must be computed from the map.
 
-``x * sigmoid(x)`` is not a gate, because what feeds the sigmoid is the map itself; nor is a gated
-linear unit, whose gate multiplies another map than the one it is made from; nor the update gate
-of a recurrent cell, which also sees the cell's input; nor a network that estimates a mask.
+Not gates: ``x * sigmoid(x)``, whose sigmoid sees the map itself; a gated linear unit, which
+multiplies another map; the update gate of a recurrent cell, which also sees the cell's input; and a
+network that estimates a mask.
 """
 
 from __future__ import annotations
@@ -98,10 +98,7 @@ def _gated_maps(node: fx.Node, graph: ModelGraph) -> list[fx.Node]:
 
 
 def _is_made_from(target: fx.Node, source: fx.Node, graph: ModelGraph) -> bool:
-    """Whether ``source`` is all that ``target`` is made from.
-
-    Inputs, and what stands before ``source``, cannot have been made from it.
-    """
+    """Whether ``target`` is computed from ``source`` alone."""
     seen: set[fx.Node] = set()
     pending = graph.fed_sources(target)
     reached = False
@@ -120,10 +117,7 @@ def _is_made_from(target: fx.Node, source: fx.Node, graph: ModelGraph) -> bool:
 def _used_for_nothing_else(
     activations: list[fx.Node], factor_nodes: set[fx.Node], graph: ModelGraph
 ) -> list[fx.Node]:
-    """What the activations are made from and nothing but the product uses, in its order.
-
-    Against the graph's order a node comes after all its consumers.
-    """
+    """The nodes that the activations are computed from and only the product uses, in order."""
     inside: list[fx.Node] = []
     allowed = set(factor_nodes)
     pending = [-graph.order[s] for activation in activations for s in graph.fed_sources(activation)]

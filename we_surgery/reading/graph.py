@@ -1,8 +1,8 @@
-"""The one graph that every reading builds: a torch.fx graph with the modules its nodes belong to.
+"""The graph that every reading builds: a torch.fx graph with the modules its nodes belong to.
 
-A recorded graph holds aten operations, a traced one calls of modules, functions and methods:
-``aten._softmax``, ``nn.Softmax``, ``F.softmax`` and ``x.softmax`` are all ``softmax`` here. So each
-fact is found by one pass, whatever reading built the graph.
+Recorded graphs hold aten operations; traced ones hold calls of modules, functions and methods.
+``aten._softmax``, ``nn.Softmax``, ``F.softmax`` and ``x.softmax`` are all ``softmax`` here, so one
+pass per fact suffices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPE = "dtype"
 NO_GRADIENT = "no_gradient"
 """Whether the model had turned gradients off, as ``torch.no_grad`` does."""
 
-# Operations that only present a tensor in another form.
+# Operations that only change a tensor's form.
 _VIEWS = frozenset(
     """
     view unsafeview reshape expand unsqueeze squeeze slice split splitwithsizes unsafesplit unbind
@@ -40,14 +40,14 @@ _VIEWS = frozenset(
     unflatten getitem afterwrite to tocopy type float half bfloat16 double identity rearrange data
     """.split()
 )
-# Of their tensor argument these take the shape alone.
+# These use only the shape of their tensor argument.
 _NEW_TENSORS = frozenset(
     """
     zeroslike oneslike emptylike fulllike randlike randnlike newzeros newones newempty newfull
     newemptystrided newtensor
     """.split()
 )
-# Of their second tensor these take the shape or dtype alone.
+# These use only the shape or dtype of their second tensor.
 _LIKE_ANOTHER = frozenset(["viewas", "expandas", "reshapeas", "typeas", "to", "type"])
 _ABOUT_A_TENSOR = frozenset(
     "shape size dim ndim device dtype numel stride isfloatingpoint iscontiguous".split()
@@ -76,9 +76,9 @@ def operation_name(node: fx.Node) -> str:
 
 
 def called_name(node: fx.Node) -> str:
-    """What a function or method call does: ``avgpool2d`` for ``F.avg_pool2d``; "" for all else.
+    """The name of a called function or method: ``avgpool2d`` for ``F.avg_pool2d``; or "".
 
-    ``x.shape`` is a call of ``getattr`` in a traced graph, and ``shape`` here.
+    ``x.shape``, a call of ``getattr`` in traced graphs, is ``shape``.
     """
     is_getattr: Callable[..., Any] = getattr
     if node.op == "call_method":
@@ -155,11 +155,11 @@ class ModelGraph:
         graph: its ``get_attr`` nodes name parameters, buffers and ``constants``.
         modules: the modules by their names from the graph's root on, which is "".
         prefix: the root's name in the model.
-        constants: the other tensors that take part, by their names in the graph.
-        unseen: the modules in it that were kept whole because they could not be traced.
+        constants: other tensors, by their names in the graph.
+        unseen: modules that could not be traced and are single nodes.
         is_partial: the graph ends before the forward pass does.
-        training: of a recorded graph, whether the model was in train mode; else None.
-        calls: of a recorded graph, how often each module was called.
+        training: whether a recorded graph ran in train mode; None if traced.
+        calls: how often each module was called, in a recorded graph.
     """
 
     graph: fx.Graph
@@ -186,10 +186,9 @@ class ModelGraph:
 
     @cached_property
     def live(self) -> set[fx.Node]:
-        """The nodes whose values reach the output, or a tensor that is written to.
+        """The nodes whose values reach the output or a tensor that is written to.
 
-        Of a graph without outputs, as where a model returns an object of its own, those that
-        anything uses.
+        In a graph without outputs (the model returns a custom object): all nodes that are used.
         """
         nodes = list(self.graph.nodes)
         outputs = [node for node in nodes if node.op == "output"]

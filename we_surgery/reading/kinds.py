@@ -1,4 +1,4 @@
-"""Which modules count as what: conv, linear, norm, attention gate, shift."""
+"""The kinds of modules: conv, linear, norm, attention gate, shift."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ KINDS = CONV_KINDS | {nn.Linear: "linear", nn.MultiheadAttention: "attention"}
 WEIGHTED = tuple(KINDS)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
-# Classes that are not importable without their library are known by name. A frozen batch norm
-# keeps its statistics, so it does not absorb a change of scale.
+# By name, for classes of libraries that may not be installed. A frozen batch norm keeps its
+# statistics, so it does not absorb a change of scale.
 _NORM_NAME = re.compile(r"norm|^(BN|GN|LN)(\d|$)", re.IGNORECASE)
 _NOT_A_NORM = re.compile(r"frozen|localresponse|standardized|spectral", re.IGNORECASE)
 _EACH_CHANNEL_NAME = re.compile(r"batch|instance|filterresponse|^(BN|IN)(\d|$)", re.IGNORECASE)

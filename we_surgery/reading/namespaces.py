@@ -1,4 +1,4 @@
-"""What the classes and files of a model hold outside of it, put back after a trial run."""
+"""Restores class attributes and globals after a trial run of a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _NOT_A_MODELS = frozenset(["torch", "builtins", "typing", "abc", "we_surgery"])
 
 @contextlib.contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Gives class attributes and globals that a model's code may fill their contents back.
+    """Restores class attributes and globals that a model's code may fill.
 
-    A forward that is traced, or run on inputs that were made up, would leave in a cache what no
-    other forward can use.
+    A traced forward, or one on made-up inputs, would leave unusable values in caches.
     """
     classes = _classes_of(model)
     globals_ = _globals_of(classes)

@@ -1,13 +1,12 @@
-"""Whether a norm follows an operation, on a recorded or a traced graph.
+"""Whether a norm follows an operation, in a recorded or traced graph.
 
-Standardizing a weight makes its layer's output larger by an order of magnitude. That does no harm
-where a norm takes the scale out again, before anything that would notice: before an addition, a
-product of two maps, another layer, or a non-linearity that is another one at another scale. What
-multiplies its result by a when its argument is multiplied by a > 0 passes the scale on: views,
-padding, pooling, dropout, ReLU and its kin, constant factors. A concatenation passes it on as well,
-to norms that take each channel by itself; for those that do not it weighs the maps against each
-other, as an addition does. A conv of a pre-activation network that is added to its shortcut first
-is therefore not followed by a norm.
+Standardizing a weight makes its layer's output larger by an order of magnitude. A norm removes
+this scale, if it comes before anything that depends on the scale: an addition, a product of two
+maps, another layer, or a non-linearity that is not scale-equivariant. Scale-equivariant operations
+pass the scale on: views, padding, pooling, dropout, ReLU, constant factors. A concatenation passes
+it on to norms per channel; for other norms it weighs the maps against each other, as an addition
+does. So a conv of a pre-activation network whose output is first added to the shortcut is not
+followed by a norm.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _SCALED_ALIKE = frozenset(
     """.split()
 )
 _JOINS = frozenset("cat concat concatenate stack hstack".split())
-# Alike for one map, and an addition of the maps in a joined one.
+# Per channel for one map; in a concatenation they mix the maps.
 _SUMS = frozenset(["mean", "sum"])
 _FACTORS = frozenset("mul imul div idiv truediv itruediv".split())
 
@@ -41,8 +40,8 @@ class After(NamedTuple):
     """What comes after an operation.
 
     Attributes:
-        is_norm: whether every path meets a norm first; None where the graph does not tell.
-        evidence: what one of them meets.
+        is_norm: whether every path meets a norm first; None if the graph does not show it.
+        evidence: what one path meets.
     """
 
     is_norm: bool | None

@@ -1,4 +1,4 @@
-"""Why a parameter cannot be excited, by itself and by the source of its layer's forward."""
+"""Why a parameter cannot be excited, from the parameter and its layer's source."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
 def written_in_forward(kind: Any) -> frozenset[str]:
     """What the source of a class's forward writes to, such as ``weight`` or ``conv.weight``.
 
-    As ``self.weight.data *= mask``, ``self.conv.weight.data = ...``, ``self.weight.clamp_(...)``,
-    ``init.zeros_(self.weight)`` or ``torch.mul(..., out=self.weight.data)`` do, also where the
-    weight or a view of it has a name of its own.
+    It knows ``self.weight.data *= mask``, ``self.conv.weight.data = ...``,
+    ``self.weight.clamp_(...)``, ``init.zeros_(self.weight)`` and
+    ``torch.mul(..., out=self.weight.data)``, also through a local name of the weight or a view.
     """
     own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _NOT_A_MODELS]
     trees = [_source(vars(base).get("forward")) for base in own]

@@ -1,4 +1,4 @@
-"""All passes over a reading's graphs: what they tell about each layer, and what layers they add."""
+"""All passes over a reading's graphs: facts for each layer, and further layers."""
 
 from __future__ import annotations
 
@@ -38,13 +38,9 @@ def apply_graphs(
     *,
     is_whole: bool = True,
 ) -> list[LayerFacts]:
-    """The layers with the facts of the graphs, and the weights that no layer class owns.
+    """The layers with the facts of one reading's graphs, and the weights that no layer class owns.
 
-    Args:
-        model: the model.
-        layers: its layers, whose facts are replaced by what the graphs tell.
-        graphs: those of one reading.
-        is_whole: whether the graphs show all that the model does.
+    ``is_whole`` says that the graphs show all of the model.
     """
     found = _Findings(model, graphs, is_whole)
     modules = dict(model.named_modules())
@@ -102,8 +98,8 @@ class _Findings:
     def mark(self, layer: LayerFacts, name: str, *, is_read: bool = True) -> None:
         """Sets the facts of a layer whose parameter is ``name``.
 
-        What the graphs do not tell keeps what the class names and the order of registration say.
-        So does all about a parameter that no operation reads itself, but what is made of it.
+        Facts that the graphs do not show stay as class names and the order of registration say,
+        as do all facts about a parameter that no operation reads directly.
         """
         reads = self.reads.get(name, []) if is_read else []
         self._mark_written(layer, self.written.get(name))
@@ -163,9 +159,9 @@ class _Findings:
 
 
 def _mark_shift(layer: LayerFacts, reads: Sequence[WeightRead], is_recorded: bool) -> None:
-    """A conv that is shift-fed in one of its calls counts as shift-fed: LWE would harm that call.
+    """Marks convs that are shift-fed in any of their calls: LWE would harm that call.
 
-    What a recording shows replaces what the class names hinted at.
+    A recording overrides what class names suggest.
     """
     if layer.kind == "attention":
         return
