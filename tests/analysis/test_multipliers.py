@@ -13,12 +13,16 @@ from torch.nn.utils import prune
 
 import we_surgery as ws
 from we_surgery.analysis import (
+    LocationMap,
+    LocationMaps,
     apply_masks,
+    location_maps,
     multiplier_map,
     multiplier_maps,
     multiplier_masks,
     multiplier_validity,
     pruning_curve,
+    rank_correlations,
 )
 from we_surgery.analysis.multipliers import GRANULARITIES
 from we_surgery.excitations import LWE, MWE, Composition, Excitation, Standardize
@@ -41,6 +45,42 @@ def test_the_map_of_a_transposed_conv_is_in_filters() -> None:
     torch.manual_seed(0)
     model = ws.convert(nn.ConvTranspose2d(4, 6, 2, groups=2), "lwe")
     assert multiplier_maps(model)[""].shape == (6, 2)
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """By hand: the correlation of the ranks, of which equal values share the mean."""
+
+    def ranks(values: list[float]) -> list[float]:
+        below = [sum(other < value for other in values) for value in values]
+        return [
+            low + (values.count(value) + 1) / 2 for low, value in zip(below, values, strict=True)
+        ]
+
+    left, right = ranks(a), ranks(b)
+    mean = (len(a) + 1) / 2
+    both = sum((x - mean) * (y - mean) for x, y in zip(left, right, strict=True))
+    squares = [sum((x - mean) ** 2 for x in one) for one in (left, right)]
+    return both / (squares[0] * squares[1]) ** 0.5
+
+
+def test_multipliers_are_ranked_against_the_importance_of_their_kernels() -> None:
+    torch.manual_seed(0)
+    multipliers = {"conv": torch.rand(8, 6), "other": torch.rand(2, 2)}
+    drops = [[0.3, -0.1, 0.0], [0.0, 0.0, 0.7]]
+    maps = LocationMaps(
+        "accuracy", 0.9, [LocationMap("conv", (8, 6, 3, 3), [0, 7], [1, 3, 5], drops)]
+    )
+    sampled = [multipliers["conv"][o, i].item() for o in (0, 7) for i in (1, 3, 5)]
+    expected = spearman(sampled, drops[0] + drops[1])
+    assert rank_correlations(maps, multipliers) == {"conv": pytest.approx(expected)}
+    with pytest.raises(ws.InputError, match="no layer has both"):
+        rank_correlations(maps, {"other": multipliers["other"]})
+
+
+def test_the_layers_of_both_have_the_same_names() -> None:
+    model = converted()
+    maps = location_maps(model, batches(1), samples=(2, 2), score="log_likelihood")
+    assert set(rank_correlations(maps, multiplier_maps(model))) == {one.layer for one in maps.maps}
 
 
 class PerFilter(Excitation):

@@ -37,6 +37,8 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"curve": "novel_log10", "rescale": False},
         {"curve": "tanh"},
         {"curve": "novel", "relative": False},
+        {"maximum": "filter", "learn": "mix"},
+        {"maximum": 0.9, "detach_max": False},
     ],
     "scaled_standardize": [{"gamma": 1.7}],
     "expand": [{"rate": 2}],

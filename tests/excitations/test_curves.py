@@ -77,6 +77,45 @@ def test_equation_37_as_printed_raises_large_weights_and_lowers_small_ones() -> 
     assert (ratio[3:] > 1).all()
 
 
+def curve_by_hand(weight: float, largest: float) -> tuple[float, float]:
+    """The excited weight and its slope, of M = largest; straight from M on."""
+    pole = 1.1 * largest
+    if abs(weight) > largest:
+        gain = 1.1 * 0.5 * math.log((1 + 1 / 1.1) / (1 - 1 / 1.1))
+        return gain * weight, gain
+    excited = pole * 0.5 * math.log((1 + weight / pole) / (1 - weight / pole))
+    return excited, pole**2 / (pole**2 - weight**2)
+
+
+WEIGHT = [[1.0, -0.5, 0.25, 0.1], [0.2, 0.02, -0.4, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("maximum", "largest"),
+    [("filter", [1.0, 3.0]), (0.75, [0.5, 0.5]), (0.01, [0.02, 0.02]), ("tensor", [3.0, 3.0])],
+)
+def test_the_maximum_is_that_of_a_filter_or_a_quantile(
+    maximum: str | float, largest: list[float]
+) -> None:
+    weight = torch.tensor(WEIGHT, dtype=F64, requires_grad=True)
+    mwe = MWE(maximum=maximum)
+    excited = mwe(weight)
+    (slope,) = torch.autograd.grad(excited.sum(), weight)
+    expected = torch.tensor(
+        [[curve_by_hand(w, m) for w in row] for row, m in zip(WEIGHT, largest, strict=True)],
+        dtype=F64,
+    )
+    torch.testing.assert_close(excited, expected[..., 0])
+    torch.testing.assert_close(slope, expected[..., 1])
+    torch.testing.assert_close(mwe.right_inverse(excited.detach()), weight.detach())
+
+
+def test_a_quantile_of_a_weight_that_is_mostly_zero_keeps_it_finite() -> None:
+    weight = torch.zeros(4, 5)
+    weight[0, 0] = 2.0
+    assert MWE(maximum=0.5)(weight)[0, 0].item() == pytest.approx(2.0 * 1.6744873407)
+
+
 def steps(model: nn.Module) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
@@ -140,6 +179,8 @@ def test_an_epsilon_that_is_driven_down_keeps_the_weights_finite() -> None:
         ({"curve": "atan"}, "mwe: curve must be one of atanh, sigmoid"),
         ({"learn": "all"}, "mwe: learn must be one of none, epsilon, mix"),
         ({"rescale": 0}, "mwe: rescale must be true or false"),
+        ({"maximum": "layer"}, "mwe: maximum must be tensor, filter or a quantile"),
+        ({"maximum": 1.0}, "mwe: maximum must be tensor, filter or a quantile"),
         ({"relative": False}, "mwe: relative=False needs another curve than atanh"),
         ({"relative": False, "curve": "tanh", "learn": "epsilon"}, "has no epsilon to learn"),
     ],

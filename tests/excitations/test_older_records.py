@@ -10,7 +10,7 @@ from we_surgery.errors import InputError
 from we_surgery.excitations import EXCITATIONS, WeightLayout, build_excitation, rebuild_excitation
 from we_surgery.excitations.record import RECORD_KEY
 
-LATER = ("further", "gamma", "kernel", "relative", "repeat", "separate", "then")
+LATER = ("further", "gamma", "kernel", "maximum", "relative", "repeat", "separate", "then")
 """Options, and what is made of them, that the first schema does not know."""
 
 LAYOUT = WeightLayout((6, 8, 3, 3))
@@ -21,6 +21,7 @@ def older(state: dict[str, Tensor], paused: bool = False) -> dict[str, Tensor]:
     for stage in record["stages"]:
         for options in stage.values():
             options.pop("relative", None)
+            options.pop("maximum", None)
     text = json.dumps(record | {"schema": 1, "paused": paused})
     return {**state, RECORD_KEY: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 

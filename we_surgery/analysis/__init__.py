@@ -19,6 +19,7 @@ from we_surgery.analysis.learning import regularization_variants as regularizati
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
 from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
+from we_surgery.analysis.multipliers import rank_correlations as rank_correlations
 from we_surgery.analysis.pictures import draw as draw
 from we_surgery.analysis.pruning import apply_masks as apply_masks
 from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from we_surgery._util.progress import Progress
 from we_surgery.analysis.measuring import Cells, Change, measure
-from we_surgery.analysis.results import MultiplierValidity, ValidityRow
+from we_surgery.analysis.results import LocationMaps, MultiplierValidity, ValidityRow
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
 from we_surgery.converted.graphs import excited_weights
@@ -89,6 +89,42 @@ def multiplier_maps(model: nn.Module) -> dict[str, Tensor]:
             "attached one give `excitation.converted()`.",
         )
     return maps
+
+
+def rank_correlations(maps: LocationMaps, multipliers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Whether the kernels with the highest multipliers are those that the model needs most.
+
+    Args:
+        maps: of :func:`location_maps`.
+        multipliers: of :func:`multiplier_maps`, of the same model.
+
+    Returns:
+        Spearman's correlation of D with the multiplier over the sampled kernels, for each layer
+        with both: 1 where they have the same order, NaN where all of one kind are equal.
+
+    Raises:
+        InputError: no layer has both.
+    """
+    found = {}
+    for one in maps.maps:
+        if one.layer in multipliers:
+            sampled = multipliers[one.layer][one.out_channels][:, one.in_channels]
+            pair = torch.stack([_ranks(sampled), _ranks(torch.tensor(one.drops))])
+            found[one.layer] = pair.corrcoef()[0, 1].item()
+    if not found:
+        raise InputError(
+            "no layer has both an importance map and multipliers",
+            "Give the maps and the multipliers of one model, converted with LWE.",
+        )
+    return found
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value, the mean of their ranks for equal ones."""
+    values = values.flatten().cpu()
+    below = (values < values[:, None]).sum(1)
+    equal = (values == values[:, None]).sum(1)
+    return (below + (equal + 1) / 2).double()
 
 
 def multiplier_validity(

@@ -71,6 +71,9 @@ class MWE(Excitation):
         relative: ``False`` gives ``curve(w)`` without M_A, so ``epsilon``, ``detach_max`` and
             ``rescale`` have no effect. With ``curve="novel"`` it is the thesis' eq. 3.7 as printed.
             Not for atanh, which is not defined for all weights.
+        maximum: M is the largest weight of the ``tensor`` (the paper) or of each ``filter``, or a
+            quantile of the magnitudes such as 0.99, over which weights get the gain of the one at
+            it. The latter two are not in the papers.
         learn: ``epsilon`` trains epsilon, as ``softplus(rho)`` over 1e-6; ``mix`` trains a, from
             1, in ``a W' + (1 - a) W`` (thesis, chapter 8, which names the idea without a form).
         device, dtype: of the learned parameter.
@@ -104,6 +107,7 @@ class MWE(Excitation):
         rescale: bool = True,
         learn: str = "none",
         relative: bool = True,
+        maximum: str | float = "tensor",
         *,
         device: Device = None,
         dtype: DType = None,
@@ -116,6 +120,7 @@ class MWE(Excitation):
         self.rescale = check_flag("mwe: rescale", rescale)
         self.learn = check_choice("mwe: learn", learn, _LEARNABLE)
         self.relative = check_flag("mwe: relative", relative)
+        self.maximum = _check_maximum(maximum)
         if not relative and (curve == "atanh" or learn == "epsilon"):
             raise ValueError(
                 "mwe: relative=False needs another curve than atanh, and has no epsilon to learn"
@@ -139,7 +144,8 @@ class MWE(Excitation):
 
     def closed_form_fields(self) -> dict[str, Any] | None:
         # Only eq. 2; subclasses compute something else.
-        if type(self) is not MWE or not self._is_paper_curve or self.learn != "none":
+        plain = self._is_paper_curve and self.learn == "none" and self.maximum == "tensor"
+        if type(self) is not MWE or not plain:
             return None
         return {"mwe_epsilon": self.epsilon, "detach_max": self.detach_max}
 
@@ -148,19 +154,30 @@ class MWE(Excitation):
         return self.curve == "atanh" and self.rescale and self.relative
 
     def excite(self, weight: Tensor) -> Tensor:
-        if self._is_paper_curve:
-            excited = amplified(weight, self._epsilon(), self.detach_max)
-        elif not self.relative:
-            excited = CURVES[self.curve](weight)
-        else:
+        if self.relative:
             held = weight.detach() if self.detach_max else weight
-            limit = curve_limit(held, self._epsilon())
-            excited = CURVES[self.curve](weight / limit)
+            limit = curve_limit(held, self._epsilon(), self.maximum)
+            excited = self._bent(weight / limit)
             excited = limit * excited if self.rescale else excited
+        else:
+            excited = CURVES[self.curve](weight)
         if self.learn != "mix":
             return excited
         mix = self.mix.to(weight.dtype)
         return mix * excited + (1 - mix) * weight
+
+    def _bent(self, ratio: Tensor) -> Tensor:
+        if self.curve != "atanh" or isinstance(self.maximum, str):
+            return CURVES[self.curve](ratio)
+        # Straight on from M, where the curve would come to its pole.
+        largest, gain = self._at_maximum(ratio)
+        within = ratio.abs() <= largest
+        return torch.where(within, torch.atanh(ratio.where(within, 0)), gain * ratio)
+
+    def _at_maximum(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """M / M_A, and the gain of a weight of that size."""
+        pole = torch.as_tensor(1 + self._epsilon(), dtype=like.dtype, device=like.device)
+        return 1 / pole, pole * torch.atanh(1 / pole)
 
     def _epsilon(self) -> Tensor | float:
         if self.learn != "epsilon":
@@ -182,13 +199,13 @@ class MWE(Excitation):
         return self._inverted(weight)
 
     def _inverted(self, excited: Tensor) -> Tensor:
-        # The largest weight is mapped to (1 + e) * atanh(1 / (1 + e)) times itself.
-        epsilon = self._epsilon()
         # Rounded as in `curve_limit`, also if the model has become float64 since.
-        pole = torch.as_tensor(1 + epsilon, dtype=excited.dtype, device=excited.device)
-        largest_gain = pole * torch.atanh(1 / pole)
-        limit = curve_limit(excited / largest_gain, epsilon)
-        return limit * torch.tanh(excited / limit)
+        largest, gain = self._at_maximum(excited)
+        limit = curve_limit(excited / gain, self._epsilon(), self.maximum)
+        ratio = excited / limit
+        if isinstance(self.maximum, str):
+            return limit * torch.tanh(ratio)
+        return torch.where(ratio.abs() <= largest * gain, limit * torch.tanh(ratio), excited / gain)
 
     @classmethod
     def for_layout(
@@ -203,8 +220,9 @@ class MWE(Excitation):
         rescale: bool = True,
         learn: str = "none",
         relative: bool = True,
+        maximum: str | float = "tensor",
     ) -> Self:
-        options = (epsilon, detach_max, curve, rescale, learn, relative)
+        options = (epsilon, detach_max, curve, rescale, learn, relative, maximum)
         return cls(*options, device=device, dtype=dtype)
 
     @classmethod
@@ -217,10 +235,20 @@ class MWE(Excitation):
         if isinstance(epsilon, Tensor):
             epsilon = math.nan if epsilon.is_meta else epsilon.item()
         shown = f"epsilon={epsilon:g}, detach_max={self.detach_max}"
-        if self._is_paper_curve and self.learn == "none":
+        if self.closed_form_fields() is not None:
             return shown
         chosen = f"curve={self.curve}, rescale={self.rescale}, relative={self.relative}"
-        return f"{shown}, {chosen}, learn={self.learn}"
+        return f"{shown}, {chosen}, learn={self.learn}, maximum={self.maximum}"
+
+
+def _check_maximum(value: object) -> str | float:
+    if is_number(value) and 0 < value < 1:
+        return float(value)
+    if value in ("tensor", "filter"):
+        return str(value)
+    raise ValueError(
+        f"mwe: maximum must be tensor, filter or a quantile between 0 and 1, not {value!r}"
+    )
 
 
 def amplified(weight: Tensor, epsilon: Tensor | float, detach_max: bool) -> Tensor:
@@ -229,12 +257,18 @@ def amplified(weight: Tensor, epsilon: Tensor | float, detach_max: bool) -> Tens
     return limit * torch.atanh(weight / limit)
 
 
-def curve_limit(weight: Tensor, epsilon: Tensor | float) -> Tensor:
-    """M_A, a 0-d tensor; 1 for a weight of zeros, so that nothing is divided by 0."""
+def curve_limit(weight: Tensor, epsilon: Tensor | float, maximum: str | float = "tensor") -> Tensor:
+    """M_A, which broadcasts over the weight; 1 where M is 0, so that nothing is divided by 0."""
     # Not aminmax: torch 2.8 cannot differentiate it, and it copies channels_last weights. The ONNX
     # exporter needs the dimensions of amin.
-    dims = tuple(range(weight.ndim))
-    limit = (1 + epsilon) * torch.maximum(-weight.amin(dims), weight.amax(dims))
+    dims = tuple(range(maximum == "filter", weight.ndim))
+    if isinstance(maximum, str):
+        kept = maximum == "filter"
+        largest = torch.maximum(-weight.amin(dims, kept), weight.amax(dims, kept))
+    else:
+        rank = max(math.ceil(maximum * weight.numel()), 1)
+        largest = weight.abs().flatten().kthvalue(rank).values
+    limit = (1 + epsilon) * largest
     # Subnormal weights count as zeros: M_A may round to the largest one.
     vanishes = limit < torch.finfo(limit.dtype).tiny
     return torch.where(vanishes, torch.ones_like(limit), limit)
