@@ -154,7 +154,7 @@ UNREADABLE = {
     "tar": (make_tar, "is a tar archive", "Unpack"),
     "legacy module": (make_legacy_module, "torch before 1.6", "Save it again"),
     "truncated zip": (make_truncated_zip, "damaged or cut short", "again"),
-    "corrupt zip": (make_corrupt_zip, "cannot be read", "again"),
+    "corrupt zip": (make_corrupt_zip, "does not fit its checksum", "again"),
     "truncated legacy": (make_truncated_legacy, "cannot be read", "again"),
     "truncated safetensors": (make_truncated_safetensors, "damaged or cut short", "again"),
     "safetensors header": (make_safetensors_header_only, "cut short", "again"),
@@ -205,6 +205,25 @@ def test_a_file_that_cannot_be_read_says_why_and_what_to_do(case, tmp_path):
 def test_a_whole_module_of_an_old_torch_opens_when_it_is_trusted(tmp_path):
     make_legacy_module(tmp_path / "model.pt")
     assert read(tmp_path / "model.pt", trust=True).kind == "module"
+
+
+def test_a_wrong_bit_in_a_weight_is_found_by_its_checksum(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.ones(64, 64), "bias": torch.zeros(64)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(9).numpy().tobytes()) + 6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="does not fit its checksum"):
+        read(path)
+
+
+def test_a_file_without_checksums_opens(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(64, 64), "none": torch.ones(0)}, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read(tmp_path / "model.pt").kind == "state_dict"
 
 
 def test_a_missing_file_names_one_beside_it_that_looks_like_it(tmp_path):

@@ -221,6 +221,14 @@ def load_cast() -> None:
     ws.attach(other, twin, state="parameter")
 
 
+def load_wrong_bit() -> None:
+    torch.save(net().state_dict(), "model.pt")
+    content = bytearray(Path("model.pt").read_bytes())
+    content[content.index(net()[0].weight.detach().numpy().tobytes())] ^= 1
+    Path("model.pt").write_bytes(content)
+    ws.load("model.pt")
+
+
 def adopt_without_inverse() -> None:
     model, _, excitation = attached(config={"conv": "shift_attention"})
     nn.init.ones_(model[0].weight)
@@ -355,6 +363,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "the state dict does not fit ...": lambda: saved(
         net().state_dict(), architecture="torchvision:alexnet"
     ),
+    "... is damaged: the record '...' does not fit its checksum": load_wrong_bit,
     "there is no file ...": lambda: ws.load("none.pt"),
     "... exists already": lambda: [ws.save(net(), "a.pt") for _ in range(2)],
     "the stripped model's outputs differ by ...": lambda: ws.strip(
