@@ -1,9 +1,9 @@
 """The converted form: excited layers and graph nodes, convert, strip, and the proof of both.
 
-May import: ``planning`` and what is below it. To add a kind of owner of an excited weight: see
+May import: ``planning`` and the rooms below it. To add a kind of owner of excited weights:
 ``excite.py``, which knows layers (``layer.py``) and weights of torch.fx graphs (``graphs.py``).
 
-Pickles of converted models name the excited classes by this package, ``we_surgery.converted``.
+Pickles name the excited classes by this package, ``we_surgery.converted``.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """The structural proof of a conversion: no operation reads a raw weight.
 
-Comparing outputs is not enough: in some models a bypassed layer changes them by only 1e-7.
+Comparing outputs is not enough: in some models a bypassed layer changes them by 1e-7.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from we_surgery.reading.weights import written_weights
 
 
 def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = False) -> int:
-    """Records a converted model again and checks who reads its raw weights.
+    """Records a converted model and checks who reads its raw weights.
 
-    Returns how many excited weights were computed. ``ran_in_both`` says that the vanilla model ran
-    on the inputs in eval and in train mode.
+    Returns the number of excited weights that were computed. ``ran_in_both``: the vanilla model
+    runs on the inputs in eval and in train mode.
     """
     recordings, notes = record_both_modes(model, example_inputs)
     if not recordings or (ran_in_both and notes):
@@ -39,7 +39,7 @@ def prove_excited(model: nn.Module, example_inputs: Any, *, ran_in_both: bool = 
     refuse_excited_activations(recordings)
     refuse_writes(recordings)
     called = {name for recording in recordings for name in recording.calls}
-    # One excitation may serve several tied layers, and be called by the name in the first.
+    # Tied layers share one excitation, which has its name in the first of them.
     computed = {
         weight.excitation
         for weight in raw.values()
@@ -65,7 +65,7 @@ def refuse_bypasses(recordings: Sequence[ModelGraph], raw_names: Sequence[str]) 
             pending, seen = list(node.users), {node}
             while pending:
                 user = pending.pop()
-                # What nobody uses is a question about the tensor, such as its device.
+                # An unused result is a query, such as the tensor's device.
                 if user in seen or user.meta.get(EXCITATION) or not user.users:
                     continue
                 seen.add(user)
@@ -84,7 +84,7 @@ def refuse_bypasses(recordings: Sequence[ModelGraph], raw_names: Sequence[str]) 
 def refuse_excited_activations(recordings: Sequence[ModelGraph]) -> None:
     """Raises if an excitation runs on anything that depends on the model's input.
 
-    A module that owns a weight and runs all of its children runs the excitation among them.
+    This happens in modules that own a weight and run all their children.
     """
     for recording in recordings:
         for node in recording.graph.nodes:

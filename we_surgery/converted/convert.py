@@ -48,8 +48,8 @@ def convert(
 
     Everything is checked before the first change; on any failure the model is unchanged. New
     parameters are drawn from torch's global random generator and have their layer's device and
-    dtype. Convert before building the optimizer
-    and before wrapping the model in DDP, FSDP or ``torch.compile``.
+    dtype. Convert before building the optimizer and before wrapping the model in DDP, FSDP or
+    ``torch.compile``.
 
     Args:
         model: any model in eager mode, also one that is or holds a ``torch.fx.GraphModule``.
@@ -102,13 +102,13 @@ def convert(
             "start": start,
         },
     )
-    # The model itself is read, with or without inputs, also where a copy is changed.
+    # Reads the model itself, also when a copy is changed.
     with AllOrNothing(model.modules()):
         if plan is None:
             plan = make_plan(model, config=options["config"], example_inputs=example_inputs)
             _warn_of_nothing(plan)
         target = model if inplace else copy_model(model)
-        # Transplants first: they make layers that excitation then finds.
+        # Transplants first: excitation then finds their layers.
         plan = replace(plan, transplants=tuple(transplant_rows.attach(target, plan.transplants)))
         excite(target, build_sites(target, plan, init, start))
         if example_inputs is not None:

@@ -1,8 +1,8 @@
-"""Putting excitations on the weights of a model, in place, and taking them off again.
+"""Adds excitations to the weights of a model, in place, and removes them.
 
-The owner of an excited weight has the raw tensor under its raw name and the excitation beside it.
-A layer also gets an excited class, which computes the weight where it is read. A module that only
-holds a weight for a ``torch.fx`` graph keeps its class: there the graph gets a node.
+The owner of an excited weight has the raw tensor under its raw name, and the excitation beside it.
+A layer also gets an excited class, which computes the weight when it is read. A module that only
+holds a weight for a ``torch.fx`` graph keeps its class; the graph gets a node.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ Traced = TypeVar("Traced", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ExcitationSite:
-    """One excitation and the parameter it goes to.
+    """One excitation and its parameter.
 
     Attributes:
-        module: name of the owning module in the model.
-        parameter: the parameter's name in it.
+        module: the owner's name in the model.
+        parameter: its name in the owner.
         excitation: shared by all sites of one tied Parameter.
-        raw: the values the Parameter gets, ``[O, I, *K]``; None where it keeps its own.
+        raw: the Parameter's new values, as stored; None keeps the present ones.
     """
 
     module: str
@@ -82,9 +82,9 @@ def excite_owner(
 ) -> None:
     """Excites one parameter of a module.
 
-    The raw tensor is the very Parameter the module had, at the very position it had
-    in ``_parameters``: optimizers index their state by position. A ``layer_name`` of None says
-    that the module holds the parameter for a graph and keeps its class.
+    The raw weight is the module's own Parameter, at its position in ``_parameters``: optimizers
+    index their state by position. With ``layer_name`` None the module holds the parameter for a
+    graph, and keeps its class.
     """
     swapped = None if layer_name is None else _swapped_class(owner, parameter, layer_name)
     rename_parameter(owner, parameter, raw_name(parameter))
@@ -121,9 +121,9 @@ def _swapped_class(owner: nn.Module, parameter: str, layer_name: str) -> type[Ex
 
 
 def _refuse_lost(model: nn.Module) -> None:
-    """Raises where the model's state dict would not hold a raw weight, and it alone.
+    """Raises if the model's state dict lacks a raw weight, or also holds the excited one.
 
-    Classes, their parents and hooks may save weights in ways of their own.
+    Classes, their parents and hooks may save weights differently.
     """
     try:
         state = model.state_dict()
@@ -159,9 +159,9 @@ def _lost(weight: ExcitedWeight) -> SurgeryError:
 
 
 def trace_whole(module: Traced) -> Traced:
-    """Makes torch.fx's own tracers call the module and not enter it; returns it.
+    """Makes torch.fx's tracers call the module instead of entering it; returns it.
 
-    They go by the instance's ``__module__``, and pickle goes by that of the class.
+    They look at the instance's ``__module__``, pickle at the class's.
     """
     module.__dict__["__module__"] = _TRACED_WHOLE
     return module

@@ -14,13 +14,7 @@ from we_surgery.reading.obstacles import excited_names
 
 @dataclass(frozen=True)
 class Fetch:
-    """A ``get_attr`` node that reads a parameter, excited or not.
-
-    Attributes:
-        node: the node.
-        owner: the module that has the parameter.
-        parameter: its vanilla name there.
-    """
+    """A ``get_attr`` node that reads a parameter, excited or not, by its vanilla name."""
 
     node: fx.Node
     owner: nn.Module
@@ -72,10 +66,9 @@ def fetches(module: nn.Module, graph: fx.Graph | None = None) -> list[Fetch]:
 
 
 def held_by_graphs(model: nn.Module) -> Callable[[nn.Module, str], bool]:
-    """Tells for an owner and its parameter whether a graph reads it and no forward does.
+    """Tells whether a parameter of an owner is read by a graph and by no forward.
 
-    A GraphModule keeps the parameters that its graph reads in itself, or in modules that have
-    no class and so no forward.
+    Such parameters belong to a GraphModule itself, or to modules without a class of their own.
     """
     fetched = [fetch for module in graph_modules(model) for fetch in fetches(module)]
     read = {(fetch.owner, fetch.parameter) for fetch in fetched}

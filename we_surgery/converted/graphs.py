@@ -1,9 +1,9 @@
 """Excited weights in torch.fx graphs.
 
-Where a graph holds ``get_attr weight -> F.conv2d`` there is no layer whose class could be swapped,
-and a GraphModule has a class of its own making. There the excitation is a node of the graph,
-``get_attr raw_weight -> call_module excitation -> F.conv2d``. The owner of such a held weight has
-the parameters and submodules of an excited layer, so its state dict describes itself just as well.
+A graph with ``get_attr weight -> F.conv2d`` has no layer whose class could be swapped. There the
+excitation is a node of the graph, ``get_attr raw_weight -> call_module excitation -> F.conv2d``.
+The weight's owner has the parameters and submodules of an excited layer, so state dicts have the
+same form.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ def excited_weights(model: nn.Module) -> Iterator[ExcitedWeight]:
 
 
 def update_graphs(model: nn.Module) -> None:
-    """Makes the graphs in ``model`` agree with which of the weights they read are excited.
+    """Gives the graphs in ``model`` a node for each excited weight they read, and no others.
 
-    Each weight gets one excitation node, before the first node that uses it, whatever number of
-    nodes do; nodes of excitations that are gone are removed. Weights of excited layers that a
-    graph reads past the layer are shown in the same way. What agrees already is left untouched.
+    The node comes before the first node that uses the weight. This includes weights of excited
+    layers that a graph reads directly. Graphs that are right are not changed.
     """
     for module in graph_modules(model):
         found = fetches(module)
@@ -133,8 +132,8 @@ def _insert_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
             node.target = first.raw_target
         if not users:
             continue
-        # Not right behind the read: an exported graph reads everything at its top, and all the
-        # excited weights would have to be kept from there on.
+        # Not right after the read: an exported graph reads everything at its top, and would keep
+        # all excited weights from there on.
         with module.graph.inserting_before(min(users, key=order.__getitem__)):
             excited = module.graph.call_module(first.excitation_target, (first.node,))
         excited.meta = copy(first.node.meta)  # its shape and dtype are those of the weight
@@ -151,8 +150,7 @@ def _insert_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
 def _remove_excitations(module: fx.GraphModule, found: Sequence[Fetch]) -> bool:
     """Lets the users of each weight that is no longer excited read it again.
 
-    Where several nodes fetch the weight, each user gets the last one before it: such graphs fetch
-    it once for each user.
+    If several nodes fetch the weight, each user gets the last one before it.
     """
     released = [f for f in found if not f.is_excited and f.node.target == f.raw_target]
     vanilla = {fetch.node: fetch.vanilla_target for fetch in released}

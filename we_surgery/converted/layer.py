@@ -1,10 +1,9 @@
 """The excited layer: an ordinary layer whose ``weight`` is computed from a raw weight.
 
-A layer is excited by swapping its class, in place, for a subclass with a
-read-only ``weight`` property over a parameter called ``raw_weight``. Whoever
-reads ``layer.weight``, the layer's own forward or a parent that feeds it to a
-fused kernel, gets the excited weight, and a converted checkpoint is refused by
-a vanilla model instead of being loaded with the wrong meaning.
+A layer is excited by swapping its class, in place, for a subclass with a read-only ``weight``
+property over a parameter ``raw_weight``. Every reader of ``layer.weight``, the layer's forward or
+a parent with a fused kernel, gets the excited weight. A vanilla model refuses to load a converted
+checkpoint, because its keys differ.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ PUBLIC_PATH = "we_surgery.converted"
 if TYPE_CHECKING:
     _ModuleBase = nn.Module
 else:
-    # Not nn.Module: the mixin must come before the vanilla class and leave its layout alone.
+    # Not an nn.Module: the mixin comes before the vanilla class and must not change its layout.
     _ModuleBase = object
 
 
 class ExcitedLayer(_ModuleBase):
-    """What all excited layers add to their vanilla class.
+    """What excited layers add to their vanilla class.
 
     Attributes:
-        vanilla_class: the class the layer had and gets back.
+        vanilla_class: the class before conversion and after strip.
         excited_parameters: the parameters that are computed from raw ones.
     """
 
@@ -86,10 +85,7 @@ class ExcitedLayer(_ModuleBase):
             drop_own_attributes(self)
 
     def fuse(self) -> nn.Module:
-        """A vanilla layer with the excited weight folded in; this layer is left as it is.
-
-        The name is the one timm's ``reparameterize_model`` looks for.
-        """
+        """A vanilla layer with the folded weight, for timm's ``reparameterize_model``."""
         folded = folded_parameters(self)
         memo: dict[int, Any] = {id(parameter): parameter for parameter in folded.values()}
         fused = copy.deepcopy(vanilla_view(self, folded), memo)
@@ -109,8 +105,8 @@ class ExcitedLayer(_ModuleBase):
                 if vanilla_key in state_dict and raw_key not in state_dict:
                     vanilla.append(name)
                     # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
-                    # loaded before the conversion, and the excitation keeps its values but those
-                    # that it takes from the weight.
+                    # loaded before the conversion. The excitation keeps its values, except those
+                    # that depend on the weight.
                     state_dict[raw_key] = state_dict.pop(vanilla_key)
                     excitation = getattr(self, excitation_name(name))
                     own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
@@ -125,10 +121,10 @@ class ExcitedLayer(_ModuleBase):
             getattr(self, excitation_name(name)).prepare(getattr(self, raw_name(name)))
 
     def _warn_of_left_out(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Warns where a load has other tensors of the layer, and not its weight.
+        """Warns if a load has other tensors of the layer, but not its weight.
 
-        Loaders that keep the keys which a vanilla checkpoint and the model share do so. torch does
-        not tell a layer whether the load is strict; a strict one raises as well.
+        Loaders that keep only the keys shared by checkpoint and model do this. A strict load, which
+        torch does not announce to layers, raises as well.
         """
         given = [key for key in state_dict if key.startswith(prefix)]
         for name in self.excited_parameters if given else ():
@@ -149,15 +145,15 @@ def excited_property(parameter: str) -> property:
 
     def read(self: ExcitedLayer) -> Tensor:
         try:
-            # nn.Module.__getattr__ takes ten times as long. The raw weight is asked of it all the
-            # same: torch.fx puts a proxy there while it traces.
+            # nn.Module.__getattr__ takes ten times as long. The raw weight needs it all the same:
+            # torch.fx returns a proxy there during tracing.
             own: Any = self._modules.get(excitation)
             if own is None:
                 own = getattr(self, excitation)
             return own(getattr(self, raw))  # type: ignore[no-any-return]
         except AttributeError as error:
-            # Left as it is, it would send Python on to nn.Module.__getattr__, which denies
-            # that there is a `weight` and hides the cause.
+            # An AttributeError would make Python call nn.Module.__getattr__, which reports a
+            # missing `weight` and hides the cause.
             raise ExcitationError(
                 f"the excited {parameter} of layer {describe(self)} cannot be computed: {error}",
                 f"Its {raw!r} or {excitation!r} was removed or replaced; convert the model again.",
@@ -173,10 +169,10 @@ def excited_property(parameter: str) -> property:
 def _refuse_offloaded(
     layer: ExcitedLayer, parameter: str, excitation: nn.Module, error: Exception
 ) -> None:
-    """Raises where a weight could not be computed because its excitation was offloaded.
+    """Raises if a weight cannot be computed because its excitation is offloaded.
 
-    accelerate moves each module's own parameters to the device just before that module's forward,
-    and an excitation is read by its layer.
+    accelerate moves a module's parameters to the device before that module's forward, but the
+    layer's forward reads the excitation.
     """
     tensors = [*excitation.parameters(), *excitation.buffers()]
     if not getattr(layer, raw_name(parameter)).is_meta and any(t.is_meta for t in tensors):
@@ -192,8 +188,8 @@ def _refuse_offloaded(
 def assign_excited(layer: ExcitedLayer, name: str, value: Any) -> None:
     """``layer.weight = nn.Parameter(value)``: stores the raw weight whose excitation is ``value``.
 
-    Only a Parameter, as torch's own layers: :func:`torch.func.functional_call` assigns plain
-    tensors, and the raw weight would take a copy of them without a gradient.
+    Only a Parameter, as in torch's layers: :func:`torch.func.functional_call` assigns plain
+    tensors, whose gradient a copy into the raw weight would lose.
     """
     raw: Tensor = getattr(layer, raw_name(name))
     if not isinstance(value, nn.Parameter) or value.shape != raw.shape:
@@ -238,7 +234,7 @@ def describe(layer: ExcitedLayer) -> str:
 def _raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
     """A method that calls the vanilla class's ``method`` on the raw parameters.
 
-    Left as it is, ``reset_parameters`` would initialize a computed tensor, to no effect.
+    Otherwise ``reset_parameters`` would initialize a computed tensor, without effect.
     """
 
     def reset(self: ExcitedLayer) -> None:
@@ -251,8 +247,8 @@ def _raw_initializer(method: str) -> Callable[[ExcitedLayer], None]:
 def _vanilla_initializer(base: Any) -> Callable[..., None]:
     """An ``__init__`` that makes a vanilla ``base``.
 
-    Only a layer's own methods call it, as ``self.__class__(...)``; layers become excited by a swap
-    of their class, and copies and pickles initialize nothing.
+    Only a layer's own methods call it, as ``self.__class__(...)``: conversion, copies and pickles
+    do not.
     """
 
     @functools.wraps(base.__init__)
@@ -272,7 +268,7 @@ def _item_or_slice(base: Any) -> Callable[[Any, Any], Any]:
         found = base()
         for value in (self[i] for i in range(*index.indices(len(self)))):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                # Excited. Appended, it would become a Parameter, which passes no gradient on.
+                # Excited. Appending would make it a Parameter, which has no graph.
                 found.__dict__[str(len(found))] = value
                 found._size += 1
             else:
@@ -300,8 +296,8 @@ def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-# Classes. Those of torch's own layers are written out; any other is made on demand and found
-# again by pickle, under a name that says what it is made of.
+# Classes. Those of torch's layers are written out; others are made on demand, and pickle finds
+# them by a name that describes them.
 
 
 class WEConv1d(ExcitedLayer, nn.Conv1d):

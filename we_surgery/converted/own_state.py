@@ -1,8 +1,7 @@
 """State dicts of excited layers whose vanilla class has its own state dict methods.
 
-Such a class (PyTorch Geometric's ``Linear``) saves ``self.weight``, which is the excited weight
-here. So it saves and loads a vanilla layer with the raw weights, and the keys are renamed
-afterwards.
+Such a class (PyTorch Geometric's ``Linear``) would save ``self.weight``, the excited weight. So it
+saves and loads a vanilla view with the raw weights, and the keys are renamed afterwards.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def load_raw(
     for name in self.excited_parameters:
         excitation = getattr(self, excitation_name(name))
         if name in not_raw and prefix + name not in missing:
-            # A vanilla checkpoint: the excitation keeps its values but those that it takes from
+            # A vanilla checkpoint: the excitation keeps its values, except those that depend on
             # the weight.
             kept = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
             state_dict |= {key: value for key, value in kept.items() if key not in state_dict}

@@ -76,17 +76,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def bits_of(tensor: Tensor) -> list[Tensor]:
-    """All that a tensor holds as vectors of bytes: one, or several of a sparse or quantized one.
-
-    A tensor of the meta device has none.
-    """
+    """A tensor's content as vectors of bytes: one, several if sparse or quantized, none on meta."""
     tensor = tensor.detach()
     if tensor.is_meta:
         return []
     parts = _parts(tensor)
     if parts:
         return [bits for part in parts for bits in bits_of(part)]
-    # A view that is conjugated or negated lazily says so beside its memory.
+    # A lazily conjugated or negated view has a flag beside its memory.
     plain = tensor.resolve_conj().resolve_neg().contiguous().flatten()
     return [plain.view(torch.uint8)]
 
@@ -99,7 +96,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    # Its memory read as bytes by a view ends the process.
+    # A view of its memory as bytes crashes the process.
     if tensor.is_quantized and _scheme(tensor) in _PER_TENSOR:
         scale = torch.tensor(tensor.q_scale(), dtype=torch.float64)
         return [tensor.int_repr(), scale, torch.tensor(tensor.q_zero_point())]
@@ -153,7 +150,7 @@ def is_finite(weight: Tensor) -> bool:
 def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors a model returns in eval mode, without gradients and with a fixed seed.
 
-    The forward gets copies of the inputs, and what it leaves in the model is put back.
+    The forward gets copies of the inputs, and its changes to the model are undone.
     """
     with _state_put_back(model), eval_mode(model), torch.no_grad(), fixed_seed(model):
         try:
@@ -184,8 +181,8 @@ def largest_differences(before: list[Tensor], after: list[Tensor]) -> tuple[floa
         if old.numel() == 0:
             continue
         old, new = _as_double(old), _as_double(new)
-        # NaN outputs that agree are equal; where one side alone is NaN, the difference is NaN
-        # and no comparison with a tolerance holds.
+        # NaN on both sides is equal. NaN on one side gives a difference of NaN, which fails every
+        # tolerance.
         unlike = ~((old == new) | (old.isnan() & new.isnan()))
         if not bool(unlike.any()):
             continue
@@ -222,15 +219,15 @@ def check_outputs(before: list[Tensor], after: list[Tensor]) -> tuple[float, flo
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts each module in eval mode and gives each its own flag back.
+    """Puts all modules in eval mode, and restores each one's mode.
 
-    A graph that was traced or exported in training keeps that mode and updates its running
-    statistics; they get their values back too.
+    A graph traced or exported in train mode stays in it and updates its running statistics; these
+    are restored too.
     """
     flags = {module: module.training for module in model.modules()}
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
     with _values_put_back(buffer for module in graphs for buffer in module.buffers()):
-        # An exported program has its mode baked in and refuses to be asked for another one.
+        # An exported program has a fixed mode and refuses to change it.
         with contextlib.suppress(NotImplementedError):
             model.eval()
         try:
@@ -242,7 +239,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _state_put_back(model: nn.Module) -> Iterator[None]:
-    """Gives modules their attributes back, and all tensors but the parameters their values.
+    """Restores modules' attributes, and the values of all tensors except parameters.
 
     A forward may count its calls, keep a state, or fill a cache.
     """
@@ -266,7 +263,7 @@ def _values_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
     kept = [
         (tensor, tensor.detach().clone())
         for tensor in tensors
-        # Others cannot be compared, and hardly be written to.
+        # Others cannot be compared, and are rarely written to.
         if tensor.layout == torch.strided and not tensor.is_meta
     ]
     try:

@@ -1,4 +1,4 @@
-"""The excitations that a plan asks for, checked against the model."""
+"""The excitations of a plan, checked against the model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def build_sites(
 def pause(excitation: Composition, weight: Tensor, layer: str, init: Init | None = None) -> None:
     """Makes a new excitation the identity for now.
 
-    Without an ``init`` it sets in by ``preserve`` where it can, else by ``paper``.
+    Without ``init`` it will resume by ``preserve`` if it can, else by ``paper``.
     """
     with torch.inference_mode(False):
         try:
@@ -120,7 +120,7 @@ def _preserve(excitation: Composition, weight: Tensor, layer: str) -> Tensor | N
             raise no_identity(layer, error) from error
         with torch.no_grad():
             check_preserved(layer, weight, excitation(raw))
-        # In memory of its own, and with the weight's strides.
+        # In its own memory, with the weight's strides.
         is_same = not raw.is_meta and torch.equal(raw, weight)
         return None if is_same else torch.empty_like(weight).copy_(raw)
 

@@ -1,4 +1,4 @@
-"""Folds a converted model's weights and removes everything that is only for training."""
+"""Folds a converted model's weights and removes what is only for training."""
 
 from __future__ import annotations
 
@@ -101,16 +101,7 @@ def strip_with_report(
     layer_by_layer: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, StripReport]:
-    """:func:`strip`, and what it found.
-
-    Args:
-        model: as in :func:`strip`.
-        example_inputs: as in :func:`strip`.
-        deploy: as in :func:`strip`.
-        inplace: as in :func:`strip`.
-        layer_by_layer: as in :func:`strip`.
-        progress: called with (layers done, layers in all).
-    """
+    """:func:`strip` with a report; ``progress`` is called with (layers done, layers in all)."""
     refuse_wrappers(model)
     if deploy not in DEPLOY_FORMS:
         raise InputError(
@@ -200,8 +191,7 @@ def _refuse_changed(model: nn.Module) -> None:
 
 def _fold(model: nn.Module, reference: nn.Module, progress: Progress | None) -> None:
     """Folds all weights of a converted model: ``reference`` or a copy of it."""
-    # All folds are computed and compared with the excited weights of the reference before the
-    # first layer is changed.
+    # Computes and compares all folds with the reference's excited weights before the first change.
     weights = list(excited_weights(model))
     references = {(w.module, w.parameter): w for w in excited_weights(reference)}
     folded: dict[int, Tensor] = {}
@@ -228,11 +218,11 @@ def _put_in_place(
 
 
 def _fold_layer_by_layer(model: nn.Module, progress: Progress | None = None) -> None:
-    """Folds each weight into the place of its raw one before the next is computed, in place.
+    """Folds each weight into its raw one's memory before it computes the next.
 
-    All folds are proven before the first layer is changed, by checksums, so that no two weights
-    are held at once. Whatever fails after that, such as memory or Ctrl-C, leaves a model that
-    computes what it did, of which some layers are vanilla already; a second call goes on.
+    Checksums prove all folds before the first change, so only one weight is held at a time. A
+    failure after that, such as Ctrl-C, leaves a model with the same outputs and some vanilla
+    layers; a second call continues.
     """
     weights = list(excited_weights(model))
     checksums: dict[int, bytes] = {}

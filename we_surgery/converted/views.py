@@ -51,7 +51,7 @@ def folded_parameters(layer: Any) -> dict[str, nn.Parameter]:
 
 def own_memory(excited: Tensor, raw: Tensor) -> Tensor:
     """A computed weight as a tensor that shares memory with no other."""
-    # An excitation may have nothing to do and return what it was given.
+    # An excitation without effect returns its input.
     if excited.is_meta or excited.untyped_storage().data_ptr() != raw.untyped_storage().data_ptr():
         return excited
     return excited.clone(memory_format=torch.preserve_format)

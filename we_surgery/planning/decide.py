@@ -1,4 +1,4 @@
-"""Making a plan: what each layer of a model would get, decided before anything changes."""
+"""Makes a plan: what each layer of a model would get, before anything changes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan(
     vanilla_parameters = count_parameters(model)
     places: tuple[TransplantDecision, ...] = ()
     if policy.transplants:
-        # What they add is read as well: a gate's layers are found as such.
+        # Their layers are read too, and found to be a gate's.
         model = copy_model(model, share_tensors=True)
         with drawing_nothing(model):
             places = decide(model, policy.transplants)

@@ -1,4 +1,4 @@
-"""The rows of a plan that are about transplants: decided, stored, and put into a model."""
+"""The transplant rows of a plan: decided, stored, and applied to a model."""
 
 from __future__ import annotations
 

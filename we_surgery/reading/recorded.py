@@ -1,8 +1,8 @@
-"""The recorded reading: a torch.fx graph written down while a copy of the model runs once.
+"""The recorded reading: a torch.fx graph of one forward pass of a copy of the model.
 
-The copy's parameters are fake tensors, so a forward pass takes no memory or arithmetic of the
-model's size. A dispatch mode sees each aten operation below autograd, whatever Python code
-called it: inlined subclasses, functional calls and fused attention included.
+The copy's parameters are fake tensors, so memory and arithmetic do not grow with the model. A
+dispatch mode sees each aten operation below autograd, whatever Python code calls it: inlined
+subclasses, functional calls and fused attention included.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[ModelGraph], list[str]]:
-    """Recordings in eval and in train mode, and what went wrong.
+    """Recordings in eval and train mode (auxiliary heads run in one alone), and what went wrong.
 
-    On fake tensors, and where those fail on real ones. Where both fail, the same once more with
-    the hooks that a copy shares with the model: some models compute by them, others only log,
-    which a recording is not to add to. Some layers run in one mode alone, such as auxiliary heads.
-    The list is empty when the model runs in neither.
+    On fake tensors, or if those fail on real ones. If both fail, again with the hooks that a copy
+    shares with the model: some models need them, but others only log, which a recording should not
+    repeat. The list is empty if the model runs in neither mode.
     """
     recordings, notes = [], []
     with uncollected(), Fakes() as fakes:
@@ -62,10 +61,7 @@ def record_both_modes(model: nn.Module, example_inputs: Any) -> tuple[list[Model
 def _record_by(
     attempts: list[tuple[Fakes | None, bool]], model: nn.Module, example_inputs: Any, training: bool
 ) -> tuple[ModelGraph | None, list[tuple[Fakes | None, bool]], str]:
-    """The first attempt that succeeds, those worth trying in the other mode, and the last failure.
-
-    What one mode cannot run on, the other one seldom can; nor needs it other hooks.
-    """
+    """The first successful attempt, those worth trying in the other mode, and the last failure."""
     failure = ""
     for index, (fakes, shared_hooks) in enumerate(attempts):
         try:
@@ -106,11 +102,11 @@ def record(
         model: any model in eager mode.
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping.
         training: record in train mode, with gradients; otherwise in eval mode without.
-        fakes: where stand-ins come from. Without it real tensors are used, for models whose
-            control flow or shapes depend on data. That takes the memory of a copy of ``model``,
-            whose forward may write to its weights.
-        shared_hooks: run those forward hooks, too, that the copy shares with ``model``: functions,
-            which may keep or change what is the user's.
+        fakes: makes the fake tensors. Without it, real ones are used, for models whose control
+            flow or shapes depend on data; this needs memory for a copy of ``model``, because its
+            forward may write to the weights.
+        shared_hooks: also run the forward hooks that the copy shares with ``model``: functions,
+            which may keep or change the user's objects.
 
     Raises:
         Exception: whatever the model raises on these inputs.
@@ -174,7 +170,7 @@ def _replica(model: nn.Module, fakes: Fakes | None, shared_hooks: bool) -> nn.Mo
         for buffer in model.buffers():
             memo[id(buffer)] = fakes(buffer)
     for module in model.modules():
-        # A module has a dozen hook dictionaries, mostly empty; copying those is half of the work.
+        # A module has a dozen hook dictionaries, mostly empty; copying them is half of the work.
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()

@@ -1,4 +1,4 @@
-"""What sees each aten operation of a running model and writes it into a torch.fx graph."""
+"""Writes each aten operation of a running model into a torch.fx graph."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _storable(self, value: Any) -> Any:
-        """Arguments as fx takes them, tensors as their nodes; anything else is written as text.
+        """Arguments for fx: tensors as their nodes, unknown objects as text.
 
-        A walk of its own: torch's pytree took a quarter of the time of a recording.
+        Not by torch's pytree, which took a quarter of a recording's time.
         """
         if isinstance(value, Tensor):
             return self._node_of(value)
@@ -202,7 +202,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _in_autograd_function() -> bool:
     """Whether an ``autograd.Function`` is running, such as a checkpoint: it has a gradient.
 
-    Torch turns forward-mode gradients off there as well, which ``torch.no_grad`` does not.
+    Unlike ``torch.no_grad``, it turns forward-mode gradients off too.
     """
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 

@@ -1,7 +1,7 @@
-"""Running a copy of a model on example inputs, and which of its hooks run along.
+"""Runs a copy of a model on example inputs, and decides which of its hooks run.
 
-A deep copy binds the methods of copied objects anew: such hooks are part of the model. It shares a
-hook that is a function, and that one may keep what it is given.
+Hooks that are methods of copied objects are bound to the copies, and part of the model. Hooks that
+are functions are shared with the original, and may keep their arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEVER_COPIED = (types.FunctionType, types.BuiltinFunctionType, type)
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Calls ``model`` on a tensor, on positional arguments, or on a mapping of keyword ones."""
-    # A graph module's own way of being called prints its code when it fails.
+    # Calling a graph module prints its code when it fails.
     run = (
         functools.partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model
     )

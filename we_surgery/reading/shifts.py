@@ -1,9 +1,9 @@
-"""Shift-fed convs, by what the data does: position codes are sent through a recorded slice.
+"""Finds shift-fed convs by dataflow: position codes are sent through a slice of a recorded graph.
 
-Going back from a conv's input, operations that only move data are followed, and so are norms,
-activations and per-element arithmetic, which change values but not positions. What they start
-from gets a code for each of its positions; the movements are replayed on these codes; and where
-each channel's codes come from tells how it was displaced.
+The slice goes back from a conv's input through operations that move data, and through norms,
+activations and per-element arithmetic, which change values but not positions. Each position of its
+sources gets a code, the movements are replayed on these codes, and the codes that arrive show how
+each channel was displaced.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOVES = frozenset(
     diagonal clone indexcopy where maskedfill unsafesplit
     """.split()
 )
-# They change values and not positions: their first argument's codes pass through.
+# They change values, not positions: the codes of their first argument pass through.
 _POSITIONLESS = frozenset(
     """
     relu gelu silu leakyrelu elu hardswish hardtanh sigmoid tanh mish softplus clamp clampmin
@@ -52,7 +52,7 @@ _DISPLACES = frozenset(
     """.split()
 )
 _JOINS = frozenset("cat stack copy slicescatter selectscatter indexput indexcopy".split())
-# They take the channels apart and together again where this argument is the channels' dimension.
+# They cut or join channels if this argument is the channels' dimension.
 _DIMENSION = {"slice": 1, "split": 2, "splitwithsizes": 2, "unsafesplit": 2, "cat": 1}
 _STAYS = frozenset(["clone", "alias", "detach", "contiguous"])
 _DOES_BOTH = frozenset(["gather", "index", "takealongdim", "asstrided"])
@@ -61,13 +61,7 @@ _EMPTY = frozenset(["zeros", "empty", "full", "ones", "emptystrided"])
 
 
 def shift_before(data: fx.Node, channel_dim: int, graph: ModelGraph) -> Shift | None:
-    """The shift that made a feature map, or None.
-
-    Args:
-        data: what a conv or linear operation of a recorded graph is applied to.
-        channel_dim: its channels' dimension; may be negative.
-        graph: the graph.
-    """
+    """The shift that made ``data``, the input of a conv or linear operation, or None."""
     inside, sources = _slice(data, graph)
     if not _may_shift(inside) or _moves_channels_alone(inside, channel_dim):
         return None
@@ -101,9 +95,9 @@ def _slice(node: fx.Node, graph: ModelGraph) -> tuple[set[fx.Node], list[fx.Node
 
 
 def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    """The source as it is right before data moves: normalized, activated, in its final shape.
+    """The source right before data moves: normalized, activated, in its final shape.
 
-    What it passes on the way there is taken out of ``inside``.
+    The nodes on the way are removed from ``inside``.
     """
     current, passed = source, [source]
     while True:
@@ -115,7 +109,7 @@ def _last_form(source: fx.Node, inside: set[fx.Node]) -> fx.Node:
         if not (name in _RESHAPES or name in _POSITIONLESS or current.target is operator.getitem):
             return source
         passed.append(current)
-        # A norm's own result is several tensors; the first of them goes on.
+        # A norm returns several tensors; the first one is the map.
         if SHAPE in current.meta:
             inside.difference_update(passed)
             source = current
@@ -196,13 +190,13 @@ class _Replay:
             return self._graph.value(str(node.target)).detach()
         is_empty = called_name(node) in _EMPTY and node.meta[DTYPE].is_floating_point
         if is_empty or makes_new(node):
-            # What codes will be written into must hold them without rounding.
+            # Codes will be written into it, without rounding.
             return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
         args, kwargs = self._arguments(node)
         try:
             return _call(node, args, kwargs)
         except RuntimeError:
-            # Arithmetic on a tensor that was made to hold codes, such as a dropout mask: no index.
+            # Arithmetic on a tensor made to hold codes, such as a dropout mask; not an index.
             if not node.meta[DTYPE].is_floating_point:
                 raise
             return torch.zeros(node.meta[SHAPE], dtype=torch.int64)
@@ -213,12 +207,12 @@ class _Replay:
         if name in _POSITIONLESS:
             passed = self._values[next(n for n in node.all_input_nodes if n in self._graph.fed)]
             if not operation_name(node).endswith("_"):
-                # A new tensor: what is written into the one must not appear in the other.
+                # A new tensor: later writes into one must not appear in the other.
                 passed = passed.clone()
             shape = node.meta.get(SHAPE)
             return passed.expand(shape) if shape is not None and passed.shape != shape else passed
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            # A norm's or dropout's codes are not a tuple; its first result is the feature map.
+            # The codes of a norm or dropout are not a tuple; its first result is the map.
             whole = self._values[node.args[0]]
             return whole if isinstance(whole, Tensor) else whole[node.args[1]]
         args, kwargs = self._arguments(node)
@@ -235,7 +229,7 @@ class _Replay:
 
 
 def _without_values(tensor: Tensor) -> Tensor:
-    # A constant among the codes, such as a pad value or a class token, stands for padding.
+    # Constants among the codes, such as pad values or class tokens, count as padding.
     return torch.zeros_like(tensor, dtype=torch.int64) if tensor.is_floating_point() else tensor
 
 
@@ -243,6 +237,6 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.target is after_write:
         return args[0]
     if called_name(node) in _RESHAPES:
-        # Codes may lie in memory in another way than the activations did.
+        # Codes may have other strides than the activations.
         return args[0].reshape(args[1])
     return node.target(*args, **kwargs)  # type: ignore[operator]

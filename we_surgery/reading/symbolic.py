@@ -15,15 +15,15 @@ from we_surgery.reading.graph import MODULE, ModelGraph, called_name, join, sour
 from we_surgery.reading.kinds import WEIGHTED, is_norm
 from we_surgery.reading.running import drop_hooks
 
-# The names of the argument by which a split or chunk is told its pieces.
+# The argument with the pieces of a split or chunk.
 _PIECES = ("split_size_or_sections", "split_size", "split_sizes", "chunks")
 
 
 class LayerTracer(fx.Tracer):
     """A tracer that keeps conv, linear, norm and attention modules whole.
 
-    A submodule that cannot be traced is kept whole as well, and noted in ``untraceable``
-    with the reason: one bad block costs one block.
+    A submodule that cannot be traced is kept whole too, with the reason in ``untraceable``: one bad
+    block costs one block.
     """
 
     def __init__(self, keeps: Callable[[nn.Module], bool]) -> None:
@@ -60,9 +60,9 @@ class LayerTracer(fx.Tracer):
         return node
 
     def trace_as_far_as_it_goes(self, module: nn.Module) -> tuple[fx.Graph, str]:
-        """The graph, and why it ends where it does; "" where it is whole.
+        """The graph, and why it ends early, or "".
 
-        One that is not returns whatever nothing in it had used.
+        A graph that ends early returns all values that no node uses.
         """
         try:
             with _patches_taken_back():
@@ -105,23 +105,15 @@ def trace(
 ) -> tuple[list[ModelGraph], list[str]]:
     """The graphs of ``model``: one, or those of the parts that can be traced.
 
-    The trace runs on a copy whose parameters and buffers are on the meta device: it takes
-    no memory of the model's size, and tracing leaves proxies behind in some models. What
-    cannot be traced is kept whole, and traced by itself as far as that goes; where its forward
-    stops, its children are, too.
-
-    Args:
-        model: the model.
-        keeps: tells which modules are kept whole beside convs, linear layers, attention and norms.
-
-    Returns:
-        The graphs, from the whole model down, and what could not be traced, with the reason
-        and the file and line that stopped it.
+    It traces a copy on the meta device: this needs no memory for weights, and tracing leaves
+    proxies in some models. A submodule that cannot be traced is kept whole, and traced separately
+    as far as possible, then its children. ``keeps`` selects further modules to keep whole. Returns
+    the graphs, from the whole model down, and what could not be traced, with reason, file and line.
     """
     graphs: list[ModelGraph] = []
     untraceable: dict[str, str] = {}
     try:
-        # Some models draw random numbers while they are traced.
+        # Some models draw random numbers during tracing.
         with drawing_nothing(model):
             pending = [("", weightless_copy(model))]
             while pending:

@@ -1,7 +1,7 @@
-"""Shift-fed layers on a symbolically traced graph, which has no shapes.
+"""Shift-fed layers in a symbolically traced graph, which has no shapes.
 
-What lies between a layer and the layers before it is cut out, and recorded on made-up inputs:
-channels from the layers, everything else small.
+The nodes between a layer and the layers before it are cut out and recorded on made-up inputs, with
+the layers' channels and small other dimensions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from we_surgery.reading.recorded import record, uncollected
 from we_surgery.reading.shifts import shift_before
 
 _LARGEST_SLICE = 200
-# Without channels; several per kind, since a reshape may want a number of segments or tokens.
+# Without channels; several per kind, since a reshape may need a number of segments or tokens.
 _MADE_UP_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "conv1d": ((16, 12),),
     "conv2d": ((16, 6, 7), (24, 6, 6), (30, 6, 6)),
@@ -36,7 +36,7 @@ _JOINING = ("cat", "stack", "concat", "gather", "setitem", "copy", "indexselect"
 def traced_shift_before(
     data: fx.Node, kind: str, layout: WeightLayout, graph: ModelGraph
 ) -> Shift | None:
-    """The shift that made what a layer is applied to, on the first made-up shapes that run."""
+    """The shift that made a layer's input, on the first made-up shapes that run."""
     if kind not in _MADE_UP_SHAPES:
         return None
     inside, sources = _between_layers(data, graph)
@@ -64,7 +64,7 @@ def _recorded(cut: nn.Module, inputs: Sequence[Tensor], fakes: Fakes) -> ModelGr
 
 
 def _between_layers(node: fx.Node, graph: ModelGraph) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes between ``node`` and the layers and inputs it comes from, and these."""
+    """The nodes between ``node`` and its source layers and inputs, and these sources."""
     inside: set[fx.Node] = set()
     sources: set[fx.Node] = set()
     pending = [node]
@@ -81,7 +81,7 @@ def _between_layers(node: fx.Node, graph: ModelGraph) -> tuple[list[fx.Node], li
 
 
 def _ends_slice(node: fx.Node, graph: ModelGraph) -> bool:
-    """Whether the node is a layer that is trained, or holds one."""
+    """Whether the node is or holds a trained layer."""
     return graph.layers_in(node) > 0 and any(p.requires_grad for p in _parameters(node, graph))
 
 
@@ -114,8 +114,8 @@ def _indices(node: fx.Node) -> list[fx.Node]:
 class _Cut(nn.Module):
     """A piece of a traced model, run node by node.
 
-    No ``GraphModule``: its generated code would spell out the modules' names, and a name in a
-    file can be any text.
+    Not a ``GraphModule``: its generated code would contain the modules' names, which may be any
+    text if they come from a file.
     """
 
     def __init__(self, parts: dict[str, nn.Module | Tensor], graph: fx.Graph) -> None:

@@ -1,4 +1,4 @@
-"""The listed reading: facts from the module tree alone, without any dataflow."""
+"""The listed reading: facts from the module tree alone, without dataflow."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _facts(name: str, module: nn.Module, parameter: str, kind: str) -> LayerFact
         weight = own.get(raw_name(parameter))
     shape = () if weight is None or isinstance(weight, UninitializedParameter) else weight.shape
     transposed = kind.startswith("conv_transpose")
-    # A traced conv has lost the number, and is left alone.
+    # A traced conv has no `groups`, and is not excited.
     groups = getattr(module, "groups", 1) if kind.startswith("conv") else 1
     return LayerFacts(
         module=name,
@@ -102,10 +102,10 @@ def _mark_gates(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None
 
 
 def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
-    """By class name and attributes.
+    """Marks shift-fed layers by class names and attributes of shift modules.
 
-    Shift-fed are a shift module's own convs, the first layer anywhere inside it (TSM wraps a
-    conv or a whole block), and the layer registered right after it.
+    They are a shift module's own convs, the first layer anywhere inside it (TSM wraps a conv or a
+    block), and the layer registered right after it.
     """
     shifts = [name for name, module in modules.items() if is_shift(module)]
     sources: dict[str, str] = {}
@@ -122,10 +122,10 @@ def _mark_shifts(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> Non
 
 
 def _mark_norms_by_order(modules: dict[str, nn.Module], layers: list[LayerFacts]) -> None:
-    """Without dataflow, the order of registration stands for the order of the calls.
+    """Takes the order of registration for the order of calls.
 
-    A norm counts that comes right after a layer, in the layer's own module or in one around it:
-    one that begins the next block normalizes what a residual block has added first.
+    A norm counts if it comes right after a layer, in its module or one around it. A norm at the
+    start of the next block does not: it normalizes the sum of a residual block.
     """
     whole: list[str] = []
     for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""Which operations read which weights, and how: one pass over the graph of any reading."""
+"""Which operations read which weights: one pass over the graph of any reading."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ _OPERANDS: dict[str, Operands] = {
         ((0, "src"), (16, "ffn_weight_2")),
     ),
 }
-# The operations that take their weight as the layer stores it, not transposed.
+# Operations that take the weight as the layer stores it, not transposed.
 _AS_STORED = _CONVS | {"linear", "nativemultiheadattention", "transformerencoderlayerfwd"}
 _TRANSPOSES = frozenset("t mt transpose permute numpyt swapaxes swapdims".split())
-# Views that have memory of their own: what is written there does not reach the viewed tensor.
+# Views with their own memory: writes do not reach the viewed tensor.
 _COPIES = frozenset(["aten.clone", "aten._to_copy", "aten.contiguous", "aten.lift_fresh"])
 
 
@@ -77,16 +77,16 @@ class WeightRead:
         parameter: the parameter's qualified name in the model.
         graph: where it was found.
         node: the operation.
-        data: what the weight is applied to; None where that is unknown.
-        reader: the innermost module that was running.
-        is_conv: the operation is a conv, and not a product of matrices.
-        filters_first: the operation takes the parameter's first axis as its filters, as
-            ``F.linear(x, W)`` and ``W @ x`` do and ``x @ W`` does not.
+        data: the other operand; None if unknown.
+        reader: the innermost running module.
+        is_conv: the operation is a conv, not a matrix product.
+        filters_first: the parameter's first axis is the filters', as in ``F.linear(x, W)`` and
+            ``W @ x``, but not in ``x @ W``.
         computed: the parameter passes through arithmetic first, as in ``StdConv2d``.
-        constant_input: what the weight is applied to does not depend on the graph's input.
-        no_gradient: the model had turned gradients off, in train mode.
+        constant_input: ``data`` does not depend on the graph's input.
+        no_gradient: gradients are off in train mode.
         transposed: the operation is a transposed conv.
-        groups: the conv's groups; 1 for all else.
+        groups: the conv's groups, otherwise 1.
     """
 
     parameter: str
@@ -164,8 +164,7 @@ def _reads_of_operation(
     for origin in _origins(weight, graph):
         is_turned = origin.transposes % 2 == 1
         stored = name in _AS_STORED or is_turned is not is_left
-        # Of two operands without input, only one that comes in the way of F.linear is told
-        # apart as the weight.
+        # If no operand depends on the input, only the form of F.linear shows which is the weight.
         if is_constant and (is_left or not stored):
             continue
         yield WeightRead(
@@ -217,10 +216,10 @@ def _excites(node: fx.Node, graph: ModelGraph) -> bool:
 
 
 def _is_turned(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a view exchanges the axes of the matrix in it, those longer than 1.
+    """Whether a view swaps the two axes of a matrix.
 
-    An einsum moves such axes around among others of length 1. A tensor that has more or less
-    than two of them counts as turned by any permutation. Without a shape it is taken for a matrix.
+    Axes of length 1, which an einsum adds, do not count. If the other axes are not two, any
+    permutation counts. Without a shape the tensor counts as a matrix.
     """
     name = called_name(node)
     if name not in _TRANSPOSES:
@@ -245,11 +244,7 @@ def _is_turned(node: fx.Node, source: fx.Node) -> bool:
 
 
 def written_weights(graph: ModelGraph) -> dict[str, str]:
-    """What the forward writes to: parameters, or excitations into whose results it writes.
-
-    Returns:
-        For each qualified name, the name of the module that writes.
-    """
+    """The parameters, or results of excitations, that the forward writes to, with the writer."""
     written: dict[str, str] = {}
     for node in graph.graph.nodes:
         for origin in written_by(node):
@@ -264,14 +259,9 @@ def written_weights(graph: ModelGraph) -> dict[str, str]:
 
 
 def other_readers(graph: ModelGraph, reads: Mapping[fx.Node, set[str]]) -> dict[str, str]:
-    """Parameters that something else reads than the operations they are the weights of.
+    """The parameters that other operations read than those in ``reads``, with the first one's name.
 
-    Args:
-        graph: the graph.
-        reads: the parameters that each node of :func:`weight_reads` takes as weights.
-
-    Returns:
-        For each qualified name, the first other reader in words.
+    ``reads`` are the parameters that each node of :func:`weight_reads` takes as weights.
     """
     found: dict[str, str] = {}
     for node in graph.graph.nodes:
