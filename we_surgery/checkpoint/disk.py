@@ -1,4 +1,4 @@
-"""Syncs, safe renames, and a hidden folder for what is being written."""
+"""Syncs, safe renames, and a hidden folder for unfinished files."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def rename_to_free(source: Path, target: Path) -> None:
-    """Renames, and raises FileExistsError if the new name is taken.
+    """Renames, or raises FileExistsError if the new name is taken.
 
-    Where the system has no such rename, a file may keep its old name beside the new one.
+    On systems without such a rename, a file may keep its old name too.
     """
     if _renamed(source, target, _FREE_ALONE):
         return
@@ -76,8 +76,8 @@ def rename_to_free(source: Path, target: Path) -> None:
 def exchange(first: Path, second: Path, aside: Path) -> None:
     """Swaps the names of two files or two folders.
 
-    At once where the system can. Otherwise ``second`` is at ``aside`` in between; a file keeps its
-    own name too until ``first`` takes it, where the file system has links.
+    In one step if the system supports it. Otherwise ``second`` is at ``aside`` in between; a file
+    also keeps its name until ``first`` takes it, if the file system has links.
     """
     if _renamed(first, second, _EXCHANGE):
         return
@@ -105,9 +105,9 @@ def _renamed(source: Path, target: Path, flags: int) -> bool:
 
 
 class HiddenFolder:
-    """A new hidden folder in ``parent``, locked while this run lives.
+    """A new hidden folder in ``parent``, locked during this run.
 
-    A run that was killed leaves it; the next run that writes there removes it.
+    A killed run leaves it; the next run that writes there removes it.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -115,7 +115,7 @@ class HiddenFolder:
             self.path = parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
             self.path.mkdir(mode=stat.S_IRWXU)
             lock, self._descriptor = _locked(self.path)
-            # Another run may just have taken it for a leftover.
+            # Another run may have removed it as a leftover.
             if lock is not _Lock.OTHERS and self.path.exists():
                 break
             _close(self._descriptor)

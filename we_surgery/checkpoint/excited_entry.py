@@ -1,4 +1,4 @@
-"""The excited weights that a state dict holds, by what its keys alone say."""
+"""The excited weights of a state dict, found by its keys."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class ExcitedEntry:
-    """One excited weight as a state dict holds it.
+    """One excited weight in a state dict.
 
     Attributes:
-        layer: the owning module's name ("" for the model itself).
-        parameter: the weight's name in it.
+        layer: the owner's name ("" for the model itself).
+        parameter: the weight's name in the owner.
         raw: the raw weight.
-        excitation: the excitation's entries, named from the excitation on.
+        excitation: the excitation's entries, by their names in the excitation.
     """
 
     layer: str
@@ -60,7 +60,7 @@ class ExcitedEntry:
     def identity(self) -> tuple[Any, ...]:
         """Equal for entries with the same memory, as of tied layers."""
         own = sorted(self.excitation.items())
-        # Each record is made anew, also that of one excitation that several layers share.
+        # Records are compared by content: a shared excitation has a new one per state dict entry.
         parts = (_text(v) if is_record(key) else tensor_identity(v) for key, v in own)
         return (tensor_identity(self.raw), *zip(sorted(self.excitation), parts, strict=True))
 
@@ -94,7 +94,7 @@ class ExcitedEntry:
         """The excited weight, in the raw one's memory format.
 
         With a ``dtype`` for the result, half precision is excited in float32 and rounded once.
-        ``in_place`` allows the use of the raw weight's memory.
+        ``in_place`` may use the raw weight's memory.
         """
         if self.raw.is_meta:
             raise InputError(
@@ -112,7 +112,7 @@ class ExcitedEntry:
         try:
             with torch.no_grad():
                 folded = excitation.excite_in_place(raw) if is_own else excitation(raw)
-                # It may leave the excitation in another memory format, or as the raw one itself.
+                # It may have another memory format, or be the raw weight itself.
                 is_raw = folded is raw
                 if folded.stride() != raw.stride() or (not is_own if is_raw else folded._is_view()):
                     folded = torch.empty_like(raw).copy_(folded)

@@ -1,4 +1,4 @@
-"""Stripping state dicts: excited weights are folded by what the keys and records alone say."""
+"""Strips state dicts: folds excited weights by their keys and records alone."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from we_surgery.excitations.names import vanilla_key
 
 @dataclass(frozen=True)
 class StateDictReport:
-    """What stripping a state dict did.
+    """The result of stripping a state dict.
 
     Attributes:
-        layers: weights that were folded; tied ones count each.
-        tensors: entries that are left.
-        values: their numbers in all, parameters and buffers.
-        removed_values: numbers that are gone with the excitations.
-        notes: what was chosen and dropped on the way to the state dict, as sentences.
+        layers: number of folded weights; tied ones count each.
+        tensors: number of remaining entries.
+        values: number of their values, parameters and buffers.
+        removed_values: number of the excitations' values.
+        notes: what was chosen and dropped, as sentences.
     """
 
     layers: int
@@ -58,8 +58,8 @@ def strip_state_dict(
     """Returns the vanilla state dict of a converted model's checkpoint. Needs no model or plan.
 
     Each excited weight becomes an entry under its vanilla key; the other entries share memory with
-    ``checkpoint``. The keys and their order are the
-    vanilla model's. Bit-equal to ``strip(model).state_dict()`` of the model it was taken from.
+    ``checkpoint``. The keys and their order are the vanilla model's. The result is bit-equal to
+    ``strip(model).state_dict()``.
 
     Args:
         checkpoint: a state dict, or a trainer's checkpoint that contains one; not changed.
@@ -99,9 +99,9 @@ def strip_state_dict_with_report(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], StateDictReport]:
-    """:func:`strip_state_dict`, and what it did; without the warnings.
+    """:func:`strip_state_dict` with a report, without warnings.
 
-    With a ``dtype`` for all floating-point entries, a half-precision weight is excited in float32
+    With a ``dtype`` for all floating-point entries, half-precision weights are excited in float32
     and rounded once. ``progress`` is called with (weights done, weights in all).
     """
     state, notes = unwrap(checkpoint, key, weights)
@@ -158,9 +158,9 @@ def report_of(entries: Mapping[str, Tensor | ExcitedEntry], notes: list[str]) ->
 
 
 def vanilla_entries(state: Mapping[str, Tensor]) -> dict[str, Tensor | ExcitedEntry]:
-    """What each entry of the vanilla state dict is made of, in its order.
+    """The sources of each entry of the vanilla state dict, in its order.
 
-    The state dict is without wrappers; meta tensors will do.
+    The state dict has no wrappers, and may be on the meta device.
     """
     by_raw_key = {entry.raw_key: entry for entry in find_excited(state)}
     excited = by_raw_key.values()

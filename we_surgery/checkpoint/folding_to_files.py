@@ -1,4 +1,4 @@
-"""Stripping to safetensors, tensor by tensor: no model, no process group."""
+"""Strips to safetensors, tensor by tensor: no model, no process group."""
 
 from __future__ import annotations
 

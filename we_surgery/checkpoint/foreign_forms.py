@@ -1,14 +1,14 @@
 """Checkpoints in two other forms, read as ours.
 
-**The WE paper's public code** keeps an LWE conv's weight under its vanilla name and the two layers
-of the gate beside it, as 1x1 convs: ``X.weight`` ``[O, I, *K]``, ``X.fc1.weight`` ``[h, I, 1, 1]``,
-``X.fc1.bias``, ``X.fc2.weight`` ``[I, h, 1, 1]`` and ``X.fc2.bias``. It always standardizes the
-weight first, with 1e-5 added to each standard deviation. Its MWE layers leave no trace.
+**The WE paper's public code** has an LWE conv's weight under its vanilla name and the two layers
+of the multiplier beside it, as 1x1 convs: ``X.weight`` ``[O, I, *K]``, ``X.fc1.weight``
+``[h, I, 1, 1]``, ``X.fc1.bias``, ``X.fc2.weight`` ``[I, h, 1, 1]`` and ``X.fc2.bias``. It always
+standardizes the weight first, with 1e-5 added to each standard deviation. Its MWE layers leave no
+trace.
 
-**torch.nn.utils.parametrize** keeps a weight as ``X.parametrizations.weight.original``, and what
-computes it under ``X.parametrizations.weight.0``, ``.1`` and so on, in the order they are applied.
-Each may be one of our compositions or one of its stages by itself, and has a record that says
-which.
+**torch.nn.utils.parametrize** has a weight as ``X.parametrizations.weight.original``, and its
+parametrizations as ``X.parametrizations.weight.0``, ``.1`` and so on, in the order in which they
+are applied. Each may be one of our compositions or single stages, with a record that says which.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _is_public_lwe(state: Mapping[str, Tensor], layer: str, index: _KeyIndex) ->
     if f"{layer}.weight" not in state:
         return False
     beside = {key for fc in ("fc1", "fc2") for key in index.beginning_with(f"{layer}.{fc}.")}
-    # A gate of further layers of its own, as of the code's later experiments, is another method.
+    # With further layers, as in the code's later experiments, it is another method.
     if beside != {f"{layer}.{entry}" for entry in _GATE}:
         return False
     weight = state[f"{layer}.weight"]
@@ -108,9 +108,9 @@ def _is_public_lwe(state: Mapping[str, Tensor], layer: str, index: _KeyIndex) ->
 
 
 def read_parametrized(state: Mapping[str, Tensor], modules: Iterable[str]) -> ReadAsOurs | None:
-    """The excited weights of torch's parametrizations as ours; None where there are none.
+    """The excited weights of torch's parametrizations as ours; None if there are none.
 
-    Weights that carry other parametrizations are left as they are.
+    Weights with other parametrizations do not change.
     """
     renamed: dict[str, str] = {}
     excitations: dict[str, str] = {}

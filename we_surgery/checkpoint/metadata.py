@@ -21,12 +21,7 @@ _MOST_VALUES = 300_000
 
 @dataclass(frozen=True)
 class Metadata:
-    """The plan a file was converted by (``Plan.to_dict()``), and what builds its model.
-
-    Attributes:
-        plan: as data.
-        architecture: None where it is not known.
-    """
+    """The plan of a file's conversion (``Plan.to_dict()``), and its architecture if known."""
 
     plan: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
@@ -92,10 +87,10 @@ class Metadata:
 
 
 def _refuse_unreadable(data: Any, source: str) -> None:
-    """Raises unless ``data`` is of JSON's types and of a size that can be written out.
+    """Raises unless ``data`` has JSON's types and a size that can be written as text.
 
-    A pickle can say in a few bytes what would fill the memory as text: a list that holds another
-    one twice, which holds another one twice.
+    A few bytes of pickle can fill the memory as text: a list that holds another one twice, which
+    holds another one twice.
     """
     pending = [data]
     for _ in range(_MOST_VALUES):

@@ -1,4 +1,4 @@
-"""Saving a model in one file and getting it back from any of them."""
+"""Saves a model in one file, and loads it."""
 
 from __future__ import annotations
 
@@ -171,10 +171,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], architecture: Architecture
 def _match_dtypes(
     model: nn.Module, state: Mapping[str, Tensor], entries: Sequence[ExcitedEntry]
 ) -> None:
-    """Casts the model as its owner did, where all weights in the file have one dtype.
-
-    Buffers that the file does not hold follow then as well.
-    """
+    """Casts the model, with buffers that the file lacks, if all its weights have one dtype."""
     kept = {entry.excitation_prefix + key for entry in entries for key in entry.excitation}
     dtypes = {
         value.dtype for key, value in state.items() if key not in kept and value.is_floating_point()
@@ -196,7 +193,7 @@ def _match_layouts(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         value = state.get(name)
         if value is None or value.shape != tensor.shape:
             continue
-        # An index that some script cast along with the weights stays an index here.
+        # An index that a script cast along with the weights stays an index here.
         both_float = value.is_floating_point() and tensor.is_floating_point()
         dtype = value.dtype if both_float else tensor.dtype
         if (dtype, value.stride()) != (tensor.dtype, tensor.stride()):

@@ -1,7 +1,7 @@
 """Stand-ins for objects that a checkpoint holds beside its weights: configs, logs, optimizers.
 
-Such a file may name classes of any package. They are not imported: objects that do nothing take
-their place, and only what nobody uses of a checkpoint may hold these.
+Such a file may name classes of any package. They are not imported: objects without behavior replace
+theirs, and only unused parts of a checkpoint may hold them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from we_surgery.checkpoint.safe_pickle.soundness import everything_in
 # By this, pickle finds a method of a class; of a stand-in alone.
 GETATTR = "builtins.getattr"
 
-# Plain data of Python's and numpy's that files of other people hold, and what makes it.
+# Plain data of Python and numpy that such files hold, and its constructors.
 _PLAIN = {
     "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list",
     "builtins.object", "builtins.range", "builtins.slice", "collections.defaultdict",
@@ -76,9 +76,9 @@ def is_inert(value: Any, names: Collection[str]) -> bool:
 
 
 def stand_ins(names: Collection[str], actions: Actions) -> dict[str, type]:
-    """A class for each name, whose objects are filled as the pickle fills them.
+    """A class per name whose objects accept what the pickle puts into them.
 
-    Torch fills no other objects than its own, lists and dicts.
+    Torch fills only its own objects, lists and dicts.
     """
     found: dict[str, type] = {}
     for path in names:

@@ -1,8 +1,7 @@
 """Which names a pickle may use, and what it may do with them.
 
-Allowed are what torch itself allows, ``nn.Module`` classes of torch, torchvision, timm and
-we_surgery, and the few plain data types and functions below, which are all that whole
-torchvision and timm models name beside.
+Allowed: what torch allows, ``nn.Module`` classes of torch, torchvision, timm and we_surgery, and
+the few plain data types and functions below, which pickled torchvision and timm models need.
 """
 
 from __future__ import annotations
@@ -108,11 +107,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Permitted:
-    """What a pickle's names stand for, by their paths, and what was refused.
+    """The objects of a pickle's names, by their paths, and the refusals.
 
-    The file is not opened if there are ``refusals``. Names in ``stood_in`` are refused too, but
-    have stand-ins among ``objects``: the file may be opened as a checkpoint that holds such
-    objects beside its weights.
+    A file with ``refusals`` is not opened. Names in ``stood_in`` are refused too, but have
+    stand-ins among ``objects``: the file may be opened as a checkpoint that holds them beside its
+    weights.
     """
 
     objects: dict[str, Any]
@@ -121,10 +120,10 @@ class Permitted:
 
 
 def permit(actions: Actions, unsafe: set[str], allow: Sequence[str] = ()) -> Permitted:
-    """Looks up the names a pickle wants, and checks each of its calls.
+    """Looks up the names in a pickle, and checks each of its calls.
 
-    ``unsafe`` are the paths among its names that torch does not allow by itself; ``allow`` are
-    further packages whose ``nn.Module`` classes are allowed, and are imported.
+    ``unsafe`` are the paths that torch does not allow by default; ``allow`` are further packages,
+    which are imported, and whose ``nn.Module`` classes are allowed.
     """
     objects: dict[str, Any] = {}
     refusals: dict[str, Refusal] = {}

@@ -1,4 +1,4 @@
-"""What kind of file a path is, by its first bytes and not by its name."""
+"""Tells the kind of a file by its first bytes, not by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pickle would do, found by reading it: the names it wants, the calls it makes."""
+"""What a pickle would do: its names and calls, found without running it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle asks for, by Python 3's name of its module.
+    """A class or function in a pickle, by Python 3's name of its module.
 
-    ``written`` is the path as the pickle has it; protocol 2 writes Python 2's names.
+    ``written`` is the path in the pickle; protocol 2 has Python 2's names.
     """
 
     module: str
@@ -47,10 +47,10 @@ class Opaque:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call that the pickle would make; only of ``function.__new__`` where it ``constructs``.
+    """A call that the pickle would make, of ``function.__new__`` if it ``constructs``.
 
-    The function is a :class:`Name`, or what an earlier call made. The arguments are a tuple of
-    constants and of values of this module, where they are written as one.
+    The function is a :class:`Name` or the result of an earlier call. Arguments written as a tuple
+    are a tuple of constants and values of this module.
     """
 
     function: Any
@@ -60,15 +60,15 @@ class Call:
 
 @dataclass
 class Actions:
-    """All that one or several pickles would do.
+    """All actions of one or several pickles, in order.
 
     Attributes:
-        names: by their paths, in the order they are asked for.
-        held: those of them that end up as a value in some object, and are not only called.
-        calls: in their order.
-        states: pairs of an object and the state it would be given (``__setstate__``).
-        filled: objects that calls make and items are set of.
-        extended: objects that calls make and items are appended to.
+        names: by their paths.
+        held: names that end up as a value in an object, and are not only called.
+        calls: all calls.
+        states: pairs of an object and its new state (``__setstate__``).
+        filled: results of calls that get items.
+        extended: results of calls that items are appended to.
     """
 
     names: dict[str, Name] = field(default_factory=dict)
@@ -80,11 +80,11 @@ class Actions:
 
 
 def scan(stream: IO[bytes], actions: Actions) -> None:
-    """Follows one pickle up to its end without running it, and notes down what it would do.
+    """Follows one pickle to its end without running it, and records its actions.
 
-    The stack and memo are kept as the unpickler would keep them, with stand-ins for objects, so
-    a call is seen with the function and arguments it would have, however these got there.
-    Raises ValueError if it is damaged or has an instruction that torch.save never writes.
+    It keeps the unpickler's stack and memo with stand-ins for objects, so each call is seen with
+    its function and arguments. A damaged pickle, or an instruction that torch.save never writes, is
+    a ValueError.
     """
     try:
         _follow(stream, actions)

@@ -1,8 +1,8 @@
-"""Whether what a pickle made is built as its classes would have built it.
+"""Checks that unpickled objects are as their classes would build them.
 
-A pickle sets a module's attributes without asking its class. It could put another callable where
-a method belongs, add hooks, or name a submodule with a piece of code for tools that write
-programs from names. What torch.save writes of a torchvision or timm model does none of that.
+A pickle sets a module's attributes without its class. It could replace a method by another
+callable, add hooks, or name a submodule with code for tools that generate programs from names.
+Pickles of torchvision and timm models do none of this.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _NOT_MADE = (type, Enum, FunctionType)
 
 
 def refuse_unsound(found: Any, path: Path) -> None:
-    """Raises if a file's object could make torch's or our code do what its classes do not.
+    """Raises if a file's object could change what torch's or our code does.
 
-    A module must not hide a method, have a hook, contain itself, be uninitialized or have a name
-    that no program gives; a tensor must not hide a method, have a hook, or claim to be vastly
-    larger than its memory; any other object must not hide a method, or have a name that Python
-    itself looks up. No method of any object is called.
+    A module must not hide a method, have a hook, contain itself, be uninitialized or have an
+    unusual name. A tensor must not hide a method, have a hook, or claim a size far beyond its
+    memory. Other objects must not hide a method or have a name that Python looks up. No method of
+    any object is called.
     """
     fault = _fault(found)
     if fault is not None:

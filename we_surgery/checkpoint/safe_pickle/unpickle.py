@@ -56,18 +56,17 @@ def unpickle(
     Args:
         path: the file.
         kind: ``ZIP`` or ``LEGACY``.
-        allow: packages whose ``nn.Module`` classes the file may refer to beside those of torch,
-            torchvision, timm and we_surgery.
-        trust: unpickle whatever the file says.
-        mapped: leave the tensors' values in the file (an archive's, not a legacy file's) until
-            they are used; what is written to them does not reach it.
-        content: what torch.save wrote, where it is a part of the file; at its start.
+        allow: further packages whose ``nn.Module`` classes the file may refer to.
+        trust: unpickle the file without checks.
+        mapped: leave the values of an archive's tensors in the file until they are used; writes do
+            not reach the file.
+        content: torch.save's output, at its start, if it is only a part of the file.
     """
     stood_in: list[Refusal] = []
     try:
         opened = path.open("rb") if content is None else nullcontext(content)
         with opened as file, warnings.catch_warnings():
-            # Who opens a file can do nothing about the age of what is in it.
+            # The user cannot change the age of the file's content.
             warnings.simplefilter("ignore")
             if trust:
                 with working_folder_importable():
@@ -94,11 +93,11 @@ def unpickle(
 
 
 def _load_weights_only(place: str | IO[bytes], safe: list[Any], *, mapped: bool) -> Any:
-    # Asked for by name: torch 2.8 believes the indices of a sparse tensor otherwise.
+    # Explicitly, because torch 2.8 does not check the indices of sparse tensors otherwise.
     sound: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
     private: AbstractContextManager[Any] = nullcontext()
     if sys.platform != "win32":  # always private there, and torch refuses to be told
-        # What is written to a mapped tensor stays in memory and out of its file.
+        # Writes to a mapped tensor stay in memory and do not reach the file.
         private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
     with torch.serialization.safe_globals(safe), private, sound:
         return torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
@@ -107,10 +106,7 @@ def _load_weights_only(place: str | IO[bytes], safe: list[Any], *, mapped: bool)
 def _safe_globals(
     path: Path, file: IO[bytes], kind: FileKind, allow: Sequence[str]
 ) -> tuple[list[Any], list[Refusal]]:
-    """What the file may refer to, as ``torch.serialization.safe_globals`` takes it.
-
-    And what of it are stand-ins, as :attr:`Permitted.stood_in`.
-    """
+    """The names allowed for ``torch.serialization.safe_globals``, and the stand-ins' refusals."""
     actions = Actions()
     unsafe: set[str] = set()
     for content in _pickles(path, file, kind):
@@ -122,7 +118,7 @@ def _safe_globals(
     safe = [(found, name) for name, found in permitted.objects.items()]
     if "numpy.dtype" in permitted.objects:
         safe += _number_dtypes()
-    # What the caller allowed torch.load to name stays allowed afterwards.
+    # Names that the caller has allowed stay allowed afterwards.
     already = torch.serialization.get_safe_globals()
     return [pair for pair in safe if pair not in already], permitted.stood_in
 

@@ -1,6 +1,6 @@
 """Tensors in files, read one by one: a safetensors file, shards with an index, or a DCP folder.
 
-May import: ``metadata`` and ``safe_pickle`` of this room, and what lies below. To add a
+May import: ``metadata`` and ``safe_pickle`` of this room, and the rooms below. To add a
 layout, write a :class:`~we_surgery.checkpoint.shards.files.TensorFiles` and name it in
 :func:`open_files`.
 """
@@ -15,7 +15,7 @@ from we_surgery.checkpoint.shards.files import TensorFiles
 from we_surgery.checkpoint.shards.indexed import INDEX_ENDING, IndexedShards, SafetensorsFile
 from we_surgery.errors import InputError, quoted
 
-# What a folder of weights holds, in the order transformers and accelerate look for it.
+# The files of weights in a folder, in the order in which transformers and accelerate look for them.
 _IN_FOLDERS = (
     "model.safetensors.index.json",
     "model.safetensors",

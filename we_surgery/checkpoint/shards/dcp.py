@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint (DCP), read without a process group.
 
-A folder holds one file per process, each a row of ``torch.save``'d pieces of tensors, and
-``.metadata``, a pickle that says which piece is where. DCP itself unpickles that file as it is;
-here it may only make DCP's own records, so that no code of the file runs.
+A folder holds one file per process, a sequence of ``torch.save``'d pieces of tensors, and
+``.metadata``, a pickle with the places of the pieces. DCP unpickles it without checks; here it can
+only make DCP's own records, so no code from the file runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from we_surgery.errors import InputError, damaged, quoted
 
 _Record = TypeVar("_Record")
 
-# Plain dataclasses of DCP, by name alone: several versions of torch have them in other modules.
+# Plain dataclasses of DCP, by name: their modules differ between versions of torch.
 _RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")
 # What else the metadata refers to; nothing of it is read but the dtype among the properties.
 _UNREAD = {"BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING"}
@@ -66,7 +66,7 @@ class DistributedCheckpoint(TensorFiles):
             self._read(path / ".metadata")
         except InputError:
             raise
-        # Whatever else a doctored pickle leads to: no attribute, no number, no memory.
+        # Any other effect of a doctored pickle: a missing attribute, a wrong type, no memory.
         except Exception as error:
             raise damaged(
                 f"{path / '.metadata'} is damaged: {type(error).__name__}: {error}"
@@ -130,7 +130,7 @@ class DistributedCheckpoint(TensorFiles):
             if name in self._objects and path[-1] in objects:
                 holder[path[-1]] = self._open_piece(name, self._objects[name])
             else:
-                # Bytes stand for what is not a tensor, and is not read.
+                # Bytes are objects other than tensors, and are not read.
                 holder[path[-1]] = self.tensors.get(name, b"")
         return nested
 

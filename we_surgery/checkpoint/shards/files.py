@@ -1,4 +1,4 @@
-"""State dicts that lie in files, and are read tensor by tensor."""
+"""State dicts in files, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class TensorFiles(ABC):
     Attributes:
         path: the file, the index or the folder.
         tensors: each tensor by its name in the files, on the meta device.
-        shards: the names in groups that are read together, each at most as large as the
-            largest file.
-        notes: what in the files is left out, as sentences.
-        metadata: ours, where a file carries it.
+        shards: groups of names that are read together, each at most as large as the largest file.
+        notes: what in the files is ignored, as sentences.
+        metadata: ours, if a file has it.
     """
 
     kind: ClassVar[str]
@@ -38,9 +37,9 @@ class TensorFiles(ABC):
     metadata: Metadata | None = None
 
     def checkpoint(self, objects: Collection[str] = ()) -> Mapping[str, Any]:
-        """What was saved, with tensors of the meta device; wrappers and all.
+        """The saved mapping with its wrappers, tensors on the meta device.
 
-        Of other objects only those are read whose last key is among ``objects``.
+        Other objects are read only if their last key is among ``objects``.
         """
         return self.tensors
 
@@ -49,8 +48,8 @@ class TensorFiles(ABC):
     def open(self, shard: int) -> Iterator[Load]:
         """Reads tensors of one shard by name, each once.
 
-        They may be overwritten, and used until it closes: one may be a view of the file, mapped
-        so that what is written to it stays in memory.
+        They are valid until the context ends, and may be overwritten: a mapped one's file does not
+        change.
         """
 
     def located(self, state: dict[str, Tensor], notes: Sequence[str]) -> StateDict:
@@ -58,7 +57,7 @@ class TensorFiles(ABC):
         stored_as = {id(tensor): name for name, tensor in self.tensors.items()}
         stored = {}
         for name, tensor in state.items():
-            # One in another shape than it is stored in is a view of that tensor.
+            # A tensor whose shape differs from the stored one is a view of it.
             base = tensor if tensor._base is None else tensor._base
             if base.is_meta:
                 stored[name] = stored_as[id(base)]
@@ -70,10 +69,10 @@ class StateDict:
     """A state dict in memory, or one whose tensors are still in their files.
 
     Attributes:
-        tensors: of the meta device where they are in files.
-        notes: what was chosen and dropped on the way to it, as sentences.
-        files: None where everything is in memory.
-        stored: the names in the files by the names here.
+        tensors: on the meta device if they are in files.
+        notes: what was chosen and dropped, as sentences.
+        files: None if everything is in memory.
+        stored: the names in the files, by the names here.
     """
 
     tensors: dict[str, Tensor]
@@ -106,7 +105,7 @@ class StateDict:
                         f"{files.path} says that {name!r} is {_form(stored)}, but the file "
                         f"has {_form(tensor)}"
                     )
-                # Sparse tensors know no reshape.
+                # Sparse tensors have no reshape.
                 return tensor if tensor.shape == expected.shape else tensor.reshape(expected.shape)
 
             yield load

@@ -1,8 +1,8 @@
-"""Safetensors files read and written one tensor at a time, so that one alone is in memory.
+"""Reads and writes safetensors files with one tensor in memory at a time.
 
-safetensors' own writer takes all tensors of a file at once. Its reader maps the file, which stays
-in memory where it was read, at addresses of any alignment. The format: eight bytes with the length
-of a header of JSON, which gives each tensor's dtype, shape and place; then the values.
+safetensors' writer needs all tensors of a file at once; its reader maps the file, whose pages stay
+in memory once read, at any alignment. The format: eight bytes with the length of a JSON header,
+which has each tensor's dtype, shape and place; then the values.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SafetensorsWriter:
 
     Args:
         path: the file to write.
-        tensors: all that will be written, by name; only their shapes and dtypes are used, so
-            they may be meta tensors. They stand in the file in this order, wider dtypes first.
+        tensors: all tensors of the file, by name; only shapes and dtypes are used, so they may be
+            on the meta device. The file has them in this order, wider dtypes first.
         metadata: texts of the header.
     """
 
@@ -126,7 +126,7 @@ class SafetensorsWriter:
 
 
 class SafetensorsReader:
-    """Reads tensors of a safetensors file into memory of their own.
+    """Reads tensors of a safetensors file into their own memory.
 
     Attributes:
         metadata: the texts of the header.
@@ -138,7 +138,7 @@ class SafetensorsReader:
 
         self._path = path
         with _readable(path):
-            # It checks the header: that all places lie in the file, without gaps or overlaps.
+            # It checks that all places in the header lie in the file, without gaps or overlaps.
             with safe_open(path, framework="pt", device="cpu") as checked:
                 names = checked.offset_keys()
             self._file = path.open("rb")
@@ -182,10 +182,9 @@ def _described(entry: Mapping[str, Any]) -> Tensor:
 
 
 def _mapped(like: Tensor) -> Tensor:
-    """An empty tensor whose memory goes back to the system with it.
+    """An empty tensor whose memory returns to the system with it.
 
-    What an allocator keeps for later, and cannot use for the next large tensor, is several times
-    one of them.
+    An allocator would keep several times a large tensor's memory that the next one cannot use.
     """
     memory = mmap.mmap(-1, max(like.nbytes, 1))
     return (
@@ -195,6 +194,6 @@ def _mapped(like: Tensor) -> Tensor:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The tensor's values as numbers of one byte, in its own memory where it is contiguous."""
-    # Where a view is conjugated or negated lazily, its memory does not say so.
+    # A lazily conjugated or negated view has a flag that its memory lacks.
     plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
     return plain.view(-1).view(torch.uint8)
