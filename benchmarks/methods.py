@@ -34,10 +34,10 @@ HEAD = """\
 # Methods
 
 Made by `python benchmarks/methods.py` from the registries and `docs/methods.yaml`. The published
-figures are those of the cited authors; this repository has not reproduced them. Parameters are
-what training adds to ResNet18 and ResNet50 of torchvision: strip takes those of excitations away
-again, and leaves those of transplants that stay. "Both" forms are
-[attached](how_attach_works.md) and [converted](converting.md).
+figures are those of the cited authors; this repository has not reproduced them. The columns
+ResNet18 and ResNet50 count the parameters that training adds to torchvision's networks. Strip
+removes those of excitations, and keeps those of transplants that stay in the model. "Both" forms
+are [attached](how_attach_works.md) and [converted](converting.md).
 """
 
 

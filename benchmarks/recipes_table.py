@@ -50,20 +50,20 @@ HEAD = """# The papers' experiments as recipes
 
 Written by `python benchmarks/recipes_table.py`; do not edit.
 
-Each row is a file below [configs/recipes/](../configs/recipes), whose name is enough:
-`we-surgery run imagenet/resnet50-lwe --data DIR` trains one, strips it, and prints its figures
-beside the published ones. The figures here are the published ones. What a source leaves open, and
-how it was settled, stands in the file's `notes`.
+Each row is a file below [configs/recipes/](../configs/recipes), and goes by its name:
+`we-surgery run imagenet/resnet50-lwe --data DIR` trains it, strips the model, and prints its
+figures beside the published ones. This page has the published ones. The file's `notes` say what a
+source leaves open, and what we chose.
 
 The excitation of a recipe is [attached](how_attach_works.md) to the optimizer. `--form converted`
-puts it into the layers and trains the same weights; a moving average (`ema_decay`) is then one of
-raw weights. A run leaves `stripped.pt`, the vanilla state dict, in both forms.
+puts it into the layers and trains the same weights; a moving average (`ema_decay`) then averages
+raw weights. In both forms a run writes `stripped.pt`, the vanilla state dict.
 
-The tests build every recipe and run one of each task on synthetic images. **We have not run any of
-them to completion**: we lack the images and the GPU time.
+The tests build every recipe, and run one recipe per task on synthetic images. **We have not run any
+of them to completion**: we lack the images and the GPU time.
 
-*EFLOP* is what training takes, in 10^18 floating-point operations: three times the vanilla
-network's forward pass, over all images and epochs.
+*EFLOP* is the cost of training in 10^18 floating-point operations: three times the vanilla
+network's forward pass, for all images and epochs.
 """
 
 
