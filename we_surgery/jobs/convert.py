@@ -1,4 +1,4 @@
-"""Jobs on files, as the command line runs them: where a model comes from, planning, converting."""
+"""Jobs on files, as the command line runs them: opening a model, planning, converting."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def convert_file(
 ) -> Converted:
     """Reads a model, converts it as :func:`we_surgery.convert` does, and writes it.
 
-    The result has the kind of the input, or ``to``, and lies beside it as ``model.we.pt``, or at
-    ``output``. A plan is done exactly. The seed is that of the new parameters; torch's own
-    generator is left as it was. An input shape reads the model by recording a forward pass on
-    random inputs, and proves on them that no converted weight is bypassed.
+    The result has the kind of the input, or ``to``, and is written beside it as ``model.we.pt``, or
+    to ``output``. A plan is applied exactly. The seed is for the new parameters; torch's generator
+    does not change. With an input shape, the model is recorded on random inputs, which also proves
+    that no converted weight is bypassed.
     """
-    # Usage first: a slip in -o must not cost reading a large file.
+    # Usage first: a mistake in -o must not cost reading a large file.
     check_extension(output, to)
     contents, model = _read_vanilla(source)
     target = choose_target(source.name, contents, output, to, ".we")

@@ -92,11 +92,10 @@ class StripOptions:
 
 
 def strip_file(source: Source, options: StripOptions) -> Stripped:
-    """Reads a converted model or checkpoint, folds it, writes it, and proves what was written.
+    """Reads a converted model or checkpoint, folds it, writes it, and verifies the file.
 
-    A state dict needs no model: it says itself what was excited. To safetensors it is stripped
-    tensor by tensor. What was written is read back and compared bit for bit with a second fold
-    before it gets its name.
+    A state dict needs no model. It is stripped to safetensors tensor by tensor. The written file is
+    read back and compared bit for bit with a second fold before it gets its name.
     """
     mark = ".ema" if source.weights == "ema" and options.output is None else ""
     return _strip_all([(source, mark)], options)[0]
@@ -105,15 +104,15 @@ def strip_file(source: Source, options: StripOptions) -> Stripped:
 def strip_both(source: Source, options: StripOptions) -> list[Stripped]:
     """:func:`strip_file` for the trained weights of a checkpoint and for their average.
 
-    The averaged ones go to a second file, ``model.stripped.ema.pt``. Both files are proven
-    before either gets its name.
+    The average goes to a second file, ``model.stripped.ema.pt``. Both files are verified before
+    either gets its name.
     """
     trained, averaged = replace(source, weights="raw"), replace(source, weights="ema")
     return _strip_all([(trained, ""), (averaged, ".ema")], options)
 
 
 def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> list[Stripped]:
-    # Usage first: a slip in -o must not cost reading a large file.
+    # Usage first: a mistake in -o must not cost reading a large file.
     check_extension(options.output, options.to)
     done: list[Stripped] = []
     with checkpoint.staged_together() as stage:

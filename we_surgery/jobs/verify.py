@@ -30,13 +30,13 @@ def compare_outputs(
 ) -> tuple[float, float]:
     """The largest absolute and relative difference of two models' outputs in eval mode.
 
-    Rounding to half precision moves outputs as far as the model lets it, by 4e-4 as by 0.2, so that
-    no tolerance tells a wrong weight from a rounded one. It is proven in two steps that need none
-    of their own: the excited model against its fold, both as precise as they were trained or in
-    float32, and the stripped model's values against that fold's, rounded once, to the bit.
+    Rounding to half precision changes outputs by 4e-4 or by 0.2, depending on the model, so no
+    tolerance separates a wrong weight from a rounded one. Two steps prove it without a tolerance
+    for rounding: the excited model against its fold, both at least in float32, and the stripped
+    model's values against the fold's, rounded once, to the bit.
 
-    The stripped model was cast to ``dtype``, if there is one; both models are changed. The relative
-    difference, for half precision that of the fold, must not be over 1e-5.
+    The stripped model is in ``dtype``, if given; both models are changed. The relative difference,
+    for half precision the fold's, must not exceed 1e-5.
     """
     if dtype in _HALF:
         if any(is_half(tensor) for tensor in excited.state_dict().values()):
@@ -53,9 +53,9 @@ def compare_outputs(
 def rounding_effect(
     excited: nn.Module, rounded: nn.Module, shape: tuple[int, ...]
 ) -> tuple[float, float]:
-    """How far the rounding of all values moves the outputs, at most: absolute and relative.
+    """The largest change of outputs by rounding all values, absolute and relative.
 
-    Both models compute in float32, so that nothing else shows, and are changed.
+    Both models are changed, and compute in float32 to isolate the rounding.
     """
     excited, rounded = excited.float(), rounded.float()
     inputs = inputs_for(excited, shape)
@@ -93,10 +93,10 @@ def inputs_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
 def input_shape_of(
     model: nn.Module, architecture: Architecture | None
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The shape of one input of the model, and a sentence on where it is from.
+    """The shape of one input of the model, and a sentence on its source.
 
-    timm's models say it themselves (``default_cfg``), torchvision's by the transforms of their
-    weights; for others 3 channels of 224 x 224 are tried.
+    timm's models have it in ``default_cfg``, torchvision's in the transforms of their weights;
+    others are tried with 3 channels of 224 x 224.
     """
     config = getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if hasattr(config, "get") else None

@@ -1,12 +1,11 @@
 """Activation attention at the end of residual branches: SE and CBAM, timm's modules.
 
-An attention module multiplies activations and so stays in the deployed model; weight excitation
-beside it is folded as ever, and leaves the attention's own layers alone.
+An attention module multiplies activations, so it stays in the deployed model. Weight excitation is
+folded as usual, and does not excite the attention's layers.
 
-It goes behind the last norm (or conv) of each residual branch, before the addition, which is the
-papers' place. Where the block has an empty place of its own for it, as timm's ResNets do in
-``se``, it goes there, and the keys are those of timm's own models; elsewhere the last norm
-becomes ``nn.Sequential(norm, attention)``.
+As in the papers, the module follows the last norm (or conv) of each residual branch, before the
+addition. timm's ResNets have a slot for it, ``se``, and get timm's keys; in other blocks the last
+norm becomes ``nn.Sequential(norm, attention)``.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ class BranchAttention(Transplant):
     """An attention module at the end of each residual branch.
 
     Attributes:
-        reduction: channels over those of the bottleneck in the attention module, which has at
-            least one.
+        reduction: channels over hidden channels of the attention module, at least one.
     """
 
     reduction: int = 16
@@ -103,13 +101,10 @@ class CBAM(BranchAttention):
     ``x * sigmoid(MLP(mean) + MLP(max))``, with mean and max over positions, then
     ``x * sigmoid(BN(conv([mean, max])))``, with mean and max over channels.
 
-    timm's module with what the authors' code has and timm's leaves out: biases in the MLP, and a
-    last norm with momentum 0.01 whose weight starts at zero, so that the gate over positions
-    starts at one half. The authors stack max before mean, which is the same up to the order of
-    two input channels.
-
-    Attributes:
-        kernel_size: of the conv over positions.
+    timm's module, with two parts of the authors' code that timm lacks: biases in the MLP, and a
+    last norm with momentum 0.01 whose weight starts at zero, so the gate over positions starts at
+    one half. The authors stack max before mean; that only swaps two input channels.
+    ``kernel_size`` is that of the conv over positions.
     """
 
     name: ClassVar[str] = "cbam"

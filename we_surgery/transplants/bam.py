@@ -1,10 +1,10 @@
 """BAM: attention between the stages of a network (Park et al., BMVC 2018).
 
-``x * (1 + sigmoid(C(x) * S(x)))``: a branch over channels, ``[B, C, 1, 1]``, of a mean over
-positions and an MLP, and one over positions, ``[B, 1, H, W]``, of dilated convs. That is the
-authors' code. Their text, and the thesis in its equations 3.5 and 3.6, has the sum of the two in
-the sigmoid and a batch norm at the end of each: ``form="sum"``. The authors' file as published
-fails when the module is made (an undefined name), so this is written from what it says.
+``x * (1 + sigmoid(C(x) * S(x)))``: a channel branch, ``[B, C, 1, 1]``, with a mean over positions
+and an MLP, and a position branch, ``[B, 1, H, W]``, with dilated convs. This is the authors' code.
+Their text, and equations 3.5 and 3.6 of the thesis, have the sum of the branches in the sigmoid and
+a batch norm at the end of each: ``form="sum"``. The published file fails when the module is made
+(an undefined name), so this follows its intent.
 """
 
 from __future__ import annotations
@@ -26,15 +26,7 @@ FORMS = ("product", "sum")
 
 
 class BAM(nn.Module):
-    """The attention module: ``[B, channels, H, W]`` to the same shape.
-
-    Args:
-        channels: of its input.
-        reduction: channels over those inside, which are at least one.
-        dilation: of the two 3x3 convs over positions.
-        form: ``product`` or ``sum``.
-        device, dtype: of its parameters.
-    """
+    """The attention module: ``[B, channels, H, W]`` to the same shape."""
 
     def __init__(
         self,
@@ -58,7 +50,7 @@ class BAM(nn.Module):
         def norm(features: int) -> nn.BatchNorm2d:
             return nn.BatchNorm2d(features, device=device, dtype=dtype)
 
-        # 1x1 convs of a 1x1 map: what linear layers of the flattened map compute.
+        # 1x1 convs of a 1x1 map compute what linear layers of the flattened map would.
         self.channel = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             conv(channels, inner),
@@ -87,13 +79,13 @@ class BAM(nn.Module):
 
 @dataclass(frozen=True)
 class BAMTransplant(Transplant):
-    """BAM behind the last block of each stage but the last: before each downsampling.
+    """BAM after the last block of each stage except the last: before each downsampling.
 
-    In training it needs more than one image per batch, for the norm of its channel branch.
+    Training needs more than one image per batch, for the norm of the channel branch.
 
     Attributes:
-        reduction: see :class:`BAM`.
-        dilation: see :class:`BAM`.
+        reduction: channels over hidden channels, at least one.
+        dilation: of the two 3x3 convs over positions.
         form: ``product`` (the authors' code) or ``sum`` (their text).
     """
 

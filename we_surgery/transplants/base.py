@@ -15,10 +15,10 @@ class Site:
     """A place in a model that a transplant is meant for.
 
     Attributes:
-        place: the name of the module there ("" for the model itself); for a node of a
-            ``torch.fx`` graph the graph module's name, ``@`` and the node's name.
-        type_name: the module's class, qualified, or the function that the node calls.
-        reason: why the transplant goes there, or why it does not.
+        place: the module's name ("" for the model itself); for a node of a ``torch.fx`` graph,
+            the graph module's name, ``@`` and the node's name.
+        type_name: the module's qualified class, or the function that the node calls.
+        reason: why the transplant goes there or not.
         fits: whether it can go there.
     """
 
@@ -32,8 +32,8 @@ class Site:
 class Transplant(ABC):
     """A method that changes the layers of a model, with its options as fields.
 
-    Subclasses are frozen dataclasses; they set the class attributes and write :meth:`sites` and
-    :meth:`attach`, and :meth:`attached` and :meth:`detach` where something comes out at strip.
+    Subclasses are frozen dataclasses. They set the class attributes and define :meth:`sites` and
+    :meth:`attach`; also :meth:`attached` and :meth:`detach` if strip removes something.
 
     Attributes:
         match: a pattern, as of a rule, for the places it may go to.

@@ -1,16 +1,15 @@
 """MaxDropout: drops the largest activations instead of random ones (Santos et al., ICPR 2020).
 
-It stands in the place of dropout layers, or behind layers that have none, "in each hidden layer".
+It replaces dropout layers, or follows layers without dropout, "in each hidden layer".
 
-The authors' code computes, in training, ``u = (x - min x) / (max x - min x)`` over the whole
-tensor, batch included, and ``y = 0 where u > 1 - rate, else x``. Nothing is rescaled or random.
+In training, the authors' code computes ``u = (x - min x) / (max x - min x)`` over the whole tensor,
+batch included, and ``y = 0 where u > 1 - rate, else x``, without rescaling or randomness.
 
-The rate is not a share: of rectified normal features at rate 0.3 it drops 0.07 % for a batch of
-one and 0.012 % for a batch of 128, since the largest value decides; it differs between the ranks
-of DDP. The paper's text describes another method (a rate drawn anew for each layer, and a tensor
-normalized by its Euclidean norm). The authors' models make the layer anew in each forward pass, so
-that it drops at test time too, and their published figures, if they come from that code, include
-it: that is ``always_on``.
+The rate is not the share of dropped values: of rectified normal features at rate 0.3 it drops
+0.07 % in a batch of one and 0.012 % in a batch of 128, because the largest value decides. It
+differs between DDP ranks. The paper's text describes another method (a random rate per layer, and
+a tensor normalized by its Euclidean norm). The authors' models make the layer anew in each forward
+pass, so it also drops at test time, and their published figures may include this: ``always_on``.
 """
 
 from __future__ import annotations
@@ -67,12 +66,7 @@ def drop_largest(x: Tensor, rate: float) -> Tensor:
 
 
 class MaxDropout(nn.Module):
-    """Drops the largest activations in training, none in eval mode.
-
-    Args:
-        rate: see :func:`drop_largest`.
-        always_on: drop in eval mode too, as the authors' models do.
-    """
+    """Drops the largest activations in training; with ``always_on`` in eval mode too."""
 
     def __init__(self, rate: float = 0.3, always_on: bool = False) -> None:
         super().__init__()
@@ -105,7 +99,7 @@ class SwappedDropout(MaxDropout):
     vanilla_class: ClassVar[type[nn.Module]]
 
 
-# A class for each kind, since pickles name it.
+# One class per kind, because pickles name it.
 class MaxDropoutOfDropout(SwappedDropout, nn.Dropout):
     """What an ``nn.Dropout`` becomes."""
 
@@ -166,12 +160,12 @@ class MaxDropoutTransplant(Transplant):
     """MaxDropout instead of dropout layers, and of ``F.dropout`` calls in graphs.
 
     Attributes:
-        rate: the threshold; by default each dropout's own probability, or 0.3 where none was.
-        insert: put it behind layers instead, as a hook on their outputs: behind each activation
-            layer, or behind the modules that ``match`` names, such as the stages ``layer?`` of the
-            authors' ResNet18. A layer that is called several times drops in each call.
-        always_on: also in eval mode. It then stays at strip, for taking it out would change
-            what the model computes.
+        rate: the threshold; by default each dropout's probability, or 0.3 without a dropout.
+        insert: follow other layers instead, as a hook on their outputs: each activation layer, or
+            the modules that ``match`` names, such as the stages ``layer?`` of the authors'
+            ResNet18. A layer that is called several times drops in each call.
+        always_on: drop in eval mode too. Strip then keeps it, because removing it would change the
+            model's outputs.
     """
 
     name: ClassVar[str] = "max_dropout"

@@ -1,4 +1,4 @@
-"""Where residual branches end, by what the data does: a norm or conv that meets its shortcut."""
+"""Finds the ends of residual branches by dataflow: a norm or conv that meets its shortcut."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PASSED = ("Identity", "DropPath", "StochasticDepth", "Dropout", "Dropout2d")
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """A residual block, or another one of its class that has no shortcut.
+    """A residual block, or one of the same class without a shortcut.
 
     Attributes:
-        name: the module that adds; "" where no module of the model's own does.
+        name: the module that adds, or "".
         type_name: its class, without its module.
-        end: the module whose output the branch ends in, before the addition.
-        channels: the channels of that output.
-        gate: the class of the attention gate that the branch ends in already, or None.
+        end: the last module of the branch before the addition.
+        channels: of its output.
+        gate: the class of an attention gate that ends the branch already, or None.
         downsamples: whether it has a conv with a stride.
     """
 

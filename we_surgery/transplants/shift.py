@@ -1,10 +1,9 @@
-"""Convs with one weight per kernel as what they compute: a shift of each channel, and a 1x1 conv.
+"""Convs with one weight per kernel as a shift of each channel and a 1x1 conv.
 
-That is what Shift Attention Layers are trained for (Hacene et al., ICPR 2020): once hardened,
-each kernel ``W[o, i]`` holds one weight. Where it stands at the same place for all filters, so
-that the place ``q_i`` depends on the input channel alone, ``conv(x; W)`` is
-``conv1x1(shift(x, q_i); w)``, with the stride on the 1x1 conv and zeros from beyond the border.
-It is a fact of the dense weight alone, so any conv of which it holds can be taken.
+Shift Attention Layers are trained for this (Hacene et al., ICPR 2020): once hardened, each kernel
+``W[o, i]`` has one weight. If its position ``q_i`` is the same for all filters, ``conv(x; W)`` is
+``conv1x1(shift(x, q_i); w)``, with the stride on the 1x1 conv and zeros from outside. This depends
+on the dense weight alone, so any such conv qualifies.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from we_surgery.transplants.base import Site, Transplant, qualified_name, replac
 
 
 class Shift(nn.Module):
-    """Moves each channel of ``[B, C, H, W]`` by an offset of its own, with zeros from outside.
+    """Moves each channel of ``[B, C, H, W]`` by its own offset, with zeros from outside.
 
-    The result is what a depthwise conv with this kernel size, padding and dilation computes whose
-    kernels hold a single one. ``positions``, ``[C]`` and int64, says where in its kernel each
-    channel has its one, in row-major order.
+    It computes a depthwise conv of this kernel size, padding and dilation whose kernels have a
+    single one, at ``positions``, ``[C]``, int64, in row-major order.
     """
 
     positions: Tensor
@@ -52,7 +50,7 @@ class Shift(nn.Module):
         padded = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
         positions = self.positions[:, None, None]
         shifted = padded[:, :, :height, :width]
-        # A choice and no product with zero: what is infinite elsewhere does not matter.
+        # A choice, not a product with zero: infinities elsewhere must not matter.
         for position in range(1, rows * columns):
             top, left = down * (position // columns), right * (position % columns)
             moved = padded[:, :, top : top + height, left : left + width]
@@ -125,8 +123,7 @@ class ShiftConv2d(nn.Module):
     def stored_words(self) -> float:
         """The 32-bit words it needs: a weight per kernel, and a position per input channel.
 
-        A position takes as many bits as tell all of a kernel apart, 4 for 3x3. A bias is not
-        counted, as in the authors' code.
+        A position takes 4 bits in a 3x3 kernel. As in the authors' code, biases do not count.
         """
         bits = math.ceil(math.log2(math.prod(self.shift.kernel_size)))
         return self.pointwise.weight.numel() + len(self.shift.positions) * bits / 32
@@ -209,10 +206,10 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 def shared_positions(weight: Tensor) -> Tensor | None:
-    """Where the one weight of each input channel's kernels stands, ``[I]`` in row-major order.
+    """The position of the one weight in each input channel's kernels, ``[I]``, row-major.
 
-    None if the kernels of a channel, in a weight ``[O, I, kH, kW]``, have weights at several
-    places. A channel without any weight has position 0.
+    None if a channel's kernels, in ``[O, I, kH, kW]``, have weights at several positions. A channel
+    without weights has position 0.
     """
     if weight.is_meta:
         return None
