@@ -40,6 +40,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"maximum": "filter", "learn": "mix"},
         {"maximum": 0.9, "detach_max": False},
     ],
+    "dynamic_sparse": [{"kernels": True}],
     "scaled_standardize": [{"gamma": 1.7}],
     "expand": [{"rate": 2}],
     "gain": [{"attention": "se"}],

@@ -13,8 +13,8 @@ from we_surgery.excitations.dynamic_sparse import long_tailed_slope
 F64 = torch.float64
 
 
-def stage_with(thresholds: list[float]) -> DynamicSparse:
-    stage = DynamicSparse(len(thresholds), dtype=F64)
+def stage_with(thresholds: list[float], kernels: bool = False) -> DynamicSparse:
+    stage = DynamicSparse(len(thresholds), kernels, dtype=F64)
     with torch.no_grad():
         stage.threshold.copy_(torch.tensor(thresholds))
     return stage
@@ -45,6 +45,28 @@ def test_the_gradients_are_those_of_the_estimate() -> None:
     by_weight = upstream * mask + upstream * weight * slope * weight.sign()
     by_threshold = -(upstream * weight * slope).sum((1, 2, 3))
     torch.testing.assert_close(found, (by_weight.detach(), by_threshold.detach()))
+
+
+def test_whole_kernels_go_by_their_mean_magnitude() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2, dtype=F64, requires_grad=True)
+    stage = stage_with([0.0, 0.6, 0.9, 2.0], kernels=True)
+    excited = stage(weight)
+    upstream = torch.randn_like(weight)
+    found = torch.autograd.grad(excited, [weight, stage.threshold], upstream)
+    for j, threshold in enumerate(stage.threshold.tolist()):
+        to_threshold = 0.0
+        for i in range(3):
+            kernel = weight.detach()[j, i]
+            over = kernel.abs().mean().item() - threshold
+            slope = long_tailed_slope(torch.tensor(over)).item()
+            assert torch.equal(excited[j, i], kernel if over > 0 else torch.zeros_like(kernel))
+            reached = slope * (upstream[j, i] * kernel).sum()
+            expected = upstream[j, i] * (over > 0) + reached * kernel.sign() / 4
+            torch.testing.assert_close(found[0][j, i], expected)
+            to_threshold -= reached
+        torch.testing.assert_close(found[1][j], to_threshold)
+    assert 0 < (excited == 0).sum() < weight.numel()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

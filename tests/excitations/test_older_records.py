@@ -10,7 +10,17 @@ from we_surgery.errors import InputError
 from we_surgery.excitations import EXCITATIONS, WeightLayout, build_excitation, rebuild_excitation
 from we_surgery.excitations.record import RECORD_KEY
 
-LATER = ("further", "gamma", "kernel", "maximum", "relative", "repeat", "separate", "then")
+LATER = (
+    "further",
+    "gamma",
+    "kernel",
+    "kernels",
+    "maximum",
+    "relative",
+    "repeat",
+    "separate",
+    "then",
+)
 """Options, and what is made of them, that the first schema does not know."""
 
 LAYOUT = WeightLayout((6, 8, 3, 3))

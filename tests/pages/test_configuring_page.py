@@ -45,6 +45,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "mwe.learn": _LEARNABLE,
     "mwe.relative": FLAG,
     "mwe.maximum": ("tensor", "filter"),
+    "dynamic_sparse.kernels": FLAG,
     "shift_attention.shared": FLAG,
     "gain.attention": GAIN_ATTENTIONS,
     "weight_compander.learn": FLAG,

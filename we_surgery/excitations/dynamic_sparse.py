@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from we_surgery.excitations.base import Device, DType, Excitation
-from we_surgery.excitations.functions import spread
+from we_surgery.excitations.functions import check_flag, kernel_mean, spread
 from we_surgery.excitations.layout import WeightLayout
 
 _KEPT_AT_LEAST = 0.01
@@ -26,6 +26,12 @@ class DynamicSparse(Excitation):
     thresholds count as 0, and training sets them to 0. It masks the output of other stages, so
     the stripped weight is sparse; standardized weights have sizes of about 1, another scale for
     the thresholds than that of raw weights.
+
+    Args:
+        out_channels: O, the layer's filters.
+        kernels: masks whole kernels, by the mean magnitude of their weights. After LWE these are
+            the kernels with low multipliers. Not in the papers.
+        device, dtype: those of the layer.
     """
 
     name: ClassVar[str] = "dynamic_sparse"
@@ -39,15 +45,24 @@ class DynamicSparse(Excitation):
     )
     deploys_to: ClassVar[str] = "the vanilla layer, bit-equal, its masked weights exact zeros"
 
-    def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
+    def __init__(
+        self,
+        out_channels: int,
+        kernels: bool = False,
+        *,
+        device: Device = None,
+        dtype: DType = None,
+    ) -> None:
         super().__init__()
+        self.kernels = check_flag("dynamic_sparse: kernels", kernels)
         self.threshold = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
 
     def excite(self, weight: Tensor) -> Tensor:
         threshold = self.threshold.to(weight.dtype)
         kept = self._is_enough_kept(weight.detach(), threshold.detach())
         threshold = torch.where(kept, threshold, torch.zeros_like(threshold))
-        over = weight.abs() - spread(threshold, weight)
+        size = self._size(weight)
+        over = spread(size - spread(threshold, size), weight)
         mask = (over > 0).to(weight.dtype)
         if not torch.is_grad_enabled():
             return weight * mask
@@ -62,10 +77,13 @@ class DynamicSparse(Excitation):
         with _unsafe_preserve_version_counter(self.threshold):
             self.threshold.mul_(kept.to(self.threshold.dtype))
 
-    @staticmethod
-    def _is_enough_kept(weight: Tensor, threshold: Tensor) -> Tensor:
+    def _size(self, weight: Tensor) -> Tensor:
+        return kernel_mean(weight.abs()) if self.kernels else weight.abs()
+
+    def _is_enough_kept(self, weight: Tensor, threshold: Tensor) -> Tensor:
         """Whether more than 1 % of the layer's weights exceed the thresholds; 0-d."""
-        return (weight.abs() > spread(threshold, weight)).float().mean() > _KEPT_AT_LEAST
+        size = self._size(weight)
+        return (size > spread(threshold, size)).float().mean() > _KEPT_AT_LEAST
 
     @torch.no_grad()
     def start_inverse(self, weight: Tensor) -> Tensor:
@@ -73,13 +91,15 @@ class DynamicSparse(Excitation):
         return weight
 
     @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        return cls(layout.out_channels, device=device, dtype=dtype)
+    def for_layout(
+        cls, layout: WeightLayout, *, device: Device, dtype: DType, kernels: bool = False
+    ) -> Self:
+        return cls(layout.out_channels, kernels, device=device, dtype=dtype)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         threshold = state["threshold"]
-        return cls(threshold.shape[0], device="meta", dtype=threshold.dtype)
+        return cls(threshold.shape[0], **options, device="meta", dtype=threshold.dtype)
 
 
 def long_tailed_slope(over: Tensor) -> Tensor:
