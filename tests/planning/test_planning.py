@@ -280,9 +280,6 @@ def test_a_plan_goes_through_json_unchanged(tmp_path: Path) -> None:
     rules = [Rule("head", "mwe", options={"mwe": {"epsilon": 0.05, "detach_max": False}})]
     plan = ws.plan(Zoo(), config=EVERYTHING, rules=rules)
     assert Plan.from_dict(plan.to_dict()) == plan
-    older = plan.to_dict()
-    older["rung"], older["rung_reason"] = older.pop("read_by"), older.pop("read_by_reason")
-    assert Plan.from_dict(older) == plan
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json(), encoding="utf-8")
     assert Plan.from_file(path) == plan

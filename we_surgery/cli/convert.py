@@ -205,29 +205,18 @@ def convert_command(
     # The last match wins: what is named to be left alone is left alone.
     rules = [_rule(text) for text in rule_texts] + [Rule(pattern, SKIP) for pattern in skip]
     options = _options(option_parts)
-    policy: Path | Policy | None = config
-    if options:
-        policy, mode = make_policy(mode, config).with_options(options), None
-    plan = None if plan_path is None else Plan.from_file(plan_path)
+    asked: Policy | Plan
+    if plan_path is None:
+        asked = make_policy(mode, config, rules=rules, transplants=transplants)
+        asked = asked.with_options(options)
+    else:
+        asked = Plan.from_file(plan_path)
     if dry_run:
-        planned = plan_file(
-            source,
-            mode=mode,
-            config=policy,
-            rules=rules,
-            transplants=transplants,
-            plan=plan,
-            input_shape=shape,
-        )
-        _show_plan(planned, as_json, wide)
+        _show_plan(plan_file(source, asked, input_shape=shape), as_json, wide)
         return
     result = convert_file(
         source,
-        mode=mode,
-        config=policy,
-        rules=rules,
-        transplants=transplants,
-        plan=plan,
+        asked,
         output=output,
         to=to,
         force=force,

@@ -21,7 +21,6 @@ from we_surgery.jobs.targets import check_extension, choose_target
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
-from we_surgery.planning.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -76,41 +75,24 @@ class Converted:
 
 
 def plan_file(
-    source: Source,
-    *,
-    mode: str | None = None,
-    config: Path | Policy | None = None,
-    rules: Sequence[Rule] = (),
-    transplants: Sequence[Any] = (),
-    plan: Plan | None = None,
-    input_shape: Sequence[int] | None = None,
+    source: Source, asked: Policy | Plan, *, input_shape: Sequence[int] | None = None
 ) -> Converted:
     """The plan for a file's model, or a given plan checked against it; nothing is written."""
     contents, model = _read_vanilla(source)
-    if plan is None:
-        inputs = None if input_shape is None else random_inputs(input_shape)
-        plan = make_plan(
-            model,
-            mode,
-            config=config,
-            rules=rules,
-            transplants=transplants,
-            example_inputs=inputs,
-        )
-    else:
+    if isinstance(asked, Plan):
         with drawing_nothing(model):
-            convert(model, plan=plan, inplace=True)
+            convert(model, plan=asked, inplace=True)
+        plan = asked
+    else:
+        inputs = None if input_shape is None else random_inputs(input_shape)
+        plan = make_plan(model, config=asked, example_inputs=inputs)
     return Converted(plan, None, contents.kind, contents.notes)
 
 
 def convert_file(
     source: Source,
+    asked: Policy | Plan,
     *,
-    mode: str | None = None,
-    config: Path | Policy | None = None,
-    rules: Sequence[Rule] = (),
-    transplants: Sequence[Any] = (),
-    plan: Plan | None = None,
     output: str | Path | None = None,
     to: str | None = None,
     force: bool = False,
@@ -132,14 +114,10 @@ def convert_file(
     target = choose_target(source.name, contents, output, to, ".we")
     target.check(force=force)
     inputs = None if input_shape is None else random_inputs(input_shape)
-    decided = plan or make_plan(
-        model,
-        mode,
-        config=config,
-        rules=rules,
-        transplants=transplants,
-        example_inputs=inputs,
-    )
+    if isinstance(asked, Plan):
+        decided = asked
+    else:
+        decided = make_plan(model, config=asked, example_inputs=inputs)
     if not decided.changes:
         raise SurgeryError(
             f"the plan excites none of the {len(decided.decisions)} layers of {source.name}",

@@ -119,9 +119,8 @@ class Plan:
             )
         return cls(
             mode=str(data.get("mode", "")),
-            # Older plans have them as `rung` and `rung_reason`.
-            read_by=str(data.get("read_by", data.get("rung", ""))),
-            read_by_reason=str(data.get("read_by_reason", data.get("rung_reason", ""))),
+            read_by=str(data.get("read_by", "")),
+            read_by_reason=str(data.get("read_by_reason", "")),
             decisions=read_rows(data["layers"], source),
             model_parameters=int(data.get("model_parameters", 0)),
             pattern_matches=dict(data.get("pattern_matches", {})),
