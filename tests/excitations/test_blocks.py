@@ -68,7 +68,15 @@ def test_in_its_own_place_a_weight_becomes_what_the_layer_computes(
     ("stages", "kind"),
     [*((stages, "2d") for stages in STAGES), *(("slrm", kind) for kind in SHAPES)],
 )
-def test_blocks_give_the_stages_weight_and_gradients(stages, kind, small_blocks):
+def test_blocks_give_the_stages_weight_and_gradients(stages, kind, small_blocks, monkeypatch):
+    backward: list[int] = []
+    differentiate = formulas._differentiate
+
+    def watch(g: Tensor, *rest):
+        backward.append(g.shape[0])
+        return differentiate(g, *rest)
+
+    monkeypatch.setattr(formulas, "_differentiate", watch)
     composition, weight = large(stages, kind, torch.float64)
     inputs = [weight.requires_grad_(), *composition.parameters()]
     excited, expected = composition(weight), staged(composition, weight)
@@ -76,6 +84,7 @@ def test_blocks_give_the_stages_weight_and_gradients(stages, kind, small_blocks)
     upstream = torch.randn_like(excited)
     assert_close([excited], [expected], 1e-12)
     assert_close(gradients(excited, inputs, upstream), gradients(expected, inputs, upstream), 1e-10)
+    assert backward == small_blocks
 
 
 def test_a_memory_format_is_kept(small_blocks):

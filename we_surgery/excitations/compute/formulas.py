@@ -171,6 +171,35 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of W, A, a, B and b from G, the gradient of W'; that of W in ``out``, if given.
 
+    A CPU computes a large weight in blocks of filters, as in :func:`excite`.
+    """
+    # M's own gradient takes sums over all filters.
+    is_whole = inputs.mwe_epsilon is not None and not inputs.detach_max
+    if is_whole or not is_computed_in_blocks(filters):
+        return _differentiate(g, filters, inputs, kept, needed, out)
+    if needed[0] and out is None:
+        out = torch.empty_like(filters)
+    by_fcs: list[Tensor | None] = [None] * 4
+    for b in _blocks(filters):
+        own = Kept(*(part if part is None or part.ndim == 0 else part[b] for part in kept))
+        own_out = None if out is None else out[b]
+        found = _differentiate(g[b], filters[b], _of_block(inputs, b), own, needed, own_out)
+        for place, more in enumerate(found[1:]):
+            so_far = by_fcs[place]
+            by_fcs[place] = more if so_far is None or more is None else so_far.add_(more)
+    return out if needed[0] else None, *by_fcs
+
+
+def _differentiate(
+    g: Tensor,
+    filters: Tensor,
+    inputs: ClosedFormInputs,
+    kept: Kept,
+    needed: Sequence[bool],
+    out: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`differentiate`, for all filters at once.
+
     With sums over a whole filter written sum_F:
 
         g  = p G / (1 - (w / M)^2), from here on the gradient of r m c
