@@ -16,7 +16,9 @@ from evidence_statistics import CONFIDENCE, Comparison, compare, holm
 from lines import Lines, Row
 from measuring import replace_section
 
-PAGE = Path(__file__).parents[1] / "docs" / "does_it_help.md"
+_ROOT = Path(__file__).parents[1]
+PAGE = _ROOT / "docs" / "does_it_help.md"
+README = _ROOT / "README.md"
 BEGIN = "<!-- evidence: written by `python benchmarks/evidence.py report`; do not edit -->\n"
 END = "<!-- end of evidence -->"
 
@@ -32,16 +34,21 @@ SECOND_FAMILY = [(arm, other) for arm in ("lwe", "mwe", "default") for other in 
 ]
 """What is it that gains or loses: the arm, and what it is compared with."""
 
+_IN_README = ("standardize", "lwe", "mwe", "default")
+
 ByArm = dict[str, dict[int, Row]]
 
 
-def write_report(results: Path, page: Path = PAGE) -> None:
-    """Replaces the marked section of the page, and draws a figure for each network."""
+def write_report(results: Path, page: Path = PAGE, readme: Path = README) -> None:
+    """Replaces the marked sections of the pages, and draws a figure for each network."""
     parts = []
+    found = {}
     for network in EXPERIMENTS:
         rows = Lines(results / f"evidence_{network}.jsonl").rows()
         if rows:
+            found[network] = by_arm(rows)
             parts.append(_section(network, rows, results))
+    replace_section(readme, BEGIN, END, _short_table(found))
     public = results / "evidence_public.json"
     if public.exists():
         parts.append(_public_section(json.loads(public.read_text(encoding="utf-8"))))
@@ -79,6 +86,30 @@ def _section(network: str, rows: list[Row], results: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _short_table(found: Mapping[str, ByArm]) -> str:
+    """The arms that most people ask for, for networks with enough pairs."""
+    lines = [
+        "| network | pairs | plain, % | standardization alone | LWE | MWE | default mode |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for network, counted in found.items():
+        plain = counted.get("plain", {})
+        if len(plain) < FEWEST_PAIRS:
+            continue
+        compared = compare_with_plain(counted)
+        accuracy = mean(row["test_accuracy"] for row in plain.values())
+        cells = [EXPERIMENTS[network].title, str(len(plain)), f"{accuracy:.2f}"]
+        for arm in _IN_README:
+            cells.append("")
+            if arm in compared:
+                comparison, p = compared[arm]
+                verdict = comparison.verdict(p)
+                emphasis = "**" if verdict in ("gain", "loss") else ""
+                cells[-1] = f"{emphasis}{_shown(comparison)}{emphasis}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _public_section(found: Row) -> str:

@@ -56,8 +56,9 @@ def folder(tmp_path_factory):
     path = folder / "evidence_resnet_gn.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     page = folder / "page.md"
-    page.write_text(f"before\n{evidence_report.BEGIN}old\n{evidence_report.END}\nafter\n")
-    evidence_report.write_report(folder, page)
+    for path in (page, folder / "README.md"):
+        path.write_text(f"before\n{evidence_report.BEGIN}old\n{evidence_report.END}\nafter\n")
+    evidence_report.write_report(folder, page, folder / "README.md")
     return folder
 
 
@@ -88,14 +89,28 @@ def test_only_the_section_is_replaced(written, folder):
     assert written.startswith("before\n")
     assert written.endswith(f"{evidence_report.END}\nafter\n")
     assert "old" not in written
-    evidence_report.write_report(folder, folder / "page.md")
+    evidence_report.write_report(folder, folder / "page.md", folder / "README.md")
     assert (folder / "page.md").read_text() == written
     assert (folder / "evidence_resnet_gn.svg").stat().st_size < 100_000
 
 
-def test_the_page_has_the_section():
-    page = evidence_report.PAGE.read_text(encoding="utf-8")
-    assert page.index(evidence_report.BEGIN) < page.index(evidence_report.END)
+@pytest.mark.parametrize("page", [evidence_report.PAGE, evidence_report.README])
+def test_the_pages_have_the_section(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.index(evidence_report.BEGIN) < text.index(evidence_report.END)
+
+
+def test_the_readme_has_few_arms_and_marks_what_is_shown(folder):
+    row = next(
+        each for each in (folder / "README.md").read_text().splitlines() if "group norm" in each
+    )
+    _, network, pairs, plain, standardize, lwe, mwe, default, _ = row.split(" | ".strip())
+    assert pairs.strip() == "30"
+    assert 79 < float(plain) < 81
+    assert standardize.startswith(" **-0.9") or standardize.startswith(" **-1.")
+    assert lwe.startswith(" **+")
+    assert mwe.startswith(" **+1.00")
+    assert default.startswith(" +0.00 [")
 
 
 def test_the_public_layers_are_beside(written):
