@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,6 @@ def fit(folder: Path, strategy: str, optimization: str) -> dict[str, torch.Tenso
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
     folder, _, *names = sys.argv[1:]
     for name in names:
         torch.save(fit(Path(folder), *name.split("-")), Path(folder, f"{name}-parent.pt"))

@@ -17,7 +17,9 @@ HERE = Path(__file__).parent
 def run_together(script: str, folder: Path, ranks: int, *words: object) -> None:
     """Runs a script of this folder in that many processes, each with the folder and its rank."""
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+    # Lightning would choose the number of threads, and sums round differently with several.
+    own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, **own}
     running = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(folder), str(rank), *map(str, words)],

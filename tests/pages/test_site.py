@@ -123,6 +123,7 @@ def test_no_page_scrolls_sideways_on_a_phone_or_has_an_error(
 def test_the_search_finds_a_page(address: str, browser: Any) -> None:
     desk = Opened(browser, address, 1280)
     desk.page.goto(address)
+    desk.page.wait_for_load_state("networkidle")
     desk.page.keyboard.press("/")
     desk.page.keyboard.type("gradient accumulation")
     desk.page.get_by_role("option").filter(has_text="Training").first.click()
