@@ -41,8 +41,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    """The batch-norm ResNet with little to do."""
+def toy(monkeypatch, tmp_path):
+    """The batch-norm ResNet with little to do, and no committed tuning."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "committed")
     experiment = evidence_arms.EXPERIMENTS["resnet_bn"]
     small = dataclasses.replace(
         experiment, images=64, epochs=2, batch=32, lrs=(0.03, 0.1), decays=(5e-4,)
