@@ -131,16 +131,7 @@ def attach(
     copies = _frozen_copies(root, plan, found)
     handle.add(found, saved)
     drop_loaded_states(optimizers)
-    left = [
-        layer for layer, copied, weight in copies if not torch.allclose(copied, weight.parameter)
-    ]
-    if left:
-        logger.warning(
-            "%d frozen weights, such as %r, were copies of weights that excitation has changed; "
-            "copy them again, as for a momentum encoder",
-            len(left),
-            left[0],
-        )
+    _tell_of_changed_originals(copies)
     return handle
 
 
@@ -161,6 +152,21 @@ def _frozen_copies(
                 copies.append((row.layer, frozen, weight))
                 break
     return copies
+
+
+def _tell_of_changed_originals(
+    copies: Sequence[tuple[str, nn.Parameter, AttachedWeight]],
+) -> None:
+    left = [
+        layer for layer, copied, weight in copies if not torch.allclose(copied, weight.parameter)
+    ]
+    if left:
+        logger.warning(
+            "%d frozen weights, such as %r, were copies of weights that excitation has changed; "
+            "copy them again, as for a momentum encoder",
+            len(left),
+            left[0],
+        )
 
 
 def _likeness(parameter: nn.Parameter) -> tuple[Any, ...]:
