@@ -128,6 +128,36 @@ def test_a_step_without_gradients_touches_nothing(run):
     assert same(written, model.state_dict())
 
 
+def trained_once(model, optimizer, dtype):
+    images, labels = batches(1)[0]
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(images.to(dtype)), labels).backward()
+    optimizer.step()
+
+
+def test_a_cast_beyond_the_precision_of_the_raw_weights_is_an_error(run):
+    model, optimizer, excitation = run
+    model.double()
+    written = snapshot(model)
+    with pytest.raises(ws.AttachmentError, match=r"'stem' was cast to torch\.float64"):
+        trained_once(model, optimizer, torch.float64)
+    with pytest.raises(ws.AttachmentError, match=r"raw weight has torch\.float32"):
+        excitation.restore()
+    assert same(written, model.state_dict())
+    go_on(model.float(), optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_to_half_precision_keeps_the_raw_weights(run, dtype):
+    model, optimizer, excitation = run
+    before = excitation.named_parameters()["stem.weight"].detach().clone()
+    trained_once(model.to(dtype), optimizer, dtype)
+    raw = excitation.named_parameters()["stem.weight"]
+    assert raw.dtype == torch.float32
+    assert not torch.equal(raw, before)
+    assert model.stem.weight.dtype == dtype
+
+
 def test_what_only_moves_in_memory_is_followed(run):
     model, optimizer, excitation = run
     twin = copy.deepcopy(model)

@@ -22,6 +22,7 @@ from we_surgery.attached.shard_transform import (
 )
 from we_surgery.attached.shards import local
 from we_surgery.attached.weights import AttachedWeight, Excited
+from we_surgery.errors import AttachmentError
 from we_surgery.excitations import Backend
 from we_surgery.excitations.compute.closed_form import excite_into
 from we_surgery.excitations.compute.closed_form import pull_back as pull_back_in_closed_form
@@ -136,6 +137,13 @@ def is_current(weight: AttachedWeight) -> bool:
 def follow(weight: AttachedWeight) -> None:
     """Moves raw weight and excitation to where the Parameter is now."""
     parameter, raw = weight.parameter, weight.raw
+    if torch.promote_types(parameter.dtype, raw.dtype) != raw.dtype:
+        raise AttachmentError(
+            f"layer {weight.layer!r} was cast to {parameter.dtype} after excitation was attached, "
+            f"and its raw weight has {raw.dtype}",
+            "Cast the model before you attach. Now cast it back, or call `excitation.detach()`, "
+            'build the optimizer anew and attach again with `init="preserve"`.',
+        )
     if weight.shard is not None:
         return
     if raw.device == parameter.device and raw.stride() == parameter.stride():
