@@ -169,7 +169,7 @@ def test_a_signal_in_the_middle_of_a_write_leaves_the_target_as_it_was(
             strip_command.main(arguments, standalone_mode=False)
         finally:
             os._exit(3)
-    while not any(f.stat().st_size for f in tmp_path.glob(".we_surgery-*/new/*")):
+    while not any(f.stat().st_size for f in tmp_path.glob(".we_surgery-*/*")):
         assert time.monotonic() < started + 60
         time.sleep(0.01)
     time.sleep(0.3)

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from we_surgery.checkpoint.disk import (
-    NEW,
-    OLD,
-    HiddenFolder,
-    exchange,
-    remove_left_over,
-    rename_to_free,
-    sync,
-    sync_folder,
-)
 from we_surgery.errors import InputError, SurgeryError, WESurgeryError, listed, quoted
 
 logger = logging.getLogger(__name__)
 
 _ELSEWHERE = "Give another file to write (-o FILE)."
-
-# The system makes what has a name here; a link in these folders is not a file of the user's.
-_SYSTEM_FOLDERS = (Path("/dev"), Path("/proc"), Path("/sys"))
-_MEMORY_FOLDER = Path("/dev/shm")
 _SHARDS = (".safetensors", ".safetensors.index.json")
 
 
@@ -47,24 +36,32 @@ def check_target(
     """
     path = Path(path)
     try:
-        _refuse_system_folders(path)
-        if folder:
-            _check_folder(path, others)
-        elif path.is_dir():
+        place = _behind_links(path)
+        exists = os.path.lexists(place)
+        if folder and exists and not place.is_dir():
+            raise InputError(f"{path} is a file, not a folder", "Give another folder (-o FOLDER).")
+        if folder and exists:
+            _refuse_lost_files(place, path, others)
+        elif place.is_dir():
             raise InputError(f"{path} is a folder", _ELSEWHERE)
-        elif path.exists() and not path.is_file():
+        elif exists and not place.is_file():
             raise InputError(f"{path} is not a regular file", _ELSEWHERE)
-        if (path.exists() or path.is_symlink()) and not force:
+        if exists and not force:
             raise _exists_already(path)
-        folder_exists = path.parent.is_dir()
+        folder_exists = place.parent.is_dir()
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written: {error}", _ELSEWHERE) from error
     if not folder_exists:
-        raise InputError(f"there is no folder {path.parent}", "Create it, or give another file.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"the folder {path.parent} is not writable", _ELSEWHERE)
+        raise InputError(f"there is no folder {place.parent}", "Create it, or give another file.")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise InputError(f"the folder {place.parent} is not writable", _ELSEWHERE)
+
+
+def _behind_links(path: Path) -> Path:
+    """Where to write: a link stays, and what it names is replaced, as by cp and most tools."""
+    return Path(os.path.realpath(path))
 
 
 def _exists_already(path: Path) -> InputError:
@@ -72,27 +69,6 @@ def _exists_already(path: Path) -> InputError:
         f"{path} exists already",
         "Give another file (-o FILE), or overwrite it with --force (`force=True`).",
     )
-
-
-def _refuse_system_folders(path: Path) -> None:
-    # The path itself is not resolved: /dev/stdout is a link, and the link would be replaced.
-    place = path.parent.resolve()
-    if place.is_relative_to(_MEMORY_FOLDER):
-        return
-    if any(place.is_relative_to(folder) for folder in _SYSTEM_FOLDERS):
-        raise InputError(f"{path} is not a regular file", _ELSEWHERE)
-
-
-def _check_folder(path: Path, others: Collection[str]) -> None:
-    if path.is_symlink():
-        raise InputError(
-            f"{path} is a symbolic link, and only a folder can be replaced by a folder",
-            "Give the folder itself (-o FOLDER).",
-        )
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file, not a folder", "Give another folder (-o FOLDER).")
-    if path.is_dir():
-        _refuse_lost_files(path, path, others)
 
 
 def _refuse_lost_files(folder: Path, called: Path, others: Collection[str]) -> None:
@@ -114,65 +90,64 @@ def _refuse_lost_files(folder: Path, called: Path, others: Collection[str]) -> N
 
 @dataclass
 class _Staged:
-    """One file or folder that is to take its place.
+    """One file or folder that will take its place.
 
     ``identity`` is of what was written, by which it is known under any name.
     """
 
     path: Path
-    place: Path
+    hidden: Path
     force: bool
     folder: bool
     others: Collection[str]
     mode: int = 0
-    identity: tuple[int, int] = (0, 0)
+    identity: tuple[int, int] | None = None
 
-    @property
-    def new(self) -> Path:
-        """Where it is written, and where the replaced file ends up."""
-        return self.place / NEW / self.path.name
+    def __post_init__(self) -> None:
+        self.target = _behind_links(self.path)
+        self.new = self.hidden / self.target.name
+        self.old = self.hidden / f"{self.target.name}.old"
 
-    @property
-    def old(self) -> Path:
-        """Where the replaced file lies during the exchange."""
-        return self.place / OLD / self.path.name
+    def check(self) -> None:
+        check_target(self.path, force=self.force, folder=self.folder, others=self.others)
 
     def finish(self) -> None:
         """Syncs the written file to the disk and sets its permissions."""
         for path in (*self.new.rglob("*"), self.new) if self.folder else (self.new,):
-            (sync_folder if path.is_dir() else sync)(path)
+            (_sync_folder if path.is_dir() else sync)(path)
         self.new.chmod(self.mode)
         # Not before: a writer may have put another file under the name.
         self.identity = _identity(self.new)
 
     def take_place(self) -> None:
-        """Exchanges the written file and the target."""
-        try:
-            rename_to_free(self.new, self.path)
-        except FileExistsError as error:
-            if not self.force:
-                raise _exists_already(self.path) from error
-            exchange(self.new, self.path, self.old)
-            if self.folder:
+        """Moves what stands at the target aside, and the written file there."""
+        if self.force:
+            # A file keeps its name until the new one takes it, a folder not.
+            if os.path.lexists(self.target) and not _linked(self.target, self.old):
+                self.target.rename(self.old)
+            self.new.replace(self.target)
+            if self.folder and self.old.exists():
                 # What came at the last moment is not deleted either.
-                _refuse_lost_files(self.new, self.path, self.others)
+                _refuse_lost_files(self.old, self.path, self.others)
+            return
+        try:
+            if _linked(self.new, self.target):
+                return
+        except FileExistsError as error:
+            raise _exists_already(self.path) from error
+        if os.path.lexists(self.target):
+            raise _exists_already(self.path)
+        self.new.rename(self.target)
 
     def give_back(self) -> None:
         """Undoes :meth:`take_place`, also a partial one."""
-        is_there = os.path.lexists(self.path)
-        is_ours = is_there and _identity(self.path) == self.identity
-        if os.path.lexists(self.old):
-            if is_ours:
-                self.path.rename(self.new)
-            if is_ours or not is_there:
-                self.old.rename(self.path)
-        elif is_ours and os.path.lexists(self.new):
-            if _identity(self.new) == self.identity:
-                self.path.unlink()
+        if self.identity is not None and _identity(self.target) == self.identity:
+            if os.path.lexists(self.new):
+                self.target.unlink()
             else:
-                exchange(self.new, self.path, self.old)
-        elif is_ours:
-            self.path.rename(self.new)
+                self.target.rename(self.new)
+        if os.path.lexists(self.old) and not os.path.lexists(self.target):
+            self.old.rename(self.target)
 
 
 class Staging:
@@ -181,7 +156,7 @@ class Staging:
     def __init__(self) -> None:
         self.paths: list[str] = []
         self._staged: list[_Staged] = []
-        self._places: list[HiddenFolder] = []
+        self._hidden: list[Path] = []
 
     def add(
         self,
@@ -196,7 +171,8 @@ class Staging:
 
         Args:
             path: the target.
-            force: replace an existing target, which keeps its permissions.
+            force: replace an existing target, which keeps its permissions; behind a link, what
+                it names.
             folder: stage a folder of files instead of one file. An existing folder is only
                 replaced if it holds a sharded state dict and ``others``.
             others: the files that the folder will hold beside shards, relative to it.
@@ -205,42 +181,40 @@ class Staging:
         path = Path(path)
         self.paths.append(str(path))
         check_target(path, force=force, folder=folder, others=others)
-        remove_left_over(path.parent)
-        self._places.append(HiddenFolder(path.parent))
-        staged = _Staged(path, self._places[-1].path, force, folder, others)
+        parent = _behind_links(path).parent
+        self._hidden.append(
+            Path(tempfile.mkdtemp(prefix=".we_surgery-", suffix=".tmp", dir=parent))
+        )
+        staged = _Staged(path, self._hidden[-1], force, folder, others)
         if folder:
             staged.new.mkdir()
         else:
             staged.new.touch(exist_ok=False)
         # Taken now, for it follows the umask; safetensors gives 0600 to all it writes.
-        staged.mode = _mode(staged.new, path, like)
+        staged.mode = _mode(staged.new, staged.target, like)
         self._staged.append(staged)
         return staged.new
 
     def take_places(self) -> None:
-        """Renames all written files to their targets, or none."""
+        """Moves all written files to their targets, or none."""
         for staged in self._staged:
             staged.finish()
         for staged in self._staged:
-            # Anything may have come there since the first look: folding takes its time.
-            check_target(
-                staged.path, force=staged.force, folder=staged.folder, others=staged.others
-            )
+            staged.check()  # anything may have come there since the first look
         try:
             for staged in self._staged:
                 staged.take_place()
         except BaseException as error:
             self._give_back(error)
             raise
-        _sync_names([staged.path for staged in self._staged])
         for staged in self._staged:
+            _sync_folder(staged.target.parent)
             logger.info("wrote %s", staged.path)
 
     def close(self) -> None:
         """Removes leftover files beside the targets."""
-        for place in self._places:
-            place.remove()
-        self._places.clear()
+        for hidden in self._hidden:
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def _give_back(self, error: BaseException) -> None:
         stuck: list[str] = []
@@ -250,10 +224,12 @@ class Staging:
             except OSError:
                 stuck.append(str(staged.path))
         if stuck:
+            self._hidden.clear()  # what stood there may be in them
             raise SurgeryError(
                 f"{listed(self.paths)} could not be written: {error}; after that "
                 f"{listed(stuck)} could not be put back as it was",
-                "Look at the disk, and at these files: they may be new or missing.",
+                "Look at the disk, at these files, and into the hidden folders .we_surgery-*.tmp "
+                "beside them.",
             ) from error
 
 
@@ -302,19 +278,34 @@ def _mode(made: Path, target: Path, like: Path | None) -> int:
     return mode
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int] | None:
+    if not os.path.lexists(path):
+        return None
     found = path.lstat()
     return found.st_dev, found.st_ino
 
 
-def _sync_names(paths: list[Path]) -> None:
-    """Syncs the new names to the disk."""
+def _linked(path: Path, name: Path) -> bool:
+    """Gives a file a second name; False for folders, and where the file system has no links."""
     try:
-        for parent in dict.fromkeys(path.parent for path in paths):
-            sync_folder(parent)
-    except OSError as error:
-        raise SurgeryError(
-            f"{listed(map(str, paths))}: written and in place, but the disk failed to note the "
-            f"names: {error}",
-            "Look at the disk; the new files may be gone after a power failure.",
-        ) from error
+        name.hardlink_to(path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Syncs a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform != "win32":
+        with suppress(OSError):  # network mounts keep the names in another way, and refuse
+            sync(folder, os.O_RDONLY)
