@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.cli import inspect_command, strip_command, we_surgery
+from we_surgery.cli import inspect_command, strip_command
 
 
 def strip(*words: str | Path) -> Result:
@@ -129,42 +128,6 @@ def test_json_reports_the_proof(module_file: Path) -> None:
     found = json.loads(strip(module_file, "--input-shape", "2,4,8,8", "--json").stdout)
     assert found["report"]["layers"] == 2
     assert found["report"]["output_difference"] == 0
-
-
-class FullDisk(io.RawIOBase):
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: object) -> int:
-        raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["strip", "model.we.pt", "--json"], "Written, and whole: model.stripped.pt."),
-        (["inspect", "model.we.pt"], "Nothing was written."),
-        (["convert", "--list-modes"], "Nothing was written."),
-        (["convert", "--list-modes", "--json"], "Nothing was written."),
-    ],
-    ids=" ".join,
-)
-def test_a_full_disk_behind_stdout_is_told_from_a_failure(
-    words: list[str],
-    said: str,
-    module_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(module_file.parent)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(FullDisk())))
-    with pytest.raises(SystemExit) as ended:
-        we_surgery.main(words)
-    assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert "standard output cannot be written" in told
-    assert said in told
-    assert module_file.with_name("model.stripped.pt").exists() == (words[0] == "strip")
 
 
 def test_a_terminal_without_the_characters_is_given_others(module_file: Path) -> None:

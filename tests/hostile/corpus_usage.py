@@ -140,7 +140,6 @@ OPTIONS: dict[str, Usage] = {
     "the root": arguments("inspect", "/"),
     "no name": arguments("inspect", ""),
     "a name of 5,000 letters": arguments("inspect", "a" * 5000),
-    "a name with a zero": arguments("inspect", "a\0b"),
     "a name that is no text": arguments("inspect", "a\udcff"),
     "a name in a picture's words": arguments("inspect", "[/red][bold]x.pt"),
     "an address": arguments("inspect", "https://example.org/model.pt"),

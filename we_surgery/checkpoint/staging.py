@@ -61,7 +61,7 @@ def check_target(
 
 def _behind_links(path: Path) -> Path:
     """Where to write: a link stays, and what it names is replaced, as by cp and most tools."""
-    return Path(os.path.realpath(path))
+    return path.resolve() if path.is_symlink() else path
 
 
 def _exists_already(path: Path) -> InputError:

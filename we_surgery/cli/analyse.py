@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,9 +13,11 @@ from we_surgery.cli.choices import CRITERIA, GRANULARITIES, SCORES, SWEEPS
 from we_surgery.cli.common import (
     SEED,
     SurgeryCommand,
+    force_option,
+    json_option,
     make_source,
+    options,
     print_table,
-    print_text,
     say,
     say_notes,
     say_written,
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
     from we_surgery.analysis.results import Result
     from we_surgery.analysis.run_results import Sweep
+    from we_surgery.jobs.convert import Source
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."
 
 
@@ -40,7 +42,8 @@ def analyse_group() -> None:
     """Measure how much a model's weights matter, and draw the result.
 
     Data and metrics are functions of yours, named as package.module:function; modules in the
-    current folder are found. A converted model is measured as it would be deployed.
+    current folder are found. A converted model is measured as it would be deployed. Progress is
+    kept in STEM.progress.jsonl: run the same command again to continue.
 
     \b
     Examples:
@@ -51,45 +54,41 @@ def analyse_group() -> None:
     """
 
 
-def measuring_options(command: Command) -> Command:
-    """What is measured, and where the result goes."""
-    for decorate in reversed(
-        [
-            click.option(
-                "--loader",
-                metavar="NAME",
-                help="package.module:function that returns an iterable of (inputs, labels).",
-            ),
-            click.option(
-                "--metric",
-                metavar="NAME",
-                help="package.module:function that takes a model and returns a number (higher "
-                "is better). Instead of --loader.",
-            ),
-            click.option(
-                "--score",
-                type=click.Choice(SCORES),
-                default="accuracy",
-                show_default=True,
-                help="Score of a batch; log_likelihood changes even if no prediction does.",
-            ),
-            click.option(
-                "-o",
-                "--output",
-                type=click.Path(path_type=Path),
-                required=True,
-                metavar="STEM",
-                help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg. Progress is "
-                "kept in STEM.progress.jsonl: run the same command again to continue.",
-            ),
-            click.option("--no-picture", is_flag=True, help="Write no PNG and SVG."),
-            click.option("--force", is_flag=True, help="Overwrite files that exist."),
-            click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
-        ]
-    ):
-        command = decorate(command)
-    return command
+result_options = options(
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        required=True,
+        metavar="STEM",
+        help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg.",
+    ),
+    click.option("--no-picture", is_flag=True, help="Write no PNG and SVG."),
+    force_option,
+    json_option,
+)
 
+measuring_options = options(
+    click.option(
+        "--loader",
+        metavar="NAME",
+        help="package.module:function that returns an iterable of (inputs, labels).",
+    ),
+    click.option(
+        "--metric",
+        metavar="NAME",
+        help="package.module:function that takes a model and returns a number (higher is better). "
+        "Instead of --loader.",
+    ),
+    click.option(
+        "--score",
+        type=click.Choice(SCORES),
+        default="accuracy",
+        show_default=True,
+        help="Score of a batch; log_likelihood changes even if no prediction does.",
+    ),
+    result_options,
+)
 
 layers_option = click.option(
     "--layers",
@@ -121,7 +120,7 @@ def importance_command(steps: int, **options: Any) -> None:
       we-surgery analyse importance model.pt --loader my_data:test_loader -o out/importance
     """
     positions = sorted({round(100 * (step + 1) / steps) for step in range(steps)})
-    _analyse("magnitude_curve", options, positions=positions)
+    _analyse(_source(options), "magnitude_curve", options, positions=positions)
 
 
 @analyse_group.command("location", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -143,7 +142,7 @@ def location_command(samples: tuple[int, int], **options: Any) -> None:
     Example:
       we-surgery analyse location model.pt --loader my_data:test_loader -o out/location
     """
-    _analyse("location_maps", options, samples=samples)
+    _analyse(_source(options), "location_maps", options, samples=samples)
 
 
 @analyse_group.command("multipliers", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -177,7 +176,12 @@ def multipliers_command(granularities: Sequence[str], **options: Any) -> None:
     Example:
       we-surgery analyse multipliers trained.we.pt --loader my_data:test_loader -o out/multipliers
     """
-    _analyse("multiplier_validity", options, granularities=granularities or GRANULARITIES)
+    _analyse(
+        _source(options),
+        "multiplier_validity",
+        options,
+        granularities=granularities or GRANULARITIES,
+    )
 
 
 @analyse_group.command("prune", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -208,7 +212,7 @@ def prune_command(criteria: Sequence[str], **options: Any) -> None:
     Example:
       we-surgery analyse prune trained.we.pt --loader my_data:test_loader --share 0.1 -o out/prune
     """
-    _analyse("pruning_curve", options, criteria=criteria or CRITERIA)
+    _analyse(_source(options), "pruning_curve", options, criteria=criteria or CRITERIA)
 
 
 @analyse_group.command("sensitivity", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -258,7 +262,7 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
 
         return sweeps.sweep(make_model, make_variants[vary](), train_fn, metric, title=vary, **rest)
 
-    _analyse(analysis, options, seeds=range(seeds), vanilla=True)
+    _analyse(source, analysis, options, seeds=range(seeds), vanilla=True)
 
 
 @analyse_group.command("curve", cls=SurgeryCommand, epilog=_EXIT_CODES)
@@ -274,17 +278,7 @@ def sensitivity_command(vary: str, train: str, seeds: int, **options: Any) -> No
     is_flag=True,
     help="Curves of the weight itself, as eq. 3.7 of the thesis is printed.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="STEM",
-    help="Writes STEM.json, STEM.csv, STEM.png and STEM.svg.",
-)
-@click.option("--no-picture", is_flag=True, help="Write no PNG and SVG.")
-@click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@result_options
 def curve_command(
     names: tuple[str, ...],
     epsilon: float,
@@ -311,12 +305,13 @@ def curve_command(
     _show(result, output, picture=not no_picture, force=force, as_json=as_json)
 
 
-def _source(options: dict[str, Any]) -> Any:
+def _source(options: dict[str, Any]) -> Source:
     names = ("source", "arch", "arch_args", "key", "allow", "trust")
-    return make_source(**{name: options[name] for name in names})
+    return make_source(**{name: options.pop(name) for name in names})
 
 
 def _analyse(
+    source: Source,
     analysis: str | Callable[..., Result],
     options: dict[str, Any],
     *,
@@ -324,16 +319,12 @@ def _analyse(
     **arguments: Any,
 ) -> None:
     """Runs one analysis, a name of ``we_surgery.analysis`` or a function, and shows its result."""
-    source = _source(options)
-
     from we_surgery import analysis as analyses
     from we_surgery.analysis.saving import check_result
     from we_surgery.cli.user_functions import imported_metric
     from we_surgery.converted.state import is_converted
 
     run = getattr(analyses, analysis) if isinstance(analysis, str) else analysis
-    for name in ("source", "arch", "arch_args", "key", "allow", "trust"):
-        del options[name]
     output, picture = options.pop("output"), not options.pop("no_picture")
     force, as_json = options.pop("force"), options.pop("as_json")
     # Usage first: a slip must not cost an hour.
@@ -351,12 +342,7 @@ def _analyse(
         say(f"continuing from {progress_file}")
     with analyses.progress_bar() as progress:
         result = run(
-            model,
-            metric,
-            progress_file=progress_file,
-            progress=progress,
-            **arguments,
-            **options,
+            model, metric, progress_file=progress_file, progress=progress, **arguments, **options
         )
     _show(result, output, picture=picture, force=force, as_json=as_json)
 
@@ -366,7 +352,7 @@ def _show(result: Result, output: Path, *, picture: bool, force: bool, as_json: 
 
     say_written(*save_result(result, output, picture=picture, force=force))
     if as_json:
-        print_text(to_json(result.to_dict()))
+        click.echo(to_json(result.to_dict()))
     else:
         print_table(_table(result))
 

@@ -9,9 +9,8 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -24,7 +23,7 @@ from we_surgery._util.tables import NARROW
 from we_surgery._util.text import SafeConsole, printable
 from we_surgery._util.version import __version__
 from we_surgery.cli.choices import KINDS
-from we_surgery.errors import InputError, SurgeryError, WESurgeryError, no_such_file
+from we_surgery.errors import InputError, WESurgeryError, no_such_file
 
 if TYPE_CHECKING:
     from we_surgery.jobs.convert import Source
@@ -32,18 +31,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _FileName(click.types.StringParamType):
-    """Text as it was given, a slash at its end included; shells complete files."""
-
-    name = "file"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
-
-
-FILE = _FileName()
+FILE = click.Path(readable=False)
+"""Text as it was given, a slash at its end included; shells complete files."""
 
 SEED = click.IntRange(0, 2**32 - 1)
 """Seeds that torch takes, also where a command multiplies them."""
@@ -71,8 +60,6 @@ _UNEXPECTED = (
     "If the input is valid, please report this, with the traceback that the command shows "
     f"when {TRACEBACK_VARIABLE}=1 is set."
 )
-_OUT_OF_MEMORY = "Give the process more memory, or a smaller input."
-_WRITTEN = "we_surgery.written"
 
 
 @contextmanager
@@ -90,9 +77,7 @@ def telling_errors(ctx: click.Context) -> Iterator[None]:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        cause = f"unexpected {type(error).__name__}: {error}"
-        cure = _OUT_OF_MEMORY if _is_out_of_memory(error) else _UNEXPECTED
-        _say_error(cause, f"{cure} {_what_was_written(ctx)}")
+        _say_error(f"unexpected {type(error).__name__}: {error}", _UNEXPECTED)
         ctx.exit(1)
 
 
@@ -100,32 +85,6 @@ def _print_what_cannot_be_encoded() -> None:
     # A name or a bar must not end a command only because the terminal has no such character.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _what_was_written(ctx: click.Context) -> str:
-    written = ctx.meta.get(_WRITTEN, ())
-    return f"Written, and whole: {', '.join(written)}." if written else "Nothing was written."
-
-
-@contextmanager
-def _printing() -> Iterator[None]:
-    """Tells a full disk behind standard output from a failure of what the command did."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _drop_stdout()
-        raise SurgeryError(
-            f"standard output cannot be written: {error}",
-            f"Check where it is redirected to. {_what_was_written(click.get_current_context())}",
-        ) from error
-
-
-def _drop_stdout() -> None:
-    # Python flushes it once more at the end, and would complain of the same thing again.
-    with suppress(OSError, ValueError):
-        sys.stdout.close()
 
 
 @contextmanager
@@ -138,45 +97,20 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python sets handlers in the main thread alone.
-        return
-    # Windows has no SIGHUP, and under nohup it is to be ignored.
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-    before = {
-        number: signal.signal(number, leave)
-        for number in numbers
-        if number is not None
-        and (number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN)
-    }
+    # Windows has no SIGHUP, and under nohup it is ignored.
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) == 0]
+    for number in numbers:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch has no class of its own for it.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "allocate memory" in str(error)
-    )
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say_error(cause: str, cure: str) -> None:
-    _echo_to_stderr(f"error: {one_line(cause)}\n  fix: {one_line(cure)}")
-
-
-def _echo_to_stderr(text: str) -> None:
-    try:
-        click.echo(text, err=True)
-    except OSError:
-        # The command has done its work. Python would try to write the rest at exit, and change
-        # the exit code.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    click.echo(f"error: {one_line(cause)}\n  fix: {one_line(cure)}", err=True)
 
 
 def one_line(text: str) -> str:
@@ -188,50 +122,57 @@ def one_line(text: str) -> str:
 _LONGEST_LINE = 1000
 
 
-def source_options(command: Command) -> Command:
-    """The argument and options that say where a model comes from."""
-    return click.argument("source", type=FILE)(opening_options(command))
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one."""
+
+    def decorate(command: Command) -> Command:
+        for each in reversed(decorators):
+            command = each(command)
+        return command
+
+    return decorate
 
 
-def opening_options(command: Command) -> Command:
-    """The options that say how a file is opened, for a command with arguments of its own."""
-    for decorate in reversed(
-        [
-            click.option(
-                "--arch",
-                metavar="NAME",
-                help="Architecture of a file that holds only weights: torchvision:NAME, "
-                "timm:NAME, transformers:FOLDER or package.module:factory.",
-            ),
-            click.option(
-                "--arch-arg",
-                "arch_args",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Keyword argument of the architecture, such as num_classes=10. Repeatable.",
-            ),
-            click.option(
-                "--key",
-                metavar="NAME",
-                help="Key of the state dict in a wrapped checkpoint, such as state_dict_ema.",
-            ),
-            click.option(
-                "--allow",
-                multiple=True,
-                metavar="PACKAGE",
-                help="Import PACKAGE, with the excitations it registers, and allow its nn.Module "
-                "classes in the file. Repeatable.",
-            ),
-            click.option(
-                "--trust",
-                is_flag=True,
-                help="Unpickle the file without any restriction, which runs its code. Only for "
-                "files of your own.",
-            ),
-        ]
-    ):
-        command = decorate(command)
-    return command
+force_option = click.option("--force", is_flag=True, help="Overwrite existing files.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+opening_options = options(
+    click.option(
+        "--arch",
+        metavar="NAME",
+        help="Architecture of a file that holds only weights: torchvision:NAME, timm:NAME, "
+        "transformers:FOLDER or package.module:factory.",
+    ),
+    click.option(
+        "--arch-arg",
+        "arch_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Keyword argument of the architecture, such as num_classes=10. Repeatable.",
+    ),
+    click.option(
+        "--key",
+        metavar="NAME",
+        help="Key of the state dict in a wrapped checkpoint, such as state_dict_ema.",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="PACKAGE",
+        help="Import PACKAGE, with the excitations it registers, and allow its nn.Module classes "
+        "in the file. Repeatable.",
+    ),
+    click.option(
+        "--trust",
+        is_flag=True,
+        help="Unpickle the file without any restriction, which runs its code. Only for files of "
+        "your own.",
+    ),
+)
+"""How a file is opened, for a command with arguments of its own."""
+
+source_options = options(click.argument("source", type=FILE), opening_options)
+"""Where a model comes from."""
 
 
 def complete_names(
@@ -251,7 +192,7 @@ def complete_names(
 
 def output_options(what: str) -> Callable[[Command], Command]:
     """The options that say what is written where; ``what`` is what ``-o`` may name."""
-    options = [
+    return options(
         click.option(
             "-o",
             "--output",
@@ -264,16 +205,9 @@ def output_options(what: str) -> Callable[[Command], Command]:
             type=click.Choice(KINDS),
             help="Kind of file to write; by default that of the input.",
         ),
-        click.option("--force", is_flag=True, help="Overwrite existing files."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
-    ]
-
-    def decorate_all(command: Command) -> Command:
-        for decorate in reversed(options):
-            command = decorate(command)
-        return command
-
-    return decorate_all
+        force_option,
+        json_option,
+    )
 
 
 def make_source(
@@ -284,7 +218,7 @@ def make_source(
     allow: Sequence[str],
     trust: bool,
 ) -> Source:
-    """The options of :func:`source_options` as a :class:`~we_surgery.jobs.convert.Source`."""
+    """The options of ``source_options`` as one."""
     check_exists(source)
     arguments = dict(_key_value(text) for text in arch_args)
     from we_surgery._util.imports import import_for
@@ -346,22 +280,13 @@ def console() -> Console:
     return plain if plain.is_terminal else SafeConsole(width=_WIDTH_WITHOUT_TERMINAL)
 
 
-def print_text(text: str) -> None:
-    """A command's result on stdout, such as JSON."""
-    with _printing():
-        click.echo(text)
-
-
 def print_table(content: RenderableType, **options: Any) -> None:
     """A command's result on stdout, for people; ``options`` are those of rich."""
     stdout = console()
     with stdout.capture() as captured:
         stdout.print(content, crop=False, **options)
     # Cells are filled up with spaces, the last ones of a line too.
-    lines = [f"{line.rstrip()}\n" for line in captured.get().splitlines()]
-    with _printing():
-        stdout.file.write("".join(lines))
-        stdout.file.flush()
+    stdout.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def table_width() -> int:
@@ -378,15 +303,13 @@ wide_option = click.option(
 
 
 def say_written(*paths: Path, kind: str = "") -> None:
-    """Says which files were written, and keeps it in mind for what may fail after that."""
-    names = [str(path) for path in paths]
-    click.get_current_context().meta.setdefault(_WRITTEN, []).extend(names)
-    say(f"wrote {', '.join(names)}{f' ({kind})' if kind else ''}")
+    """Says which files were written."""
+    say(f"wrote {', '.join(map(str, paths))}{f' ({kind})' if kind else ''}")
 
 
 def say(message: str) -> None:
     """A line for people, on stderr: stdout is kept for tables and JSON."""
-    _echo_to_stderr(printable(message))
+    click.echo(printable(message), err=True)
 
 
 def say_notes(notes: Iterable[str]) -> None:

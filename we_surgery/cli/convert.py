@@ -21,7 +21,6 @@ from we_surgery.cli.common import (
     output_options,
     parse_shape,
     print_table,
-    print_text,
     say,
     say_notes,
     say_written,
@@ -46,7 +45,7 @@ class _ConvertCommand(SurgeryCommand):
 
             with telling_errors(ctx):
                 if "--json" in args:
-                    print_text(json.dumps([method.to_dict() for method in family()], indent=2))
+                    click.echo(json.dumps([method.to_dict() for method in family()], indent=2))
                 else:
                     print_table(family_table())
             ctx.exit()
@@ -279,7 +278,7 @@ def _show_plan(result: Converted, as_json: bool, wide: bool) -> None:
 
     say_notes(result.notes)
     if as_json:
-        print_text(result.plan.to_json())
+        click.echo(result.plan.to_json())
     else:
         print_table(plan_table(result.plan, wide=wide, width=table_width()))
 
@@ -294,4 +293,4 @@ def _show_result(result: Converted, as_json: bool) -> None:
     say(f"next: train it as always, then `we-strip {shlex.quote(str(result.target))}`")
     if as_json:
         row = {"target": str(result.target), "kind": result.kind, "notes": result.notes}
-        print_text(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))
+        click.echo(json.dumps({**row, "plan": result.plan.to_dict()}, indent=2))

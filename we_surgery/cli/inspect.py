@@ -15,10 +15,11 @@ from we_surgery.cli.common import (
     SurgeryCommand,
     check_exists,
     console,
+    force_option,
+    json_option,
     make_source,
     opening_options,
     print_table,
-    print_text,
     say_notes,
     say_written,
     table_width,
@@ -68,8 +69,8 @@ _PLAIN_BLOCKS = " .:-=+*#@"
     help="Importance maps for the page: the JSON file of `we-surgery analyse location`.",
 )
 @wide_option
-@click.option("--force", is_flag=True, help="Overwrite the page if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@force_option
+@json_option
 def inspect_command(
     sources: Sequence[str],
     start: str | None,
@@ -127,7 +128,7 @@ def inspect_command(
         write_bytes(html_report(found, maps).encode(), html, force=force)
         say_written(html)
     if as_json:
-        print_text(to_json(found.to_dict()))
+        click.echo(to_json(found.to_dict()))
         return
     if isinstance(found, Comparison):
         if found.weights:

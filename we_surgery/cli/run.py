@@ -14,8 +14,8 @@ from we_surgery._util.progress import progress_bar
 from we_surgery.cli.common import (
     SurgeryCommand,
     complete_names,
+    json_option,
     print_table,
-    print_text,
     say,
     say_written,
 )
@@ -81,7 +81,7 @@ _SEED = click.IntRange(0, 2**31 - 1)
     help="Precision of the forward pass, instead of the recipe's; half precision is mixed (AMP).",
 )
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seeds the whole run.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@json_option
 def run_command(
     recipe: Path,
     data: Path | None,
@@ -137,7 +137,7 @@ def run_command(
         return
     say_written(Path(result.file))
     if as_json:
-        print_text(json.dumps(asdict(result), indent=2))
+        click.echo(json.dumps(asdict(result), indent=2))
         return
     from rich.table import Table
 

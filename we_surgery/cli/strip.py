@@ -15,7 +15,6 @@ from we_surgery.cli.common import (
     make_source,
     output_options,
     parse_shape,
-    print_text,
     say,
     say_notes,
     say_written,
@@ -139,7 +138,7 @@ def strip_command(
         _say(result)
     if as_json:
         rows = [_row(result) for result in results]
-        print_text(json.dumps(rows if both else rows[0], indent=2))
+        click.echo(json.dumps(rows if both else rows[0], indent=2))
 
 
 def _say(result: Stripped) -> None:
