@@ -99,6 +99,30 @@ def test_configs(path):
     assert_equal_runs(converted, attached)
 
 
+HEADS = {
+    "conv": "skip",
+    "linear": "skip",
+    "rules": [
+        {"match": "*.qkv", "excite": "lwe(attention=heads, heads=2)"},
+        {"match": "*.proj", "excite": "lwe(attention=heads, heads=2, layer=proj)"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "network"),
+    [({"depthwise": "lwe(attention=position)"}, Net), (HEADS, Tokens)],
+    ids=["positions", "heads"],
+)
+def test_locations(config, network):
+    assert_forms_agree(SGD, None, config=config, make_model=network)
+
+
+def test_a_scheduled_epsilon():
+    cells = dict.fromkeys(("conv", "depthwise", "linear"), "mwe_scheduled(steps=3)")
+    assert_forms_agree(SGD, None, config=cells)  # which has ended before the last step
+
+
 @pytest.mark.parametrize("start", ["on", "paused"])
 @pytest.mark.parametrize("mode", ["lwe", "mwe", "lwe+mwe"])
 def test_starts_and_preserve(mode, start):

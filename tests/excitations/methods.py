@@ -24,6 +24,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"attention": "triplet", "separate": True, "kernel": 7},
         {"attention": "direct"},
         {"attention": "direct", "rank": 2, "skip": True},
+        {"attention": "position"},
+        {"attention": "position", "hidden": 2, "skip": True, "inner": "lwe"},
+        {"attention": "heads", "heads": 2},
+        {"attention": "heads", "heads": 2, "layer": "proj", "gate": "tanh"},
         {"repeat": 3, "reduction": 4},
         {"attention": "global", "then": {"attention": "se", "reduction": 2}},
         {"attention": "cbam", "repeat": 2, "then": {"attention": "triplet", "repeat": 2}},
@@ -40,6 +44,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"maximum": "filter", "learn": "mix"},
         {"maximum": 0.9, "detach_max": False},
     ],
+    "mwe_scheduled": [{"epsilon": 0.2, "final": 0.02, "steps": 3, "shape": "linear"}],
     "dynamic_sparse": [{"kernels": True}],
     "scaled_standardize": [{"gamma": 1.7}],
     "expand": [{"rate": 2}],
@@ -85,5 +90,5 @@ def on_layouts(*names: str) -> pytest.MarkDecorator:
 
 
 def fits(stages: Stages, layout: WeightLayout) -> bool:
-    ((name, _),) = stages[0].items()
-    return EXCITATIONS[name].unsupported_reason(layout) is None
+    ((name, options),) = stages[0].items()
+    return EXCITATIONS[name].unsupported_reason(layout, options) is None

@@ -19,7 +19,7 @@ F64 = torch.float64
 TRUE_GRADIENT = {"mwe": {"detach_max": False}}
 """Options for methods whose gradient is by default another function's."""
 
-OWN_GRADIENT = ("dynamic_sparse", "mwe_gradient", "lwe_gradient")
+OWN_GRADIENT = ("dynamic_sparse", "mwe_gradient", "lwe_gradient", "mwe_scheduled")
 
 
 def with_true_gradient(stages: Any) -> Any:
@@ -170,7 +170,7 @@ class Small(nn.Module):
         self.norm = nn.BatchNorm2d(6)
         self.grouped = nn.Conv2d(6, 6, 3, groups=3)
         self.up = nn.ConvTranspose2d(6, 4, 3)
-        self.head = nn.Linear(4, 5)
+        self.head = nn.Linear(4, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(self.grouped(torch.relu(self.norm(self.conv(x)))))

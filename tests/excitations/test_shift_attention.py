@@ -220,4 +220,4 @@ def test_the_size_is_that_of_the_public_codes_accounting(
 def test_training_holds_twice_the_weights_unshared() -> None:
     plan = ws.plan(nn.Conv2d(6, 8, 3), config=CONFIG)
     assert plan.added_parameters == 8 * 6 * 9
-    assert ShiftAttention.unsupported_reason(WeightLayout((8, 6, 1, 1))) is not None
+    assert ShiftAttention.unsupported_reason(WeightLayout((8, 6, 1, 1)), {}) is not None

@@ -17,7 +17,9 @@ from we_surgery.excitations import LWE
 from we_surgery.excitations.functions import ACTIVATIONS
 from we_surgery.excitations.gain import ATTENTIONS as GAIN_ATTENTIONS
 from we_surgery.excitations.lwe_global import RESIZINGS
+from we_surgery.excitations.lwe_heads import LAYERS
 from we_surgery.excitations.mwe import _LEARNABLE, CURVES
+from we_surgery.excitations.mwe_scheduled import SHAPES
 from we_surgery.planning.config import make_policy
 from we_surgery.planning.policy import CELLS
 from we_surgery.planning.rules import STANDARDIZE_CHOICES
@@ -38,6 +40,8 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "lwe.rank": ("null",),
     "lwe.resize": RESIZINGS,
     "lwe.averaged": FLAG,
+    "lwe.layer": LAYERS,
+    "lwe.hidden": ("null",),
     "lwe.then": ("null",),
     "mwe.detach_max": FLAG,
     "mwe.curve": tuple(CURVES),
@@ -50,6 +54,7 @@ NAMED_VALUES: dict[str, tuple[str, ...]] = {
     "gain.attention": GAIN_ATTENTIONS,
     "weight_compander.learn": FLAG,
     "lwe_gradient.lwe": ("null", "lwe"),
+    "mwe_scheduled.shape": SHAPES,
     "bam.form": FORMS,
     "max_dropout.rate": ("null",),
     "max_dropout.always_on": FLAG,
@@ -67,6 +72,9 @@ RANGES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "lwe.repeat": (INTEGER, (1, 2), (0, 1.5)),
     "mwe.epsilon": EPSILON,
     "mwe_gradient.epsilon": EPSILON,
+    "mwe_scheduled.epsilon": EPSILON,
+    "mwe_scheduled.final": EPSILON,
+    "mwe_scheduled.steps": (INTEGER, (1,), (0, 1.5)),
     "mwe.maximum": ("`tensor`, `filter`, a number between 0 and 1", (0.01, 0.99), (0, 1)),
     "shift_attention.inverse_temperature": POSITIVE,
     "scaled_standardize.gamma": POSITIVE,
@@ -150,7 +158,8 @@ def convert_with(option: str, value: float) -> None:
 
 
 def test_an_option_without_named_values_has_a_range() -> None:
-    free = {"cbam.kernel_size", "bam.dilation"}  # whatever torch can make a conv of
+    # What torch can make a conv of, and what divides the layer.
+    free = {"cbam.kernel_size", "bam.dilation", "lwe.heads"}
     assert set(ALL_ROWS) == set(NAMED_VALUES) | set(RANGES) | free
 
 
@@ -170,11 +179,13 @@ def test_the_page_says_what_an_attention_does_not_take(attention: str) -> None:
         "global": {"inner"},
         "triplet": {"reduction", "activation", "inner"},
         "direct": {"reduction", "activation", "gate", "inner"},
+        "heads": set(),
+        "position": {"reduction"},
     }
     assert set(LWE.takes) - set(LWE.attentions[attention].takes) == lacks[attention]
     text = " ".join(section("Options of the excitations").split())
     assert "`global` takes no `inner`; `triplet` no `reduction`, `activation` and `inner`" in text
-    assert "`direct` of these `skip` alone" in text
+    assert "`direct` of these `skip` alone; `position` no `reduction`" in text
 
 
 def test_the_keys_of_a_config_are_those_that_are_read() -> None:

@@ -24,6 +24,8 @@ from we_surgery.excitations.lwe_attentions import CBAMLWE as CBAMLWE
 from we_surgery.excitations.lwe_attentions import TripletLWE as TripletLWE
 from we_surgery.excitations.lwe_direct import DirectLWE as DirectLWE
 from we_surgery.excitations.lwe_global import GlobalLWE as GlobalLWE
+from we_surgery.excitations.lwe_heads import HeadsLWE as HeadsLWE
+from we_surgery.excitations.lwe_position import PositionLWE as PositionLWE
 from we_surgery.excitations.mwe import MWE as MWE
 from we_surgery.excitations.shift_attention import ShiftAttention as ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm as SpectralNorm

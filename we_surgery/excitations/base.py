@@ -134,10 +134,14 @@ class Excitation(nn.Module, ABC):
         """
 
     @classmethod
-    def unsupported_reason(cls, layout: WeightLayout) -> str | None:
+    def unsupported_reason(cls, layout: WeightLayout, options: Mapping[str, Any]) -> str | None:
         """Why it cannot excite a weight of this layout, as in "has ..."; None if it can.
 
         The plan then leaves the stage out and gives the reason.
+
+        Args:
+            layout: the weight's shape.
+            options: those that the user chose for the layer, not checked yet.
         """
         return None
 

@@ -56,7 +56,7 @@ class DOConv(Excitation):
         return Affine()
 
     @classmethod
-    def unsupported_reason(cls, layout: WeightLayout) -> str | None:
+    def unsupported_reason(cls, layout: WeightLayout, options: Mapping[str, Any]) -> str | None:
         is_single = math.prod(layout.kernel_size) < 2
         return "has kernels of one position, with nothing to combine" if is_single else None
 

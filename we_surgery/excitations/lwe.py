@@ -143,7 +143,9 @@ class LWE(Excitation):
             raise ValueError(f"lwe: {groups} groups do not divide {in_channels} in_channels")
         self._choose({"reduction": reduction, **options} if "reduction" in self.takes else options)
         hidden = max(in_channels // reduction, 1)
-        self._add_layers(Widths(filters, in_channels // groups, hidden, kernel_size), device, dtype)
+        widths = Widths(filters, in_channels // groups, hidden, kernel_size)
+        self._check(widths)
+        self._add_layers(widths, device, dtype)
         self.further = nn.ModuleList(
             kind(
                 in_channels,
@@ -157,6 +159,12 @@ class LWE(Excitation):
             for kind, chosen in self._further()
         )
         self._hide_further()
+
+    def _check(self, widths: Widths) -> None:
+        """Raises a ``ValueError`` if the attention does not fit the layer."""
+        unfit = self._unfit_kernel(widths.kernel)
+        if unfit is not None:
+            raise ValueError(f"lwe: attention {self.attention} cannot excite what {unfit}")
 
     def _choose(self, options: Mapping[str, Any]) -> None:
         self._refuse_unknown(options)
@@ -262,10 +270,10 @@ class LWE(Excitation):
 
     def _gated(self, weight: Tensor) -> Tensor:
         """The multiplier without skip."""
-        return ACTIVATIONS[self.gate](self._mlp(kernel_mean(weight)))
+        return ACTIVATIONS[self.gate](self._mlp(self._pooled(weight)))
 
     def _mlp(self, pooled: Tensor) -> Tensor:
-        """``fc2(activation(fc1(pooled)))``, ``[O, I]``."""
+        """``fc2(activation(fc1(pooled)))``, in the shape of ``pooled``."""
         return self._fc("fc2", ACTIVATIONS[self.activation](self._fc("fc1", pooled)))
 
     def _fc(self, name: str, inputs: Tensor) -> Tensor:
@@ -321,6 +329,20 @@ class LWE(Excitation):
     def share(self, parts: dict[Hashable, nn.Module]) -> None:
         for lwe in self._after:
             lwe.share(parts)
+
+    @classmethod
+    def unsupported_reason(cls, layout: WeightLayout, options: Mapping[str, Any]) -> str | None:
+        """That of the attention, or of the one that follows it."""
+        kind = LWE.attentions.get(str(options.get("attention", LWE.attention)), LWE)
+        reason, then = kind._unfit_kernel(layout.kernel_size), options.get("then")
+        if reason is None and isinstance(then, Mapping):
+            return cls.unsupported_reason(layout, then)
+        return reason
+
+    @classmethod
+    def _unfit_kernel(cls, kernel: tuple[int, ...]) -> str | None:
+        """Why this attention cannot excite a weight with such kernels, or None."""
+        return None
 
     @classmethod
     def for_layout(

@@ -11,6 +11,7 @@ from we_surgery.excitations.gain import Gain
 from we_surgery.excitations.gradient_only import LWEGradient, MWEGradient
 from we_surgery.excitations.lwe import LWE
 from we_surgery.excitations.mwe import MWE
+from we_surgery.excitations.mwe_scheduled import MWEScheduled
 from we_surgery.excitations.scaled_standardize import ScaledStandardize
 from we_surgery.excitations.shift_attention import ShiftAttention
 from we_surgery.excitations.spectral_norm import SpectralNorm
@@ -35,6 +36,7 @@ _FAMILY: tuple[type[Excitation], ...] = (
     WeightCompander,
     MWEGradient,
     LWEGradient,
+    MWEScheduled,
 )
 
 

@@ -118,7 +118,7 @@ class ShiftAttention(Excitation):
         return kernels + places * math.ceil(math.log2(positions)) / 32
 
     @classmethod
-    def unsupported_reason(cls, layout: WeightLayout) -> str | None:
+    def unsupported_reason(cls, layout: WeightLayout, options: Mapping[str, Any]) -> str | None:
         is_single = math.prod(layout.kernel_size) < 2
         return "has kernels of one position, with nothing to choose from" if is_single else None
 

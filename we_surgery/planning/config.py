@@ -12,7 +12,7 @@ from we_surgery._util import shipped
 from we_surgery._util.settings import refuse_unknown
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage, load_plugins
-from we_surgery.excitations.stage_text import SKIP, YAMLLoader, parse_stages
+from we_surgery.excitations.stage_text import YAMLLoader, parse_stages
 from we_surgery.planning.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
 from we_surgery.planning.rules import Rule, check_standardize
 from we_surgery.transplants import parse_transplants
@@ -84,7 +84,8 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
     cells = MODES[mode].cells
     for cell in CELLS:
         if cell in config:
-            cells[cell] = _cell(config[cell], f"{cell} in {source}")
+            parse_stages(config[cell], f"{cell} in {source}")
+            cells[cell] = config[cell]
     standardize, own_options = _split_options(config, source)
     rules = config.get("rules") or []
     if not isinstance(rules, Sequence) or isinstance(rules, str):
@@ -122,17 +123,6 @@ def _check_mode(mode: object) -> str:
             f"Use one of: {', '.join(MODES)}.",
         )
     return mode
-
-
-def _cell(text: object, where: str) -> str:
-    stages = parse_stages(text, where)
-    for name, options in stages.items():
-        if options:
-            raise InputError(
-                f"{where} has options in parentheses: {text!r}",
-                f"Write them once, under the key {name!r}.",
-            )
-    return "+".join(stages) or SKIP
 
 
 def _split_options(

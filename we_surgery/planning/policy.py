@@ -86,7 +86,8 @@ class Policy:
 
     Attributes:
         mode: the name of the mode the cells started from.
-        cells: stage names joined by ``+``, or ``skip``, for conv, depthwise, shift, linear, gate.
+        cells: what conv, depthwise, shift, linear and gate get: stages joined by ``+``, which may
+            bring their options, or ``skip``.
         standardize: ``auto`` standardizes the conv weights that a norm follows and that have
             a fan-in over 1; ``on`` all conv weights but depthwise ones; ``off`` none.
         options: options by stage name.
@@ -143,13 +144,17 @@ class Policy:
             return [], "applied to a constant alone, such as a table of positions"
         elif rule is not None:
             reason = f"{reason}; options of rule {rule.pattern!r}"
-        names = list(parse_stages(excite, reason))
-        if not names:
+        stages = parse_stages(excite, reason)
+        if not stages:
             return [], reason
+        options = merged_options(self.options, stages)
+        if rule is not None:
+            options = merged_options(options, rule.options)
+        names = list(stages)
         wanted = (rule.standardize if rule is not None else None) or self.standardize
         explicit = rule is not None and rule.standardize is not None
         for name in list(names):
-            unfit = EXCITATIONS[name].unsupported_reason(facts.layout)
+            unfit = EXCITATIONS[name].unsupported_reason(facts.layout, options[name])
             if unfit is not None:
                 names.remove(name)
                 reason = f"{reason}; not {name}: it {unfit}"
@@ -160,7 +165,6 @@ class Policy:
                 names.insert(0, Standardize.name)
             if why:
                 reason = f"{reason}; {why}"
-        options = merged_options(self.options, rule.options if rule is not None else {})
         return [{name: options.get(name, {})} for name in names], reason
 
 
