@@ -137,7 +137,7 @@ def test_a_whole_file_becomes_a_policy(tmp_path: Path) -> None:
     """
     policy = make_policy(config=write(tmp_path, text))
     assert policy.mode == "we"
-    assert policy.cells == {**MODES["we"].cells, "linear": "skip", "shift": "lwe+mwe"}
+    assert policy.cells == {**MODES["we"].cells, "linear": "skip", "shift": "lwe + mwe"}
     assert policy.options == {"mwe": {"epsilon": 0.2, "detach_max": False}}
     assert policy.rules == (
         Rule("layer4.*", "lwe+mwe", "on", {"mwe": {"epsilon": 0.05}}),
