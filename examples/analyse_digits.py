@@ -121,7 +121,7 @@ def main(folder: Path, output: Path, only: str | None, quick: bool) -> None:
         ),
     }
     measurements["sparse_training"] = partial(
-        analysis.sparse_training,
+        analysis.sweep,
         small_resnet,
         {
             "Dynamic Sparse Training": sparse("dynamic-sparse.yaml"),
@@ -131,6 +131,7 @@ def main(folder: Path, output: Path, only: str | None, quick: bool) -> None:
         batches,
         strengths=(1e-3,) if quick else STRENGTHS,
         seeds=range(1 if quick else 2),
+        title="LWE with Dynamic Sparse Training",
     )
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -144,8 +145,7 @@ def main(folder: Path, output: Path, only: str | None, quick: bool) -> None:
                 progress_file=stem.with_name(f"{name}.progress.jsonl"), progress=progress
             )
         analysis.save_result(result, stem, force=True)
-        rows = result.summary() if isinstance(result, analysis.Sweep) else list(result.rows())
-        for row in rows[:12]:
+        for row in result.summary()[:12]:
             console.print("  ", row)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import we_surgery as ws
+from we_surgery.analysis import Sweep
 
 
 class Residual(nn.Module):
@@ -61,6 +62,22 @@ def converted(mode: str = "lwe") -> nn.Module:
         if "lwe" in name:
             parameter.data.mul_(4)
     return model
+
+
+def sweep_of(*runs: tuple[str, int, float | None, float | None]) -> Sweep:
+    """A sweep of runs, each a variant, a seed, a metric, and a difference to the first variant."""
+    rows = [
+        {
+            "variant": variant,
+            "seed": seed,
+            "metric": metric,
+            "sparsity": None if metric is None else 0.0,
+            "failure": "diverged" if metric is None else "",
+            "difference": difference,
+        }
+        for variant, seed, metric, difference in runs
+    ]
+    return Sweep(rows=rows, title="modes", score="accuracy", baseline=runs[0][0])
 
 
 def bytes_of(model: nn.Module) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from analysis_data import Residual, batches, bytes_of, converted, likelihood
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.analysis import LocationMaps, location_maps, magnitude_curve
+from we_surgery.analysis import Ablation, location_maps, magnitude_curve
 from we_surgery.analysis.measuring import _zeroed
 from we_surgery.analysis.weights import equidistant, kernel_mask
 from we_surgery.excitations import WeightLayout
@@ -29,13 +29,14 @@ def test_the_curve_zeroes_one_weight_of_each_conv_by_rank() -> None:
     curve = magnitude_curve(model, batches(), positions=[1, 37, 100], score="log_likelihood")
     baseline = likelihood(model)
     assert curve.baseline == pytest.approx(baseline, rel=1e-6)
-    for position, drop in zip(curve.positions, curve.drops, strict=True):
+    assert [row["percentile"] for row in curve.rows] == [1, 37, 100]
+    for row in curve.rows:
         by_hand = copy.deepcopy(model)
         for conv in convs(by_hand):
             flat = conv.weight.data.view(-1)
             order = flat.abs().argsort()
-            flat[order[math.ceil(position * len(flat) / 100) - 1]] = 0
-        assert drop == pytest.approx(baseline - likelihood(by_hand), abs=1e-6)
+            flat[order[math.ceil(row["percentile"] * len(flat) / 100) - 1]] = 0
+        assert row["drop"] == pytest.approx(baseline - likelihood(by_hand), abs=1e-6)
 
 
 def test_the_hundredth_percentile_is_the_largest_weight() -> None:
@@ -58,16 +59,18 @@ def test_the_hundredth_percentile_is_the_largest_weight() -> None:
 def test_a_map_zeroes_one_kernel_at_a_time() -> None:
     model = Residual()
     maps = location_maps(model, batches(), samples=(3, 2), score="log_likelihood")
-    assert [one.layer for one in maps.maps] == ["stem", "first", "second", "last.0"]
-    assert maps.maps[0].out_channels == [0, 4, 7]
-    assert maps.maps[2].in_channels == [0, 3]  # of four a group
+    arranged = maps.kernel_maps()
+    assert list(arranged) == ["stem", "first", "second", "last.0"]
+    assert arranged["stem"].out_channels == [0, 4, 7]
+    assert arranged["second"].in_channels == [0, 3]  # of four a group
     baseline = likelihood(model)
-    for one in maps.maps:
-        for output, drops in zip(one.out_channels, one.drops, strict=True):
-            for channel, drop in zip(one.in_channels, drops, strict=True):
-                by_hand = copy.deepcopy(model)
-                by_hand.get_submodule(one.layer).weight.data[output, channel] = 0
-                assert drop == pytest.approx(baseline - likelihood(by_hand), abs=1e-6)
+    for row in maps.rows:
+        by_hand = copy.deepcopy(model)
+        kernel = row["out_channel"], row["in_channel"]
+        by_hand.get_submodule(row["layer"]).weight.data[kernel] = 0
+        assert row["drop"] == pytest.approx(baseline - likelihood(by_hand), abs=1e-6)
+    stem = [row["drop"] for row in maps.rows if row["layer"] == "stem"]
+    assert [drop for drops in arranged["stem"].drops for drop in drops] == stem
 
 
 def test_a_function_and_a_loader_agree() -> None:
@@ -76,8 +79,8 @@ def test_a_function_and_a_loader_agree() -> None:
     by_function = location_maps(Residual(), likelihood, samples=(2, 2))
     torch.manual_seed(0)
     by_loader = location_maps(Residual(), batches(), samples=(2, 2), score="log_likelihood")
-    for one, other in zip(by_function.maps, by_loader.maps, strict=True):
-        assert torch.allclose(torch.tensor(one.drops), torch.tensor(other.drops), atol=1e-6)
+    for one, other in zip(by_function.rows, by_loader.rows, strict=True):
+        assert one["drop"] == pytest.approx(other["drop"], abs=1e-6)
 
 
 @pytest.mark.parametrize("make", [Residual, converted])
@@ -160,16 +163,16 @@ def test_indices_are_equidistant_with_both_ends() -> None:
 
 def test_the_layers_can_be_chosen() -> None:
     maps = location_maps(Residual(), batches(1), samples=(1, 1), layers=["branch", "last.*"])
-    assert [one.layer for one in maps.maps] == ["branch", "last.0"]
+    assert maps.layers == ["branch", "last.0"]
     with pytest.raises(ws.InputError, match="did you mean 'branch'"):
         location_maps(Residual(), batches(1), layers=["branches"])
 
 
 def test_maps_come_back_from_json() -> None:
     maps = location_maps(Residual(), batches(1), samples=(2, 2))
-    assert LocationMaps.from_dict(maps.to_dict()) == maps
+    assert Ablation.read_location_maps(maps.to_dict()) == maps
     with pytest.raises(ws.InputError, match="does not hold importance maps"):
-        LocationMaps.from_dict({"analysis": "prune"})
+        Ablation.read_location_maps({"analysis": "prune"})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery import analysis
-from we_surgery.analysis.run_results import LearningRow
 from we_surgery.cli import we_surgery
 from we_surgery.converted.state import is_converted
 
@@ -19,13 +18,23 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
 
 
+def curves(goal: float | None, **validation: list[float]) -> analysis.LearningCurves:
+    """One run of each variant, whose training metric is 0.3 above the validation metric."""
+    rows = [
+        {"variant": name, "seed": 0, "epoch": epoch, "training": value + 0.3, "validation": value}
+        for name, values in validation.items()
+        for epoch, value in enumerate(values, 1)
+    ]
+    return analysis.LearningCurves(rows=rows, goal=goal)
+
+
 def test_a_run_is_described_by_gap_roughness_and_epochs() -> None:
-    row = LearningRow("a", 0, [0.5, 0.8, 0.9], [0.4, 0.7, 0.6])
-    assert row.gap == pytest.approx(0.3)
-    assert row.roughness == pytest.approx((0.4 - 0.2) / 2)  # moves 0.4, gains 0.2, in two steps
-    assert row.epochs_to(0.65) == 2
-    assert row.epochs_to(0.9) is None
-    assert LearningRow("a", 0, [0.1, 0.2], [0.1, 0.2]).roughness == 0
+    first, second = curves(0.65, a=[0.4, 0.7, 0.6], b=[0.1, 0.2]).summary()
+    assert (first["gap"], first["validation"]) == (pytest.approx(0.3), 0.6)
+    assert first["roughness"] == pytest.approx((0.4 - 0.2) / 2)  # moves 0.4, gains 0.2, in 2 steps
+    assert (first["epochs_to_goal"], first["reached"]) == (2, 1)
+    assert (second["roughness"], second["epochs_to_goal"], second["reached"]) == (0, None, 0)
+    assert curves(None, a=[0.4]).summary()[0]["epochs_to_goal"] is None
 
 
 def test_each_variant_is_trained_with_its_settings_from_the_same_weights() -> None:
@@ -64,18 +73,18 @@ def test_a_training_function_without_a_history_is_refused(returned: object) -> N
 def test_the_gain_of_the_papers_curve_is_equation_3() -> None:
     drawing = analysis.curve_drawing(["atanh"], epsilon=0.1, largest=2.0, points=5)
     limit = 1.1 * 2.0
-    for point in drawing.points:
-        x = point.weight / limit
-        assert point.excited == pytest.approx(limit * 0.5 * math.log((1 + x) / (1 - x)))
-        assert point.gain == pytest.approx(limit**2 / (limit**2 - point.weight**2))
+    for row in drawing.rows:
+        x = row["weight"] / limit
+        assert row["excited"] == pytest.approx(limit * 0.5 * math.log((1 + x) / (1 - x)))
+        assert row["gain"] == pytest.approx(limit**2 / (limit**2 - row["weight"] ** 2))
     assert drawing.summary()[0]["largest_gain"] == pytest.approx(5.76, abs=5e-3)
 
 
 def test_plain_curves_are_drawn_without_atanh() -> None:
     drawing = analysis.curve_drawing(relative=False, largest=3.0)
-    assert "atanh" not in {point.curve for point in drawing.points}
-    novel = [point for point in drawing.points if point.curve == "novel"]
-    assert novel[-1].excited == pytest.approx(0.5 * 3 / math.log(1 + math.exp(-0.9)))
+    assert "atanh" not in {row["curve"] for row in drawing.rows}
+    novel = [row for row in drawing.rows if row["curve"] == "novel"]
+    assert novel[-1]["excited"] == pytest.approx(0.5 * 3 / math.log(1 + math.exp(-0.9)))
     with pytest.raises(ws.InputError, match="did you mean 'tanh'"):
         analysis.curve_drawing(["tanhh"])
 
@@ -92,9 +101,5 @@ def test_the_command_writes_curves_and_pictures(tmp_path: Path) -> None:
 
 
 def test_learning_curves_are_drawn() -> None:
-    rows = [
-        LearningRow("a", 0, [0.5, 0.8], [0.4, 0.7]),
-        LearningRow("b", 0, [0.5, 0.9], [0.4, 0.6]),
-    ]
-    figure = analysis.draw(analysis.LearningCurves("metric_fn", 0.65, rows))
+    figure = analysis.draw(curves(0.65, a=[0.4, 0.7], b=[0.4, 0.6]))
     assert len(figure.axes[0].lines) == 5

@@ -13,8 +13,7 @@ from torch.nn.utils import prune
 
 import we_surgery as ws
 from we_surgery.analysis import (
-    LocationMap,
-    LocationMaps,
+    Ablation,
     apply_masks,
     location_maps,
     multiplier_map,
@@ -24,7 +23,7 @@ from we_surgery.analysis import (
     pruning_curve,
     rank_correlations,
 )
-from we_surgery.analysis.multipliers import GRANULARITIES
+from we_surgery.analysis.removal import GRANULARITIES
 from we_surgery.excitations import LWE, MWE, Composition, Excitation, Standardize
 
 
@@ -67,10 +66,13 @@ def test_multipliers_are_ranked_against_the_importance_of_their_kernels() -> Non
     torch.manual_seed(0)
     multipliers = {"conv": torch.rand(8, 6), "other": torch.rand(2, 2)}
     drops = [[0.3, -0.1, 0.0], [0.0, 0.0, 0.7]]
-    maps = LocationMaps(
-        "accuracy", 0.9, [LocationMap("conv", (8, 6, 3, 3), [0, 7], [1, 3, 5], drops)]
-    )
-    sampled = [multipliers["conv"][o, i].item() for o in (0, 7) for i in (1, 3, 5)]
+    kernels = [(o, i) for o in (0, 7) for i in (1, 3, 5)]
+    rows = [
+        {"layer": "conv", "out_channel": output, "in_channel": channel, "drop": drop}
+        for (output, channel), drop in zip(kernels, drops[0] + drops[1], strict=True)
+    ]
+    maps = Ablation(analysis="location", rows=rows, score="accuracy", baseline=0.9, layers=["conv"])
+    sampled = [multipliers["conv"][kernel].item() for kernel in kernels]
     expected = spearman(sampled, drops[0] + drops[1])
     assert rank_correlations(maps, multipliers) == {"conv": pytest.approx(expected)}
     with pytest.raises(ws.InputError, match="no layer has both"):
@@ -80,7 +82,7 @@ def test_multipliers_are_ranked_against_the_importance_of_their_kernels() -> Non
 def test_the_layers_of_both_have_the_same_names() -> None:
     model = converted()
     maps = location_maps(model, batches(1), samples=(2, 2), score="log_likelihood")
-    assert set(rank_correlations(maps, multiplier_maps(model))) == {one.layer for one in maps.maps}
+    assert set(rank_correlations(maps, multiplier_maps(model))) == set(maps.layers)
 
 
 class PerFilter(Excitation):
@@ -137,8 +139,10 @@ def test_each_granularity_removes_what_it_says() -> None:
     for granularity in GRANULARITIES:
         for end in ("lowest", "highest"):
             expected = likelihood(model) - by_hand(model, granularity, end == "highest")
-            assert found.drop(granularity, end) == pytest.approx(expected, abs=1e-5)
-    kernels = {(r.granularity, r.end, r.draw): r.sparsity for r in found.measurements}
+            assert found.mean_drop(granularity=granularity, end=end) == pytest.approx(
+                expected, abs=1e-5
+            )
+    kernels = {(r["granularity"], r["end"], r["draw"]): r["sparsity"] for r in found.rows}
     assert len(kernels) == 12
     for granularity in GRANULARITIES:  # as many at random as at the ends
         sizes = {size for (name, *_), size in kernels.items() if name == granularity}
@@ -164,23 +168,23 @@ def test_random_channels_are_whole_channels() -> None:
 def test_pruning_removes_the_share_of_each_layer() -> None:
     model = converted()
     curve = pruning_curve(model, batches(), shares=[0, 0.25, 1], score="log_likelihood")
-    rows = {(row.criterion, row.share): row for row in curve.measurements}
+    rows = {(row["criterion"], row["share"]): row for row in curve.rows}
     stripped = ws.strip(model)
     total = sum(p.numel() for p in stripped.parameters())
     convs = [m.weight for m in stripped.modules() if isinstance(m, nn.Conv2d)]
     conv_total = sum(weight.numel() for weight in convs)
     for criterion in ("multiplier", "magnitude", "random"):
-        assert rows[criterion, 0].drop == pytest.approx(0, abs=1e-12)
-        assert rows[criterion, 0.25].sparsity == pytest.approx(0.25, abs=0.01)
-        assert rows[criterion, 1].sparsity == 1
-        assert rows[criterion, 1].model_sparsity == pytest.approx(conv_total / total)
+        assert rows[criterion, 0]["drop"] == pytest.approx(0, abs=1e-12)
+        assert rows[criterion, 0.25]["sparsity"] == pytest.approx(0.25, abs=0.01)
+        assert rows[criterion, 1]["sparsity"] == 1
+        assert rows[criterion, 1]["model_sparsity"] == pytest.approx(conv_total / total)
     magnitude = copy.deepcopy(stripped)
     for module in magnitude.modules():
         if isinstance(module, nn.Conv2d):
             kernels = module.weight.data.abs().flatten(2).mean(2).flatten()
             gone = kernels.argsort()[: round(0.25 * len(kernels))]
             module.weight.data.flatten(0, 1)[gone] = 0
-    assert rows["magnitude", 0.25].metric == pytest.approx(likelihood(magnitude), abs=1e-6)
+    assert rows["magnitude", 0.25]["metric"] == pytest.approx(likelihood(magnitude), abs=1e-6)
 
 
 def test_masks_are_those_of_torchs_prune() -> None:
@@ -191,7 +195,7 @@ def test_masks_are_those_of_torchs_prune() -> None:
     )
     pruned = apply_masks(ws.strip(model), masks)
     assert prune.is_pruned(pruned)
-    assert curve.measurements[0].metric == pytest.approx(likelihood(pruned), abs=1e-6)
+    assert curve.rows[0]["metric"] == pytest.approx(likelihood(pruned), abs=1e-6)
     for name, mask in masks.items():
         assert torch.equal(pruned.get_submodule(name).weight == 0, mask == 0)
     # Pruned weights stay zero while the model is trained on.

@@ -6,17 +6,17 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_data import Residual, batches, converted
+from analysis_data import Residual, batches, converted, sweep_of
 
 import we_surgery as ws
 from we_surgery._util.progress import _duration
 from we_surgery.analysis import (
-    LocationMap,
-    LocationMaps,
+    Ablation,
     draw,
     location_maps,
     magnitude_curve,
@@ -26,17 +26,18 @@ from we_surgery.analysis import (
     save_result,
 )
 from we_surgery.analysis.pictures import render
-from we_surgery.analysis.run_results import SparseRow, SparseTraining, Sweep, SweepRow
 
-SWEEP = Sweep(
-    "epsilon",
-    "accuracy",
-    "vanilla",
-    [
-        SweepRow("vanilla", 0, 0.9, 0.0),
-        SweepRow("vanilla", 1, 0.8, 0.0),
-        SweepRow("mwe", 0, 0.95, 0.05),
-        SweepRow("mwe", 1, None, None, "the metric is nan"),
+SWEEP = sweep_of(
+    ("vanilla", 0, 0.9, 0.0),
+    ("vanilla", 1, 0.8, 0.0),
+    ("mwe", 0, 0.95, 0.05),
+    ("mwe", 1, None, None),
+)
+SPARSE = replace(
+    SWEEP,
+    rows=[
+        {**SWEEP.rows[0], "strength": 0.0, "sparsity": 0.1},
+        {**SWEEP.rows[0], "strength": 0.1, "sparsity": 0.5},
     ],
 )
 
@@ -49,13 +50,11 @@ def results() -> dict[str, Any]:
         "multipliers": multiplier_validity(converted(), batches(1)),
         "prune": pruning_curve(converted(), batches(1), shares=[0.1, 0.5]),
         "sensitivity": SWEEP,
-        "sparse_training": SparseTraining(
-            "accuracy", [SparseRow("dst", 0.0, 0, 0.1, 0.9), SparseRow("dst", 0.1, 0, 0.5, 0.8)]
-        ),
+        "several strengths": SPARSE,
     }
 
 
-NAMES = ("magnitude", "location", "multipliers", "prune", "sensitivity", "sparse_training")
+NAMES = ("magnitude", "location", "multipliers", "prune", "sensitivity", "several strengths")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,9 +65,9 @@ def test_json_csv_and_pictures_are_written(
     paths = save_result(result, tmp_path / "out.v1")
     assert [path.name for path in paths] == [f"out.v1.{k}" for k in ("json", "csv", "png", "svg")]
     found = json.loads(paths[0].read_text())
-    assert found["analysis"] == name
+    assert found["analysis"] == result.analysis
     rows = list(csv.DictReader(paths[1].read_text().splitlines()))
-    assert len(rows) == len(list(result.rows()))
+    assert len(rows) == len(result.rows)
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in paths[3].read_bytes()
 
@@ -79,9 +78,11 @@ def test_the_same_result_gives_the_same_picture(name: str, results: dict[str, An
 
 
 def test_maps_diverge_from_zero_and_mark_what_is_below() -> None:
-    maps = LocationMaps(
-        "accuracy", 0.9, [LocationMap("conv", (2, 2, 1, 1), [0, 1], [0, 1], [[0, 0.3], [-0.1, 0]])]
-    )
+    rows = [
+        {"layer": "conv", "out_channel": output, "in_channel": channel, "drop": drop}
+        for (output, channel), drop in {(0, 0): 0, (0, 1): 0.3, (1, 0): -0.1, (1, 1): 0}.items()
+    ]
+    maps = Ablation(analysis="location", rows=rows, score="accuracy", baseline=0.9, layers=["conv"])
     axes, _ = draw(maps).axes
     (image,) = axes.get_images()
     assert image.get_clim() == (-0.3, 0.3)
@@ -99,9 +100,9 @@ def test_nothing_is_overwritten_or_half_written(tmp_path: Path) -> None:
 
 
 def test_numbers_json_does_not_have_are_null(tmp_path: Path) -> None:
-    failed = Sweep("t", "accuracy", "a", [SweepRow("a", 0, float("inf"))])
+    failed = sweep_of(("a", 0, float("inf"), 0.0))
     save_result(failed, tmp_path / "out", picture=False)
-    assert json.loads((tmp_path / "out.json").read_text())["runs"][0]["metric"] is None
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["metric"] is None
 
 
 def test_without_matplotlib_the_cure_is_named(

@@ -10,8 +10,8 @@ from analysis_data import Residual, likelihood
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.analysis import sparse_training
-from we_surgery.analysis.sweeps import sparsity_of
+from we_surgery.analysis import sweep
+from we_surgery.analysis.weights import sparsity
 
 
 def masked(model: nn.Module, seed: int, strength: float) -> None:
@@ -30,21 +30,19 @@ VARIANTS = {
 
 
 def test_zeros_and_metric_are_of_the_stripped_model() -> None:
-    found = sparse_training(
-        Residual, VARIANTS, masked, likelihood, strengths=(0.0, 0.5), seeds=(0, 1)
-    )
-    assert len(found.runs) == 8
+    found = sweep(Residual, VARIANTS, masked, likelihood, strengths=(0.0, 0.5), seeds=(0, 1))
+    assert len(found.rows) == 8
     torch.manual_seed(1)
     model = Residual()
     masked(model, 1, 0.5)
-    rows = {(row.variant, row.strength, row.seed): row for row in found.runs}
+    rows = {(r["variant"], r["strength"], r["seed"]): r for r in found.rows}
     conv = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     expected = 0.5 * conv / (conv + model.head.weight.numel())
     for variant in VARIANTS:  # MWE keeps zeros
-        assert rows[variant, 0.5, 1].sparsity == pytest.approx(expected, abs=1e-3)
-        assert rows[variant, 0.0, 1].sparsity == 0
-    assert rows["vanilla", 0.5, 1].metric == pytest.approx(likelihood(model))
-    assert rows["vanilla", 0.5, 1].sparsity == sparsity_of(model)
+        assert rows[variant, 0.5, 1]["sparsity"] == pytest.approx(expected, abs=1e-3)
+        assert rows[variant, 0.0, 1]["sparsity"] == 0
+    assert rows["vanilla", 0.5, 1]["metric"] == pytest.approx(likelihood(model))
+    assert rows["vanilla", 0.5, 1]["sparsity"] == sparsity(model)
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
@@ -58,7 +56,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
     path = tmp_path / "progress.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        sparse_training(
+        sweep(
             Residual,
             VARIANTS,
             interrupted,
@@ -68,7 +66,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
             progress_file=path,
         )
     trained.clear()
-    resumed = sparse_training(
+    resumed = sweep(
         Residual,
         VARIANTS,
         interrupted,
@@ -78,9 +76,9 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         progress_file=path,
     )
     assert trained == [0.0, 0.5]
-    assert resumed == sparse_training(
+    assert resumed == sweep(
         Residual, VARIANTS, masked, likelihood, strengths=(0.0, 0.5), seeds=(0,)
     )
     assert not path.exists()
-    with pytest.raises(ws.InputError, match="no variant, strength or seed"):
-        sparse_training(Residual, VARIANTS, masked, likelihood, strengths=())
+    with pytest.raises(ws.InputError, match="nothing to train"):
+        sweep(Residual, VARIANTS, masked, likelihood, strengths=())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis_data import Residual, batches, likelihood
+from analysis_data import Residual, batches, likelihood, sweep_of
 from torch import nn
 
 import we_surgery as ws
@@ -20,7 +20,6 @@ from we_surgery.analysis import (
     sweep,
 )
 from we_surgery.analysis.progress import fingerprint
-from we_surgery.analysis.run_results import Sweep, SweepRow
 from we_surgery.analysis.variants import (
     initialize_excitations,
     scale_standardized,
@@ -52,7 +51,7 @@ def test_runs_of_one_seed_start_from_the_same_weights() -> None:
     assert [seed for seed, _ in starts] == [4, 4, 4, 5, 5, 5]
     assert len({start for seed, start in starts if seed == 4}) == 1
     assert starts[0][1] != starts[-1][1]
-    assert [(row.variant, row.seed) for row in found.runs][:2] == [
+    assert [(row["variant"], row["seed"]) for row in found.rows][:2] == [
         ("vanilla", 4),
         ("mwe, epsilon 0.1", 4),
     ]
@@ -67,12 +66,12 @@ def test_metrics_are_of_the_trained_model_and_paired() -> None:
     torch.manual_seed(1)
     model = ws.convert(model, config={"mode": "mwe", "mwe": {"epsilon": 0.1}})
     train(model, 1)
-    rows = {(row.variant, row.seed): row for row in found.runs}
+    rows = {(row["variant"], row["seed"]): row for row in found.rows}
     own, vanilla = rows["mwe, epsilon 0.1", 1], rows["vanilla", 1]
-    assert own.metric == pytest.approx(likelihood(model), abs=1e-5)
-    assert own.difference == pytest.approx(own.metric - vanilla.metric)
+    assert own["metric"] == pytest.approx(likelihood(model), abs=1e-5)
+    assert own["difference"] == pytest.approx(own["metric"] - vanilla["metric"])
     summary = {row["variant"]: row for row in found.summary()}
-    differences = [rows["mwe, epsilon 0.1", seed].difference for seed in (0, 1)]
+    differences = [rows["mwe, epsilon 0.1", seed]["difference"] for seed in (0, 1)]
     assert summary["mwe, epsilon 0.1"]["difference"] == pytest.approx(sum(differences) / 2)
     spread = abs(differences[0] - differences[1])
     assert summary["mwe, epsilon 0.1"]["standard_error"] == pytest.approx(spread / 2)
@@ -90,13 +89,14 @@ def test_a_training_that_diverges_is_a_row_that_says_so() -> None:
                 model.first.raw_weight.fill_(float("nan"))
 
     found = sweep(Residual, reduction_variants((16, 8)), diverging, likelihood, seeds=(0,))
-    assert [row.metric is None for row in found.runs] == [False, True, True]
-    assert "'first'" in found.runs[1].failure
+    assert [row["metric"] is None for row in found.rows] == [False, True, True]
+    assert "'first'" in found.rows[1]["failure"]
     assert found.summary()[1] == {
         "variant": "lwe, reduction 16",
         "runs": 1,
         "failed": 1,
         "mean": None,
+        "sparsity": None,
         "difference": None,
         "standard_error": None,
         "low": None,
@@ -108,17 +108,16 @@ def test_a_training_that_diverges_is_a_row_that_says_so() -> None:
 def test_intervals_are_students(pairs: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     differences = torch.randn(pairs, generator=torch.Generator().manual_seed(0)).double().tolist()
-    rows = [SweepRow("lwe", seed, 1.0, value) for seed, value in enumerate(differences)]
-    (found,) = Sweep("modes", "accuracy", "vanilla", rows).summary()
+    runs = [("lwe", seed, 1.0, value) for seed, value in enumerate(differences)]
+    (found,) = sweep_of(*runs).summary()
     interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx(interval, abs=3e-3)
 
 
 def test_the_picture_shows_differences_and_their_intervals() -> None:
-    rows = [SweepRow("vanilla", seed, 0.5, 0.0) for seed in range(3)]
-    rows += [SweepRow("lwe", seed, 0.6 + seed / 100, 0.1 + seed / 100) for seed in range(3)]
-    rows.append(SweepRow("mwe", 0, None, failure="diverged"))
-    result = Sweep("modes", "accuracy", "vanilla", rows)
+    runs = [("vanilla", seed, 0.5, 0.0) for seed in range(3)]
+    runs += [("lwe", seed, 0.6 + seed / 100, 0.1 + seed / 100) for seed in range(3)]
+    result = sweep_of(*runs, ("mwe", 0, None, None))
     (axes,) = draw(result).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lwe", "mwe"]
     drawn = [list(line.get_xdata()) for line in axes.get_lines()]
@@ -133,7 +132,7 @@ def test_a_metric_that_is_not_finite_is_a_failure() -> None:
         return likelihood(model) * float("nan")
 
     found = sweep(Residual, epsilon_variants(()), train, nan, seeds=(0,))
-    assert (found.runs[0].metric, found.runs[0].failure) == (None, "the metric is nan")
+    assert (found.rows[0]["metric"], found.rows[0]["failure"]) == (None, "the metric is nan")
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

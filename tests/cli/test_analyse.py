@@ -13,7 +13,7 @@ from torch import nn
 
 import we_surgery as ws
 from we_surgery._util.text import SafeConsole
-from we_surgery.analysis.run_results import Sweep, SweepRow
+from we_surgery.analysis import Sweep
 from we_surgery.cli import we_surgery
 from we_surgery.cli.analyse import _table
 
@@ -123,7 +123,8 @@ def test_a_metric_function_and_a_list_of_batches_serve_as_well(folder: Path) -> 
         "importance", "model.we.pt", "--metric", "users_code:metric", "--steps", "3", "-o", "b"
     )
     assert by_function.exit_code == 0, by_function.output
-    assert json.loads((folder / "b.json").read_text())["positions"] == [33, 67, 100]
+    rows = json.loads((folder / "b.json").read_text())["rows"]
+    assert [row["percentile"] for row in rows] == [33, 67, 100]
 
 
 def test_an_interrupted_run_goes_on(folder: Path) -> None:
@@ -175,10 +176,14 @@ def test_every_command_helps_with_an_example() -> None:
 
 
 def test_the_table_of_a_sweep_fits_80_columns() -> None:
-    runs = [SweepRow(name, seed, 0.5, 0.01 * seed) for seed in range(3) for name in ("a" * 30, "b")]
+    rows = [
+        {"variant": name, "seed": seed, "metric": 0.5, "sparsity": 0.0, "difference": 0.01 * seed}
+        for seed in range(3)
+        for name in ("a" * 30, "b")
+    ]
     stdout = SafeConsole(width=200)
     with stdout.capture() as captured:
-        stdout.print(_table(Sweep("modes", "accuracy", "b", runs)))
+        stdout.print(_table(Sweep(rows=rows, title="modes", score="accuracy", baseline="b")))
     heading, _, first, second = captured.get().splitlines()
     assert heading.split()[0] == "variant"
     assert {"difference", "low", "high"} <= set(heading.split())

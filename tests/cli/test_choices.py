@@ -5,8 +5,7 @@ from typing import get_args
 import torch
 
 import we_surgery as ws
-from we_surgery.analysis.multipliers import GRANULARITIES
-from we_surgery.analysis.pruning import CRITERIA
+from we_surgery.analysis.removal import CRITERIA, GRANULARITIES
 from we_surgery.analysis.scores import SCORES
 from we_surgery.cli import choices
 from we_surgery.converted.sites import Init, Start

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import we_surgery as ws
-from we_surgery.analysis import LocationMap, LocationMaps, save_result
+from we_surgery.analysis import Ablation, save_result
 from we_surgery.analysis.quantization import int8_error
 from we_surgery.cli import convert_command, inspect_command
 from we_surgery.jobs.html_report import diverging
@@ -232,10 +232,16 @@ def page_of(text: str) -> Page:
 
 
 def maps_file(folder: Path) -> Path:
-    maps = LocationMaps(
-        "accuracy",
-        0.9,
-        [LocationMap("<b>first</b>", (2, 2, 3, 3), [0, 1], [0, 1], [[0, 2], [-1, 1]])],
+    rows = [
+        {"layer": "<b>first</b>", "out_channel": output, "in_channel": channel, "drop": drop}
+        for (output, channel), drop in {(0, 0): 0, (0, 1): 2, (1, 0): -1, (1, 1): 1}.items()
+    ]
+    maps = Ablation(
+        analysis="location",
+        rows=rows,
+        score="log_likelihood",
+        baseline=1.0,
+        layers=["<b>first</b>"],
     )
     save_result(maps, folder / "maps", picture=False)
     return folder / "maps.json"

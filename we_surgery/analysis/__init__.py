@@ -1,9 +1,8 @@
 """The papers' measurements on any model and data, and their pictures.
 
-Lives here: one ablation loop (`measuring`), one training sweep (`sweeps`), what they return
-(`results` of one model, `run_results` of training runs), its files and pictures. May import:
-everything below training, and the checkpoint room. To add an analysis of weights, write its changes
-and hand them to `measuring.measure`; to add a result, write its record and its picture in
+Lives here: one ablation loop (`measuring`), one loop over training runs (`sweeps`), their rows
+(`results`), files and pictures. May import: everything below analysis. To add an analysis of
+weights, write its changes and hand them to `measuring.measure`; to show it, add a function to
 `pictures`.
 """
 
@@ -13,28 +12,23 @@ from we_surgery.analysis.curves import CurveDrawing as CurveDrawing
 from we_surgery.analysis.curves import curve_drawing as curve_drawing
 from we_surgery.analysis.importance import location_maps as location_maps
 from we_surgery.analysis.importance import magnitude_curve as magnitude_curve
+from we_surgery.analysis.learning import LearningCurves as LearningCurves
 from we_surgery.analysis.learning import Regularized as Regularized
 from we_surgery.analysis.learning import learning_curves as learning_curves
 from we_surgery.analysis.learning import regularization_variants as regularization_variants
+from we_surgery.analysis.measuring import Measuring as Measuring
 from we_surgery.analysis.multipliers import multiplier_map as multiplier_map
 from we_surgery.analysis.multipliers import multiplier_maps as multiplier_maps
-from we_surgery.analysis.multipliers import multiplier_validity as multiplier_validity
 from we_surgery.analysis.multipliers import rank_correlations as rank_correlations
 from we_surgery.analysis.pictures import draw as draw
-from we_surgery.analysis.pruning import apply_masks as apply_masks
-from we_surgery.analysis.pruning import multiplier_masks as multiplier_masks
-from we_surgery.analysis.pruning import pruning_curve as pruning_curve
-from we_surgery.analysis.results import LocationMap as LocationMap
-from we_surgery.analysis.results import LocationMaps as LocationMaps
-from we_surgery.analysis.results import MagnitudeCurve as MagnitudeCurve
-from we_surgery.analysis.results import MultiplierValidity as MultiplierValidity
-from we_surgery.analysis.results import PruningCurve as PruningCurve
+from we_surgery.analysis.removal import apply_masks as apply_masks
+from we_surgery.analysis.removal import multiplier_masks as multiplier_masks
+from we_surgery.analysis.removal import multiplier_validity as multiplier_validity
+from we_surgery.analysis.removal import pruning_curve as pruning_curve
+from we_surgery.analysis.results import Ablation as Ablation
 from we_surgery.analysis.results import Result as Result
-from we_surgery.analysis.run_results import LearningCurves as LearningCurves
-from we_surgery.analysis.run_results import SparseTraining as SparseTraining
-from we_surgery.analysis.run_results import Sweep as Sweep
 from we_surgery.analysis.saving import save_result as save_result
-from we_surgery.analysis.sweeps import sparse_training as sparse_training
+from we_surgery.analysis.sweeps import Sweep as Sweep
 from we_surgery.analysis.sweeps import sweep as sweep
 from we_surgery.analysis.variants import epsilon_variants as epsilon_variants
 from we_surgery.analysis.variants import initialization_variants as initialization_variants

@@ -4,54 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from we_surgery.analysis.results import Result
+from we_surgery.analysis.results import Result, Row
 from we_surgery.errors import InputError, near_matches
 from we_surgery.excitations.mwe import CURVES, MWE
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """A weight, what a curve makes of it, and its gain ``dW'/dW``."""
-
-    curve: str
-    weight: float
-    excited: float
-    gain: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurveDrawing(Result):
     """The result of :func:`~we_surgery.analysis.curve_drawing`.
+
+    Each row is a point of a curve: the ``weight``, what the curve makes of it (``excited``), and
+    its ``gain``, ``dW'/dW``.
 
     Attributes:
         epsilon: of MWE.
         relative: whether the curves see W / M_A, or W itself.
-        points: those of each curve.
     """
 
-    analysis = "curve"
+    analysis: str = "curve"
     epsilon: float
     relative: bool
-    points: list[CurvePoint]
 
-    @property
-    def records(self) -> Sequence[Any]:
-        return self.points
-
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[Row]:
         """For each curve its range and the least and the largest gain."""
         found = []
-        for name in dict.fromkeys(point.curve for point in self.points):
-            own = [point for point in self.points if point.curve == name]
-            row: dict[str, Any] = {"curve": name}
+        for name in dict.fromkeys(row["curve"] for row in self.rows):
+            own = [row for row in self.rows if row["curve"] == name]
+            summary: Row = {"curve": name}
             for what in ("excited", "gain"):
-                values = [getattr(point, what) for point in own]
-                row |= {f"least_{what}": min(values), f"largest_{what}": max(values)}
-            found.append(row)
+                values = [row[what] for row in own]
+                summary |= {f"least_{what}": min(values), f"largest_{what}": max(values)}
+            found.append(summary)
         return found
 
 
@@ -92,7 +78,7 @@ def curve_drawing(
     drawn = [name for name in curves if relative or name != "atanh"]
     if not drawn:
         raise InputError("atanh is not defined for all weights", "Leave `relative` at True.")
-    found = []
+    rows = []
     for name in drawn:
         try:
             curve = MWE(epsilon, curve=name, relative=relative)
@@ -101,6 +87,6 @@ def curve_drawing(
         weight = torch.linspace(-largest, largest, points, dtype=torch.float64, requires_grad=True)
         excited = curve.excite(weight)
         (gains,) = torch.autograd.grad(excited.sum(), weight)
-        rows = zip(weight.tolist(), excited.tolist(), gains.tolist(), strict=True)
-        found += [CurvePoint(name, *row) for row in rows]
-    return CurveDrawing(epsilon, relative, found)
+        columns = zip(weight.tolist(), excited.tolist(), gains.tolist(), strict=True)
+        rows += [{"curve": name, "weight": w, "excited": e, "gain": g} for w, e, g in columns]
+    return CurveDrawing(rows=rows, epsilon=epsilon, relative=relative)

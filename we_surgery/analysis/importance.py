@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery._util.progress import Progress
-from we_surgery.analysis.measuring import Cells, Change, measure
-from we_surgery.analysis.results import LocationMap, LocationMaps, MagnitudeCurve
+from we_surgery.analysis.measuring import Cells, Change, Measuring, measure
+from we_surgery.analysis.results import Ablation
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import (
     MeasuredWeight,
@@ -30,10 +29,8 @@ def magnitude_curve(
     *,
     positions: Sequence[int] = range(1, 101),
     layers: Sequence[str] = (),
-    score: str = "accuracy",
-    progress_file: str | Path | None = None,
-    progress: Progress | None = None,
-) -> MagnitudeCurve:
+    **measuring: Unpack[Measuring],
+) -> Ablation:
     """Sets the weight at each percentile of magnitude to zero, in all conv layers at once.
 
     WE paper, section 3.1 and Fig. 1a: of n weights sorted by magnitude, percentile b is the one
@@ -46,11 +43,11 @@ def magnitude_curve(
             in eval mode on the model's device.
         positions: the percentiles, each from 1 to 100.
         layers: patterns of the layers to take; by default every conv.
-        score: score of a loader: ``accuracy``, or ``log_likelihood``, which changes even if no
-            prediction does.
-        progress_file: a file that stores results during the run; an existing one is resumed.
-        progress: called with (evaluations done, evaluations in all), as by the bar that
-            :func:`we_surgery.analysis.progress_bar` gives.
+        **measuring: ``score``, ``progress_file`` and ``progress``; see
+            :class:`~we_surgery.analysis.Measuring`.
+
+    Returns:
+        Rows with a ``percentile``.
 
     Raises:
         InputError: there is no such layer, or the metric cannot be used.
@@ -72,19 +69,9 @@ def magnitude_curve(
             found[parameter] = mask.view(parameter.shape)
         return found
 
-    changes = [Change(str(b), partial(cells, number)) for number, b in enumerate(positions)]
+    changes = [Change({"percentile": b}, partial(cells, n)) for n, b in enumerate(positions)]
     names = [weight.name for weight in weights]
-    measured = measure(
-        copied,
-        changes,
-        metric,
-        score=score,
-        job={"analysis": "magnitude", "layers": names},
-        progress_file=progress_file,
-        progress=progress,
-    )
-    drops = [measured.drop(change.name) for change in changes]
-    return MagnitudeCurve(measured.score, measured.baseline, names, list(positions), drops)
+    return measure("magnitude", copied, changes, metric, layers=names, **measuring)
 
 
 def _at_percentiles(parameter: nn.Parameter, positions: Sequence[int]) -> Tensor:
@@ -99,10 +86,8 @@ def location_maps(
     *,
     samples: tuple[int, int] = (5, 5),
     layers: Sequence[str] = (),
-    score: str = "accuracy",
-    progress_file: str | Path | None = None,
-    progress: Progress | None = None,
-) -> LocationMaps:
+    **measuring: Unpack[Measuring],
+) -> Ablation:
     """Sets single kernels to zero, in each conv with a kernel larger than 1 except depthwise ones.
 
     WE paper, section 3.1 and Fig. 2. The sampled filters and input channels are evenly spaced from
@@ -114,9 +99,11 @@ def location_maps(
         samples: N1 filters, and N2 input channels of each; fewer where there are not as many.
         layers: patterns; by default every conv with more than one kernel position and more than
             one input channel per filter. Layers named here may be any conv.
-        score: as in :func:`magnitude_curve`.
-        progress_file: as there.
-        progress: as there.
+        **measuring: as in :func:`magnitude_curve`.
+
+    Returns:
+        Rows with ``layer``, ``out_channel`` and ``in_channel``.
+        :meth:`~we_surgery.analysis.Ablation.kernel_maps` arranges them as the maps of the layers.
 
     Raises:
         InputError: there is no such layer, or the metric cannot be used.
@@ -130,39 +117,21 @@ def location_maps(
             "the model has no conv with a kernel larger than 1 and several input channels",
             "Name the layers to map; in Python, `layers=[...]`.",
         )
-    maps = []
-    changes = []
-    for weight in weights:
-        outputs = equidistant(weight.layout.out_channels, samples[0])
-        channels = equidistant(weight.layout.channels, samples[1])
-        maps.append(LocationMap(weight.name, weight.layout.shape, outputs, channels, []))
-        changes += [
-            Change(_kernel_name(weight.name, o, i), partial(_one_kernel, weight, o, i))
-            for o in outputs
-            for i in channels
-        ]
-    measured = measure(
-        copied,
-        changes,
-        metric,
-        score=score,
-        job={"analysis": "location"},
-        progress_file=progress_file,
-        progress=progress,
-    )
-    for one in maps:
-        for o in one.out_channels:
-            names = [_kernel_name(one.layer, o, i) for i in one.in_channels]
-            one.drops.append([measured.drop(name) for name in names])
-    return LocationMaps(measured.score, measured.baseline, maps)
+    changes = [
+        Change(
+            {"layer": weight.name, "out_channel": output, "in_channel": channel},
+            partial(_one_kernel, weight, output, channel),
+        )
+        for weight in weights
+        for output in equidistant(weight.layout.out_channels, samples[0])
+        for channel in equidistant(weight.layout.channels, samples[1])
+    ]
+    names = [weight.name for weight in weights]
+    return measure("location", copied, changes, metric, layers=names, **measuring)
 
 
 def _has_map(weight: MeasuredWeight) -> bool:
     return math.prod(weight.layout.kernel_size) > 1 and weight.layout.channels > 1
-
-
-def _kernel_name(layer: str, output: int, channel: int) -> str:
-    return f"{layer}[{output},{channel}]"
 
 
 def _one_kernel(weight: MeasuredWeight, output: int, channel: int) -> Cells:

@@ -6,6 +6,9 @@ no numbers; Fig. 4c of the WE paper compares how fast accuracy is reached.
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +17,55 @@ from typing import Any
 from torch import nn
 
 from we_surgery._util.progress import Progress
-from we_surgery.analysis.run_results import LearningCurves, LearningRow
-from we_surgery.analysis.sweeps import MakeModel, all_runs, trained
+from we_surgery.analysis.results import Result, Row
+from we_surgery.analysis.sweeps import MakeModel, all_runs, mean_of, trained
 from we_surgery.analysis.variants import Variant, unchanged
 from we_surgery.converted.convert import convert
 from we_surgery.errors import InputError
 
 History = Sequence[tuple[float, float]]
 """The metric on training and on validation data after each epoch; more is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCurves(Result):
+    """The result of :func:`~we_surgery.analysis.learning_curves`, a row for each epoch of each run.
+
+    Attributes:
+        goal: the validation metric whose epoch is given; None for none.
+    """
+
+    analysis: str = "learning_curves"
+    goal: float | None
+
+    def summary(self) -> list[Row]:
+        """Per variant: means over its runs, and how many reached the goal.
+
+        ``gap`` is the training metric minus the validation metric after the last epoch;
+        ``roughness`` the mean of ``|v[t+1] - v[t]|`` minus that of ``v[t+1] - v[t]`` of the
+        validation metric, 0 if it never falls. ``epochs_to_goal`` is the mean over the runs that
+        reached the goal.
+        """
+        runs: dict[str, dict[int, list[Row]]] = {}
+        for row in self.rows:
+            runs.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(row)
+        found = []
+        for variant, by_seed in runs.items():
+            own = [self._described(rows) for rows in by_seed.values()]
+            means = {key: mean_of(run[key] for run in own) for key in own[0]}
+            reached = sum(run["epochs_to_goal"] is not None for run in own)
+            found.append({"variant": variant, "runs": len(own), **means, "reached": reached})
+        return found
+
+    def _described(self, rows: Sequence[Row]) -> Row:
+        steps = [b["validation"] - a["validation"] for a, b in itertools.pairwise(rows)]
+        goal = math.inf if self.goal is None else self.goal
+        return {
+            "validation": rows[-1]["validation"],
+            "gap": rows[-1]["training"] - rows[-1]["validation"],
+            "roughness": statistics.fmean(abs(s) - s for s in steps) if steps else 0.0,
+            "epochs_to_goal": next((r["epoch"] for r in rows if r["validation"] >= goal), None),
+        }
 
 
 @dataclass(frozen=True)
@@ -87,37 +131,42 @@ def learning_curves(
         train_fn: ``train_fn(model, seed, **settings)`` trains a model in place and returns its
             metric on training and on validation data after each epoch.
         seeds: one run each.
-        goal: a validation metric; the rows say in which epoch it was first reached.
+        goal: a validation metric; the summary says in which epoch it was first reached.
         progress_file: keeps finished runs, and resumes from them.
         progress: called with (runs done, runs in all).
 
     Raises:
         InputError: there is no variant or no seed, or ``train_fn`` returned no epochs.
     """
-    if not variants or not seeds:
-        raise InputError("there is no variant or no seed", "Give at least one of each.")
 
-    def train(name: str, seed: int) -> list[list[float]]:
+    def train(variant: str, seed: int) -> Row:
         found: list[History] = []
-        own = variants[name]
-
-        def keep(model: nn.Module) -> None:
-            found.append(train_fn(model, seed, **own.settings))
-
-        trained(make_model, own.variant, keep, seed)
+        own = variants[variant]
+        trained(
+            make_model,
+            own.variant,
+            lambda model: found.append(train_fn(model, seed, **own.settings)),
+            seed,
+        )
         history = [[float(value) for value in epoch] for epoch in found[0] or ()]
         if not history or any(len(epoch) != 2 for epoch in history):
             raise InputError(
-                f"the training function returned {found[0]!r} for {name!r}",
+                f"the training function returned {found[0]!r} for {variant!r}",
                 "Return a list with (training metric, validation metric) of each epoch.",
             )
-        return history
+        return {"history": history}
 
-    runs = {f"{seed}:{name}": (name, seed) for seed in seeds for name in variants}
-    job = {"analysis": LearningCurves.analysis, "variants": list(variants)}
-    histories = all_runs(runs, train, job, "accuracy", progress_file, progress)
+    runs = [{"variant": variant, "seed": seed} for seed in seeds for variant in variants]
+    job = {"analysis": "learning_curves", "variants": list(variants)}
     rows = [
-        LearningRow(name, seed, [e[0] for e in histories[key]], [e[1] for e in histories[key]])
-        for key, (name, seed) in runs.items()
+        {
+            "variant": run["variant"],
+            "seed": run["seed"],
+            "epoch": epoch,
+            "training": training,
+            "validation": validation,
+        }
+        for run in all_runs(runs, train, job, progress_file, progress)
+        for epoch, (training, validation) in enumerate(run["history"], 1)
     ]
-    return LearningCurves("metric_fn", goal, rows)
+    return LearningCurves(rows=rows, goal=goal)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from we_surgery._util.progress import Progress
 from we_surgery._util.scripted import is_scripted
 from we_surgery.analysis.progress import ProgressFile, fingerprint, fingerprint_of_model
+from we_surgery.analysis.results import Ablation, Row
 from we_surgery.analysis.scores import (
+    SCORES,
     LabelledBatches,
     Metric,
     MetricFunction,
-    check_score,
     class_scores,
     inputs_and_labels,
+    score_name,
 )
 from we_surgery.converted.proof import eval_mode
 from we_surgery.errors import InputError
@@ -38,77 +40,117 @@ Measurement = Callable[[], tuple[float, int]]
 """Measures the model as it is: a sum, and what to divide it by."""
 
 _BASELINE = ""
-"""The name of no change."""
+"""The key of no change."""
+
+
+class Measuring(TypedDict, total=False):
+    """Keyword arguments of all measurements.
+
+    Attributes:
+        score: of a loader: ``accuracy`` (default), or ``log_likelihood``, which changes even if no
+            prediction does.
+        progress_file: stores results during the run; an existing one is resumed. It is removed at
+            the end.
+        progress: called with (evaluations done, evaluations in all), as by the bar that
+            :func:`we_surgery.analysis.progress_bar` gives; the latter is 0 if a loader has no
+            length.
+    """
+
+    score: str
+    progress_file: str | Path | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
 class Change:
-    """Weights to set to zero together; ``cells`` makes their masks only when they are needed."""
+    """Weights to set to zero together, and what they are, as the entries of a row.
 
-    name: str
+    ``cells`` makes their masks only when they are needed.
+    """
+
+    what: Row
     cells: Callable[[], Cells]
 
-
-@dataclass(frozen=True)
-class Measured:
-    """The metric of the unchanged model and under each change, and what was measured."""
-
-    score: str
-    baseline: float
-    values: dict[str, float]
-
-    def drop(self, name: str) -> float:
-        """D, the decrease of the metric (WE paper, section 3.1)."""
-        return self.baseline - self.values[name]
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, self.what.values()))
 
 
 def measure(
+    analysis: str,
     model: nn.Module,
     changes: Sequence[Change],
     metric: Metric,
     *,
+    layers: Sequence[str] = (),
+    seed: int = 0,
     score: str = "accuracy",
-    job: Mapping[str, Any] | None = None,
     progress_file: str | Path | None = None,
     progress: Progress | None = None,
-) -> Measured:
+) -> Ablation:
     """The metric of ``model``, and its metric under each change.
 
     Args:
+        analysis: its name; a progress file of another one is refused, as of other ``layers`` or
+            another ``seed``.
         model: a vanilla copy, whose weights change meanwhile.
         changes: what to set to zero.
         metric: ``metric_fn(model) -> float``, or a loader of ``(inputs, labels)``, run in eval
             mode without gradients and with a fixed seed.
-        score: for a loader, ``accuracy`` or ``log_likelihood``.
-        job: what a progress file must agree with, besides the model and the changes.
-        progress_file: holds results during the run, resumes it, and is removed at its end.
-        progress: called with (measurements done, measurements in all); the latter is 0 if a loader
-            has no length.
+        layers: the names of those that are measured.
+        seed: of what is random in the changes.
+        score: as in :class:`Measuring`.
+        progress_file: as there.
+        progress: as there.
     """
-    check_score(score)
-    label = "metric_fn" if callable(metric) else score
-    kept = ProgressFile(
-        progress_file,
-        {
-            **(job or {}),
-            "score": label,
-            "changes": fingerprint([change.name for change in changes]),
-            "model": fingerprint_of_model(model) if progress_file is not None else "",
-        },
+    label = score_name(metric, score)
+    job: dict[str, Any] = {"analysis": analysis, "layers": list(layers)}
+    if progress_file is not None:
+        job |= {"seed": seed, "score": label, "model": fingerprint_of_model(model)}
+        job["changes"] = fingerprint([change.key for change in changes])
+    kept = ProgressFile(progress_file, job)
+    count = _measure_all(model, changes, metric, score, kept, progress)
+
+    def mean(key: str) -> float:
+        sums, counts = zip(*(kept[f"{index}:{key}"] for index in range(count)), strict=True)
+        return sum(sums) / sum(counts) if sum(counts) else float("nan")
+
+    baseline = mean(_BASELINE)
+    values = [mean(change.key) for change in changes]
+    kept.remove()
+    rows = [
+        {**change.what, "metric": value, "drop": baseline - value}
+        for change, value in zip(changes, values, strict=True)
+    ]
+    return Ablation(
+        analysis=analysis, rows=rows, score=label, baseline=baseline, layers=list(layers)
     )
+
+
+def _measure_all(
+    model: nn.Module,
+    changes: Sequence[Change],
+    metric: Metric,
+    score: str,
+    kept: ProgressFile,
+    progress: Progress | None,
+) -> int:
+    """Takes the measurements that are not kept yet; returns the number of batches."""
     if callable(metric):
         measurements: Iterable[Measurement] = [lambda: (_value(model, metric), 1)]
         length = 1
     else:
         measurements, length = _batches(model, metric, score, kept), _length(metric)
-    left = _left(changes, length, kept)
-    index, done = -1, 0
+    keys = [f"{index}:{change.key}" for index in range(length) for change in changes]
+    left = sum(key not in kept for key in keys)
+    count = done = 0
     for index, measurement in enumerate(measurements):
+        count += 1
         _measure_baseline(index, measurement, kept)
         if progress is not None and index == 0:
             progress(0, left)
         for change in changes:
-            key = f"{index}:{change.name}"
+            key = f"{index}:{change.key}"
             if key in kept:
                 continue
             with _zeroed(change.cells()):
@@ -116,15 +158,9 @@ def measure(
             done += 1
             if progress is not None:
                 progress(done, left)
-    if index < 0:
+    if not count:
         raise InputError("the loader gives no batch", "Give a loader of (inputs, labels).")
-    values = {}
-    for name in (_BASELINE, *(change.name for change in changes)):
-        results = [kept[f"{number}:{name}"] for number in range(index + 1)]
-        total = sum(count for _, count in results)
-        values[name] = sum(value for value, _ in results) / total if total else float("nan")
-    kept.remove()
-    return Measured(label, values.pop(_BASELINE), values)
+    return count
 
 
 def _measure_baseline(index: int, measurement: Measurement, kept: ProgressFile) -> None:
@@ -136,11 +172,6 @@ def _measure_baseline(index: int, measurement: Measurement, kept: ProgressFile) 
             f"the metric is {result[0]!r}, but was {kept[key][0]!r} in the run to be resumed",
             "Give the same data and metric, or remove the progress file.",
         )
-
-
-def _left(changes: Sequence[Change], length: int, kept: ProgressFile) -> int:
-    keys = (f"{index}:{change.name}" for index in range(length) for change in changes)
-    return sum(key not in kept for key in keys)
 
 
 @contextlib.contextmanager
@@ -164,7 +195,7 @@ def _batches(
             f"the metric is a {type(batches).__name__}, not a function or a loader",
             "Give metric_fn(model) -> float, or an iterable of (inputs, labels).",
         )
-    score_of = check_score(score)
+    score_of = SCORES[score]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for index, batch in enumerate(batches):
         inputs, labels = inputs_and_labels(batch, device)

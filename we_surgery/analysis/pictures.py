@@ -9,20 +9,16 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from we_surgery.analysis.curves import CurveDrawing
-from we_surgery.analysis.multipliers import GRANULARITIES
-from we_surgery.analysis.results import (
-    LocationMaps,
-    MagnitudeCurve,
-    MultiplierValidity,
-    PruningCurve,
-    Result,
-)
-from we_surgery.analysis.run_results import LearningCurves, SparseTraining, Sweep
+from we_surgery.analysis.learning import LearningCurves
+from we_surgery.analysis.removal import GRANULARITIES
+from we_surgery.analysis.results import Ablation, Result, Row
+from we_surgery.analysis.sweeps import Sweep
 from we_surgery.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +34,8 @@ _SETTINGS = {
     "svg.fonttype": "path",
     "svg.hashsalt": "we_surgery",
 }
-_STYLES = (("-", "o", "#1b3a6b"), ("--", "s", "#c4661f"), (":", "^", "#5f5f5f"))
+_GREY = "#999999"
+_STYLES = (("-", "#1b3a6b"), ("--", "#c4661f"), (":", "#5f5f5f"))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = {"lowest": ("#c9d7ea", "//"), "random": ("#e6e6e6", ".."), "highest": ("#1b3a6b", "")}
 _UNITS = {"accuracy": "accuracy", "log_likelihood": "mean log likelihood", "metric_fn": "metric"}
@@ -50,23 +47,22 @@ def check_pictures() -> None:
 
 
 def draw(result: Result) -> Figure:
-    """A measurement as a matplotlib figure.
+    """The result of an analysis as a matplotlib figure.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    drawers: dict[type, Callable[[Any], Figure]] = {
-        MagnitudeCurve: _magnitude,
-        LocationMaps: _locations,
-        MultiplierValidity: _validity,
-        PruningCurve: _pruning,
-        Sweep: _sweep,
-        SparseTraining: _sparse_training,
-        CurveDrawing: _curves,
-        LearningCurves: _learning,
+    drawers: dict[str, Callable[[Any], Figure]] = {
+        "magnitude": _magnitude,
+        "location": _locations,
+        "multipliers": _validity,
+        "prune": _pruning,
+        "sensitivity": _sparsity if "strength" in result.rows[0] else _differences,
+        "curve": _curves,
+        "learning_curves": _learning,
     }
     with _style():
-        return drawers[type(result)](result)
+        return drawers[result.analysis](result)
 
 
 def render(result: Result, kind: str) -> bytes:
@@ -112,60 +108,73 @@ def _axes(height: float, title: str, width: float = 5.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _magnitude(curve: MagnitudeCurve) -> Figure:
-    title = f"One weight of each of {len(curve.layers)} conv layers at zero"
+def _by(rows: Sequence[Row], key: str) -> dict[Any, list[Row]]:
+    """Rows by one of their entries."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _styled(number: int) -> dict[str, Any]:
+    """How the line of a variant is drawn."""
+    style, color = _STYLES[number % len(_STYLES)]
+    marker = _MARKERS[number % len(_MARKERS)]
+    return {"linestyle": style, "marker": marker, "color": color, "markersize": 4}
+
+
+def _magnitude(result: Ablation) -> Figure:
+    title = f"One weight of each of {len(result.layers)} conv layers at zero"
     figure, axes = _axes(3.2, title)
-    axes.axhline(0, color="#999999", linewidth=0.8)
-    style, marker, color = _STYLES[0]
-    axes.plot(curve.positions, curve.drops, style, marker=marker, markersize=2.5, color=color)
+    axes.axhline(0, color=_GREY, linewidth=0.8)
+    positions = [row["percentile"] for row in result.rows]
+    drops = [row["drop"] for row in result.rows]
+    axes.plot(positions, drops, **{**_styled(0), "markersize": 2.5})
     axes.set_xlabel("percentile of weight magnitude in each layer")
-    axes.set_ylabel(f"D, decrease in {_UNITS[curve.score]}")
+    axes.set_ylabel(f"D, decrease in {_UNITS[result.score]}")
     return figure
 
 
-def _locations(maps: LocationMaps) -> Figure:
-    columns = min(len(maps.maps), 6)
-    rows = math.ceil(len(maps.maps) / columns)
+def _locations(result: Ablation) -> Figure:
+    maps = result.kernel_maps()
+    columns = min(len(maps), 6)
+    rows = math.ceil(len(maps) / columns)
     figure = _figure(1.35 * columns + 1.1, 1.55 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False)
-    limit = max(abs(value) for one in maps.maps for line in one.drops for value in line)
+    limit = max(abs(row["drop"]) for row in result.rows) or 1
     image = None
-    for index, axes in enumerate(grid.flat):
-        if index >= len(maps.maps):
-            axes.set_visible(False)
-            continue
-        one = maps.maps[index]
-        image = axes.imshow(one.drops, cmap="RdBu_r", vmin=-(limit or 1), vmax=limit or 1)
-        for row, line in enumerate(one.drops):
-            columns_below = [column for column, value in enumerate(line) if value < 0]
-            axes.plot(columns_below, [row] * len(columns_below), "k_", markersize=3)
-        axes.set_title(one.layer, fontsize=7)
+    for axes, (layer, one) in zip(grid.flat, maps.items(), strict=False):
+        image = axes.imshow(one.drops, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        for row, drops in enumerate(one.drops):
+            below = [column for column, drop in enumerate(drops) if drop < 0]
+            axes.plot(below, [row] * len(below), "k_", markersize=3)
+        axes.set_title(layer, fontsize=7)
         axes.set_xticks(range(len(one.in_channels)), one.in_channels, fontsize=5)
         axes.set_yticks(range(len(one.out_channels)), one.out_channels, fontsize=5)
         axes.tick_params(length=1.5, pad=1.5)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.spines[:].set_visible(False)
+    for axes in grid.flat[len(maps) :]:
+        axes.set_visible(False)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30)
-    bar.set_label(f"D, decrease in {_UNITS[maps.score]}")
+    bar.set_label(f"D, decrease in {_UNITS[result.score]}")
     figure.supxlabel("input channel", fontsize=8)
     figure.supylabel("output channel", fontsize=8)
     return figure
 
 
-def _validity(validity: MultiplierValidity) -> Figure:
-    amount = "One unit" if validity.share is None else f"{validity.share:.0%}"
+def _validity(result: Ablation) -> Figure:
+    share = result.rows[0]["share"]
+    amount = "One unit" if share is None else f"{share:.0%}"
     figure, axes = _axes(3.3, f"{amount} of each layer at zero", width=5.6)
-    found = {row.granularity for row in validity.measurements}
-    names = [name for name in GRANULARITIES if name in found]
-    ends = [end for end in _HATCHES if any(row.end == end for row in validity.measurements)]
+    by_end = _by(result.rows, "end")
+    ends = [end for end in _HATCHES if end in by_end]
+    names = [name for name in GRANULARITIES if name in _by(result.rows, "granularity")]
     for index, end in enumerate(ends):
         color, hatch = _HATCHES[end]
-        places = [at + 0.26 * (index - (len(ends) - 1) / 2) for at in range(len(names))]
-        drops = [validity.drop(name, end) for name in names]
         axes.bar(
-            places,
-            drops,
+            [at + 0.26 * (index - (len(ends) - 1) / 2) for at in range(len(names))],
+            [result.mean_drop(granularity=name, end=end) for name in names],
             0.24,
             color=color,
             hatch=hatch,
@@ -173,41 +182,27 @@ def _validity(validity: MultiplierValidity) -> Figure:
             linewidth=0.8,
             label=f"{end} multiplier" if end != "random" else "random choice (mean, each draw)",
         )
-        for at, name in zip(places, names, strict=True):
-            if end == "random":
-                draws = [
-                    row.drop
-                    for row in validity.measurements
-                    if (row.granularity, row.end) == (name, end)
-                ]
-                axes.plot([at] * len(draws), draws, "k_", markersize=7)
+    draws = by_end.get("random", [])
+    place = 0.26 * ((ends.index("random") if draws else 0) - (len(ends) - 1) / 2)
+    at = [names.index(row["granularity"]) + place for row in draws]
+    axes.plot(at, [row["drop"] for row in draws], "k_", markersize=7)
     axes.axhline(0, color="#222222", linewidth=0.8)
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.set_ylabel(f"D, decrease in {_UNITS[validity.score]}")
+    axes.set_ylabel(f"D, decrease in {_UNITS[result.score]}")
     axes.legend(fontsize=7)
     return figure
 
 
-def _pruning(curve: PruningCurve) -> Figure:
-    figure, axes = _axes(3.3, f"{len(curve.layers)} layers pruned, no training after")
-    axes.axhline(curve.baseline, color="#999999", linewidth=0.8, label="not pruned")
-    criteria = list(dict.fromkeys(row.criterion for row in curve.measurements))
-    for criterion, (style, marker, color) in zip(criteria, _STYLES, strict=False):
-        rows = sorted(
-            (row for row in curve.measurements if row.criterion == criterion),
-            key=lambda row: row.share,
-        )
-        axes.plot(
-            [100 * row.share for row in rows],
-            [row.metric for row in rows],
-            style,
-            marker=marker,
-            markersize=4,
-            color=color,
-            label=_CRITERIA[criterion],
-        )
+def _pruning(result: Ablation) -> Figure:
+    figure, axes = _axes(3.3, f"{len(result.layers)} layers pruned, no training after")
+    axes.axhline(result.baseline, color=_GREY, linewidth=0.8, label="not pruned")
+    for number, (criterion, rows) in enumerate(_by(result.rows, "criterion").items()):
+        rows.sort(key=lambda row: row["share"])
+        shares = [100 * row["share"] for row in rows]
+        metrics = [row["metric"] for row in rows]
+        axes.plot(shares, metrics, **_styled(number), label=_CRITERIA[criterion])
     axes.set_xlabel("kernels removed in each layer, %")
-    axes.set_ylabel(_UNITS[curve.score])
+    axes.set_ylabel(_UNITS[result.score])
     axes.legend(fontsize=7)
     return figure
 
@@ -219,23 +214,17 @@ _CRITERIA = {
 }
 
 
-def _sweep(result: Sweep) -> Figure:
+def _differences(result: Sweep) -> Figure:
     summary = [row for row in result.summary() if row["variant"] != result.baseline]
     figure, axes = _axes(0.45 * len(summary) + 1.4, result.title, width=6.4)
-    seeds = sorted({row.seed for row in result.runs})
-    axes.axvline(0, color="#999999", linewidth=0.8)
+    seeds = sorted(_by(result.rows, "seed"))
+    runs = _by([row for row in result.rows if row["difference"] is not None], "variant")
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    open_marks: dict[str, Any] = {"color": "#c4661f", "markersize": 5, "markerfacecolor": "none"}
     for at, row in enumerate(summary):
-        for run in result.runs:
-            if run.variant == row["variant"] and run.difference is not None:
-                marker = _MARKERS[seeds.index(run.seed) % len(_MARKERS)]
-                axes.plot(
-                    run.difference,
-                    at,
-                    marker,
-                    color="#c4661f",
-                    markersize=5,
-                    markerfacecolor="none",
-                )
+        for run in runs.get(row["variant"], []):
+            marker = _MARKERS[seeds.index(run["seed"]) % len(_MARKERS)]
+            axes.plot(run["difference"], at, marker, **open_marks)
         if row["low"] is not None:
             axes.plot([row["low"], row["high"]], [at, at], color="#1b3a6b", linewidth=1.2)
         if row["difference"] is not None:
@@ -259,23 +248,20 @@ def _sweep(result: Sweep) -> Figure:
     return figure
 
 
-def _sparse_training(result: SparseTraining) -> Figure:
+def _sparsity(result: Sweep) -> Figure:
     figure, axes = _axes(3.3, "Each point a strength: means large, runs small")
-    names = list(dict.fromkeys(row.variant for row in result.runs))
-    for name, (style, marker, color) in zip(names, _STYLES, strict=False):
-        own = [row for row in result.runs if row.variant == name]
-        points = []
-        for strength in sorted({row.strength for row in own}):
-            rows = [row for row in own if row.strength == strength]
-            kept = [100 * (1 - row.sparsity) for row in rows]
-            metrics = [row.metric for row in rows]
-            axes.plot(
-                kept, metrics, marker, color=color, markersize=3, markerfacecolor="none", alpha=0.7
-            )
-            points.append((sum(kept) / len(kept), sum(metrics) / len(metrics)))
-        axes.plot(
-            *zip(*points, strict=True), style, marker=marker, color=color, markersize=5, label=name
-        )
+    runs = [row for row in result.rows if row["metric"] is not None]
+    for number, (name, rows) in enumerate(_by(runs, "variant").items()):
+        style = _styled(number)
+        small = {**style, "linestyle": "", "markersize": 3, "markerfacecolor": "none", "alpha": 0.7}
+        kept = [100 * (1 - row["sparsity"]) for row in rows]
+        axes.plot(kept, [row["metric"] for row in rows], **small)
+        means = [
+            row for row in result.summary() if row["variant"] == name and row["mean"] is not None
+        ]
+        means.sort(key=lambda row: row["strength"])
+        kept = [100 * (1 - row["sparsity"]) for row in means]
+        axes.plot(kept, [row["mean"] for row in means], **style, label=name)
     axes.set_xlabel("weights that are left, %")
     axes.set_ylabel(_UNITS[result.score])
     axes.legend(fontsize=7)
@@ -284,22 +270,17 @@ def _sparse_training(result: SparseTraining) -> Figure:
 
 def _curves(drawing: CurveDrawing) -> Figure:
     figure = _figure(7.6, 3.6)
-    excited, gains = figure.subplots(1, 2)
-    names = list(dict.fromkeys(point.curve for point in drawing.points))
-    for index, name in enumerate(names):
-        own = [point for point in drawing.points if point.curve == name]
-        weights = [point.weight for point in own]
-        style, _, color = _STYLES[index % len(_STYLES)]
-        marker = {"marker": _MARKERS[index % len(_MARKERS)], "markevery": max(len(own) // 8, 1)}
-        for axes, values in (
-            (excited, [point.excited for point in own]),
-            (gains, [point.gain for point in own]),
-        ):
-            axes.plot(weights, values, style, color=color, markersize=3.5, label=name, **marker)
-    ends = [min(p.weight for p in drawing.points), max(p.weight for p in drawing.points)]
-    excited.plot(ends, ends, color="#999999", linewidth=0.8)
-    gains.axhline(1, color="#999999", linewidth=0.8)
-    for axes, label in ((excited, "excited weight"), (gains, "gain of its gradient")):
+    panels = figure.subplots(1, 2)
+    excited, gains = panels
+    for number, (name, rows) in enumerate(_by(drawing.rows, "curve").items()):
+        weights = [row["weight"] for row in rows]
+        style = {**_styled(number), "markersize": 3.5, "markevery": max(len(rows) // 8, 1)}
+        for axes, what in zip(panels, ("excited", "gain"), strict=True):
+            axes.plot(weights, [row[what] for row in rows], **style, label=name)
+    ends = [pick(row["weight"] for row in drawing.rows) for pick in (min, max)]
+    excited.plot(ends, ends, color=_GREY, linewidth=0.8)
+    gains.axhline(1, color=_GREY, linewidth=0.8)
+    for axes, label in zip(panels, ("excited weight", "gain of its gradient"), strict=True):
         axes.set_xlabel("weight")
         axes.set_ylabel(label)
     excited.legend(fontsize=6)
@@ -309,19 +290,18 @@ def _curves(drawing: CurveDrawing) -> Figure:
 
 
 def _learning(curves: LearningCurves) -> Figure:
-    figure, axes = _axes(3.6, "Validation with a marker, training without; a line per variant", 6.4)
-    for index, name in enumerate(dict.fromkeys(run.variant for run in curves.runs)):
-        runs = [run for run in curves.runs if run.variant == name]
-        epochs = range(1, 1 + min(len(run.validation) for run in runs))
-        style, _, color = _STYLES[index % len(_STYLES)]
-        marker = _MARKERS[index % len(_MARKERS)]
-        validation = [sum(r.validation[e - 1] for r in runs) / len(runs) for e in epochs]
-        training = [sum(r.training[e - 1] for r in runs) / len(runs) for e in epochs]
-        axes.plot(epochs, validation, style, color=color, marker=marker, markersize=4, label=name)
-        axes.plot(epochs, training, style, color=color, linewidth=0.8, alpha=0.6)
+    title = "Validation with a marker, training without; a line per variant"
+    figure, axes = _axes(3.6, title, width=6.4)
+    for number, (name, rows) in enumerate(_by(curves.rows, "variant").items()):
+        epochs = _by(rows, "epoch")
+        style = _styled(number)
+        thin = {**style, "marker": "", "linewidth": 0.8, "alpha": 0.6}
+        for what, look in (("validation", {**style, "label": name}), ("training", thin)):
+            means = [fmean(row[what] for row in own) for own in epochs.values()]
+            axes.plot(list(epochs), means, **look)
     if curves.goal is not None:
-        axes.axhline(curves.goal, color="#999999", linewidth=0.8)
+        axes.axhline(curves.goal, color=_GREY, linewidth=0.8)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(_UNITS[curves.score])
+    axes.set_ylabel("metric")
     axes.legend(fontsize=7)
     return figure

@@ -1,199 +1,101 @@
-"""What analyses of one model return: records, with rows for tables and CSV, and as JSON types."""
+"""What analyses return: rows of numbers and text, as JSON types."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 from we_surgery.errors import InputError
 
+Row = dict[str, Any]
 
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """The result of an analysis. Subclasses are frozen dataclasses.
+    """The result of an analysis.
 
     Attributes:
         analysis: the name of the analysis.
-        score: what was measured: a score's name, or ``metric_fn``.
+        rows: numbers and text of each measurement, one dict per row of a table.
     """
 
-    analysis: ClassVar[str]
-    score: str
+    analysis: str
+    rows: list[Row]
 
-    @property
-    def records(self) -> Sequence[Any]:
-        """A dataclass for each measurement."""
-        raise NotImplementedError
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """A row of numbers and text for each measurement."""
-        return (asdict(record) for record in self.records)
+    def summary(self) -> list[Row]:
+        """The rows to show to a reader."""
+        return self.rows
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON types."""
-        return {"analysis": self.analysis, **asdict(self)}  # type: ignore[call-overload]
+        summary = self.summary()
+        return asdict(self) | ({} if summary is self.rows else {"summary": summary})
 
 
-@dataclass(frozen=True)
-class MagnitudeCurve(Result):
-    """The metric lost without the weight at each percentile of magnitude (Fig. 1a).
+class KernelMap(NamedTuple):
+    """D of the sampled kernels of one layer, ``[out_channels][in_channels]``."""
 
-    Attributes:
-        score: what was measured.
-        baseline: the metric of the unchanged model.
-        layers: the conv layers; one weight of each is zero at a time.
-        positions: the percentiles b, 1 to 100.
-        drops: D(b), the baseline minus the metric.
-    """
-
-    analysis = "magnitude"
-    score: str
-    baseline: float
-    layers: list[str]
-    positions: list[int]
-    drops: list[float]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        for position, drop in zip(self.positions, self.drops, strict=True):
-            yield {"percentile": position, "metric": self.baseline - drop, "drop": drop}
-
-
-@dataclass(frozen=True)
-class LocationMap:
-    """The sampled kernels of one layer.
-
-    Attributes:
-        layer: its name.
-        shape: its weight's.
-        out_channels: the filters sampled, N1 of them.
-        in_channels: the input channels sampled of each, N2 of them.
-        drops: ``[N1][N2]``, the metric lost without the kernel.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
     out_channels: list[int]
     in_channels: list[int]
     drops: list[list[float]]
 
 
-@dataclass(frozen=True)
-class LocationMaps(Result):
-    """The metric lost without single kernels, layer by layer (Fig. 2).
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Result):
+    """The metric of one model with some of its weights set to zero, a row for each choice of them.
+
+    Each row says what was set to zero, then has ``metric`` and ``drop``: D, the baseline minus the
+    metric. ``sparsity`` is the share of zeros among the weights of the layers, and
+    ``model_sparsity`` that among all parameters, without the zeros that were there before.
 
     Attributes:
-        score: what was measured.
+        score: what was measured: a score's name, or ``metric_fn``.
         baseline: the metric of the unchanged model.
-        maps: one for each layer, in the model's order.
+        layers: the names of the measured layers.
     """
 
-    analysis = "location"
     score: str
     baseline: float
-    maps: list[LocationMap]
+    layers: list[str]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        for one in self.maps:
-            for output, drops in zip(one.out_channels, one.drops, strict=True):
-                for channel, drop in zip(one.in_channels, drops, strict=True):
-                    yield {
-                        "layer": one.layer,
-                        "out_channel": output,
-                        "in_channel": channel,
-                        "metric": self.baseline - drop,
-                        "drop": drop,
-                    }
+    def mean_drop(self, **what: object) -> float:
+        """The mean D of the rows with these entries; NaN if there is none.
+
+        With ``granularity="channel", end="lowest"`` it is D_L of the paper.
+        """
+        drops = [row["drop"] for row in self.rows if what.items() <= row.items()]
+        return statistics.fmean(drops) if drops else float("nan")
+
+    def kernel_maps(self) -> dict[str, KernelMap]:
+        """The map of each layer, of a result of :func:`~we_surgery.analysis.location_maps`."""
+        maps = {}
+        for layer in self.layers:
+            own = [row for row in self.rows if row["layer"] == layer]
+            drops = {(row["out_channel"], row["in_channel"]): float(row["drop"]) for row in own}
+            outputs, inputs = (sorted({kernel[axis] for kernel in drops}) for axis in (0, 1))
+            maps[layer] = KernelMap(
+                outputs,
+                inputs,
+                [[drops[output, channel] for channel in inputs] for output in outputs],
+            )
+        return maps
 
     @staticmethod
-    def from_dict(data: Any, source: str = "the file") -> LocationMaps:
-        """The inverse of :meth:`to_dict`.
+    def read_location_maps(data: Any, source: str = "the file") -> Ablation:
+        """The inverse of :meth:`to_dict`, for a result of ``location_maps``.
 
         Raises:
             InputError: the data is something else.
         """
         try:
-            if data["analysis"] != "location":
-                raise ValueError(f"it is of the analysis {data['analysis']!r}")
-            maps = [LocationMap(**{**one, "shape": tuple(one["shape"])}) for one in data["maps"]]
-            return LocationMaps(str(data["score"]), float(data["baseline"]), maps)
+            found = Ablation(**data)
+            if found.analysis != "location":
+                raise ValueError(f"it is of the analysis {found.analysis!r}")
+            found.kernel_maps()
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{source} does not hold importance maps: {error}",
                 "Give the JSON file that `we-surgery analyse location` wrote.",
             ) from error
-
-
-@dataclass(frozen=True)
-class ValidityRow:
-    """The metric without the kernels that one choice removed."""
-
-    granularity: str
-    end: str  # lowest, highest or random
-    draw: int  # which random draw; 0 for the other two
-    metric: float
-    drop: float  # the baseline minus the metric: D_L, D_H, or that of a random choice
-    sparsity: float  # the share of the measured layers' weights that were zero
-
-
-@dataclass(frozen=True)
-class MultiplierValidity(Result):
-    """Whether kernels with a high multiplier matter more (WE paper, end of section 4.2).
-
-    Attributes:
-        score: what was measured.
-        baseline: the metric of the stripped model.
-        layers: the layers with multipliers.
-        share: how much was removed of each layer; None for one unit of each.
-        measurements: a row for each granularity, end and random draw.
-    """
-
-    analysis = "multipliers"
-    score: str
-    baseline: float
-    layers: list[str]
-    share: float | None
-    measurements: list[ValidityRow]
-
-    @property
-    def records(self) -> Sequence[Any]:
-        return self.measurements
-
-    def drop(self, granularity: str, end: str) -> float:
-        """D_L (``lowest``) or D_H (``highest``), or the mean over the random draws."""
-        kind = (granularity, end)
-        found = [row.drop for row in self.measurements if (row.granularity, row.end) == kind]
-        return sum(found) / len(found) if found else float("nan")
-
-
-@dataclass(frozen=True)
-class PruningRow:
-    """The metric without a share of the kernels of each layer, with no training after."""
-
-    criterion: str
-    share: float
-    sparsity: float  # zeros among the pruned layers' weights that pruning made
-    model_sparsity: float  # the same among all parameters of the stripped model
-    metric: float
-    drop: float  # the baseline minus the metric
-
-
-@dataclass(frozen=True)
-class PruningCurve(Result):
-    """The metric after pruning kernels by each criterion.
-
-    Attributes:
-        score: what was measured.
-        baseline: the metric of the stripped model.
-        layers: the layers with multipliers, all of which are pruned.
-        measurements: a row for each criterion and share.
-    """
-
-    analysis = "prune"
-    score: str
-    baseline: float
-    layers: list[str]
-    measurements: list[PruningRow]
-
-    @property
-    def records(self) -> Sequence[Any]:
-        return self.measurements
+        return found

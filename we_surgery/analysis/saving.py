@@ -77,9 +77,8 @@ def _finite(value: Any) -> Any:
 
 
 def _csv(result: Result) -> str:
-    rows = list(result.rows())
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(result.rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(result.rows)
     return buffer.getvalue()

@@ -52,14 +52,14 @@ SCORES: dict[str, Score] = {
 """What a batch can be scored by: a sum, and what to divide it by."""
 
 
-def check_score(name: str) -> Score:
-    """The score of that name."""
-    if name not in SCORES:
+def score_name(metric: Metric, score: str) -> str:
+    """What a metric is called in results; raises an InputError if there is no such score."""
+    if score not in SCORES:
         raise InputError(
-            f"there is no score {name!r}{near_matches(str(name), SCORES)}",
+            f"there is no score {score!r}{near_matches(str(score), SCORES)}",
             f"Use one of: {', '.join(SCORES)}; or give a metric_fn(model) of your own.",
         )
-    return SCORES[name]
+    return "metric_fn" if callable(metric) else score
 
 
 def inputs_and_labels(batch: Any, device: torch.device) -> tuple[Any, Tensor]:

@@ -96,6 +96,13 @@ def _matching(weights: Sequence[MeasuredWeight], layers: Sequence[str]) -> list[
     return [weight for weight in weights if weight.name in matched]
 
 
+def sparsity(model: nn.Module) -> float:
+    """The share of exact zeros among the parameters of a model, without biases and norms."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / max(sum(weight.numel() for weight in weights), 1)
+
+
 def kernel_mask(layout: WeightLayout, chosen: Tensor) -> Tensor:
     """A bool mask in the weight's stored shape, from chosen kernels ``[O, I]``, bool."""
     spread = chosen.reshape(*chosen.shape, *(1 for _ in layout.kernel_size))

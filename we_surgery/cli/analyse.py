@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from we_surgery.analysis.results import Result
-    from we_surgery.analysis.run_results import Sweep
+    from we_surgery.analysis.sweeps import Sweep
     from we_surgery.jobs.convert import Source
 
 _EXIT_CODES = "Exit codes: 0 done, 1 the analysis failed, 2 bad usage or unreadable input."
@@ -359,16 +359,16 @@ def _show(result: Result, output: Path, *, picture: bool, force: bool, as_json: 
 
 def _table(result: Result) -> Table:
     from we_surgery._util.tables import table_of
-    from we_surgery.analysis.curves import CurveDrawing
-    from we_surgery.analysis.run_results import Sweep
 
-    found = result.summary() if isinstance(result, CurveDrawing | Sweep) else result.rows()
-    rows = [{key.replace("_", " "): _cell(value) for key, value in row.items()} for row in found]
+    rows = [
+        {key.replace("_", " "): _cell(value) for key, value in row.items()}
+        for row in result.summary()
+    ]
     # The files have what a narrow terminal leaves out.
     return table_of(rows, width=table_width(), expendable=_EXPENDABLE, right=list(rows[0])[1:])
 
 
-_EXPENDABLE = ("standard error", "runs", "mean", "failed")
+_EXPENDABLE = ("standard error", "sparsity", "model sparsity", "runs", "mean", "failed")
 
 
 def _cell(value: Any) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from we_surgery.analysis.learned import WeightStatistics
     from we_surgery.analysis.quantization import Int8Error
-    from we_surgery.analysis.results import LocationMaps
+    from we_surgery.analysis.results import Ablation
     from we_surgery.jobs.inspect import Comparison, InspectedWeight, Inspection
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -143,11 +143,11 @@ def inspect_command(
         print_table(_summary(file), highlight=False, markup=False, soft_wrap=True)
 
 
-def _read_maps(path: Path) -> LocationMaps:
-    from we_surgery.analysis.results import LocationMaps
+def _read_maps(path: Path) -> Ablation:
+    from we_surgery.analysis.results import Ablation
 
     try:
-        return LocationMaps.from_dict(json.loads(path.read_text()), str(path))
+        return Ablation.read_location_maps(json.loads(path.read_text()), str(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read: {' '.join(str(error).split())}",

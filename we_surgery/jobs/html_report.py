@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from we_surgery._util.version import __version__
 from we_surgery.analysis.learned import LEARNED_NOTHING, learned_nothing
-from we_surgery.analysis.results import LocationMaps
+from we_surgery.analysis.results import Ablation
 from we_surgery.errors import InputError
 from we_surgery.jobs.inspect import Comparison, Inspection
 from we_surgery.planning.plans import Plan
@@ -31,7 +31,7 @@ _DIVERGING = (
 )
 
 
-def html_report(found: Inspection | Comparison, maps: LocationMaps | None = None) -> str:
+def html_report(found: Inspection | Comparison, maps: Ablation | None = None) -> str:
     """The HTML page about one or several files, with importance maps."""
     files = found.inspections if isinstance(found, Comparison) else [found]
     environment = Environment(
@@ -127,16 +127,15 @@ def _plan(file: Inspection) -> Plan | None:
         return None
 
 
-def _maps(maps: LocationMaps) -> dict[str, Any]:
-    drops = [value for one in maps.maps for line in one.drops for value in line]
-    limit = max(map(abs, drops), default=0.0) or 1.0
+def _maps(maps: Ablation) -> dict[str, Any]:
+    limit = max((abs(row["drop"]) for row in maps.rows), default=0.0) or 1.0
     return {
         "score": maps.score.replace("_", " "),
         "limit": f"{limit:.3g}",
         "scale": [diverging(step / 31.5 - 1) for step in range(64)],
         "maps": [
             {
-                "layer": one.layer,
+                "layer": layer,
                 "width": _CELL * len(one.in_channels),
                 "height": _CELL * len(one.out_channels),
                 "cells": [
@@ -155,7 +154,7 @@ def _maps(maps: LocationMaps) -> dict[str, Any]:
                     )
                 ],
             }
-            for one in maps.maps
+            for layer, one in maps.kernel_maps().items()
         ],
     }
 

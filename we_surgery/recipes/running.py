@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from we_surgery import checkpoint
 from we_surgery._util.progress import Progress
 from we_surgery.analysis.variants import initialize_excitations
+from we_surgery.analysis.weights import sparsity
 from we_surgery.converted.convert import convert
 from we_surgery.converted.state import is_converted
 from we_surgery.converted.strip import strip_with_report
@@ -297,17 +298,11 @@ def _finish(
         output_difference=difference,
         training_parameters=run.training_parameters,
         deployed_parameters=_parameters(deployed),
-        zeros=_zeros(deployed),
+        zeros=100 * sparsity(deployed),
         file=str(file),
     )
     (output / "result.json").write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
     return result
-
-
-def _zeros(model: nn.Module) -> float:
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return 100 * zeros / max(sum(weight.numel() for weight in weights), 1)
 
 
 def _parameters(model: nn.Module) -> int:
