@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from evidence_networks import MobileNet, ResNet, SignalNet, mixer
@@ -13,6 +13,7 @@ from torch import nn
 
 import we_surgery as ws
 
+Init = Literal["paper", "preserve"]
 COUNTED = range(30)
 TUNING = range(9000, 9003)
 """Seeds that choose the settings and are never counted."""
@@ -29,6 +30,8 @@ class Arm:
         longer: training steps over those of plain.
         decays: instead of the network's.
         se: SE modules by the library's transplant.
+        init: of ``ws.attach``; None is the network's.
+        begins: the share of the steps after which excitation starts.
     """
 
     title: str
@@ -37,6 +40,8 @@ class Arm:
     longer: float = 1.0
     decays: tuple[float, ...] | None = None
     se: bool = False
+    init: Init | None = None
+    begins: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,15 @@ CONV_ARMS = {
     "decay": Arm("plain, stronger decay", decays=(1e-2, 3e-2)),
     "wider": Arm("plain, LWE's parameters", options={"widths": (32, 64, 130)}),
 }
+_SKIPPED = [{"match": f"re:^({name})", "excite": "skip"} for name in ("conv1", "blocks.[01]")]
+SETTINGS = {
+    "plain": _PLAIN,
+    "preserve": Arm('LWE, `init="preserve"`', _conv("lwe"), init="preserve"),
+    "reduction": Arm("LWE, reduction 4 in place of 16", _conv("lwe", lwe={"reduction": 4})),
+    "last-block": Arm("LWE in the last block alone", _conv("lwe", rules=_SKIPPED)),
+    "late": Arm("LWE in the second half alone", _conv("lwe"), init="preserve", begins=0.5),
+}
+"""How LWE could be used otherwise."""
 FEW_ARMS = {name: CONV_ARMS[name] for name in ("plain", "standardize", "lwe", "mwe", "default")}
 
 
@@ -140,6 +154,7 @@ MIXER_ARMS = {
 
 EXPERIMENTS = {
     "resnet_bn": Experiment("ResNet, batch norm", ResNet, CONV_ARMS),
+    "settings": Experiment("ResNet, batch norm, other uses of LWE", ResNet, SETTINGS),
     "mixer": Experiment(
         "MLP-Mixer",
         mixer,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import evidence_data as data
 import torch
@@ -52,7 +52,7 @@ def perform(run: Run, folder: Path | None) -> dict[str, Any]:
     shown = images.validation.part(slice(0, data.CURVE))
     watch = _Watch(model, excitation, shown)
     measured = {"settings": _settings(experiment, run.arm)}
-    measured |= _train(experiment, run, model, optimizer, training, watch)
+    measured |= _train(experiment, run, model, optimizer, training, excitation, watch)
     measured["train_accuracy"] = measure(model, training.part(slice(0, data.CURVE)))["accuracy"]
     measured["validation_accuracy"] = measure(model, images.validation)["accuracy"]
     if run.phase == "count":
@@ -91,8 +91,10 @@ def prepare(
     optimizer = experiment.make_optimizer(model, run.lr, run.decay)
     if arm.config is None:
         return model, optimizer, None
-    init = "preserve" if experiment.pretrained else "paper"
-    return model, optimizer, ws.attach(model, optimizer, config=arm.config, init=init)
+    init = arm.init or ("preserve" if experiment.pretrained else "paper")
+    start: Literal["on", "paused"] = "paused" if arm.begins else "on"
+    excitation = ws.attach(model, optimizer, config=arm.config, init=init, start=start)
+    return model, optimizer, excitation
 
 
 @lru_cache(maxsize=2)
@@ -146,6 +148,7 @@ def _train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     training: Split,
+    excitation: ws.AttachedExcitation | None,
     watch: _Watch,
 ) -> dict[str, Any]:
     steps = experiment.steps(run.arm)
@@ -153,7 +156,10 @@ def _train(
     spent = 0.0
     losses: list[float] = []
     feed = data.batches(training, experiment.batch, steps, run.seed, mirror=not experiment.signals)
+    arm = experiment.arms[run.arm]
     for step, (inputs, labels) in enumerate(feed, start=1):
+        if excitation is not None and arm.begins and step == round(arm.begins * steps) + 1:
+            excitation.resume()
         start = time.process_time()
         losses.append(train_step(model, optimizer, schedule, inputs, labels))
         spent += time.process_time() - start

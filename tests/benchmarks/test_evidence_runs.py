@@ -108,6 +108,20 @@ def test_norms_of_raw_weights_are_not_those_of_excited_ones(folder, toy):
     assert len(measured["raw_norm"]) == len(measured["validation_curve"]) == 2
 
 
+def test_late_excitation_trains_as_plain_until_it_begins(folder, monkeypatch):
+    small = dataclasses.replace(
+        evidence_arms.EXPERIMENTS["settings"], images=64, epochs=2, batch=32
+    )
+    monkeypatch.setitem(evidence_arms.EXPERIMENTS, "settings", small)
+    plain, late = (
+        evidence_training.perform(Run("settings", "tune", arm, 0, 0.1, 5e-4), folder)
+        for arm in ("plain", "late")
+    )
+    for name in ("train_loss", "weight_change"):
+        assert late[name][0] == plain[name][0]
+        assert late[name][1] != plain[name][1]
+
+
 def test_two_processes_cannot_write_one_file(tmp_path):
     file = lines.Lines(tmp_path / "lines.jsonl")
     with file.locked(), pytest.raises(SystemExit, match="another process"), file.locked():
@@ -152,7 +166,8 @@ def test_arms_of_a_seed_begin_with_the_same_raw_weights(network, folder):
         return evidence_training.prepare(experiment, Run(network, "count", arm, 3, lr, decay), data)
 
     plain, _, _ = made("plain")
-    for arm in ("standardize", "lwe", "mwe", "default"):
+    excited = {"standardize", "lwe", "mwe", "default", "reduction", "last-block", "late"}
+    for arm in sorted(excited & set(experiment.arms)):
         _, optimizer, _ = made(arm)
         state = optimizer.state_dict()["state"]["we_surgery"]
         raw = [value for name, value in flat(state) if name.endswith("raw")]
