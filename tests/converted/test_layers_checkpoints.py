@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_excitation_is_refused() -> None:
 def test_a_vanilla_checkpoint_of_another_shape_is_refused() -> None:
     state = ConvNet().state_dict()
     state["stem.weight"] = torch.zeros(8, 3, 5, 5)
-    with pytest.raises(RuntimeError, match=r"size mismatch for stem\.raw_weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for stem\.weight"):
         ws.convert(ConvNet()).load_state_dict(state)
 
 

@@ -12,13 +12,13 @@ import copy
 import functools
 import importlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from we_surgery.converted.own_state import has_own_state, load_raw, save_raw
 from we_surgery.converted.views import (
     drop_own_attributes,
     folded_parameters,
@@ -94,31 +94,54 @@ class ExcitedLayer(_ModuleBase):
             fused.set_submodule(name, layer.fuse())
         return fused
 
+    # A vanilla view with the raw weights saves and loads them, since a class may do so in a way of
+    # its own (PyTorch Geometric's `Linear` does) and its hooks know the vanilla names.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        saved: Any = OrderedDict()
+        raw_view(self)._save_to_state_dict(saved, prefix, keep_vars)
+        names = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
+        for key, value in saved.items():
+            destination[names.get(key, key)] = value
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        vanilla: list[str] = []
-
-        def rename(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
-            for name in self.excited_parameters:
-                vanilla_key, raw_key = prefix + name, prefix + raw_name(name)
-                if vanilla_key in state_dict and raw_key not in state_dict:
-                    vanilla.append(name)
-                    # A vanilla checkpoint: its weight becomes the raw weight, as if it had been
-                    # loaded before the conversion. The excitation keeps its values, except those
-                    # that depend on the weight.
-                    state_dict[raw_key] = state_dict.pop(vanilla_key)
-                    excitation = getattr(self, excitation_name(name))
-                    own = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
-                    for key, value in own.items():
-                        state_dict.setdefault(key, value)
-
-        # The last of the hooks: the layer's own know vanilla names.
-        with self.register_load_state_dict_pre_hook(rename):  # type: ignore[no-untyped-call]
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._warn_of_left_out(state_dict, prefix)
-        for name in vanilla:
-            getattr(self, excitation_name(name)).prepare(getattr(self, raw_name(name)))
+        raw_keys = {prefix + name: prefix + raw_name(name) for name in self.excited_parameters}
+        vanilla_keys = {raw: key for key, raw in raw_keys.items()}
+        excitations = tuple(f"{prefix}{excitation_name(name)}." for name in self.excited_parameters)
+        given: dict[str, Any] = {}
+        for key, value in state_dict.items():
+            if key in raw_keys and raw_keys[key] in state_dict:
+                unexpected_keys += [key] if strict else []
+            elif not key.startswith(excitations):
+                given[vanilla_keys.get(key, key)] = value
+        view, missing = raw_view(self), list[str]()
+        view._load_from_state_dict(
+            given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [raw_keys.get(key, key) for key in missing]
+        for name, parameter in view._parameters.items():
+            own_name = raw_name(name) if name in self.excited_parameters else name
+            self._parameters[own_name] = parameter
+        for name in self.excited_parameters:
+            key = prefix + name
+            if raw_keys[key] not in state_dict and key not in missing:
+                # A vanilla checkpoint: its weight becomes the raw weight, as if it had been loaded
+                # before the conversion. The excitation keeps its values, except those that depend
+                # on the weight.
+                excitation = getattr(self, excitation_name(name))
+                kept = excitation.state_dict(prefix=f"{prefix}{excitation_name(name)}.")
+                state_dict |= {key: value for key, value in kept.items() if key not in state_dict}
+                excitation.prepare(getattr(self, raw_name(name)))
+        self._warn_of_left_out(given, prefix)
 
     def _warn_of_left_out(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Warns if a load has other tensors of the layer, but not its weight.
@@ -128,7 +151,7 @@ class ExcitedLayer(_ModuleBase):
         """
         given = [key for key in state_dict if key.startswith(prefix)]
         for name in self.excited_parameters if given else ():
-            if prefix + raw_name(name) not in state_dict:
+            if prefix + name not in state_dict:
                 warnings.warn(
                     f"the state dict has {given[0]!r}, but neither {prefix + name!r} nor "
                     f"{prefix + raw_name(name)!r}: the layer keeps its weight. If you keep only "
@@ -284,8 +307,6 @@ def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
             found[method] = _raw_initializer(method)
-    if has_own_state(base):
-        found |= {"_save_to_state_dict": save_raw, "_load_from_state_dict": load_raw}
     if issubclass(base, nn.ParameterList):
         found["__getitem__"] = _item_or_slice(base)
     return found | {
