@@ -16,8 +16,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
+from we_surgery.converted import WELinear
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.converted.layer import WELinear
 from we_surgery.excitations import Composition
 from we_surgery.fx import ExcitePass, StripPass
 

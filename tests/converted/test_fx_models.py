@@ -22,8 +22,8 @@ from torch import nn
 from toys import EVERYTHING, ConvNet
 
 import we_surgery as ws
+from we_surgery.converted import WEConv2d, WELinear
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.converted.layer import WEConv2d, WELinear
 from we_surgery.fx import ExcitePass, StripPass
 
 

@@ -14,8 +14,9 @@ from toys import EVERYTHING, ConvNet, is_vanilla
 
 import we_surgery as ws
 from we_surgery._util.transaction import AllOrNothing
+from we_surgery.converted import WEConv2d, WELinear
 from we_surgery.converted.excite import excite_owner, restore_owner
-from we_surgery.converted.layer import ExcitedLayer, WEConv2d, WELinear, excited_class
+from we_surgery.converted.layer import ExcitedLayer, excited_class
 from we_surgery.excitations import WeightLayout, build_excitation
 from we_surgery.excitations.names import excitation_name, raw_name
 
@@ -190,46 +191,26 @@ def test_a_layer_that_a_layers_own_method_makes_is_a_vanilla_one() -> None:
 
 
 class Listed(nn.Module):
-    """Weights in a ParameterList and a ParameterDict, under names that are none."""
+    """Weights in a ParameterList and a ParameterDict."""
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = [(6, 6), (6, 6), (6, 6), (6,)]
-        self.listed = nn.ParameterList([nn.Parameter(torch.randn(size)) for size in sizes])
-        self.named = nn.ParameterDict({"a:b": torch.randn(6, 6), "c%3A": torch.randn(6, 6)})
+        self.listed = nn.ParameterList([nn.Parameter(torch.randn(6, 6)) for _ in range(2)])
+        self.named = nn.ParameterDict({"a": torch.randn(6, 6)})
 
     def forward(self, x: Tensor) -> Tensor:
-        for weight in (*self.listed[:-1], *self.named.values()):
+        for weight in (*self.listed, *self.named.values()):
             x = F.linear(x, weight)
-        return x + self.listed[3:][0]
+        return x
 
 
-def test_a_slice_of_a_parameter_list_holds_excited_weights_that_learn() -> None:
-    torch.manual_seed(0)
+def test_weights_in_lists_of_parameters_are_excited_in_the_attached_form_alone() -> None:
     x = torch.randn(4, 6)
-    model = ws.convert(Listed(), config={"linear": "lwe+mwe"}, example_inputs=x)
-    part = model.listed[1::2]
-    assert type(part) is nn.ParameterList
-    assert len(part) == 2
-    assert torch.equal(part[0], model.listed[1])
-    assert part[1] is model.listed[3]
-    output = model(x)
-    output.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert torch.equal(ws.strip(model, example_inputs=x)(x), output)
-
-
-def test_a_weight_that_is_taken_out_of_a_parameter_dict_takes_its_excitation_along() -> None:
-    model = ws.convert(Listed(), config={"linear": "mwe"}, example_inputs=torch.randn(4, 6))
-    weight = model.named["c%3A"].clone()
-    assert model.named.pop("a:b").shape == (6, 6)
-    assert list(model.named) == ["c%3A"]
-    assert torch.equal(model.named["c%3A"], weight)
-    assert [name for name, _ in model.named.named_parameters()] == ["raw_c%3A"]
-    del model.named["c%3A"]
-    assert is_vanilla(model.named)
-    assert not list(model.named.parameters())
-    assert isinstance(model.listed, ExcitedLayer)
+    plan = ws.plan(Listed(), "mwe", example_inputs=x)
+    assert [row.verdict for row in plan.decisions] == ["skip"] * 3
+    assert all("belongs to a ParameterList" in row.reason for row in plan.decisions)
+    attached = ws.plan(Listed(), "mwe", example_inputs=x, form="attached")
+    assert [row.verdict for row in attached.decisions] == ["MWE"] * 3
 
 
 def test_folding_a_batch_norm_into_an_mwe_conv_is_right() -> None:

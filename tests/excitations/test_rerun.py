@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
 import we_surgery as ws
-from we_surgery.converted.layer import WEConv2d
+from we_surgery.converted import WEConv2d
 from we_surgery.excitations import MWE, Composition, Excitation, Standardize
 
 F64 = torch.float64

@@ -8,19 +8,12 @@ Pickles name the excited classes by this package, ``we_surgery.converted``.
 
 from typing import Any
 
-from we_surgery.converted.layer import WEConv1d as WEConv1d
-from we_surgery.converted.layer import WEConv2d as WEConv2d
-from we_surgery.converted.layer import WEConv3d as WEConv3d
-from we_surgery.converted.layer import WEConvTranspose1d as WEConvTranspose1d
-from we_surgery.converted.layer import WEConvTranspose2d as WEConvTranspose2d
-from we_surgery.converted.layer import WEConvTranspose3d as WEConvTranspose3d
-from we_surgery.converted.layer import WELinear as WELinear
-from we_surgery.converted.layer import find_made_class
+from we_surgery.converted.layer import find_excited_class
 
 
 def __getattr__(name: str) -> Any:
-    """Finds a class that another process made on demand, for pickle."""
-    found = find_made_class(name)
+    """The excited class of this name, for pickle; it is made on demand."""
+    found = find_excited_class(name)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found

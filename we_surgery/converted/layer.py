@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from we_surgery.converted.views import (
-    drop_own_attributes,
     folded_parameters,
     raw_view,
     vanilla_view,
@@ -70,19 +69,6 @@ class ExcitedLayer(_ModuleBase):
                     "(`we_surgery.Rule(pattern, 'skip')`).",
                 )
         super().register_parameter(name, param)
-
-    def __delattr__(self, name: str) -> None:
-        base: Any = self.vanilla_class
-        excited = self.excited_parameters
-        if name not in excited or type(self) is not excited_class(base, excited):
-            super().__delattr__(name)
-            return
-        # As of a vanilla layer; `ParameterDict.pop` does it.
-        del self._parameters[raw_name(name)], self._modules[excitation_name(name)]
-        left = tuple(other for other in excited if other != name)
-        self.__class__ = excited_class(base, left) if left else base
-        if not left:
-            drop_own_attributes(self)
 
     def fuse(self) -> nn.Module:
         """A vanilla layer with the folded weight, for timm's ``reparameterize_model``."""
@@ -282,102 +268,45 @@ def _vanilla_initializer(base: Any) -> Callable[..., None]:
     return initialize
 
 
-def _item_or_slice(base: Any) -> Callable[[Any, Any], Any]:
-    """The ``__getitem__`` of an excited ``ParameterList``."""
-
-    def get(self: Any, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return base.__getitem__(self, index)
-        found = base()
-        for value in (self[i] for i in range(*index.indices(len(self)))):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                # Excited. Appending would make it a Parameter, which has no graph.
-                found.__dict__[str(len(found))] = value
-                found._size += 1
-            else:
-                found.append(value)
-        return found
-
-    return get
-
-
 def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
     """The attributes of the excited class of ``base``."""
     found: dict[str, Any] = {name: excited_property(name) for name in parameters}
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
             found[method] = _raw_initializer(method)
-    if issubclass(base, nn.ParameterList):
-        found["__getitem__"] = _item_or_slice(base)
     return found | {
         "__init__": _vanilla_initializer(base),
         "vanilla_class": base,
         "excited_parameters": parameters,
         "__module__": PUBLIC_PATH,
+        "__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}.",
     }
 
 
-# Classes. Those of torch's layers are written out; others are made on demand, and pickle finds
-# them by a name that describes them.
-
-
-class WEConv1d(ExcitedLayer, nn.Conv1d):
-    """A ``Conv1d`` with an excited weight."""
-
-
-class WEConv2d(ExcitedLayer, nn.Conv2d):
-    """A ``Conv2d`` with an excited weight."""
-
-
-class WEConv3d(ExcitedLayer, nn.Conv3d):
-    """A ``Conv3d`` with an excited weight."""
-
-
-class WEConvTranspose1d(ExcitedLayer, nn.ConvTranspose1d):
-    """A ``ConvTranspose1d`` with an excited weight."""
-
-
-class WEConvTranspose2d(ExcitedLayer, nn.ConvTranspose2d):
-    """A ``ConvTranspose2d`` with an excited weight."""
-
-
-class WEConvTranspose3d(ExcitedLayer, nn.ConvTranspose3d):
-    """A ``ConvTranspose3d`` with an excited weight."""
-
-
-class WELinear(ExcitedLayer, nn.Linear):
-    """A ``Linear`` with an excited weight."""
-
-
-_WRITTEN_OUT: dict[type[nn.Module], type[ExcitedLayer]] = {
-    nn.Conv1d: WEConv1d,
-    nn.Conv2d: WEConv2d,
-    nn.Conv3d: WEConv3d,
-    nn.ConvTranspose1d: WEConvTranspose1d,
-    nn.ConvTranspose2d: WEConvTranspose2d,
-    nn.ConvTranspose3d: WEConvTranspose3d,
-    nn.Linear: WELinear,
+_WITH_NAMES_OF_THEIR_OWN = {
+    f"WE{base.__name__}": base
+    for base in (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
 }
-for _vanilla, _excited in _WRITTEN_OUT.items():
-    for _name, _value in _overrides(_vanilla, ("weight",)).items():
-        setattr(_excited, _name, _value)
+"""Vanilla classes whose excited ones pickle as ``WEConv2d``; others get a describing name."""
 
 
 @functools.cache  # one class for one question, so that copies and pickles agree on it
 def excited_class(base: Any, parameters: tuple[str, ...]) -> type[ExcitedLayer]:
     """The excited class of ``base`` for these ``parameters``; always the same object."""
-    if parameters == ("weight",) and base in _WRITTEN_OUT:
-        return _WRITTEN_OUT[base]
-    described = {"__doc__": f"A ``{base.__name__}`` with excited {', '.join(parameters)}."}
-    made = type(
-        f"WE{base.__name__}", (ExcitedLayer, base), _overrides(base, parameters) | described
-    )
-    made.__qualname__ = MadeClass.of(base, parameters).name
+    name = f"WE{base.__name__}"
+    made = type(name, (ExcitedLayer, base), _overrides(base, parameters))
+    if parameters != ("weight",) or _WITH_NAMES_OF_THEIR_OWN.get(name) is not base:
+        made.__qualname__ = MadeClass.of(base, parameters).name
     return made
 
 
-def find_made_class(name: str) -> type[ExcitedLayer] | None:
-    """The excited class that pickles of another process call ``name``, or None."""
+def find_excited_class(name: str) -> type[ExcitedLayer] | None:
+    """The excited class that pickles call ``name``, or None."""
+    if name in _WITH_NAMES_OF_THEIR_OWN:
+        return excited_class(_WITH_NAMES_OF_THEIR_OWN[name], ("weight",))
     made = MadeClass.parse(name)
     if made is None:
         return None
