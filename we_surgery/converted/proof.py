@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from we_surgery._util.scripted import is_scripted
+from we_surgery._util.copies import deep_copy
 from we_surgery.errors import InputError, SurgeryError
 from we_surgery.reading.running import call, copied, fixed_seed, with_tensors
 
 RELATIVE_TOLERANCE = 1e-5
 
 _PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-
 _HAVE_EXTREMES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -150,11 +146,14 @@ def is_finite(weight: Tensor) -> bool:
 def run_in_eval(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The tensors a model returns in eval mode, without gradients and with a fixed seed.
 
-    The forward gets copies of the inputs, and its changes to the model are undone.
+    A copy of the model runs, with the same Parameters: a forward pass may write to its input, count
+    its calls, keep a state, or fill a cache.
     """
-    with _state_put_back(model), eval_mode(model), torch.no_grad(), fixed_seed(model):
+    with torch.no_grad(), fixed_seed(model):
         try:
-            outputs = call(model, with_tensors(example_inputs, copied))
+            copy = deep_copy(model, {id(parameter): parameter for parameter in model.parameters()})
+            with eval_mode(copy):
+                outputs = call(copy, with_tensors(example_inputs, copied))
         except Exception as error:
             raise InputError(
                 f"the model fails on the example inputs: {type(error).__name__}: {error}",
@@ -226,50 +225,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
-    with _values_put_back(buffer for module in graphs for buffer in module.buffers()):
-        # An exported program has a fixed mode and refuses to change it.
-        with contextlib.suppress(NotImplementedError):
-            model.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags.items():
-                module.training = training
-
-
-@contextlib.contextmanager
-def _state_put_back(model: nn.Module) -> Iterator[None]:
-    """Restores modules' attributes, and the values of all tensors except parameters.
-
-    A forward may count its calls, keep a state, or fill a cache.
-    """
-    modules = [module for module in model.modules() if not is_scripted(module)]
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
-    values = [value for _, own in attributes for value in own.values()]
-    containers = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    with _values_put_back([*model.buffers(), *tensors]):
-        try:
-            yield
-        finally:
-            for found, kept in [*attributes, *containers]:
-                found.clear()
-                (found.extend if isinstance(found, list | deque) else found.update)(kept)
-
-
-@contextlib.contextmanager
-def _values_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restores the values of tensors that were written to."""
-    kept = [
-        (tensor, tensor.detach().clone())
-        for tensor in tensors
-        # Others cannot be compared, and are rarely written to.
-        if tensor.layout == torch.strided and not tensor.is_meta
-    ]
+    buffers = [buffer for module in graphs for buffer in module.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    # An exported program has a fixed mode and refuses to change it.
+    with contextlib.suppress(NotImplementedError):
+        model.eval()
     try:
         yield
     finally:
+        for module, training in flags.items():
+            module.training = training
         with torch.no_grad():
-            for tensor, value in kept:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+            for buffer, values in zip(buffers, kept, strict=True):
+                buffer.copy_(values)
