@@ -81,8 +81,7 @@ def test_hardened_each_kernel_keeps_its_largest_position_and_the_whole_weight(
 ) -> None:
     model = trained(shared)
     raw, attention = model[0].raw_weight, model[0].excitation.shift_attention.attention
-    report = ws.harden(model)
-    assert (report.layers, report.kernels) == (1, 3 if shared else 18)
+    ws.harden(model)
     weight = ws.strip(model, example_inputs=torch.randn(2, 3, 5, 5))[0].weight
     largest = attention.flatten(2).argmax(2).expand(6, 3)
     for o in range(6):
@@ -110,7 +109,7 @@ def test_shared_and_hardened_it_is_a_shift_and_a_pointwise_conv() -> None:
 def test_rounding_makes_undecided_kernels_zero_and_can_be_taken_back() -> None:
     model = trained()
     before = model[0].weight.clone()
-    undecided = ws.harden(model, "round").undecided
+    undecided = ws.harden(model, "round")
     weight = model[0].weight
     assert 0 < undecided < 18
     assert int((weight.flatten(2).count_nonzero(2) == 0).sum()) == undecided

@@ -41,7 +41,7 @@ def test_an_attached_model_is_refused_with_what_to_do(name):
 def test_hardening_the_converted_copy_gives_one_weight_per_kernel():
     _model, _optimizer, excitation = attached("shift_attention", {})
     twin = excitation.converted()
-    assert ws.harden(twin).layers == 1
+    ws.harden(twin)
     assert (ws.strip(twin)[0].weight != 0).flatten(2).sum(2).eq(1).all()
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from we_surgery.errors import InputError
@@ -93,40 +94,18 @@ class DropBehind:
         return drop_largest(output, self.rate) if is_on else output
 
 
-class SwappedDropout(MaxDropout):
-    """The class that a dropout layer gets in place; its attributes are kept."""
+class SwappedDropout(MaxDropout, _DropoutNd):
+    """The class that a dropout layer gets in place; its attributes are kept.
 
-    vanilla_class: ClassVar[type[nn.Module]]
+    ``instead_of`` is the name of the vanilla class in ``torch.nn``.
+    """
 
-
-# One class per kind, because pickles name it.
-class MaxDropoutOfDropout(SwappedDropout, nn.Dropout):
-    """What an ``nn.Dropout`` becomes."""
-
-    vanilla_class = nn.Dropout
+    instead_of: str
 
 
-class MaxDropoutOfDropout1d(SwappedDropout, nn.Dropout1d):
-    """What an ``nn.Dropout1d`` becomes."""
-
-    vanilla_class = nn.Dropout1d
-
-
-class MaxDropoutOfDropout2d(SwappedDropout, nn.Dropout2d):
-    """What an ``nn.Dropout2d`` becomes."""
-
-    vanilla_class = nn.Dropout2d
-
-
-class MaxDropoutOfDropout3d(SwappedDropout, nn.Dropout3d):
-    """What an ``nn.Dropout3d`` becomes."""
-
-    vanilla_class = nn.Dropout3d
-
-
-_SWAPPED: dict[type[nn.Module], type[SwappedDropout]] = {
-    swapped.vanilla_class: swapped for swapped in SwappedDropout.__subclasses__()
-}
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it can be swapped: a dropout of torch, and none of a subclass."""
+    return type(module) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def max_dropout(
@@ -197,7 +176,7 @@ class MaxDropoutTransplant(Transplant):
             return list(self._hidden_sites(model))
         found = []
         for name, module in model.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
+            if isinstance(module, _DropoutNd):
                 found.append(self._site(name, module))
             if isinstance(module, fx.GraphModule):
                 found += [self._node_site(name, node) for node in _dropout_nodes(module)]
@@ -212,11 +191,11 @@ class MaxDropoutTransplant(Transplant):
                 reason = "has MaxDropout behind it" if has_hook else "its outputs are dropped"
                 yield Site(name, type_name, reason, fits=not has_hook)
 
-    def _site(self, name: str, module: nn.modules.dropout._DropoutNd) -> Site:
+    def _site(self, name: str, module: _DropoutNd) -> Site:
         type_name = qualified_name(type(module))
         if isinstance(module, SwappedDropout):
             return Site(name, type_name, "is MaxDropout already", fits=False)
-        if type(module) not in _SWAPPED:
+        if not _is_plain(module):
             return Site(name, type_name, "is not a plain dropout", fits=False)
         return Site(name, type_name, *self._verdict(module.p))
 
@@ -242,17 +221,18 @@ class MaxDropoutTransplant(Transplant):
             return
         module = model.get_submodule(place)
         if self.insert:
-            rate = _AUTHORS_RATE if self.rate is None else self.rate
-            module.register_forward_hook(DropBehind(rate, self.always_on))
+            authors = _AUTHORS_RATE if self.rate is None else self.rate
+            module.register_forward_hook(DropBehind(authors, self.always_on))
             return
-        if type(module) not in _SWAPPED:
+        if not _is_plain(module):
             raise InputError(
                 f"{place!r} is not a dropout layer but {qualified_name(type(module))}",
                 'Give its row in the plan `"attach": false`.',
             )
-        module.__dict__["rate"] = module.p if self.rate is None else self.rate
-        module.__dict__["always_on"] = self.always_on
-        module.__class__ = _SWAPPED[type(module)]
+        rate: Any = module.p if self.rate is None else self.rate
+        kind = type(module).__name__
+        vars(module).update(rate=rate, always_on=self.always_on, instead_of=kind)
+        module.__class__ = SwappedDropout
 
     def _attach_to_node(self, module: nn.Module, name: str) -> None:
         graph_module = module if isinstance(module, fx.GraphModule) else None
@@ -292,8 +272,9 @@ class MaxDropoutTransplant(Transplant):
             return
         if not at:
             assert isinstance(module, SwappedDropout)
-            module.__class__ = module.vanilla_class  # type: ignore[assignment]
-            del module.__dict__["rate"], module.__dict__["always_on"]
+            module.__class__ = getattr(nn, module.instead_of)
+            for name in _OWN_ARGUMENTS:
+                delattr(module, name)
             return
         assert isinstance(module, fx.GraphModule)
         node = next(node for node in _swapped_nodes(module) if node.name == node_name)
