@@ -69,10 +69,11 @@ def test_a_tied_weight_is_whole_and_an_unused_one_is_named(tmp_path: Path) -> No
     assert [note for note in contents.notes if "'cls.seq_relationship.weight'" in note]
 
 
-def test_the_error_names_the_architecture(vit: Path) -> None:
+def test_the_error_names_the_architecture_as_a_shell_takes_it(vit: Path) -> None:
+    spaced = vit.rename(vit.with_name("my vit"))
     with pytest.raises(InputError) as caught:
-        ws.load(vit)
-    assert f"transformers:{vit}" in caught.value.cure
+        ws.load(spaced)
+    assert f"'transformers:{spaced}'" in caught.value.cure
 
 
 @pytest.mark.parametrize(

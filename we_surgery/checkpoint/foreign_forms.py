@@ -14,7 +14,6 @@ are applied. Each may be one of our compositions or single stages, with a record
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,69 +34,63 @@ from we_surgery.excitations.record import (
 )
 
 _GATE = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-
-_TREE = "parametrizations"
-_IN_TREE = re.compile(rf"(?:^|(?<=\.)){_TREE}(?:\.[^.]+|$)")
-_ORIGINAL = re.compile(r"(?:(.+)\.)?parametrizations\.([^.]+)\.original")
+_IN_TREE = re.compile(r"((?:.*?\.)??)(parametrizations\.([^.]+)\.)(.+)")
 
 
 @dataclass(frozen=True)
 class ReadAsOurs:
-    """A state dict under our names and in our shapes, and the new names of modules."""
+    """A state dict under our names and in our shapes, and which of the modules are gone."""
 
     state: dict[str, Tensor]
-    modules: dict[str, str]
+    gone: set[str]
     note: str
 
 
 def read_public_code(state: Mapping[str, Tensor], modules: Iterable[str]) -> ReadAsOurs | None:
     """The public code's LWE layers as ours; None where there are none."""
-    index = _KeyIndex(state)
-    owners = [k.removesuffix(".fc1.weight") for k in state if k.endswith(".fc1.weight")]
-    layers = [layer for layer in owners if _is_public_lwe(state, layer, index)]
+    owners = [key.removesuffix(".fc1.weight") for key in state if key.endswith(".fc1.weight")]
+    parents = {key.rpartition(".")[0].rpartition(".")[0] for key in state} if owners else set()
+    layers = [
+        layer
+        for layer in owners
+        # With further layers, as in the code's later experiments, it is another method.
+        if not {f"{layer}.fc1", f"{layer}.fc2"} & parents and _is_public_lwe(state, layer)
+    ]
     if not layers:
         return None
     renamed: dict[str, str] = {}
     for layer in layers:
-        weight = state[f"{layer}.weight"]
-        if len(set(weight.shape[2:])) > 1:
+        kernel = tuple(state[f"{layer}.weight"].shape[2:])
+        if len(set(kernel)) > 1:
             raise InputError(
                 f"{layer!r} is an LWE layer of the paper's public code with a kernel of "
-                f"{tuple(weight.shape[2:])}, which that code does not pool as it does a square one",
+                f"{kernel}, which that code does not pool as it does a square one",
                 "Save the weights it computes, from a forward pass of that model.",
             )
         renamed[f"{layer}.weight"] = f"{layer}.{raw_name('weight')}"
-        for entry in _GATE:
-            renamed[f"{layer}.{entry}"] = f"{layer}.{EXCITATION}.lwe.{entry}"
+        renamed |= {f"{layer}.{entry}": f"{layer}.{EXCITATION}.lwe.{entry}" for entry in _GATE}
     lwe = LWE(1, device="meta").chosen_options() | {"reduction": None}
     stages = [{"standardize": {"epsilon": 1e-5}}, {"lwe": lwe}]
     record = to_tensor(make_record(stages, schema=OLD_SCHEMA))
-    ours: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key not in renamed:
-            ours[key] = value
-            continue
-        entry = renamed[key].partition(f".{EXCITATION}.lwe.")[2]
-        ours[renamed[key]] = value.flatten(1) if entry.endswith("weight") else value
-        if not entry:
-            ours[key.removesuffix("weight") + f"{EXCITATION}.{RECORD_KEY}"] = record
-    moved = {f"{x}.{fc}": f"{x}.{EXCITATION}.lwe.{fc}" for x in layers for fc in ("fc1", "fc2")}
+    matrices = {f"{layer}.{entry}" for layer in layers for entry in _GATE if "weight" in entry}
+    ours = {
+        renamed.get(key, key): value.flatten(1) if key in matrices else value
+        for key, value in state.items()
+    }
+    ours |= {f"{layer}.{EXCITATION}.{RECORD_KEY}": record for layer in layers}
     note = f"read as LWE layers of the WE paper's public code, standardized: {listed(layers)}"
-    return ReadAsOurs(ours, {name: moved[name] for name in modules if name in moved}, note)
+    gone = {f"{layer}.{fc}" for layer in layers for fc in ("fc1", "fc2")}
+    return ReadAsOurs(ours, gone, note)
 
 
-def _is_public_lwe(state: Mapping[str, Tensor], layer: str, index: _KeyIndex) -> bool:
-    if f"{layer}.weight" not in state:
+def _is_public_lwe(state: Mapping[str, Tensor], layer: str) -> bool:
+    keys = [f"{layer}.{entry}" for entry in ("weight", *_GATE)]
+    if not all(key in state for key in keys):
         return False
-    beside = {key for fc in ("fc1", "fc2") for key in index.beginning_with(f"{layer}.{fc}.")}
-    # With further layers, as in the code's later experiments, it is another method.
-    if beside != {f"{layer}.{entry}" for entry in _GATE}:
-        return False
-    weight = state[f"{layer}.weight"]
-    fc1, bias1, fc2, bias2 = (state[f"{layer}.{entry}"] for entry in _GATE)
-    ones = (1,) * (weight.ndim - 2)
+    weight, fc1, bias1, fc2, bias2 = (state[key] for key in keys)
     if weight.ndim < 3 or fc1.ndim != weight.ndim:
         return False
+    ones = (1,) * (weight.ndim - 2)
     hidden, channels = fc1.shape[0], weight.shape[1]
     return (
         fc1.shape == (hidden, channels, *ones)
@@ -112,51 +105,34 @@ def read_parametrized(state: Mapping[str, Tensor], modules: Iterable[str]) -> Re
 
     Weights with other parametrizations do not change.
     """
-    renamed: dict[str, str] = {}
-    excitations: dict[str, str] = {}
-    weights: list[str] = []
-    records: dict[str, Tensor] = {}
-    index = _KeyIndex(state)
+    trees: dict[tuple[str, str, str], dict[str, set[str]]] = {}
     for key in state:
-        found = _ORIGINAL.fullmatch(key)
-        if found is None:
+        if found := _IN_TREE.fullmatch(key):
+            owner, tree, parameter, rest = found.groups()
+            number, _, entry = rest.partition(".")
+            chain = trees.setdefault((owner, owner + tree, parameter), {})
+            chain.setdefault(number, set()).add(entry)
+    renamed: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    records: dict[str, Tensor] = {}
+    for (owner, prefix, parameter), chain in trees.items():
+        if chain.pop("original", None) != {""}:
             continue
-        prefix = key.removesuffix("original")
-        chain = _chain(index, prefix)
         said = _said(state, prefix, chain)
         if said is None:
             if any(map(_is_excitation, chain.values())):
-                raise no_record([key])
+                raise no_record([f"{prefix}original"])
             continue
         stages, record = said
-        owner = f"{found[1]}." if found[1] else ""
-        excitation = owner + excitation_name(found[2])
-        renamed[key] = owner + raw_name(found[2])
+        excitation = owner + excitation_name(parameter)
+        weights[owner + parameter] = renamed[f"{prefix}original"] = owner + raw_name(parameter)
         records[f"{excitation}.{RECORD_KEY}"] = record
         renamed |= {old: f"{excitation}.{new}" for old, new in stages.items()}
-        excitations |= dict.fromkeys((f"{owner}{_TREE}", f"{owner}{_TREE}.{found[2]}"), excitation)
-        weights.append(owner + found[2])
     if not weights:
         return None
     note = f"read as excitations registered by torch.nn.utils.parametrize: {listed(weights)}"
-    moved = {name: new for name in modules if (new := _moved(name, excitations)) is not None}
-    return ReadAsOurs(_in_vanilla_order(state, renamed) | records, moved, note)
-
-
-def _moved(module: str, excitations: Mapping[str, str]) -> str | None:
-    """The excitation that a module in torch's tree of parametrizations is a part of."""
-    heads = (module[: found.end()] for found in _IN_TREE.finditer(module))
-    return next((excitations[head] for head in heads if head in excitations), None)
-
-
-def _chain(index: _KeyIndex, prefix: str) -> dict[str, set[str]]:
-    """The keys of each parametrization of a weight, by its number."""
-    chain: dict[str, set[str]] = {}
-    for key in index.beginning_with(prefix):
-        if key != f"{prefix}original":
-            number, _, rest = key.removeprefix(prefix).partition(".")
-            chain.setdefault(number, set()).add(rest)
-    return chain
+    gone = {name for name in modules if "parametrizations" in name.split(".")}
+    return ReadAsOurs(_in_vanilla_order(state, renamed, weights) | records, gone, note)
 
 
 def _is_excitation(keys: set[str]) -> bool:
@@ -205,30 +181,16 @@ def _refuse_other_order(
         )
 
 
-def _in_vanilla_order(state: Mapping[str, Tensor], renamed: Mapping[str, str]) -> dict[str, Tensor]:
+def _in_vanilla_order(
+    state: Mapping[str, Tensor], renamed: Mapping[str, str], weights: Mapping[str, str]
+) -> dict[str, Tensor]:
     """The entries renamed, and each layer's weight before its others, as vanilla layers have it."""
     ours = {renamed.get(key, key): value for key, value in state.items()}
-    weights: dict[str, list[str]] = {}
-    for key in filter(_ORIGINAL.fullmatch, renamed):
-        weights.setdefault(renamed[key].rpartition(".")[0], []).append(renamed[key])
+    raw: dict[str, list[str]] = {}
+    for key in weights.values():
+        raw.setdefault(key.rpartition(".")[0], []).append(key)
     ordered: dict[str, Tensor] = {}
     for key, value in ours.items():
-        for weight in weights.pop(key.rpartition(".")[0], ()):
-            ordered[weight] = ours[weight]
+        ordered |= {weight: ours[weight] for weight in raw.pop(key.rpartition(".")[0], ())}
         ordered.setdefault(key, value)
     return ordered
-
-
-class _KeyIndex:
-    """Finds a state dict's keys by what they begin with, without a look at all of them."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._place = {key: place for place, key in enumerate(keys)}
-        self._sorted = sorted(self._place)
-
-    def beginning_with(self, prefix: str) -> list[str]:
-        """The keys that begin with ``prefix``, in their own order."""
-        first = last = bisect_left(self._sorted, prefix)
-        while last < len(self._sorted) and self._sorted[last].startswith(prefix):
-            last += 1
-        return sorted(self._sorted[first:last], key=self._place.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def model_from(
 
 def _forms_for(path: Path | None) -> str:
     if path is not None and (path.parent / "config.json").is_file():
-        return f"transformers:{path.parent} if transformers wrote this folder, else {FORMS}"
+        folder = shlex.quote(f"transformers:{path.parent}")
+        return f"{folder} if transformers wrote this folder, else {FORMS}"
     return FORMS
 
 

@@ -105,8 +105,8 @@ def unwrap(
             continue
         cleaned = ours.state
         if versions is not None:
-            own = {ours.modules.get(name, name): v for name, v in versions.items()}
-            cleaned = with_versions(cleaned, own)
+            left = {name: v for name, v in versions.items() if name not in ours.gone}
+            cleaned = with_versions(cleaned, left)
         notes = [*notes, ours.note]
     return cleaned, notes
 
