@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,14 +90,12 @@ def unwrap(
             f"the checkpoint is {type(checkpoint).__name__} and not a mapping",
             "Give a state dict, or a mapping that holds one; strip a module with `strip`.",
         )
-    places = _places(checkpoint)
-    if weights is not None:
-        key = _key_of(checkpoint, places, weights, key)
-    state, notes = (
-        _chosen(checkpoint, key)
-        if key is not None
-        else _found(checkpoint, places, averages=weights != "raw")
-    )
+    if key is not None and weights is not None:
+        raise InputError(
+            f"both the key {key!r} and the {weights} weights were asked for",
+            "Give --key (`key=`), or one of --raw and --ema (`weights=`).",
+        )
+    state, notes = _chosen(checkpoint, weights) if key is None else _at(checkpoint, key)
     cleaned = _clean(state, notes)
     for read_as_ours in (read_public_code, read_parametrized):
         versions = getattr(cleaned, VERSIONS, None)
@@ -113,7 +112,7 @@ def unwrap(
 
 def _places(checkpoint: Mapping[str, Any]) -> _Places:
     """Where the trainer that wrote a checkpoint puts which weights."""
-    if _holds_state(checkpoint, _LIGHTNING_TRAINED):
+    if _as_state_dict(checkpoint.get(_LIGHTNING_TRAINED)) is not None:
         return _Places((_LIGHTNING_TRAINED,), _TRAINED)
     beside = checkpoint.get(_MMENGINE_TRAINED)
     if isinstance(beside, Mapping) and _averaged_in(beside) is _MMENGINE:
@@ -131,87 +130,58 @@ def _places(checkpoint: Mapping[str, Any]) -> _Places:
     return _Places(_TRAINED, tuple(dict.fromkeys((*_AVERAGES, *others))))
 
 
-def _key_of(
-    checkpoint: Mapping[str, Any], places: _Places, weights: Weights, key: str | None
-) -> str | None:
-    """Where a trainer put these weights; None for trained ones under no usual name."""
-    if key is not None:
-        raise InputError(
-            f"both the key {key!r} and the {weights} weights were asked for",
-            "Give --key (`key=`), or one of --raw and --ema (`weights=`).",
-        )
-    averages = weights == "ema"
-    names = places.ema if averages else places.raw
-    holding = (name for name in names if _holds_state(checkpoint, name, averages=averages))
-    found = next(holding, None)
-    if found is None and averages:
-        raise InputError(
-            f"the checkpoint holds no EMA weights under a usual name ({quoted(names)})",
-            _key_hint(checkpoint),
-        )
-    return found
-
-
-def _chosen(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], list[str]]:
+def _at(checkpoint: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], list[str]]:
     value: Any = checkpoint
-    path: list[str] = []
     rest = key
     while rest:
-        if not isinstance(value, Mapping):
-            raise InputError(f"{'.'.join(path)!r} holds no further keys", "Give a shorter key.")
+        names = list(map(str, value)) if isinstance(value, Mapping) else []
         # The longest name that fits: a key may hold dots of its own.
         parts = rest.split(".")
         fits = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        name = next((name for name in fits if name in value), None)
+        name = next((name for name in fits if name in names), None)
         if name is None:
-            names = [str(known) for known in value]
             raise InputError(
                 f"the checkpoint has no key {key!r}{near_matches(rest, names)}",
-                f"Its keys are: {quoted(names)}.",
+                _key_hint(checkpoint),
             )
         value = value[name]
-        path.append(name)
         rest = rest[len(name) + 1 :]
     state = _as_state_dict(value)
     if state is None:
         raise InputError(
             f"what the checkpoint holds under {key!r} is {_described(value)} and not a state dict",
-            _key_hint(value, f"{key}.") if isinstance(value, Mapping) else _key_hint(checkpoint),
+            _key_hint(checkpoint),
         )
     return state, [f"used {key!r}"]
 
 
-def _found(
-    checkpoint: Mapping[str, Any], places: _Places, *, averages: bool
+def _chosen(
+    checkpoint: Mapping[str, Any], weights: Weights | None
 ) -> tuple[Mapping[str, Any], list[str]]:
+    places = _places(checkpoint)
     states = {
         str(name): state
         for name, value in checkpoint.items()
-        if name != METADATA_KEY and (state := _as_state_dict(value)) is not None
+        if name != METADATA_KEY
+        and (state := _as_state_dict(value, averages=weights != "raw")) is not None
     }
-    allowed = [
-        name
-        for name in states
-        if averages
-        or (not places.is_average(name) and _holds_state(checkpoint, name, averages=False))
-    ]
-    chosen = next((name for name in WRAPPER_KEYS if name in allowed), None)
-    if chosen is None and _is_state_dict(checkpoint):
+    allowed = [n for n in states if weights is None or places.is_average(n) == (weights == "ema")]
+    usual = {None: WRAPPER_KEYS, "raw": places.raw, "ema": places.ema}[weights]
+    chosen = next((name for name in usual if name in allowed), None)
+    if chosen is None and weights != "ema" and _is_state_dict(checkpoint):
         return checkpoint, []
     if chosen is None and len(allowed) == 1:
         chosen = allowed[0]
     if chosen is None:
-        found = f"several state dicts: {quoted(allowed)}" if allowed else "no state dict"
-        but = "" if allowed else f", but {_described(checkpoint)}: {quoted(checkpoint)}"
-        if states and not allowed:
-            found, but = "no trained weights", f", but their average: {quoted(states)}"
-        raise InputError(f"the checkpoint holds {found}{but}", _key_hint(checkpoint))
+        raise _no_choice(checkpoint, allowed, weights)
+    if weights is not None:
+        return states[chosen], [f"used {chosen!r}"]
     notes = [f"used {chosen!r}", *([places.note] if places.note else [])]
     for name in states:
         if name != chosen:
             what = "EMA weights" if places.is_average(name) else "weights"
             notes.append(
-                f"{what} under {name!r} were not used; choose them with --key {name} "
+                f"{what} under {name!r} were not used; choose them with --key {shlex.quote(name)} "
                 f"(`key={name!r}`)"
             )
     dropped = [
@@ -222,6 +192,20 @@ def _found(
     if dropped:
         notes.append(f"dropped {listed(dropped)}")
     return states[chosen], notes
+
+
+def _no_choice(
+    checkpoint: Mapping[str, Any], allowed: list[str], weights: Weights | None
+) -> InputError:
+    others = [str(name) for name, value in checkpoint.items() if _as_state_dict(value) is not None]
+    if allowed:
+        cause = f"several state dicts: {quoted(allowed)}"
+    elif weights is not None and others:
+        missing = "trained" if weights == "raw" else "EMA"
+        cause = f"no {missing} weights, only those under {quoted(others)}"
+    else:
+        cause = f"no state dict, but {_described(checkpoint)}: {quoted(checkpoint)}"
+    return InputError(f"the checkpoint holds {cause}", _key_hint(checkpoint))
 
 
 def _as_state_dict(
@@ -324,29 +308,23 @@ def _without_compiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
-def _holds_state(checkpoint: Mapping[str, Any], name: str, *, averages: bool = True) -> bool:
-    return name in checkpoint and _as_state_dict(checkpoint[name], averages=averages) is not None
-
-
 def speaks_of_average(name: str) -> bool:
     """Whether a name speaks of a running average: ``ema``, ``net_ema``, ``EMAModel``."""
     words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return any(word.lower() == "ema" for word in words)
 
 
-def _key_hint(checkpoint: Mapping[Any, Any], path: str = "") -> str:
-    if states := list(_keys_of_states(checkpoint, path)):
-        return f"Choose one with --key (`key=`): {quoted(states)}."
-    return "Give a file that holds a model or its state dict."
-
-
-def _keys_of_states(value: Mapping[Any, Any], path: str, depth: int = 0) -> Iterator[str]:
-    """The keys that can be chosen, including nested ones below the usual names."""
-    for name, inner in value.items():
-        if _as_state_dict(inner) is not None:
-            yield f"{path}{name}"
-        elif name in WRAPPER_KEYS and isinstance(inner, Mapping) and depth < _DEEPEST:
-            yield from _keys_of_states(inner, f"{path}{name}.", depth + 1)
+def _key_hint(checkpoint: Mapping[Any, Any]) -> str:
+    keys: list[str] = []
+    for name, value in checkpoint.items():
+        if _as_state_dict(value) is not None:
+            keys.append(str(name))
+        elif isinstance(value, Mapping):
+            inner = (part for part in value if _as_state_dict(value[part]) is not None)
+            keys += [f"{name}.{part}" for part in inner]
+    if not keys:
+        return "Give a file that holds a model or its state dict."
+    return f"Choose a state dict with --key (`key=`): {quoted(keys)}."
 
 
 def _described(value: Any) -> str:
