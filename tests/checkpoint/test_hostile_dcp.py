@@ -109,7 +109,7 @@ TRAPS = {
     ),
     "memory": (saved(TakesMemory()), "called in a way"),
     "code": (saved([Path.touch]), "is refused: it refers to"),
-    "no tensor": (saved({}), "holds dict where"),
+    "no tensor": (saved({}), "is <class 'dict'>, but"),
 }
 
 

@@ -128,7 +128,7 @@ def test_an_unknown_key_names_near_ones_and_those_that_can_be_chosen():
     with pytest.raises(InputError, match="did you mean 'state_dict'") as caught:
         unwrap(checkpoint, key="state_dct")
     assert "'state_dict'" in caught.value.cure
-    with pytest.raises(InputError, match="no key 'epoch.x'"):
+    with pytest.raises(InputError, match=r"no key 'epoch\.x'"):
         unwrap(checkpoint, key="epoch.x")
     with pytest.raises(InputError, match="is int and not a state dict") as caught:
         unwrap(checkpoint, key="epoch")

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,16 @@ from we_surgery.checkpoint.safe_pickle.unpickle import unpickle
 from we_surgery.checkpoint.shards.files import Load, TensorFiles, check_file_name
 from we_surgery.errors import InputError, damaged, quoted
 
-_Record = TypeVar("_Record")
-
 # Plain dataclasses of DCP, by name: their modules differ between versions of torch.
 _RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")
-# What else the metadata refers to; nothing of it is read but the dtype among the properties.
-_UNREAD = {"BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING"}
+# What else it refers to; nothing of it is read but the dtype among the properties.
+_UNREAD = {
+    "TensorProperties",
+    "BytesStorageMetadata",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+    "MEM_FORMAT_ENCODING",
+}
 _OTHERS_UNREAD = {
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
@@ -75,13 +79,9 @@ class DistributedCheckpoint(TensorFiles):
         self.shards = self._grouped()
 
     def _read(self, file: Path) -> None:
-        from torch.distributed.checkpoint.metadata import (
-            Metadata,
-            MetadataIndex,
-            TensorStorageMetadata,
-        )
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-        metadata = _checked(_Unpickler(io.BytesIO(file.read_bytes())).load(), Metadata)
+        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
         described, stored = metadata.state_dict_metadata, metadata.storage_data
         paths = metadata.planner_data or {name: (name,) for name in described}
         # The planner's names are in the state dict's own order; the others in that of the files.
@@ -91,7 +91,7 @@ class DistributedCheckpoint(TensorFiles):
         for name in order:
             tensor = described[name]
             if isinstance(tensor, TensorStorageMetadata):
-                size, dtype = _numbers(tensor.size), _dtype(tensor.properties)
+                size, dtype = _numbers(tensor.size), tensor.properties.state[0]
                 pieces = [_piece(self.path, name, chunk, stored) for chunk in tensor.chunks]
                 _check_pieces(self.path, name, size, pieces)
                 self.tensors[name] = torch.empty(size, dtype=dtype, device="meta")
@@ -143,12 +143,14 @@ class DistributedCheckpoint(TensorFiles):
         whole = torch.empty(0)
         filled = torch.zeros(0, dtype=torch.bool)
         for piece in self._pieces[name]:
-            part = self._load_piece(name, piece)
-            if (tuple(part.shape), part.dtype) != (piece.sizes, expected.dtype):
+            part = self._open_piece(name, piece)
+            form = (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else type(part)
+            if form != (piece.sizes, expected.dtype):
                 raise damaged(
-                    f"the piece of {name!r} in {self.path / piece.file} is {tuple(part.shape)} of "
-                    f"{part.dtype}, but .metadata says {piece.sizes} of {expected.dtype}"
+                    f"the piece of {name!r} in {self.path / piece.file} is {form}, but .metadata "
+                    f"says {(piece.sizes, expected.dtype)}"
                 )
+            part = part.detach()
             if part.shape == expected.shape:
                 return part
             if whole.shape != expected.shape:
@@ -160,14 +162,6 @@ class DistributedCheckpoint(TensorFiles):
         if not filled.all():
             raise damaged(f"the pieces of {name!r} in {self.path} do not fill it")
         return whole
-
-    def _load_piece(self, name: str, piece: Piece) -> Tensor:
-        part = self._open_piece(name, piece)
-        if not isinstance(part, Tensor):
-            raise damaged(
-                f"{self.path / piece.file} holds {type(part).__name__} where {name!r} should be"
-            )
-        return part.detach()
 
     def _open_piece(self, name: str, piece: Piece) -> Any:
         path = self.path / piece.file
@@ -238,7 +232,7 @@ class _Unpickler(pickle._Unpickler):
                 return vars(metadata)[name]
             if name == "_StorageInfo":
                 return filesystem._StorageInfo
-            if name == "TensorProperties" or name in _UNREAD:
+            if name in _UNREAD:
                 return _Unread
         if (module, name) in _OTHERS_UNREAD:
             return _Unread
@@ -249,12 +243,6 @@ class _Unpickler(pickle._Unpickler):
         )
 
 
-def _checked(found: Any, kind: type[_Record]) -> _Record:
-    if not isinstance(found, kind):
-        raise damaged(f"the .metadata holds {type(found).__name__} where {kind.__name__} should be")
-    return found
-
-
 def _numbers(sizes: Any) -> tuple[int, ...]:
     numbers = tuple(sizes)
     if not all(type(number) is int and number >= 0 for number in numbers):
@@ -262,17 +250,9 @@ def _numbers(sizes: Any) -> tuple[int, ...]:
     return numbers
 
 
-def _dtype(properties: Any) -> torch.dtype:
-    state = properties.state if isinstance(properties, _Unread) else None
-    if not isinstance(state, tuple) or not isinstance(state[0], torch.dtype):
-        raise damaged("the .metadata has a tensor without a dtype")
-    return state[0]
-
-
 def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Piece:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    chunk = _checked(chunk, ChunkStorageMetadata)
     offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
     index = MetadataIndex(name, offsets)
     if index not in stored:
@@ -281,15 +261,8 @@ def _piece(folder: Path, name: str, chunk: Any, stored: Mapping[Any, Any]) -> Pi
 
 
 def _place(
-    folder: Path,
-    name: str,
-    stored: Any,
-    offsets: tuple[int, ...] = (),
-    sizes: tuple[int, ...] = (),
+    folder: Path, name: str, info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()
 ) -> Piece:
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    info = _checked(stored, _StorageInfo)
     if info.transform_descriptors:
         raise InputError(
             f"{name!r} in {folder} is stored through {quoted(info.transform_descriptors)}",
