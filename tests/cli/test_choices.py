@@ -2,16 +2,12 @@
 
 from typing import get_args
 
-import torch
-
 import we_surgery as ws
 from we_surgery.analysis.removal import CRITERIA, GRANULARITIES
 from we_surgery.analysis.scores import SCORES
 from we_surgery.cli import choices
 from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.strip import DEPLOY_FORMS
-from we_surgery.jobs.targets import KINDS
-from we_surgery.jobs.verify import DTYPES
 from we_surgery.planning.policy import DEFAULT_MODE
 
 
@@ -20,8 +16,6 @@ def test_choices_are_those_of_the_library() -> None:
     assert choices.DEFAULT_MODE == DEFAULT_MODE
     assert get_args(Init) == choices.INITS
     assert get_args(Start) == choices.STARTS
-    assert choices.KINDS == KINDS
-    assert {name: getattr(torch, name) for name in choices.DTYPES} == DTYPES
     assert tuple(DEPLOY_FORMS) == choices.DEPLOY_FORMS
     assert tuple(SCORES) == choices.SCORES
     assert choices.GRANULARITIES == GRANULARITIES

@@ -16,7 +16,7 @@ from we_surgery.checkpoint import Architecture, Contents, Metadata, Weights
 from we_surgery.converted.convert import convert
 from we_surgery.converted.sites import Init, Start
 from we_surgery.converted.state import PLAN_ATTRIBUTE, is_converted
-from we_surgery.errors import InputError, SurgeryError, quoted
+from we_surgery.errors import InputError, SurgeryError
 from we_surgery.jobs.targets import check_extension, choose_target
 from we_surgery.planning.decide import plan as make_plan
 from we_surgery.planning.plans import Plan
@@ -167,21 +167,12 @@ def _read_vanilla(source: Source) -> tuple[Contents, nn.Module]:
 def _check_architecture(architecture: Architecture, model: nn.Module, source: str) -> None:
     """Raises unless a module's weights fit the architecture that the result names."""
     with torch.random.fork_rng(devices=[]):
-        built = _shapes(architecture.build())
-    found = _shapes(model)
-    if built != found:
-        differing = [key for key in (*found, *built) if built.get(key) != found.get(key)]
+        built = architecture.build()
+    try:
+        built.load_state_dict(model.state_dict())
+    except RuntimeError as error:
         raise InputError(
-            f"the module in {source} is not a {architecture.name}: they differ in "
-            f"{quoted(list(dict.fromkeys(differing)))}",
+            f"the module in {source} is not a {architecture.name}: {error}",
             "Leave out --arch, which a whole module does not need, or pass the module's own, with "
             "its arguments (--arch-arg).",
-        )
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
-    state: dict[str, Any] = model.state_dict()
-    return {
-        key: tuple(value.shape) if isinstance(value, Tensor) else None
-        for key, value in state.items()
-    }
+        ) from error

@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from we_surgery.excitations import EXCITATIONS, load_plugins
+from we_surgery.excitations import EXCITATIONS, Excitation, load_plugins
 from we_surgery.planning.policy import MODES
-from we_surgery.transplants import TRANSPLANTS
+from we_surgery.transplants import TRANSPLANTS, Transplant
 
 
 @dataclass(frozen=True)
@@ -46,44 +46,32 @@ class Method:
 
 def family() -> list[Method]:
     """Every mode, excitation and transplant, registered ones of the user included."""
-    modes = [
-        Method(
-            name=name,
-            kind="mode",
-            summary=mode.summary,
-            source=mode.source,
-            options=mode.cells | {stage: dict(values) for stage, values in mode.options.items()},
-        )
-        for name, mode in MODES.items()
-    ]
     load_plugins()
-    excitations = [
-        Method(
-            name=name,
-            kind="excitation",
-            summary=excitation.summary,
-            source=excitation.source,
-            options=excitation.options(),
-            published=excitation.published,
-            deploys_to=excitation.deploys_to,
-            forms=excitation.forms,
-        )
-        for name, excitation in sorted(EXCITATIONS.items(), key=lambda item: item[1].order)
-    ]
-    transplants = [
-        Method(
-            name=name,
-            kind="transplant",
-            summary=transplant.summary,
-            source=transplant.source,
-            options={field.name: field.default for field in fields(transplant)},
-            published=transplant.published,
-            deploys_to=transplant.deploys_to,
-            forms=transplant.forms,
-        )
-        for name, transplant in TRANSPLANTS.items()
-    ]
-    return modes + excitations + transplants
+    rows: list[Method] = []
+    for name, mode in MODES.items():
+        cells = mode.cells | {stage: dict(values) for stage, values in mode.options.items()}
+        rows.append(Method(name, "mode", mode.summary, mode.source, cells))
+    for name, excitation in sorted(EXCITATIONS.items(), key=lambda item: item[1].order):
+        rows.append(_method(name, "excitation", excitation, excitation.options()))
+    for name, transplant in TRANSPLANTS.items():
+        options = {field.name: field.default for field in fields(transplant)}
+        rows.append(_method(name, "transplant", transplant, options))
+    return rows
+
+
+def _method(
+    name: str, kind: str, found: type[Excitation | Transplant], options: Mapping[str, Any]
+) -> Method:
+    return Method(
+        name,
+        kind,
+        found.summary,
+        found.source,
+        options,
+        published=found.published,
+        deploys_to=found.deploys_to,
+        forms=found.forms,
+    )
 
 
 def family_table() -> RenderableType:

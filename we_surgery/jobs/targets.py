@@ -12,9 +12,6 @@ from we_surgery import checkpoint
 from we_surgery.checkpoint import Contents, Metadata, ModelFolder
 from we_surgery.errors import InputError
 
-KINDS = ("module", "state_dict", "safetensors")
-"""What can be asked for; a folder of shards comes of an input that is one."""
-
 _SLASHES = tuple(filter(None, (os.sep, os.altsep)))
 _SAFETENSORS = ".safetensors"
 _FOLDER_ENDINGS = {"sharded": "", "safetensors": _SAFETENSORS}
@@ -23,7 +20,7 @@ _TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 @dataclass(frozen=True)
 class Target:
-    """A file or folder to write, of one of :data:`KINDS` or ``sharded`` for several files.
+    """A file or folder to write, of a kind that ``--to`` takes or ``sharded`` for several files.
 
     With ``copied`` it is a folder of the weights and the other files of that one.
     """

@@ -89,7 +89,7 @@ class DistributedCheckpoint(TensorFiles):
         order += [name for name in described if name not in paths]
         self._paths = {name: tuple(map(str, paths.get(name, (name,)))) for name in order}
         for name in order:
-            tensor = described[name]
+            tensor: Any = described[name]
             if isinstance(tensor, TensorStorageMetadata):
                 size, dtype = _numbers(tensor.size), tensor.properties.state[0]
                 pieces = [_piece(self.path, name, chunk, stored) for chunk in tensor.chunks]
@@ -143,14 +143,14 @@ class DistributedCheckpoint(TensorFiles):
         whole = torch.empty(0)
         filled = torch.zeros(0, dtype=torch.bool)
         for piece in self._pieces[name]:
-            part = self._open_piece(name, piece)
-            form = (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else type(part)
+            found = self._open_piece(name, piece)
+            form = (tuple(found.shape), found.dtype) if isinstance(found, Tensor) else type(found)
             if form != (piece.sizes, expected.dtype):
                 raise damaged(
                     f"the piece of {name!r} in {self.path / piece.file} is {form}, but .metadata "
                     f"says {(piece.sizes, expected.dtype)}"
                 )
-            part = part.detach()
+            part: Tensor = found.detach()
             if part.shape == expected.shape:
                 return part
             if whole.shape != expected.shape:
