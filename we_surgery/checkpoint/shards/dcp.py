@@ -89,9 +89,10 @@ class DistributedCheckpoint(TensorFiles):
         order += [name for name in described if name not in paths]
         self._paths = {name: tuple(map(str, paths.get(name, (name,)))) for name in order}
         for name in order:
-            tensor: Any = described[name]
+            tensor = described[name]
             if isinstance(tensor, TensorStorageMetadata):
-                size, dtype = _numbers(tensor.size), tensor.properties.state[0]
+                properties: Any = tensor.properties  # an _Unread
+                size, dtype = _numbers(tensor.size), properties.state[0]
                 pieces = [_piece(self.path, name, chunk, stored) for chunk in tensor.chunks]
                 _check_pieces(self.path, name, size, pieces)
                 self.tensors[name] = torch.empty(size, dtype=dtype, device="meta")
