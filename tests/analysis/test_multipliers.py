@@ -96,8 +96,6 @@ class PerFilter(Excitation):
     def excite(self, weight: Tensor) -> Tensor:
         return weight * self.multiplier(weight)
 
-    for_layout = from_state = classmethod(lambda cls, *_: None)  # type: ignore[assignment]
-
 
 def test_stages_of_other_makes_count_by_their_multiplier() -> None:
     lwe = LWE(4)

@@ -22,20 +22,12 @@ import we_surgery as ws
 class Halved(ws.Excitation):
     name, order, summary, source = "halved", 12, "a part of each weight", "nowhere"
 
-    def __init__(self, part):
+    def __init__(self, part: float = 0.5, *, device, dtype):
         super().__init__()
         self.part = part
 
     def excite(self, weight):
         return weight * self.part
-
-    @classmethod
-    def for_layout(cls, layout, *, device, dtype, part: float = 0.5):
-        return cls(part)
-
-    @classmethod
-    def from_state(cls, state, options):
-        return cls(options["part"])
 """
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,16 +17,7 @@ from we_surgery.excitations import MWE, Composition, Excitation, Standardize
 F64 = torch.float64
 
 
-class Stage(Excitation):
-    """What the tests' stages share: they are made by hand."""
-
-    def for_layout(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
-    from_state = for_layout
-
-
-class Gate(Stage):
+class Gate(Excitation):
     """A gate of two convs with a parameter they share, and a scale that is a buffer."""
 
     name: ClassVar[str] = "gate"
@@ -51,7 +42,7 @@ class Gate(Stage):
         return weight * gate.view(*gate.shape, *[1] * (weight.ndim - 2))
 
 
-class Spectral(Stage):
+class Spectral(Excitation):
     """The weight over an estimate of its largest singular value, which training improves."""
 
     name: ClassVar[str] = "spectral"

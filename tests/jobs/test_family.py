@@ -94,5 +94,5 @@ def test_a_class_without_its_methods_is_refused() -> None:
         name = "unfinished"
         order = 40
 
-    with pytest.raises(ws.InputError, match="does not define excite, for_layout, from_state"):
+    with pytest.raises(ws.InputError, match="does not define excite"):
         ws.register_excitation(Unfinished)

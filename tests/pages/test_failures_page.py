@@ -58,12 +58,6 @@ class Noise(ws.Excitation):
     def excite(self, weight: Tensor) -> Tensor:
         return weight + torch.rand_like(weight)
 
-    @classmethod
-    def for_layout(cls, layout: Any, *, device: Any, dtype: Any) -> Noise:
-        return cls()
-
-    from_state = for_layout
-
 
 class Packing(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

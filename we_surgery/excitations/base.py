@@ -45,9 +45,10 @@ class Excitation(nn.Module, ABC):
     weight by 0.4 %, and a fold in float32 would differ from what was trained.
 
     A subclass sets ``name`` (its key in state dicts and configs) and ``order`` (its place in a
-    composition, which holds one excitation per place), and defines :meth:`excite`,
-    :meth:`for_layout` and :meth:`from_state`; all else has a default. It keeps each option of
-    :meth:`for_layout` as an attribute of the same name. A state dict stores the options as text
+    composition, which holds one excitation per place), and defines :meth:`excite`; all else has a
+    default. Its ``__init__`` takes sizes of the layer (:meth:`sizes`, :meth:`sizes_in`), then its
+    options, which have defaults, and the keywords ``device`` and ``dtype``. Each option is kept as
+    an attribute of the same name. A state dict stores the options as text
     (:mod:`we_surgery.excitations.record`), and only what is trained or moves as tensors.
     """
 
@@ -71,6 +72,9 @@ class Excitation(nn.Module, ABC):
     """
     is_part: bool = False
     """Whether the record of a larger excitation describes it."""
+
+    def __init__(self, *, device: Device = None, dtype: DType = None) -> None:
+        super().__init__()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The excited weight, in ``weight``'s shape, dtype and memory format."""
@@ -119,12 +123,23 @@ class Excitation(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no inverse in closed form")
 
     @classmethod
-    @abstractmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        """A new excitation for a layer; further keyword arguments are the method's options."""
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        """The arguments of ``__init__`` that come before its options; default: none."""
+        return ()
 
     @classmethod
-    @abstractmethod
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """The same arguments, from its tensors in a state dict."""
+        return ()
+
+    @classmethod
+    def for_layout(
+        cls, layout: WeightLayout, *, device: Device, dtype: DType, **options: Any
+    ) -> Self:
+        """A new excitation for a layer."""
+        return cls(*cls.sizes(layout), **options, device=device, dtype=dtype)
+
+    @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
         """An excitation with the shapes of ``state``; the caller then assigns the values.
 
@@ -132,6 +147,8 @@ class Excitation(nn.Module, ABC):
             state: its tensors.
             options: the saved :meth:`chosen_options`.
         """
+        dtype = next((tensor.dtype for tensor in state.values()), None)
+        return cls(*cls.sizes_in(state), **options, device="meta", dtype=dtype)
 
     @classmethod
     def unsupported_reason(cls, layout: WeightLayout, options: Mapping[str, Any]) -> str | None:
@@ -191,9 +208,13 @@ class Excitation(nn.Module, ABC):
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """The options of :meth:`for_layout` with their defaults."""
-        parameters = inspect.signature(cls.for_layout).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        """The options with their defaults: what ``__init__`` need not be given."""
+        found = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+        return {
+            name: default
+            for name, default in found.items()
+            if default is not inspect.Parameter.empty and name not in ("device", "dtype")
+        }
 
     def chosen_options(self) -> dict[str, Any]:
         """Its present options, of JSON types; by default the attributes of their names."""

@@ -156,7 +156,7 @@ def build_excitation(
         except AttributeError as error:
             raise InputError(
                 f"{type(stage).__name__} does not keep its options: {error}",
-                "Keep each option of `for_layout` as an attribute of its name, or write "
+                "Keep each option of `__init__` as an attribute of its name, or write "
                 "`chosen_options`.",
             ) from error
     return composition

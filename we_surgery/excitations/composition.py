@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from we_surgery.errors import ExcitationError, NotStrippedWarning
 from we_surgery.excitations.base import (
     Affine,
-    Device,
-    DType,
     Excitation,
     autocast_off,
     in_full_precision,
@@ -22,7 +20,7 @@ from we_surgery.excitations.cached import block_of
 from we_surgery.excitations.compute.closed_form import excite_in_closed_form, excite_in_place
 from we_surgery.excitations.compute.inputs import NO_STAGES, ClosedFormInputs, changes_nothing
 from we_surgery.excitations.compute.rerun import excite_and_rerun
-from we_surgery.excitations.layout import WeightLayout, from_filters, to_filters
+from we_surgery.excitations.layout import from_filters, to_filters
 from we_surgery.excitations.record import Paused, PausedInit, Record, to_tensor
 from we_surgery.excitations.standardize import Rescale
 
@@ -287,14 +285,6 @@ class Composition(Excitation):
             return filters
         # Regrouping loses the memory format, which can change a conv's result.
         return torch.empty_like(like).copy_(from_filters(filters, self.transposed_groups))
-
-    @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        raise TypeError("a composition is built from its stages; see `build_excitation`")
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        raise TypeError("a composition is rebuilt from its stages; see `rebuild_excitation`")
 
 
 def warn_if_exported() -> None:

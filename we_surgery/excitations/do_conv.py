@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,9 @@ class DOConv(Excitation):
         return "has kernels of one position, with nothing to combine" if is_single else None
 
     @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        positions = math.prod(layout.kernel_size)
-        return cls(layout.in_channels, positions, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return layout.in_channels, math.prod(layout.kernel_size)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        channels, positions, _ = state["residual"].shape
-        return cls(channels, positions, device="meta", dtype=state["residual"].dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return tuple(state["residual"].shape[:2])

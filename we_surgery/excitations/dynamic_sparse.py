@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +91,12 @@ class DynamicSparse(Excitation):
         return weight
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: Device, dtype: DType, kernels: bool = False
-    ) -> Self:
-        return cls(layout.out_channels, kernels, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return (layout.out_channels,)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        threshold = state["threshold"]
-        return cls(threshold.shape[0], **options, device="meta", dtype=threshold.dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return (len(state["threshold"]),)
 
 
 def long_tailed_slope(over: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Expand(Excitation):
         groups: int,
         outputs: int,
         channels: int,
-        kernel_size: tuple[int, ...] = (),
+        kernel_size: tuple[int, ...],
         rate: int = 4,
         *,
         device: Device = None,
@@ -88,18 +88,18 @@ class Expand(Excitation):
         return Affine()
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: Device, dtype: DType, rate: int = 4
-    ) -> Self:
-        sizes = (layout.groups, layout.out_channels // layout.groups, layout.channels)
-        return cls(*sizes, layout.kernel_size, rate, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return (
+            layout.groups,
+            layout.out_channels // layout.groups,
+            layout.channels,
+            layout.kernel_size,
+        )
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
         groups, outputs, _ = state["after"].shape
-        channels, dtype = state["before"].shape[2], state["after"].dtype
-        kernel = tuple(state["below"].shape[3:])
-        return cls(groups, outputs, channels, kernel, options["rate"], device="meta", dtype=dtype)
+        return groups, outputs, state["before"].shape[2], tuple(state["below"].shape[3:])
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

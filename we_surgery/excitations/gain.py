@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,21 +79,12 @@ class Gain(Excitation):
         return Affine(2.0)
 
     @classmethod
-    def for_layout(
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        attention: str = "none",
-    ) -> Self:
-        return cls(layout.out_channels, attention, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return (layout.out_channels,)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        values = next(iter(state.values()))
-        size = state["gain" if options["attention"] == "none" else "input"].shape[0]
-        return cls(size, **options, device="meta", dtype=values.dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return (len(state["gain" if "gain" in state else "input"]),)
 
     def extra_repr(self) -> str:
         return f"attention={self.attention}"

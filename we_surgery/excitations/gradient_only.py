@@ -32,7 +32,7 @@ class MWEGradient(Excitation):
     takes_standardized: ClassVar[bool] = True
     adjustable: ClassVar[tuple[str, ...]] = ("epsilon",)
 
-    def __init__(self, epsilon: float = 0.1) -> None:
+    def __init__(self, epsilon: float = 0.1, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__()
         self.check_options({"epsilon": epsilon})
         self.epsilon = float(epsilon)
@@ -48,16 +48,6 @@ class MWEGradient(Excitation):
 
     def invert(self, excited: Tensor) -> Tensor:
         return excited
-
-    @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: Device, dtype: DType, epsilon: float = 0.1
-    ) -> Self:
-        return cls(epsilon)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        return cls(**options)
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon:g}"
@@ -98,16 +88,16 @@ class LWEGradient(Excitation):
         return {"lwe": self.lwe.chosen_options()}
 
     @classmethod
+    def options(cls) -> dict[str, Any]:
+        return {"lwe": None}
+
+    @classmethod
     def for_layout(
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        lwe: Mapping[str, Any] | None = None,
+        cls, layout: WeightLayout, *, device: Device, dtype: DType, **options: Any
     ) -> Self:
-        options = check_mapping("lwe_gradient: lwe", {} if lwe is None else lwe)
-        return cls(LWE.for_layout(layout, device=device, dtype=dtype, **options))
+        given = options.get("lwe")
+        own = check_mapping("lwe_gradient: lwe", {} if given is None else given)
+        return cls(LWE.for_layout(layout, device=device, dtype=dtype, **own))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:

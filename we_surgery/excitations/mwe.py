@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.functions import check_choice, check_flag, is_number
-from we_surgery.excitations.layout import WeightLayout
 
 _SMALLEST_EPSILON = 1e-6
 _LARGEST_EPSILON = 1.0
@@ -206,29 +205,6 @@ class MWE(Excitation):
         if isinstance(self.maximum, str):
             return limit * torch.tanh(ratio)
         return torch.where(ratio.abs() <= largest * gain, limit * torch.tanh(ratio), excited / gain)
-
-    @classmethod
-    def for_layout(
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        epsilon: float = 0.1,
-        detach_max: bool = True,
-        curve: str = "atanh",
-        rescale: bool = True,
-        learn: str = "none",
-        relative: bool = True,
-        maximum: str | float = "tensor",
-    ) -> Self:
-        options = (epsilon, detach_max, curve, rescale, learn, relative, maximum)
-        return cls(*options, device=device, dtype=dtype)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        dtype = next((tensor.dtype for tensor in state.values()), None)
-        return cls(**options, device="meta", dtype=dtype)
 
     def extra_repr(self) -> str:
         epsilon = self._epsilon()

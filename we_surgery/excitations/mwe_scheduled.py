@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from we_surgery.excitations.base import Device, DType
 from we_surgery.excitations.functions import check_choice, check_count
-from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.mwe import MWE
 
 SHAPES = ("cosine", "linear")
@@ -68,24 +67,10 @@ class MWEScheduled(MWE):
         self.register_buffer("step", torch.zeros((), dtype=precision, device=device))
 
     def _epsilon(self) -> Tensor:
-        passed = ((self.step - 1) / self.steps).clamp(0, 1)
+        passed = ((self.step - 1) / self.steps).clamp_min(0)
         left = 1 - passed if self.shape == "linear" else (1 + torch.cos(math.pi * passed)) / 2
         return self.final + (self.epsilon - self.final) * left
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
         self.step.add_(1).clamp_(max=self.steps + 1)
-
-    @classmethod
-    def for_layout(  # type: ignore[override]  # of MWE's options it has epsilon alone
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        epsilon: float = 1.0,
-        final: float = 0.1,
-        steps: int = 1000,
-        shape: str = "cosine",
-    ) -> Self:
-        return cls(epsilon, final, steps, shape, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +66,9 @@ class ScaledStandardize(Excitation):
         return Affine((deviation + _EPSILON) * math.sqrt(fan_in - 1) / self.gamma, mean)
 
     @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: Device, dtype: DType, gamma: float = 1.0
-    ) -> Self:
-        return cls(layout.out_channels, gamma, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return (layout.out_channels,)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        gain = state["gain"]
-        return cls(gain.shape[0], **options, device="meta", dtype=gain.dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return (len(state["gain"]),)

@@ -123,24 +123,8 @@ class ShiftAttention(Excitation):
         return "has kernels of one position, with nothing to choose from" if is_single else None
 
     @classmethod
-    def for_layout(
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        shared: bool = False,
-        inverse_temperature: float = 20.0,
-    ) -> Self:
-        return cls(
-            layout.out_channels,
-            layout.channels,
-            layout.kernel_size,
-            shared,
-            inverse_temperature,
-            device=device,
-            dtype=dtype,
-        )
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return layout.out_channels, layout.channels, layout.kernel_size
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:

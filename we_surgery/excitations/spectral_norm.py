@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +78,9 @@ class SpectralNorm(Excitation):
         return Affine(gain, torch.zeros_like(gain))
 
     @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        return cls(layout.out_channels, layout.fan_in, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return layout.out_channels, layout.fan_in
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        u, v = state["u"], state["v"]
-        return cls(u.shape[0], v.shape[0], device="meta", dtype=u.dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return len(state["u"]), len(state["v"])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from we_surgery.excitations.base import Affine, Device, DType, Excitation
 from we_surgery.excitations.functions import is_number
-from we_surgery.excitations.layout import WeightLayout
 
 
 class Standardize(Excitation):
@@ -27,6 +26,7 @@ class Standardize(Excitation):
 
     Args:
         epsilon: added to each standard deviation; at least 0 and finite.
+        device, dtype: of the layer; it has no tensors.
 
     Raises:
         ValueError: epsilon is negative or not finite.
@@ -42,7 +42,9 @@ class Standardize(Excitation):
     )
     adjustable: ClassVar[tuple[str, ...]] = ("epsilon",)
 
-    def __init__(self, epsilon: float = 1e-5) -> None:
+    def __init__(
+        self, epsilon: float = 1e-5, *, device: Device = None, dtype: DType = None
+    ) -> None:
         super().__init__()
         self.check_options({"epsilon": epsilon})
         self.epsilon = float(epsilon)
@@ -64,16 +66,6 @@ class Standardize(Excitation):
             return Affine()
         deviation, mean = deviation_and_mean(weight)
         return Affine(deviation + self.epsilon, mean)
-
-    @classmethod
-    def for_layout(
-        cls, layout: WeightLayout, *, device: Device, dtype: DType, epsilon: float = 1e-5
-    ) -> Self:
-        return cls(epsilon)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        return cls(**options)
 
     def extra_repr(self) -> str:
         return f"epsilon={self.epsilon:g}"
@@ -109,10 +101,6 @@ class Rescale(Excitation):
     def invert(self, excited: Tensor) -> Tensor:
         gain, shift = (_per_filter(v, excited) for v in (self.gain, self.shift))
         return (excited - shift) / gain
-
-    @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        raise TypeError("`Composition.preserve` makes a rescaling, from a pretrained weight")
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:

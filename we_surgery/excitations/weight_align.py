@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from we_surgery.excitations.base import Device, DType
-from we_surgery.excitations.layout import WeightLayout
 from we_surgery.excitations.scaled_standardize import ScaledStandardize
 
 
@@ -26,9 +25,3 @@ class WeightAlign(ScaledStandardize):
 
     def __init__(self, out_channels: int, *, device: Device = None, dtype: DType = None) -> None:
         super().__init__(out_channels, math.sqrt(2), device=device, dtype=dtype)
-
-    @classmethod
-    def for_layout(  # type: ignore[override]
-        cls, layout: WeightLayout, *, device: Device, dtype: DType
-    ) -> Self:
-        return cls(layout.out_channels, device=device, dtype=dtype)

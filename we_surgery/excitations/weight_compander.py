@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from we_surgery.errors import InputError
 from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.functions import check_flag, check_positive
-from we_surgery.excitations.layout import WeightLayout
 
 
 class WeightCompander(Excitation):
@@ -88,20 +86,3 @@ class WeightCompander(Excitation):
     def start_inverse(self, weight: Tensor) -> Tensor:
         self.log_a.copy_(torch.maximum(self.log_a, weight.abs().amax().log()))
         return self.invert(weight)
-
-    @classmethod
-    def for_layout(
-        cls,
-        layout: WeightLayout,
-        *,
-        device: Device,
-        dtype: DType,
-        a: float | None = None,
-        b: float | None = None,
-        learn: bool = True,
-    ) -> Self:
-        return cls(a, b, learn, device=device, dtype=dtype)
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        return cls(**options, device="meta", dtype=state["log_a"].dtype)

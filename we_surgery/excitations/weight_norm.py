@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,12 @@ class WeightNorm(Excitation):
         return Affine(gain, torch.zeros_like(gain))
 
     @classmethod
-    def for_layout(cls, layout: WeightLayout, *, device: Device, dtype: DType) -> Self:
-        return cls(layout.out_channels, device=device, dtype=dtype)
+    def sizes(cls, layout: WeightLayout) -> tuple[Any, ...]:
+        return (layout.out_channels,)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Self:
-        magnitude = state["magnitude"]
-        return cls(magnitude.shape[0], device="meta", dtype=magnitude.dtype)
+    def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return (len(state["magnitude"]),)
 
 
 def _norm(weight: Tensor) -> Tensor:
