@@ -14,7 +14,6 @@ import pytest
 from analysis_data import Residual, batches, converted, sweep_of
 
 import we_surgery as ws
-from we_surgery._util.progress import _duration
 from we_surgery.analysis import (
     Ablation,
     draw,
@@ -126,5 +125,4 @@ def test_the_progress_bar_says_how_long_it_takes(capsys: pytest.CaptureFixture[s
         progress(0, 400)
         progress(1, 400)
         progress(2, 400)
-    assert capsys.readouterr().err == "400 evaluations, about under a second\n"
-    assert [_duration(s) for s in (0.2, 40, 9000)] == ["under a second", "40 s", "2.5 h"]
+    assert capsys.readouterr().err == "400 evaluations, about 0:00:00 (h:mm:ss)\n"

@@ -219,17 +219,17 @@ def test_unusual_tensors_are_kept_in_a_file_of_torch_and_refused_by_safetensors(
 ):
     from we_surgery.jobs.convert import Source
     from we_surgery.jobs.inspect import inspect_file
-    from we_surgery.jobs.strip import StripOptions, strip_file
+    from we_surgery.jobs.strip import StripOptions, strip_files
 
     state = converted.state_dict() | {"extra": UNUSUAL[name]()}
     torch.save(state, tmp_path / "one.bin")
     sources = [tmp_path / "one.bin", write_shards(state, tmp_path / "in", 2, "bin")]
     for number, source in enumerate(map(str, sources)):
         assert len(inspect_file(Source(source)).layers) == 4
-        done = strip_file(Source(source), StripOptions(output=tmp_path / f"{number}.pt"))
+        (done,) = strip_files([Source(source)], StripOptions(output=tmp_path / f"{number}.pt"))
         assert done.tensors == len(ConvNet().state_dict()) + 1
         with pytest.raises(InputError, match=r"safetensors cannot hold .*'extra'"):
-            strip_file(Source(source), StripOptions(output=tmp_path / "out.safetensors"))
+            strip_files([Source(source)], StripOptions(output=tmp_path / "out.safetensors"))
 
 
 def test_a_lazily_conjugated_tensor_is_written_conjugated(converted, tmp_path):

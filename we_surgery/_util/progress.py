@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all, which are 0 where that is not known."""
@@ -35,21 +36,11 @@ def progress_bar(what: str = "measuring", unit: str = "evaluations") -> Iterator
             start = time.perf_counter()
         bar.update(task, completed=done, total=total or None)
         if unit and done == 1 and total:
-            seconds = total * (time.perf_counter() - start)
-            console.print(f"{total:,} {unit}, about {_duration(seconds)}", highlight=False)
+            seconds = timedelta(seconds=round(total * (time.perf_counter() - start)))
+            console.print(f"{total:,} {unit}, about {seconds} (h:mm:ss)", highlight=False)
 
     if not console.is_terminal:
         yield update  # a bar that is disabled would leave an empty line
         return
     with bar:
         yield update
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "under a second"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

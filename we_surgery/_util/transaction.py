@@ -15,15 +15,11 @@ from we_surgery._util.scripted import is_scripted
 
 
 class AllOrNothing:
-    """A block that restores modules if it fails at any point.
+    """A block that restores the given modules if it fails at any point.
 
-    It restores the modules' classes and attributes, their tables of parameters, buffers, submodules
-    and hooks, the memory and gradients of their parameters, and their torch.fx graphs, but not
-    values that are overwritten in place. All of it is recorded before the block runs, so the block
-    may be interrupted anywhere.
-
-    Args:
-        modules: those that the block may change or add to.
+    It restores their classes and attributes, their tables of parameters, buffers, submodules and
+    hooks, the memory and gradients of their parameters, and their torch.fx graphs, but not values
+    that are overwritten in place. All of it is recorded before the block runs.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

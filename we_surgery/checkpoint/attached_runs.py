@@ -26,13 +26,7 @@ _MOST_ENTRIES = 100
 
 @dataclass(frozen=True)
 class AttachedRun:
-    """The state of an attached excitation, as a checkpoint holds it.
-
-    Attributes:
-        weights: the raw weight and the excitation's entries of each, by the weight's key.
-        plan: what each weight got.
-        steps: how many optimizer steps have moved them.
-    """
+    """The state of an attached excitation: an entry for each weight by its key, plan and steps."""
 
     weights: Mapping[str, ExcitedEntry]
     plan: Plan

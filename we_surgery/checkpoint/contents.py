@@ -26,16 +26,9 @@ from we_surgery.errors import InputError, damaged, listed
 class Contents:
     """What a file or an architecture's name gives: a model or weights.
 
-    Attributes:
-        kind: ``module``, ``state_dict``, ``safetensors``, ``sharded`` for an index of shards,
-            ``dcp`` for a folder of torch.distributed.checkpoint, or ``architecture`` for a name
-            such as ``torchvision:resnet50``.
-        model: for ``module`` and ``architecture``.
-        weights: for the others, without wrappers and their prefixes, in the file's order.
-        metadata: ours, where the file carries it.
-        notes: what was chosen and dropped, as sentences.
-        path: the file, or None for an architecture.
-        is_attached: whether raw weights and excitations are those of an attached run.
+    The kind is ``module``, ``state_dict``, ``safetensors``, ``sharded`` (an index of shards),
+    ``dcp`` (torch.distributed.checkpoint) or ``architecture``. The weights have no wrappers and
+    prefixes. ``is_attached`` says that raw weights and excitations are those of an attached run.
     """
 
     kind: str
@@ -64,25 +57,10 @@ def read(
 ) -> Contents:
     """Reads a model or weights; tensors come to the CPU, those of several files when asked for.
 
-    The format of a file is told by its content. A pickle is opened by torch's safe unpickler, with
-    the ``nn.Module`` classes of torch, torchvision, timm and we_surgery allowed.
-
-    Args:
-        source: a file of ``torch.save`` or safetensors, an index of shards, a folder of
-            torch.distributed.checkpoint, transformers or accelerate, or an architecture's name.
-        key: where in a wrapped checkpoint the state dict is, such as ``state_dict_ema``.
-        weights: ``"raw"`` or ``"ema"``: the trained weights or their average, wherever the
-            trainer put them, instead of ``key``.
-        allow: further packages whose ``nn.Module`` classes a pickle may refer to; these are
-            imported.
-        trust: unpickle whatever the file says, which runs its code.
-        arguments: keyword arguments of an architecture's factory.
-        with_excitation: of a run with attached excitation, take the raw weights and excitations
-            from the optimizer's state: the state dict of the converted form.
-
-    Raises:
-        InputError: there is no such file or architecture, or it is damaged, refused or of
-            another format.
+    The format of a file is told by its content. ``key``, ``allow`` and ``trust`` are as in
+    :func:`~we_surgery.load`, ``weights`` as in :func:`~we_surgery.strip_state_dict`; ``arguments``
+    are those of an architecture's factory. Of an attached run ``with_excitation`` takes raw weights
+    and excitations from the optimizer's state: the state dict of the converted form.
     """
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     if isinstance(source, str) and looks_like_architecture(source):

@@ -23,14 +23,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class ExcitedEntry:
-    """One excited weight in a state dict.
-
-    Attributes:
-        layer: the owner's name ("" for the model itself).
-        parameter: the weight's name in the owner.
-        raw: the raw weight.
-        excitation: the excitation's entries, by their names in the excitation.
-    """
+    """One excited weight in a state dict; the excitation's entries by their names in it."""
 
     layer: str
     parameter: str

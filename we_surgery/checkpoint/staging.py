@@ -169,14 +169,9 @@ class Staging:
     ) -> Path:
         """A name to write one of the targets to.
 
-        Args:
-            path: the target.
-            force: replace an existing target, which keeps its permissions; behind a link, what
-                it names.
-            folder: stage a folder of files instead of one file. An existing folder is only
-                replaced if it holds a sharded state dict and ``others``.
-            others: the files that the folder will hold beside shards, relative to it.
-            like: the source. Who cannot read it cannot read a new target.
+        A target that is replaced keeps its permissions; of a new one, who cannot read ``like``, the
+        source, cannot read it. A folder is only replaced if it holds a sharded state dict and
+        ``others``, the files that the new one will hold beside shards.
         """
         path = Path(path)
         self.paths.append(str(path))

@@ -77,13 +77,8 @@ def unwrap(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, with vanilla names, and notes of what was done for it.
 
-    Args:
-        checkpoint: a state dict, or a mapping that holds one; one in a form of
-            :mod:`we_surgery.checkpoint.foreign_forms` comes as ours.
-        key: where in the mapping it is, dotted for a mapping in a mapping; by default the first
-            of :data:`WRAPPER_KEYS`, or else the one entry that is a state dict.
-        weights: the trained weights or their average, wherever the trainer put them; instead of
-            ``key``.
+    One in a form of :mod:`we_surgery.checkpoint.foreign_forms` comes as ours. A key is dotted for a
+    mapping in a mapping; ``weights`` are found wherever the trainer put them.
     """
     if not isinstance(checkpoint, Mapping):
         raise InputError(

@@ -116,7 +116,7 @@ def strip_command(
 
     import torch
 
-    from we_surgery.jobs.strip import StripOptions, strip_both, strip_file
+    from we_surgery.jobs.strip import StripOptions, strip_files
 
     with progress_bar("folding", unit="") as progress:
         options = StripOptions(
@@ -129,11 +129,9 @@ def strip_command(
             deploy=deploy,
             progress=progress,
         )
-        if both:
-            results = strip_both(source, options)
-        else:
-            weights: Weights | None = "raw" if raw else "ema" if ema else None
-            results = [strip_file(replace(source, weights=weights), options)]
+        chosen: list[Weights | None] = ["raw" if raw else "ema" if ema else None]
+        sources = [replace(source, weights=w) for w in (("raw", "ema") if both else chosen)]
+        results = strip_files(sources, options)
     for result in results:
         _say(result)
     if as_json:

@@ -25,11 +25,7 @@ from we_surgery.planning.policy import Policy
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a file or an architecture, and how to open it.
-
-    Attributes are the arguments of :func:`we_surgery.checkpoint.read`; ``architecture`` is for a
-    file that holds only weights.
-    """
+    """Where a model comes from, and how to open it: the arguments of :func:`checkpoint.read`."""
 
     name: str
     architecture: str | None = None
@@ -103,10 +99,9 @@ def convert_file(
 ) -> Converted:
     """Reads a model, converts it as :func:`we_surgery.convert` does, and writes it.
 
-    The result has the kind of the input, or ``to``, and is written beside it as ``model.we.pt``, or
-    to ``output``. A plan is applied exactly. The seed is for the new parameters; torch's generator
-    does not change. With an input shape, the model is recorded on random inputs, which also proves
-    that no converted weight is bypassed.
+    A plan is applied exactly. The seed is for the new parameters; torch's generator does not
+    change. With an input shape, the model is recorded on random inputs, which also proves that no
+    converted weight is bypassed.
     """
     # Usage first: a mistake in -o must not cost reading a large file.
     check_extension(output, to)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,18 +16,8 @@ from we_surgery.planning.plans import Plan
 
 _BAR = 220
 _CELL = 22
-# ColorBrewer's RdBu from blue to red; between its steps it is interpolated.
-_DIVERGING = (
-    (33, 102, 172),
-    (67, 147, 195),
-    (146, 197, 222),
-    (209, 229, 240),
-    (247, 247, 247),
-    (253, 219, 199),
-    (244, 165, 130),
-    (214, 96, 77),
-    (178, 24, 43),
-)
+# Of ColorBrewer's RdBu; between them it is interpolated.
+_BLUE, _WHITE, _RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
 
 
 def html_report(found: Inspection | Comparison, maps: Ablation | None = None) -> str:
@@ -161,8 +150,7 @@ def _maps(maps: Ablation) -> dict[str, Any]:
 
 def diverging(value: float) -> str:
     """The colour of a number from -1 to 1, white at 0, as ``#rrggbb``."""
-    place = (min(max(value, -1.0), 1.0) + 1) / 2 * (len(_DIVERGING) - 1)
-    index = min(int(place), len(_DIVERGING) - 2)
-    low, high = list(pairwise(_DIVERGING))[index]
-    mixed = (round(a + (place - index) * (b - a)) for a, b in zip(low, high, strict=True))
+    share = min(abs(value), 1.0)
+    end = _BLUE if value < 0 else _RED
+    mixed = (round(w + share * (e - w)) for w, e in zip(_WHITE, end, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)

@@ -54,23 +54,9 @@ class PlainWeight:
 class Inspection:
     """What a file is; see :func:`inspect_file`.
 
-    Attributes:
-        source: the file or architecture.
-        kind: ``module``, ``state_dict``, ``safetensors``, ``sharded``, ``dcp`` or
-            ``architecture``.
-        tensors: entries of its state dict.
-        values: their numbers in all, without counting tied ones twice.
-        size: bytes they take.
-        stripped_values: numbers that are left after strip.
-        stripped_size: bytes these take.
-        layers: its excited weights; none for a vanilla model.
-        mode: the mode it was converted in, where the file says so.
-        architecture: the architecture, where the file says so.
-        plan: the plan it was converted by, as JSON types, where the file says so.
-        notes: what was chosen and dropped on reading.
-        is_attached: whether the excitation is in the optimizer's state, and the model vanilla.
-        plain: weights of at least two axes that are not excited.
-        int8: what int8 does to each float weight; None where it was not measured.
+    Tied tensors count once in ``values`` and ``size`` (bytes), and in those that are left after
+    strip. Mode, architecture and plan are there where the file says so; ``plain`` are weights of at
+    least two axes that are not excited; ``int8`` is None where it was not measured.
     """
 
     source: str
@@ -124,11 +110,8 @@ class Inspection:
 class ComparedWeight:
     """One weight in several files; None where it is not excited.
 
-    Attributes:
-        correlation: of the multipliers in the last file with those in the first (Pearson's);
-            None where there are none, or they do not vary.
-        distance: of the last file's excited weight from the first's, over the norm of the
-            first's; None where the shapes differ.
+    Pearson's correlation of the multipliers in the last file with those in the first, and the
+    distance of the excited weights over the first's norm; None where there is none.
     """
 
     name: str

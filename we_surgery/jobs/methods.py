@@ -17,18 +17,7 @@ from we_surgery.transplants import TRANSPLANTS, Transplant
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the listing.
-
-    Attributes:
-        name: as configs, rules and the command line take it.
-        kind: ``mode``, ``excitation`` or ``transplant``.
-        summary: what it does, in a line.
-        source: the paper and section or table.
-        options: the options' names and defaults; for a mode, what it sets.
-        published: the results its authors print.
-        deploys_to: what is left of it after strip.
-        forms: which form trains it.
-    """
+    """A row of the listing; of a mode the options are what it sets."""
 
     name: str
     kind: str

@@ -34,18 +34,7 @@ from we_surgery.planning.plans import Plan
 
 @dataclass(frozen=True)
 class Stripped:
-    """The result of :func:`strip_file`.
-
-    Attributes:
-        target: the file written, or the folder of shards.
-        kind: ``module``, ``state_dict``, ``safetensors`` or ``sharded``.
-        report: what was folded, and the difference of the outputs where they were compared.
-        tensors: how many the file holds; each was read back and found bit-equal to what it was
-            folded to or copied from.
-        sha256: of each file written, by its path.
-        input_shape: of the inputs that both models were compared on, if they were.
-        notes: what was chosen and dropped, as sentences.
-    """
+    """The result of stripping a file; ``sha256`` is of each file written, by its path."""
 
     target: Path
     kind: str
@@ -58,22 +47,11 @@ class Stripped:
 
 @dataclass(frozen=True)
 class StripOptions:
-    """How to strip a file, and where the result goes.
+    """How to strip a file, and where the result goes; see ``we-strip --help``.
 
-    Attributes:
-        output: the file to write; by default beside the input, ``model.stripped.pt``, or
-            ``model.stripped.ema.pt`` for the average. For an input of several files, or a folder,
-            a name without the ending of a file gives a folder.
-        to: ``module``, ``state_dict`` or ``safetensors``, instead of the input's kind.
-        force: overwrite what is there.
-        dtype: of all floating-point values; by default each tensor keeps its own. Weights are
-            folded in float32 (or float64 where they are) and rounded once.
-        verify: compare the outputs of the excited model and of the stripped one in the same
-            architecture, on random inputs of the size that the architecture names.
-        input_shape: compare them on random inputs of this shape.
-        deploy: as in :func:`we_surgery.strip`; another form than ``dense`` needs a module, or an
-            architecture.
-        progress: called with (steps done, steps in all).
+    The dtype is of all floating-point values; weights are folded in float32 (or float64 where they
+    are) and rounded once. An output without the ending of a file is a folder where the input is
+    several files or a folder.
     """
 
     output: str | Path | None = None
@@ -91,32 +69,19 @@ class StripOptions:
         return self.verify or self.input_shape is not None
 
 
-def strip_file(source: Source, options: StripOptions) -> Stripped:
-    """Reads a converted model or checkpoint, folds it, writes it, and verifies the file.
+def strip_files(sources: Sequence[Source], options: StripOptions) -> list[Stripped]:
+    """Reads converted models or checkpoints, folds them, writes them, and verifies the files.
 
     A state dict needs no model. It is stripped to safetensors tensor by tensor. The written file is
-    read back and compared bit for bit with a second fold before it gets its name.
+    read back and compared bit for bit with a second fold. All files are verified before any gets
+    its name. An average goes to ``model.stripped.ema.pt``, or where it is the only one to the given
+    output.
     """
-    mark = ".ema" if source.weights == "ema" and options.output is None else ""
-    return _strip_all([(source, mark)], options)[0]
-
-
-def strip_both(source: Source, options: StripOptions) -> list[Stripped]:
-    """:func:`strip_file` for the trained weights of a checkpoint and for their average.
-
-    The average goes to a second file, ``model.stripped.ema.pt``. Both files are verified before
-    either gets its name.
-    """
-    trained, averaged = replace(source, weights="raw"), replace(source, weights="ema")
-    return _strip_all([(trained, ""), (averaged, ".ema")], options)
-
-
-def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> list[Stripped]:
     # Usage first: a mistake in -o must not cost reading a large file.
     check_extension(options.output, options.to)
     done: list[Stripped] = []
     with checkpoint.staged_together() as stage:
-        for source, mark in sources:
+        for source in sources:
             contents = source.read()
             checkpoint.check_plan(contents)
             target = choose_target(
@@ -127,7 +92,8 @@ def _strip_all(sources: Sequence[tuple[Source, str]], options: StripOptions) -> 
                 ".stripped",
                 keep_shards=True,
             )
-            target = target.marked(mark) if mark else target
+            if source.weights == "ema" and (options.output is None or len(sources) > 1):
+                target = target.marked(".ema")
             needs_model = target.kind == "module" or options.deploy != "dense"
             strip = _strip_model if needs_model or contents.model else _strip_weights
             temporary = target.stage(stage, force=options.force, like=contents.path)

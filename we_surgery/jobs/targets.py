@@ -109,9 +109,7 @@ def choose_target(
     """The file to write: same kind in, same kind out, unless ``output`` or ``to`` say else.
 
     By default it lies beside the source, with ``mark`` before its ending. An output that ends in a
-    slash is a folder. With ``keep_shards`` an input of several files gives a folder of several, and
-    otherwise one file of safetensors. A folder gives a folder with all that it holds, unless the
-    output is named as a file.
+    slash is a folder. Several files give several with ``keep_shards``, else one of safetensors.
     """
     kind = contents.kind
     names_folder = isinstance(output, str) and output.endswith(_SLASHES)

@@ -109,9 +109,8 @@ class Refusal:
 class Permitted:
     """The objects of a pickle's names, by their paths, and the refusals.
 
-    A file with ``refusals`` is not opened. Names in ``stood_in`` are refused too, but have
-    stand-ins among ``objects``: the file may be opened as a checkpoint that holds them beside its
-    weights.
+    Names in ``stood_in`` are refused too, but have stand-ins among ``objects``: the file may be
+    opened as a checkpoint that holds them beside its weights.
     """
 
     objects: dict[str, Any]

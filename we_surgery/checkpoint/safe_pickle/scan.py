@@ -60,15 +60,11 @@ class Call:
 
 @dataclass
 class Actions:
-    """All actions of one or several pickles, in order.
+    """All actions of one or several pickles, in order; names by their paths.
 
-    Attributes:
-        names: by their paths.
-        held: names that end up as a value in an object, and are not only called.
-        calls: all calls.
-        states: pairs of an object and its new state (``__setstate__``).
-        filled: results of calls that get items.
-        extended: results of calls that items are appended to.
+    Names that are ``held`` end up as a value in an object. ``states`` are pairs of an object and
+    its new state, ``filled`` results of calls that get items, ``extended`` those that are appended
+    to.
     """
 
     names: dict[str, Name] = field(default_factory=dict)

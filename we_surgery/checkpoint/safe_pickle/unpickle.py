@@ -53,14 +53,8 @@ def unpickle(
 ) -> Any:
     """The object in a file of torch.save, its tensors on the CPU.
 
-    Args:
-        path: the file.
-        kind: ``ZIP`` or ``LEGACY``.
-        allow: further packages whose ``nn.Module`` classes the file may refer to.
-        trust: unpickle the file without checks.
-        mapped: leave the values of an archive's tensors in the file until they are used; writes do
-            not reach the file.
-        content: torch.save's output, at its start, if it is only a part of the file.
+    With ``mapped`` the values of an archive's tensors stay in the file until they are used; writes
+    do not reach it. ``content`` is torch.save's output where it is only a part of the file.
     """
     stood_in: list[Refusal] = []
     try:

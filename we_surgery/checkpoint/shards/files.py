@@ -21,12 +21,9 @@ Load = Callable[[str], Tensor]
 class TensorFiles(ABC):
     """Tensors in one or several files, known by shape and dtype before any is read.
 
-    Attributes:
-        path: the file, the index or the folder.
-        tensors: each tensor by its name in the files, on the meta device.
-        shards: groups of names that are read together, each at most as large as the largest file.
-        notes: what in the files is ignored, as sentences.
-        metadata: ours, if a file has it.
+    ``tensors`` are on the meta device, by their names in the files; ``shards`` are groups of names
+    that are read together, each at most as large as the largest file; ``notes`` say what is
+    ignored.
     """
 
     kind: ClassVar[str]
@@ -66,13 +63,9 @@ class TensorFiles(ABC):
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict in memory, or one whose tensors are still in their files.
+    """A state dict in memory, or with tensors on the meta device that are still in their files.
 
-    Attributes:
-        tensors: on the meta device if they are in files.
-        notes: what was chosen and dropped, as sentences.
-        files: None if everything is in memory.
-        stored: the names in the files, by the names here.
+    ``stored`` has the names in the files, by the names here.
     """
 
     tensors: dict[str, Tensor]

@@ -126,12 +126,7 @@ class SafetensorsWriter:
 
 
 class SafetensorsReader:
-    """Reads tensors of a safetensors file into their own memory.
-
-    Attributes:
-        metadata: the texts of the header.
-        tensors: all of them, in the order of the file, on the meta device.
-    """
+    """Reads tensors of a safetensors file into their own memory."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
