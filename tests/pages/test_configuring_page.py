@@ -184,8 +184,10 @@ def test_the_page_says_what_an_attention_does_not_take(attention: str) -> None:
     }
     assert set(LWE.takes) - set(LWE.attentions[attention].takes) == lacks[attention]
     text = " ".join(section("Options of the excitations").split())
-    assert "`global` takes no `inner`; `triplet` no `reduction`, `activation` and `inner`" in text
-    assert "`direct` of these `skip` alone; `position` no `reduction`" in text
+    if lacks[attention]:
+        said = re.search(rf"`{attention}` takes (?:no|none of) ([^;.]*)[;.]", text)
+        assert said is not None
+        assert set(codes(said[1])) == lacks[attention]
 
 
 def test_the_keys_of_a_config_are_those_that_are_read() -> None:
