@@ -196,7 +196,7 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.listed = nn.ParameterList([nn.Parameter(torch.randn(6, 6)) for _ in range(2)])
-        self.named = nn.ParameterDict({"a": torch.randn(6, 6)})
+        self.named = nn.ParameterDict({"a:b": torch.randn(6, 6)})
 
     def forward(self, x: Tensor) -> Tensor:
         for weight in (*self.listed, *self.named.values()):
@@ -204,13 +204,17 @@ class Listed(nn.Module):
         return x
 
 
-def test_weights_in_lists_of_parameters_are_excited_in_the_attached_form_alone() -> None:
+def test_weights_in_a_list_are_excited_in_the_attached_form_alone() -> None:
     x = torch.randn(4, 6)
-    plan = ws.plan(Listed(), "mwe", example_inputs=x)
-    assert [row.verdict for row in plan.decisions] == ["skip"] * 3
-    assert all("belongs to a ParameterList" in row.reason for row in plan.decisions)
-    attached = ws.plan(Listed(), "mwe", example_inputs=x, form="attached")
+    model = Listed()
+    plan = ws.plan(model, "mwe", example_inputs=x)
+    assert [row.verdict for row in plan.decisions] == ["skip", "skip", "MWE"]
+    assert "belongs to a ParameterList" in plan.decisions[0].reason
+    attached = ws.plan(model, "mwe", example_inputs=x, form="attached")
     assert [row.verdict for row in attached.decisions] == ["MWE"] * 3
+    converted = ws.convert(model, plan=plan, example_inputs=x)
+    assert not torch.equal(converted.named["a:b"], model.named["a:b"])
+    assert torch.equal(ws.strip(converted, example_inputs=x)(x), converted(x))
 
 
 def test_folding_a_batch_norm_into_an_mwe_conv_is_right() -> None:

@@ -78,8 +78,8 @@ def converted_obstacle_of(module: nn.Module, parameter: str) -> str | None:
         return "is TorchScript, which cannot be changed"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return "belongs to a container, which would run an excitation as one of its layers"
-    if isinstance(module, nn.ParameterList | nn.ParameterDict):
-        return "belongs to a ParameterList or ParameterDict, whose items cannot be computed"
+    if isinstance(module, nn.ParameterList):
+        return "belongs to a ParameterList, whose slices would not be excited"
     if parameter in excited_names(module):
         return None
     taken = [name for name in names_taken(parameter) if hasattr(module, name)]
