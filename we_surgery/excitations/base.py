@@ -220,6 +220,9 @@ class Excitation(nn.Module, ABC):
         """Its present options, of JSON types; by default the attributes of their names."""
         return {name: getattr(self, name) for name in self.options()}
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.chosen_options().items())
+
     @classmethod
     def completed(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of an earlier version's record, completed by defaults."""

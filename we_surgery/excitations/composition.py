@@ -280,6 +280,9 @@ class Composition(Excitation):
             self.add_module(stage.name, stage)
             stage.is_part = True
 
+    def extra_repr(self) -> str:
+        return "" if self.transposed_groups is None else super().extra_repr()
+
     def _as_stored(self, filters: Tensor, like: Tensor) -> Tensor:
         if self.transposed_groups is None:
             return filters

@@ -100,6 +100,3 @@ class Expand(Excitation):
     def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
         groups, outputs, _ = state["after"].shape
         return groups, outputs, state["before"].shape[2], tuple(state["below"].shape[3:])
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"

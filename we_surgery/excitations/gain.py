@@ -85,6 +85,3 @@ class Gain(Excitation):
     @classmethod
     def sizes_in(cls, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
         return (len(state["gain" if "gain" in state else "input"]),)
-
-    def extra_repr(self) -> str:
-        return f"attention={self.attention}"

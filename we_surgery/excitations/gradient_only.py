@@ -49,9 +49,6 @@ class MWEGradient(Excitation):
     def invert(self, excited: Tensor) -> Tensor:
         return excited
 
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}"
-
 
 class LWEGradient(Excitation):
     """``W``, whose gradient is multiplied by LWE's m.

@@ -397,9 +397,6 @@ class LWE(Excitation):
     def _kernel_size(self, state: Mapping[str, Tensor]) -> tuple[int, ...]:
         return ()
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.chosen_options().items())
-
 
 LWE.attentions[LWE.attention] = LWE
 

@@ -67,9 +67,6 @@ class Standardize(Excitation):
         deviation, mean = deviation_and_mean(weight)
         return Affine(deviation + self.epsilon, mean)
 
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}"
-
 
 class Rescale(Excitation):
     """``gain_j * W_j + shift_j`` for each filter j.

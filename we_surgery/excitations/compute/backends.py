@@ -1,7 +1,7 @@
 """Whether torch's operations or Triton kernels compute the closed form in the attached step.
 
-Both do the same arithmetic in float32 and differ by rounding. On a GPU it is launches that cost:
-eager has some sixty per layer, the kernels have at most seven for all layers together.
+Both do the same arithmetic in float32 and differ by rounding. On a GPU, launches dominate the cost:
+eager has about sixty per layer, the kernels at most seven for all layers together.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def check_backend(backend: str) -> None:
 
 
 def runs_on_kernels(backend: Backend, weight: Tensor, inputs: ClosedFormInputs) -> bool:
-    """Whether the kernels compute this weight; eager does where they cannot.
+    """Whether the kernels compute this weight; otherwise eager does.
 
-    So it is in the capture of a CUDA graph: a replay would read the kernels' tables after they
-    are gone, and in a graph launches cost little.
+    While a CUDA graph is captured, eager does: a replay would read the kernels' tables after they
+    are freed, and launches cost little in a graph.
     """
     if backend == "eager" or weight.is_meta or torch._C._len_torch_dispatch_stack():
         return False
@@ -73,7 +73,7 @@ def is_interpreted() -> bool:
 
 
 def kernels() -> Any:
-    """The kernels' module, which can be imported only where Triton is installed."""
+    """The kernels' module; importing it needs Triton."""
     from we_surgery.excitations.compute import triton_backend
 
     return triton_backend
@@ -81,7 +81,7 @@ def kernels() -> Any:
 
 @functools.cache
 def _agrees(device: torch.device) -> bool:
-    """Whether the kernels run on this device and give what eager gives, on three small layers."""
+    """Whether the kernels run on this device and agree with eager on three small layers."""
     try:
         difference = _largest_difference(device)
     except Exception as error:
@@ -95,9 +95,10 @@ def _agrees(device: torch.device) -> bool:
 
 @torch.no_grad()
 def _largest_difference(device: torch.device) -> float:
-    """Of all results, relative to each one's largest value; without drawing random numbers.
+    """Between kernels and eager, relative to each result's largest value.
 
-    The layers differ in their stages, and each kernel works on all of them at once.
+    The layers have different stages, and each kernel works on all of them at once. No random
+    numbers are drawn.
     """
 
     def wave(*shape: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Standardize, LWE, Rescale and MWE at once, with their gradient in closed form.
 
 Run stage by stage, autograd keeps every intermediate of a layer until its backward pass: three
-times the weight for standardized LWE, more with MWE. Here the backward pass starts from the
-weight itself and a few numbers per filter, rebuilds the rest and frees it again. The formulas are
+times the weight for standardized LWE, more with MWE. Here the forward pass keeps the weight and a
+few numbers per filter; the backward pass computes the rest again and frees it. The formulas are
 in :mod:`~we_surgery.excitations.compute.formulas`.
 
 The converted form computes one weight per autograd function (:func:`excite_in_closed_form`). The
@@ -32,10 +32,10 @@ from we_surgery.excitations.standardize import rescaled, standardized
 def excite_in_closed_form(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
     """The excited weight, in ``weight``'s shape, dtype and memory format.
 
-    What the stages give one by one, up to rounding. Half precision is computed in float32 and
-    rounded once, with autocast off, in both directions. Second derivatives and the transforms
-    of ``torch.func`` are taken of :func:`staged`; forward-mode derivatives outside of them
-    (``torch.autograd.forward_ad``) are refused by torch.
+    It equals the result of the stages one by one, up to rounding. Half precision is computed in
+    float32 and rounded once, with autocast off, in both directions. Second derivatives and the
+    transforms of ``torch.func`` are taken of :func:`staged`. torch refuses forward-mode derivatives
+    outside of these transforms (``torch.autograd.forward_ad``).
     """
     # What torch.autograd.Function itself asks before it refuses.
     if torch._C._are_functorch_transforms_active():
@@ -50,8 +50,8 @@ def excite_in_closed_form(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
 class ClosedFormExcitation(torch.autograd.Function):
     """W' from W and the fields of :class:`ClosedFormInputs`."""
 
-    # Without a `setup_context`, which torch.func would need: it inspects signatures at each call
-    # and takes a fifth of a small layer's time.
+    # No `setup_context`, which torch.func would need: torch then inspects signatures at each call,
+    # which takes a fifth of a small layer's time.
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *given: Any) -> Tensor:
@@ -86,7 +86,7 @@ class ClosedFormExcitation(torch.autograd.Function):
 
 
 def staged(weight: Tensor, inputs: ClosedFormInputs) -> Tensor:
-    """The same weight by the stages' own formulas, which autograd differentiates at will."""
+    """The same weight by the stages' own formulas, which autograd can differentiate repeatedly."""
     filters = _as_filters(weight, inputs)
     if inputs.standardize_epsilon is not None:
         filters = standardized(filters, inputs.standardize_epsilon)
@@ -122,8 +122,8 @@ def _backward(asked: Pullback) -> tuple[Tensor | None, ...]:
     gradient, weight, inputs, kept, needed, target = asked
     filters = _as_filters(weight, inputs)
     out = target if filters is weight else None
-    # The formulas ask for the strides of what comes of the gradient, and a compiler starts over
-    # when it is asked: within the context it would leave autocast off for the whole model.
+    # The formulas ask for strides, and a compiler starts over when it is asked. Within the context
+    # it would then leave autocast off for the whole model.
     gradient.is_contiguous()
     with autocast_off(weight.device.type):
         by_filters, *by_fcs = formulas.differentiate(
@@ -135,7 +135,7 @@ def _backward(asked: Pullback) -> tuple[Tensor | None, ...]:
 
 
 def _differentiable_backward(asked: Pullback) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of the inputs and of the upstream one, for ``create_graph``."""
+    """:func:`_backward` as a differentiable function, for ``create_graph``."""
     gradient, weight, inputs, _, needed, _ = asked
     fcs = (inputs.fc1_weight, inputs.fc1_bias, inputs.fc2_weight, inputs.fc2_bias)
     sources: list[Any] = [weight, *fcs]
@@ -166,8 +166,8 @@ def excite_into(
 ) -> list[Kept]:
     """Writes W' of each weight into a tensor of any float dtype.
 
-    Kernels compute their weights together, eager one after the other, in the target's memory
-    where dtype and strides allow it.
+    Kernels compute all their weights together. Eager computes one after the other, in the target's
+    memory if dtype and strides allow it.
 
     Args:
         weights: each W, its inputs, and the target.

@@ -26,7 +26,7 @@ from we_surgery.excitations.compute.inputs import ClosedFormInputs, Kept, fcs_in
 from we_surgery.excitations.mwe import curve_limit
 
 _BLOCK = 2**19
-"""Values that are computed at a time; about what makes one launch cheap beside its work."""
+"""Values in one block: about as many as make the cost of a call small beside its work."""
 
 
 def excite(
@@ -67,7 +67,7 @@ def is_computed_in_blocks(filters: Tensor) -> bool:
     """Whether :func:`excite` computes a few filters after the other, and not all at once."""
     if filters.numel() <= _BLOCK or filters.device.type != "cpu":
         return False
-    # Whoever looks at the operations, a compiler first of all, is to see those of the formulas.
+    # A compiler, or any other observer of operations, sees the formulas without blocks.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return type(filters) in (Tensor, nn.Parameter)
@@ -76,12 +76,12 @@ def is_computed_in_blocks(filters: Tensor) -> bool:
 def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> None:
     """W' in the place of W, bit for bit that of :func:`excite`, rounded to W's own dtype.
 
-    Little memory is needed beside the weight's own. With MWE each block is computed twice, because
-    M must be known before the first block gives way.
+    It needs little memory beside the weight's own. With MWE each block is computed twice, because
+    M must be known before the first block is overwritten.
     """
     blocks = _blocks(weight)
     first = weight[blocks[0]]
-    # One for all blocks: an allocator may find no room for the next where the last one was.
+    # One for all blocks: an allocator might not reuse the memory of the last block.
     scratch = torch.empty_like(first, dtype=in_full_precision(first[:0]).dtype)
 
     def linear_in(block: slice) -> Tensor:
@@ -99,8 +99,8 @@ def excite_in_place(weight: Tensor, inputs: ClosedFormInputs) -> None:
 
 
 def _blocks(filters: Tensor) -> list[slice]:
-    # A multiple of 16 rows begins at an aligned address, and so it does where a block is copied:
-    # matrix products round differently elsewhere.
+    # With a multiple of 16 rows each block begins at an aligned address, as a copy of it does:
+    # matrix products round differently at other addresses.
     rows = max(_BLOCK // _fan_in(filters) // 16 * 16, 16)
     return [slice(start, start + rows) for start in range(0, filters.shape[0], rows)]
 
@@ -124,9 +124,9 @@ def _curved(linear: Tensor, limit: Tensor, out: Tensor | None) -> Tensor:
 def _before_curve(
     filters: Tensor, inputs: ClosedFormInputs, out: Tensor | None = None
 ) -> tuple[Tensor, Kept]:
-    """The argument of the curve, w, and what is kept but for the curve's own M.
+    """The curve's argument, w, and what is kept besides the curve's M.
 
-    It is ``filters`` itself where MWE is alone, and else ``out``, or memory of its own.
+    w is ``filters`` itself if MWE is the only stage, otherwise ``out`` or new memory.
     """
     mean = norm = scale = hidden = None
     linear = filters
@@ -173,7 +173,7 @@ def differentiate(
 
     A CPU computes a large weight in blocks of filters, as in :func:`excite`.
     """
-    # M's own gradient takes sums over all filters.
+    # M's own gradient sums over all filters.
     is_whole = inputs.mwe_epsilon is not None and not inputs.detach_max
     if is_whole or not is_computed_in_blocks(filters):
         return _differentiate(g, filters, inputs, kept, needed, out)
@@ -243,11 +243,11 @@ def _differentiate(
 def _through_curve(
     g: Tensor, ratio: Tensor, epsilon: float, detach_max: bool, out: Tensor | None
 ) -> Tensor:
-    """From the gradient of W' to that of w; ``ratio``, w / M, is used up."""
+    """From the gradient of W' to that of w; overwrites ``ratio``, w / M."""
     if detach_max:
         return torch.div(g, ratio.square_().neg_().add_(1), out=out)
-    # M moves with the largest weight: dW'/dM = atanh(w / M) - (w / M) / (1 - (w / M)^2). Equally
-    # large weights share what comes of it.
+    # M depends on the largest weight: dW'/dM = atanh(w / M) - (w / M) / (1 - (w / M)^2). If several
+    # weights are equally large, they share this gradient.
     slope = 1 / (1 - ratio * ratio)
     of_limit = (g * (torch.atanh(ratio) - ratio * slope)).sum()
     magnitude = ratio.abs()
@@ -263,7 +263,7 @@ def _ratio(
     shift: Tensor | None,
     limit: Tensor,
 ) -> Tensor:
-    """The argument of the curve, w / M, in memory of its own; ``scale`` is r p."""
+    """The ratio w / M, in new memory; ``scale`` is r p."""
     factor = 1 / limit if scale is None else _spread(scale / limit, centred)
     if gate is None:
         ratio = centred * factor
@@ -290,19 +290,19 @@ def _through_gate(
     needed: Sequence[bool],
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """d, t, and the gradients of A, a, B and b; ``gate.multiplier`` is used up."""
+    """d, t, and the gradients of A, a, B and b; overwrites ``gate.multiplier``."""
     multiplier, hidden = gate.multiplier, gate.hidden
     r = hidden.new_ones(hidden.shape[0], 1) if scale is None else scale
     z = _sum_over_kernel(g * centred).mul_(multiplier)
     t = z.sum(1, keepdim=True)
     z.addcmul_(z, multiplier, value=-1)
-    # With the small matrix in front, the product is a third faster on a CPU.
+    # On a CPU the product is a third faster with the small matrix first.
     by_fc2_weight = _transposed(torch.mm((hidden * r).t(), z)) if needed[3] else None
     by_fc2_bias = torch.mv(z.t(), r.squeeze(1)) if needed[4] else None
     if not (needed[0] or needed[1] or needed[2]):
         return g, t, (None, None, by_fc2_weight, by_fc2_bias)
 
-    # [h > 0] as numbers: h is never less, and a product with booleans takes five times as long.
+    # h is never negative, so its sign is [h > 0]; a product with booleans takes five times as long.
     y = _to_hidden(z, gate.fc2_weight).mul_(hidden.sign())
     t.add_((y * (hidden - gate.fc1_bias)).sum(1, keepdim=True))
     by_fc1_bias = torch.mv(y.t(), r.squeeze(1)) if needed[2] else None
@@ -335,15 +335,15 @@ def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def _to_hidden(values: Tensor, matrix: Tensor) -> Tensor:
     """``values @ matrix``, ``[O, I]`` times ``[I, hidden]``."""
-    # A CPU's product fills vectors along the last axis of its result. Where the hidden channels
-    # are too few for whole ones, it takes up to three times as long as one with them in front.
+    # A CPU vectorizes a product along the last axis of its result. If the hidden channels do not
+    # fill whole vectors, it takes up to three times as long as the transposed product.
     if matrix.shape[1] % 16:
         return torch.mm(matrix.t(), values.t()).t()
     return torch.mm(values, matrix)
 
 
 def _transposed(matrix: Tensor) -> Tensor:
-    # DDP warns of the strides of a single column that `t` leaves.
+    # DDP warns about the strides that `t` gives a single column.
     return matrix.t() if matrix.shape[0] > 1 else matrix.view(-1, 1)
 
 
@@ -362,8 +362,8 @@ def _sum_over_kernel(filters: Tensor) -> Tensor:
         and not torch.compiler.is_compiling()  # strides are not final while a graph is traced
         and filters.is_contiguous()
     ):
-        # A CPU sums nine neighbours slowly, two to three times slower than it multiplies them
-        # by a column of ones.
+        # On a CPU a sum of nine neighbours takes two to three times as long as their product with
+        # a column of ones.
         ones = filters.new_ones(kernel, 1)
         return torch.mm(filters.reshape(-1, kernel), ones).view(filters.shape[:2])
     return filters.sum(tuple(range(2, filters.ndim)))

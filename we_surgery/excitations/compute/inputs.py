@@ -1,4 +1,4 @@
-"""What the closed form of one weight is given, and what its forward pass leaves."""
+"""The inputs of one weight's closed form, and what its forward pass keeps."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ClosedFormInputs(NamedTuple):
 
 
 NO_STAGES = ClosedFormInputs()
-"""Of a weight that is not excited, as in a pause."""
+"""For a weight that is not excited, as in a pause."""
 
 
 class Kept(NamedTuple):
-    """What the forward pass leaves for the backward pass; None where a stage is absent."""
+    """What the forward pass keeps for the backward pass; None where a stage is absent."""
 
     mean: Tensor | None = None
     """``[O, 1, ...]``"""
@@ -51,10 +51,10 @@ class Kept(NamedTuple):
 
 
 class Pullback(NamedTuple):
-    """What the backward pass of one weight is given."""
+    """The inputs of one weight's backward pass."""
 
     gradient: Tensor
-    """Of the excited weight; it may be used up."""
+    """Of the excited weight; it may be overwritten."""
     weight: Tensor
     """The raw weight, as the layer stores it or as filters ``[O, I, *K]``."""
     inputs: ClosedFormInputs
@@ -62,12 +62,12 @@ class Pullback(NamedTuple):
     needed: Sequence[bool]
     """Whether W, A, a, B and b need a gradient."""
     target: Tensor | None = None
-    """Memory for the gradient of W, laid out as ``weight``; new memory where it is None."""
+    """Memory for the gradient of W, with the strides of ``weight``; None: new memory."""
 
 
 def changes_nothing(inputs: ClosedFormInputs) -> bool:
     """Whether the excited weight is the raw one."""
-    # Not by identity with NO_STAGES, which torch 2.8 cannot compile.
+    # torch 2.8 cannot compile `inputs is NO_STAGES`.
     return (
         inputs.standardize_epsilon is None
         and inputs.fc1_weight is None

@@ -3,8 +3,8 @@
 Under autograd each stage keeps its intermediates, several times the weight, until its backward
 pass. Here the node keeps the raw weight and the excitation's own tensors alone, computes the
 stages a second time when the gradient arrives, and frees everything again, one layer after the
-other. It costs one more forward pass of the stages and no formula: what
-:mod:`~we_surgery.excitations.compute.closed_form` does not know is excited so.
+other. This costs one more forward pass of the stages. It is used for every excitation that
+:mod:`~we_surgery.excitations.compute.closed_form` has no formula for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def excite_and_rerun(excitation: Excitation, weight: Tensor) -> Tensor:
     """:meth:`Excitation.forward`, keeping no intermediate for the backward pass.
 
     Values and gradients are those of the stages under autograd, to the bit, second derivatives
-    included. Under ``torch.compile``, where the compiler decides what is kept, and under the
-    transforms of ``torch.func`` the stages run as they are.
+    included. The stages run as they are under ``torch.compile``, where the compiler decides what is
+    kept, and under the transforms of ``torch.func``.
     """
     if (
         torch.compiler.is_compiling()
@@ -49,7 +49,7 @@ class RerunExcitation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         is_differentiated_again = torch.is_grad_enabled()
-        # Stand-ins, so that no hook on a parameter sees a gradient that is not yet its own.
+        # New tensors, so that no hook on a parameter sees a partial gradient.
         with torch.enable_grad():
             weight, *parameters = (
                 tensor.view_as(tensor)

@@ -1,6 +1,6 @@
 """The closed form of many layers by the Triton kernels, in at most seven launches.
 
-Imported where it is used alone: it needs Triton.
+Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Layer:
         self.row_tiles = math.ceil(self.out_channels / ROWS)
         self.column_tiles = math.ceil(self.channels / COLUMNS)
         self.tiles = self.row_tiles * self.column_tiles
-        # Held here, for some may be copies.
+        # Held here, because some may be copies.
         self.tensors: dict[str, Tensor] = {"weight": self.filters}
         for name, value in inputs._asdict().items():
             if isinstance(value, Tensor):
@@ -121,7 +121,7 @@ class _Layer:
         )
 
     def programs(self, needed: Sequence[bool]) -> tuple[int, ...]:
-        """How many programs work for this layer in each of the kernels' deals."""
+        """How many programs each deal gives this layer."""
         unit_tiles = self.column_tiles * math.ceil(self.hidden_channels / UNITS)
         return (
             self.row_tiles if self.is_summed else 0,
@@ -160,7 +160,7 @@ def _differentiate(group: Sequence[_Layer], asked: Sequence[Pullback]) -> None:
         if gradient.stride() != layer.filters.stride():
             gradient = torch.empty_like(layer.filters).copy_(gradient)
         layer.tensors["gradient"] = gradient
-        # Eager, which may have made them, leaves some transposed.
+        # Eager may have computed them, and leaves some transposed.
         held = {name: v.contiguous() for name, v in kept._asdict().items() if v is not None}
         layer.tensors |= held
         if needed[0]:
@@ -206,7 +206,7 @@ class _Programs:
     """The table of a group on its device, and how many programs each kernel has."""
 
     def __init__(self, group: Sequence[_Layer], needed: Sequence[Sequence[bool]]) -> None:
-        # A power of two, as whatever a kernel loads at once.
+        # A power of two, as Triton requires of what is loaded at once.
         layers = 1 << (len(group) - 1).bit_length()
         dealt = zip(*map(_Layer.programs, group, needed), strict=True)
         firsts = [list(accumulate(counts, initial=0)) for counts in dealt]
@@ -227,14 +227,14 @@ class _Programs:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], table: Tensor, **constants: Any) -> None:
-    """Runs one kernel; every launch goes through here, to be counted."""
+    """Runs one kernel; tests count the launches here."""
     with torch.cuda.device_of(table):  # type: ignore[no-untyped-call]
         kernel[grid](table, **constants)
 
 
 @functools.cache
 def _number_on(device: torch.device, value: float) -> Tensor:
-    """An epsilon where the kernels read it, one for all layers."""
+    """An epsilon in the device's memory, one tensor for all layers."""
     return torch.full((), value, dtype=torch.float32, device=device)
 
 

@@ -45,7 +45,7 @@ def sum_tiles(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Z, sum_K(c), and each tile's share of sum_F(m g c) and sum_F(m g); one program a tile."""
+    """Z, sum_K(c), and each tile's share of sum_F(m g c) and sum_F(m g); one program per tile."""
     layer, number, rows, is_row, columns = tiles.tile_of(
         table, tiles.BY_SUMMED_TILES, LAYERS, ROWS, COLUMNS
     )
@@ -171,7 +171,7 @@ def by_weight(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Computes dW = d - f c - mean(d - f c), d = r m g + v A; one program a tile."""
+    """Computes dW = d - f c - mean(d - f c), d = r m g + v A; one program per tile."""
     layer, _, rows, is_row, columns = tiles.tile_of(
         table, tiles.BY_TRAINED_TILES, LAYERS, ROWS, COLUMNS
     )

@@ -16,7 +16,7 @@ from we_surgery.excitations.compute import triton_tiles as tiles
 
 @triton.jit
 def _atanh(x):
-    """``0.5 log((1 + x) / (1 - x))``; below 1/4, where that loses its digits, by its series."""
+    """``0.5 log((1 + x) / (1 - x))``; by its series below 1/4, where the formula loses digits."""
     square = x * x
     series = 1 / 11 + square * (1 / 13 + square * (1 / 15))
     series = 1 / 5 + square * (1 / 7 + square * (1 / 9 + square * series))
@@ -47,7 +47,7 @@ def summarize(
     weight = tiles.tensor_of(layer, tiles.WEIGHT)
     centre = tl.zeros([ROWS, 1], tl.float32)
     r = tl.full([ROWS, 1], 1.0, tl.float32)
-    # The one decides what is compiled, the other what is run.
+    # The constants decide what is compiled, the layer's tensors what is run.
     if STANDARDIZE:  # noqa: SIM102
         if tiles.has(layer, tiles.STANDARDIZE_EPSILON):
             fan_in = channels * positions
@@ -109,7 +109,7 @@ def multiply(
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Computes w = p r m c + q, and the largest |w| of each tile; one program a tile."""
+    """Computes w = p r m c + q, and the largest |w| of each tile; one program per tile."""
     layer, number, rows, is_row, columns = tiles.tile_of(
         table, tiles.BY_TILES, LAYERS, ROWS, COLUMNS
     )

@@ -1,15 +1,15 @@
 """What all Triton kernels share: the table of layers, and the reading of a tile of weights.
 
-Each launch works on all layers. What a program has to know of its layer it reads in a table in the
-GPU's memory, int64 throughout: for each of the ``DEALS`` the number of each layer's first program,
-then the :class:`Row` of each layer. A layer without a program in a deal has the first number of
-the layer after it. A kernel's constants name the stages that any layer has; a layer that lacks
-one reads what changes nothing in its place.
+Each launch works on all layers. A program reads what it needs to know about its layer from a table
+in the GPU's memory, int64 throughout: for each of the ``DEALS`` the number of each layer's first
+program, then the :class:`Row` of each layer. A layer without a program in a deal has the first
+number of the layer after it. A kernel's constants name the stages that any layer has; a layer
+without one of them reads a neutral value instead.
 
 A weight is read as O filters of I channels with K kernel positions, in tiles of ``ROWS`` filters
 and ``COLUMNS`` channels. Filters lie one after the other in memory; within one, ``channel_step``
-and ``position_step`` tell contiguous weights (K and 1) from channels_last ones (1 and I). LWE's
-hidden channels are gone through ``UNITS`` at a time.
+and ``position_step`` distinguish contiguous weights (K and 1) from channels_last ones (1 and I).
+LWE's hidden channels are read ``UNITS`` at a time.
 
 Importing this module needs Triton.
 """
@@ -83,8 +83,8 @@ class Row(NamedTuple):
 ) = (tl.constexpr(place) for place in range(len(Row._fields)))  # fmt: skip
 FIELDS = tl.constexpr(len(Row._fields))
 
-# How programs are dealt out to layers: by ROWS filters (of layers whose filters are summed up, for
-# standardization or LWE), by tile (of all layers, of the former, or of those whose weight is
+# How programs are distributed over layers: by ROWS filters (of layers whose filters are summed up,
+# for standardization or LWE), by tile (of all layers, of the former, or of those whose weight is
 # trained), by COLUMNS channels with UNITS hidden ones, by BLOCK weights (of layers with MWE).
 (
     BY_FILTERS, BY_TILES, BY_SUMMED_TILES, BY_TRAINED_TILES, BY_UNITS, BY_BLOCKS,
