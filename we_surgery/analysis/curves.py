@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from we_surgery.analysis.results import Result, Row
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, check_choice
 from we_surgery.excitations.mwe import CURVES, MWE
 
 
@@ -65,11 +65,7 @@ def curve_drawing(
         InputError: there is no such curve, an option is out of range, or nothing is left to draw.
     """
     for name in curves:
-        if name not in CURVES:
-            raise InputError(
-                f"there is no curve {name!r}{near_matches(name, CURVES)}",
-                f"Use some of: {', '.join(CURVES)}.",
-            )
+        check_choice("curve", name, CURVES)
     if points < 2 or not largest > 0:
         raise InputError(
             f"{points} points up to {largest} cannot be drawn",

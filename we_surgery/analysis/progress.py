@@ -29,41 +29,39 @@ class ProgressFile:
         self.path = None if path is None else Path(path)
         self._results: dict[str, Any] = {}
         # Written with the first result: a run that fails at once leaves no file.
-        self._header: Mapping[str, Any] | None = None
-        header = {"we_surgery_progress": _SCHEMA, **json.loads(json.dumps(job))}
+        self._header = {"we_surgery_progress": _SCHEMA, **json.loads(json.dumps(job))}
+        self._is_begun = False
         if self.path is not None:
             try:
-                self._open(self.path, header)
+                self._is_begun = self._resume(self.path)
             except OSError as error:
                 raise InputError(
                     f"the progress file {path} cannot be used: {error}",
                     "Name another file, or make its folder writable.",
                 ) from error
 
-    def _open(self, path: Path, header: dict[str, Any]) -> None:
+    def _resume(self, path: Path) -> bool:
+        """Reads the results of an earlier run; returns whether there is one."""
         content = path.read_bytes() if path.exists() else b""
+        if not content:
+            return False
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            found = lines[0] if lines else None
-            self._results = dict(line for line in lines[1:])
-        except ValueError as error:
+            found, *lines = [json.loads(line) for line in whole.splitlines()]
+            differences = [key for key in self._header if found.get(key) != self._header[key]]
+            self._results = dict(lines)
+        except (AttributeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is not a progress file: {error}", "Name another file, or remove this one."
             ) from error
-        if found is None and content:
+        if differences:
             raise InputError(
-                f"{path} is not a progress file", "Name another file, or remove this one."
-            )
-        if found is not None and found != header:
-            raise InputError(
-                f"{path} belongs to another analysis: {_difference(found, header)}",
+                f"{path} belongs to another analysis: {', '.join(differences)} differ",
                 "Finish that analysis, use another file, or remove this one.",
             )
-        if found is None:
-            self._header = header
-        elif len(whole) < len(content):
+        if len(whole) < len(content):
             os.truncate(path, len(whole))
+        return True
 
     def __contains__(self, key: str) -> bool:
         return key in self._results
@@ -76,22 +74,15 @@ class ProgressFile:
         self._results[key] = value
         if self.path is not None:
             with self.path.open("a") as file:
-                if self._header is not None:
+                if not self._is_begun:
                     file.write(json.dumps(self._header) + "\n")
-                    self._header = None
+                    self._is_begun = True
                 file.write(json.dumps([key, value]) + "\n")
 
     def remove(self) -> None:
         """Deletes the file: the run is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
-    if not isinstance(found, Mapping) or "we_surgery_progress" not in found:
-        return "it is not a progress file"
-    keys = [key for key in wanted if found.get(key) != wanted[key]]
-    return f"{', '.join(keys or sorted(found))} differ"
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from we_surgery.analysis.results import Ablation, Row
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
 from we_surgery.converted.state import is_converted
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, check_choice, near_matches
 from we_surgery.excitations.layout import to_filters
 
 GRANULARITIES = ("kernel", "channel_per_filter", "channel")
@@ -69,7 +69,8 @@ def multiplier_validity(
         InputError: the model has no multipliers, there is no such granularity or layer, or the
             metric cannot be used.
     """
-    _check_choices("granularity", granularities, GRANULARITIES)
+    for granularity in granularities:
+        check_choice("granularity", granularity, GRANULARITIES)
     if share is not None:
         _check_share(share)
     copied, maps = _with_multipliers(model, layers)
@@ -115,7 +116,8 @@ def pruning_curve(
     Raises:
         InputError: the model has no multipliers, or an argument cannot be used.
     """
-    _check_choices("criterion", criteria, CRITERIA)
+    for criterion in criteria:
+        check_choice("criterion", criterion, CRITERIA)
     for share in shares:
         _check_share(share)
     copied, maps = _with_multipliers(model, layers)
@@ -284,12 +286,3 @@ def _kernel_magnitudes(weight: MeasuredWeight) -> Tensor:
 def _check_share(share: float) -> None:
     if not 0 <= share <= 1:
         raise InputError(f"`share` must be in [0, 1], got {share!r}", "Give a number from 0 to 1.")
-
-
-def _check_choices(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise InputError(
-                f"there is no {what} {name!r}{near_matches(name, known)}",
-                f"Use some of: {', '.join(known)}.",
-            )

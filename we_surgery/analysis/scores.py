@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, check_choice
 
 MetricFunction = Callable[[nn.Module], float]
 """Any measure of a model; higher is better."""
@@ -54,11 +54,7 @@ SCORES: dict[str, Score] = {
 
 def score_name(metric: Metric, score: str) -> str:
     """What a metric is called in results; raises an InputError if there is no such score."""
-    if score not in SCORES:
-        raise InputError(
-            f"there is no score {score!r}{near_matches(str(score), SCORES)}",
-            f"Use one of: {', '.join(SCORES)}; or give a metric_fn(model) of your own.",
-        )
+    check_choice("score", score, SCORES)
     return "metric_fn" if callable(metric) else score
 
 

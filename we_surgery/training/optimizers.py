@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 from we_surgery.attached.optimizers import (
     SHARDED_OR_FLAT,
     group_for,
-    group_options,
     start_early_state,
 )
 from we_surgery.attached.wrappers import with_wrapped
 from we_surgery.converted.graphs import excited_weights
 from we_surgery.errors import InputError
-from we_surgery.training.param_groups import Group, refuse_groups_of_another_model
+from we_surgery.training.param_groups import refuse_tensors_of_another_model
 from we_surgery.training.vanilla_view import (
     ExcitationParameters,
     excitation_parameters,
@@ -72,7 +71,7 @@ def add_to_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     model = inside_wrappers(model)
     groups = optimizer.param_groups
-    refuse_groups_of_another_model([Group(group_options(g), g["params"]) for g in groups], model)
+    refuse_tensors_of_another_model((p for group in groups for p in group["params"]), model)
     held = {id(tensor): group for group in groups for tensor in group["params"]}
     excitations = list(excitation_parameters(model, held))
     _warn_of_replaced_parameters(held.keys(), groups, model, excitations)
@@ -126,7 +125,7 @@ def remove_from_optimizer(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """
     model = inside_wrappers(model)
     groups = optimizer.param_groups
-    refuse_groups_of_another_model([Group(group_options(g), g["params"]) for g in groups], model)
+    refuse_tensors_of_another_model((p for group in groups for p in group["params"]), model)
     weights = list(excited_weights(model))
     leaving = {id(p) for weight in weights for p in weight.excitation.parameters()}
     changing = leaving | {id(weight.raw) for weight in weights}

@@ -94,16 +94,16 @@ def param_groups(
     else:
         groups = _read_groups(base(view) if callable(base) else base)
         groups = _without(groups, excitation_parameters(model))
-        refuse_groups_of_another_model(groups, model)
+        refuse_tensors_of_another_model((t for group in groups for t in group.tensors), model)
     trained = {id(tensor) for group in groups for tensor in group.tensors}
     for excitation in excitation_parameters(model, trained):
         _join(groups, excitation, decay_excitations, excitation_lr, own_rule=base is None)
     return [{"params": list(g.params), **g.options} for g in groups if g.params]
 
 
-def refuse_groups_of_another_model(groups: Iterable[Group], model: nn.Module) -> None:
-    """Raises if no group holds a parameter of the model."""
-    held = {id(tensor) for group in groups for tensor in group.tensors}
+def refuse_tensors_of_another_model(tensors: Iterable[Tensor], model: nn.Module) -> None:
+    """Raises if none of the tensors of parameter groups is a parameter of the model."""
+    held = {id(tensor) for tensor in tensors}
     if held and not held & {id(parameter) for parameter in model.parameters()}:
         raise InputError(
             "the parameter groups hold none of the model's parameters, so training them would "
