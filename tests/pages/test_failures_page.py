@@ -158,6 +158,12 @@ def thawed() -> None:
     step(model, optimizer)
 
 
+def cast_up() -> None:
+    model, optimizer, _ = attached()
+    model.double()(X.double()).sum().backward()
+    optimizer.step()
+
+
 def attach_again() -> None:
     model, optimizer, _ = attached()
     ws.attach(model, optimizer)
@@ -281,6 +287,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     "layer '...' holds another Parameter than when excitation was attached": lambda: step_after(
         lambda model, _: setattr(model[0], "weight", nn.Parameter(torch.ones(8, 3, 3, 3)))
     ),
+    "layer '...' was cast to torch.float64 after excitation was attached": cast_up,
     "SGD trains a weight whose excitation is attached to another optimizer": lambda: step_after(
         lambda model, _: torch.optim.SGD(model.parameters(), lr=0.1)
     ),
