@@ -1,4 +1,4 @@
-"""What can go wrong, each with its cause and its cure.
+"""What can go wrong, each with its cause and a hint what to do.
 
 Every error a user can meet carries two sentences: what happened, and what to
 do about it. The command line prints them as two lines and ends with the
@@ -93,8 +93,8 @@ def no_such_file(path: Path) -> InputError:
     """The error for a file that is not there, with the names beside it that look like its own."""
     if path.is_symlink():
         return InputError(
-            f"{path} is a symbolic link to {path.readlink()}, and there is no such file",
-            "Give the file itself, or mend the link.",
+            f"{path} is a symbolic link to {path.readlink()}, which does not exist",
+            "Give the file itself, or correct the link.",
         )
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     return InputError(
@@ -104,8 +104,8 @@ def no_such_file(path: Path) -> InputError:
 
 
 def damaged(cause: str) -> InputError:
-    """The error for a file whose content does not fit together."""
-    return InputError(cause, "Save or fetch it again.")
+    """The error for a file whose content is inconsistent."""
+    return InputError(cause, "Save or download it again.")
 
 
 def listed(texts: Iterable[str], limit: int = 8) -> str:

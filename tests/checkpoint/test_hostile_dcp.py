@@ -102,7 +102,7 @@ class TakesMemory:
 
 
 TRAPS = {
-    "packed": (packed(saved(torch.zeros(6, 3, 3, 3))), "has a packed record"),
+    "packed": (packed(saved(torch.zeros(6, 3, 3, 3))), "has a compressed record"),
     "legacy": (
         saved(torch.zeros(6, 3, 3, 3), _use_new_zipfile_serialization=False),
         "damaged or cut short zip",

@@ -142,14 +142,14 @@ def test_an_interrupted_run_goes_on(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (("-o", "out"), "needs --loader or --metric"),
-        ((*LOADER, "--metric", "users_code:metric"), "takes one of them"),
+        (("-o", "out"), "needs exactly one of"),
+        ((*LOADER, "--metric", "users_code:metric"), "exactly one of"),
         (("--loader", "users_code.loader", "-o", "out"), "takes package.module:name"),
         (("--loader", "users_code:lodaer", "-o", "out"), "did you mean 'loader'"),
         (("--loader", "no_such_code:loader", "-o", "out"), "'no_such_code' cannot be imported"),
         (("--loader", "users_code:broken", "-o", "out"), "fails: ValueError: no data"),
         (("--metric", "users_code:number", "-o", "out"), "is int, not a function"),
-        (("--loader", "users_code:number", "-o", "out"), "--loader users_code:number gives int"),
+        (("--loader", "users_code:number", "-o", "out"), "--loader users_code:number returned int"),
         (("--loader", "users_code:loader", "-o", "no/out"), "there is no folder no"),
     ],
 )

@@ -218,7 +218,7 @@ def test_converting_twice_says_so_and_writes_nothing(model_file: Path) -> None:
         (["--arch-arg", "x"], 2, "KEY=VALUE"),
         (["--mode", "lew"], 2, "lew"),
         (["--seed", str(2**64)], 2, "not in the range"),
-        (["-o", ""], 2, "has no name"),
+        (["-o", ""], 2, "is an empty name"),
         (["-o", "new/"], 2, "yields a single file"),
     ],
 )

@@ -87,7 +87,10 @@ def test_the_start_tells_how_far_it_came(files: tuple[Path, Path]) -> None:
 def test_the_start_of_another_model_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "other.pt")
     result = inspect(files[1], "--start", tmp_path / "other.pt")
-    assert (result.exit_code, "the --start file has no '0.0.weight'" in result.stderr) == (2, True)
+    assert (result.exit_code, "'0.0.weight' is missing in the --start file" in result.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_two_files_stand_side_by_side(files: tuple[Path, Path], tmp_path: Path) -> None:

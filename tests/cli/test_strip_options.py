@@ -234,7 +234,7 @@ def test_sizes_of_torchvision_and_of_others() -> None:
         assert "torchvision" in note[0]
     shape, note = verification.input_shape_of(nn.Identity(), None)
     assert shape == (1, 3, 224, 224)
-    assert "does not say" in note[0]
+    assert "does not name its input size" in note[0]
 
 
 def test_verify_without_an_architecture_says_what_to_give(

@@ -130,7 +130,7 @@ def test_nothing_is_overwritten_without_force_nor_lost_with_it(excited: Path) ->
 def test_the_folder_itself_may_be_replaced_but_not_written_into(excited: Path) -> None:
     state = load_file(excited / "model.safetensors")
     result = strip(excited, "-o", excited / "inner")
-    assert (result.exit_code, "lies in the folder that is read" in result.stderr) == (2, True)
+    assert (result.exit_code, "lies inside the input folder" in result.stderr) == (2, True)
     assert strip(excited, "-o", excited, "--force").exit_code == 0
     assert {k: v for k, v in tree(excited).items() if k in OTHERS} == OTHERS
     assert_holds(load_file(excited / "model.safetensors"), ws.strip_state_dict(state))

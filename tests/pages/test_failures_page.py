@@ -360,7 +360,7 @@ PLANNED: dict[str, Callable[[], Any]] = {
     ].weight.requires_grad_(False),
     "... is refused: it refers to ... (from another package)": lambda: saved(Random()),
     "... is refused: it refers to ... (not an nn.Module class)": lambda: saved(eval),
-    "... holds weights and does not say of which architecture": lambda: saved(net().state_dict()),
+    "... holds weights but does not name their architecture": lambda: saved(net().state_dict()),
     "the state dict does not fit ...": lambda: saved(
         net().state_dict(), architecture="torchvision:alexnet"
     ),

@@ -142,7 +142,7 @@ def test_the_command_line_deploys_shifts(tmp_path) -> None:
     arguments = [str(path), "--deploy", "shift", "--input-shape", "1,3,32,32"]
     result = CliRunner().invoke(strip_command, arguments)
     assert result.exit_code == 0, result.output
-    assert "1 layers put into their deploy form" in result.output
+    assert "1 layers replaced by their deploy form" in result.output
     assert isinstance(ws.load(tmp_path / "small.stripped.pt").layer1[0].conv1, ShiftConv2d)
 
 

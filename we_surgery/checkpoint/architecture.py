@@ -128,7 +128,7 @@ class Architecture:
             or not all(isinstance(key, str) for key in arguments)
         ):
             raise InputError(
-                f"the file describes its architecture as {reprlib.repr(data)}",
+                f"the architecture in the file cannot be read: {reprlib.repr(data)}",
                 "The file is damaged; name its architecture yourself (--arch; `architecture=`).",
             )
         return replace(Architecture.parse(name, arguments), from_file=True)
@@ -138,7 +138,7 @@ class Architecture:
         if source not in ("torchvision", "timm"):
             if not any(source == package or source.startswith(f"{package}.") for package in allow):
                 raise InputError(
-                    f"the file names the architecture {self.name}, which is code to be imported",
+                    f"the file refers to the architecture {self.name}, which is code to import",
                     f"If you trust it, give --arch {self.name} (`architecture=`), or --allow "
                     f"{source.partition('.')[0]} (`allow=`).",
                 )
@@ -148,8 +148,8 @@ class Architecture:
         if asked and source == "torchvision" and _weights_shape_model(name):
             raise InputError(
                 f"the file's architecture {self.name} was built with {asked[0]}="
-                f"{fetching[asked[0]]!r}, which decides on the layers of this model and would "
-                "fetch a file",
+                f"{fetching[asked[0]]!r}, which changes the layers of this model and would "
+                "download a file",
                 f"Give --arch {self.name} with its arguments yourself (`architecture=`).",
             )
         kept = {key: value for key, value in self.arguments.items() if key not in fetching}

@@ -73,7 +73,7 @@ def read(
     if arguments:
         given = (f"{name}={value!r}" for name, value in arguments.items())
         raise InputError(
-            f"arguments were given without an architecture to build: {listed(given)}",
+            f"arguments of an architecture were given ({listed(given)}), but no architecture",
             "Name it (--arch; `architecture=`).",
         )
     if isinstance(files, TensorFiles):
@@ -94,7 +94,7 @@ def _from_files(
 ) -> Contents:
     if files.kind == "safetensors" and key is not None:
         raise InputError(
-            f"{files.path} is a safetensors file, which has no key {key!r} around its tensors",
+            f"{files.path} is a safetensors file, whose tensors are not nested under a key {key!r}",
             "Leave out --key (`key=`).",
         )
     with _errors_named(files.path):

@@ -91,7 +91,7 @@ class ExcitedEntry:
         """
         if self.raw.is_meta:
             raise InputError(
-                f"the {self.parameter} of layer {self.display_name!r} has a shape and no values",
+                f"the {self.parameter} of layer {self.display_name!r} has a shape but no values",
                 "Save the model after its weights were loaded.",
             )
         self.refuse_no_weight()

@@ -49,8 +49,8 @@ class Metadata:
         schema = data.get("schema") if isinstance(data, Mapping) else None
         if type(schema) is int and schema > SCHEMA_VERSION:
             raise InputError(
-                f"{source} has schema {schema} of we_surgery {data.get('we_surgery')}; this "
-                f"version reads {SCHEMA_VERSION}",
+                f"{source} was written by we_surgery {data.get('we_surgery')} (schema {schema}); "
+                f"this version reads schemas up to {SCHEMA_VERSION}",
                 "Install the version of we_surgery that wrote it.",
             )
         plan = data.get("plan") if isinstance(data, Mapping) else None

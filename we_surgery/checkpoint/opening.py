@@ -117,7 +117,7 @@ def model_from(
         architecture = contents.metadata.architecture
     if architecture is None:
         raise InputError(
-            f"{contents.path} holds weights and does not say of which architecture",
+            f"{contents.path} holds weights but does not name their architecture",
             f"Name it with --arch (`architecture=`): {_forms_for(contents.path)}.",
         )
     # The weights drawn here are replaced, so the caller's random numbers stay as they were.

@@ -46,8 +46,8 @@ def _refuse_lost(entries: Iterable[tuple[str, str]], plan: Plan, name: str) -> N
     lost = [row.layer for row in plan.excited if (row.module, row.parameter) not in found]
     if lost:
         raise InputError(
-            f"{name} was converted by a plan that excites {quoted(lost)}, but holds no excited "
-            "weight of these",
+            f"the plan in {name} excites {quoted(lost)}, but the file holds no excited weights for "
+            "them",
             _HINT,
         )
 

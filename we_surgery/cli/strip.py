@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 @click.option(
     "--both",
     is_flag=True,
-    help="Strip both; the average goes to a second file, model.stripped.ema.pt.",
+    help="Strip the trained weights and the average, which goes to a second file, "
+    "model.stripped.ema.pt.",
 )
 @click.option(
     "--dtype",
@@ -58,15 +59,15 @@ if TYPE_CHECKING:
     "--input-shape",
     metavar="SHAPE",
     help="Compare the outputs on random inputs of this shape, such as 1,3,224,224; by default "
-    "of the model's size in timm or torchvision.",
+    "the size that timm or torchvision gives for the model.",
 )
 @click.option(
     "--deploy",
     type=click.Choice(DEPLOY_FORMS),
     default="dense",
     show_default=True,
-    help="shift: replace each conv with one weight per kernel (from hardened, shared shift "
-    "attention) by a shift and a 1x1 conv. Such a file needs we_surgery.",
+    help="shift: replace each conv that has one weight per kernel (left by hardened, shared "
+    "shift attention) by a shift and a 1x1 conv. Opening the file then needs we_surgery.",
 )
 @output_options("File, or folder of shards,")
 def strip_command(
@@ -147,9 +148,9 @@ def _say(result: Stripped) -> None:
         f"{report.removed_parameters:,} training-only values removed"
     )
     if report.transplants:
-        say(f"{report.transplants} transplants taken out")
+        say(f"{report.transplants} transplants removed")
     if report.deployed:
-        say(f"{report.deployed} layers put into their deploy form")
+        say(f"{report.deployed} layers replaced by their deploy form")
     parity = f"parity: all {result.tensors} tensors read back bit-equal"
     if report.output_difference is not None:
         parity += (

@@ -17,7 +17,7 @@ def imported_metric(metric: str | None, loader: str | None) -> Any:
     """The metric of ``--metric`` or the batches that the function of ``--loader`` returns."""
     if (metric is None) == (loader is None):
         raise InputError(
-            "an analysis needs --loader or --metric, and takes one of them",
+            "an analysis needs exactly one of --loader and --metric",
             "Give --loader package.module:function, a function that returns an iterable of "
             "(inputs, labels), or --metric package.module:function, which takes a model and "
             "returns a number.",
@@ -42,5 +42,7 @@ def imported_metric(metric: str | None, loader: str | None) -> Any:
                 f"--loader {loader} fails: {type(error).__name__}: {error}", _LOADER_CURE
             ) from error
     if callable(batches) or not isinstance(batches, Iterable):
-        raise InputError(f"--loader {loader} gives {type(batches).__name__}", _LOADER_CURE)
+        raise InputError(
+            f"--loader {loader} returned {type(batches).__name__}, not batches", _LOADER_CURE
+        )
     return batches

@@ -311,7 +311,7 @@ def _refuse_other_start(
     for key, entry in entries.items():
         if key not in starts or starts[key].raw.shape != entry.raw.shape:
             raise InputError(
-                f"the --start file has no {key!r} with the shape it has in {name}",
+                f"{key!r} is missing in the --start file, or has another shape than in {name}",
                 "Give the same model before training: what `we-convert` wrote.",
             )
 

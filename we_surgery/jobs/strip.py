@@ -114,7 +114,7 @@ def _strip_weights(
     architecture = source.architecture_of(contents)
     if options.compares and architecture is None:
         raise InputError(
-            f"{source.name} holds weights and does not say of which architecture, so there is no "
+            f"{source.name} holds weights but does not name their architecture, so there is no "
             "model to run",
             "Name it with --arch, or leave out --verify and --input-shape: the weights are "
             "compared in any case.",

@@ -89,11 +89,11 @@ def check_extension(output: str | Path | None, to: str | None) -> None:
     if output is None:
         return
     if not os.fspath(output):
-        raise InputError("the output has no name", "Give one (-o FILE).")
+        raise InputError("the output is an empty name", "Give a file (-o FILE).")
     if to is not None and (_ending(Path(output)) == _SAFETENSORS) != (to == "safetensors"):
         raise InputError(
             f"the output {output} does not fit --to {to}",
-            "Drop --to, or give a file that ends in .safetensors for safetensors alone.",
+            "Leave out --to. Only with --to safetensors may the output end in .safetensors.",
         )
 
 
@@ -142,7 +142,7 @@ def choose_target(
         output = _beside_folder(source, ending, mark) if is_folder else _beside(source, kind, mark)
     if copied is not None and _is_within(output, copied.path):
         raise InputError(
-            f"the output {output} lies in the folder that is read", "Give a folder outside of it."
+            f"the output {output} lies inside the input folder", "Give a folder outside of it."
         )
     return Target(output, kind, copied)
 

@@ -80,7 +80,7 @@ def input_shape_of(
         crop = _torchvision_crop(architecture.name.partition(":")[2])
         size, where = (3, crop, crop), "as torchvision's transforms for the model say"
     if size is None:
-        size, where = (3, 224, 224), "because the model does not say what it takes"
+        size, where = (3, 224, 224), "because the model does not name its input size"
     shape = (1, *size)
     sizes = "x".join(map(str, shape))
     return shape, [f"compared on random inputs of {sizes}, {where} (--input-shape overrides)"]

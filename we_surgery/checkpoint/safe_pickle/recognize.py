@@ -17,7 +17,7 @@ _EAGER = (
     "(`architecture=`)."
 )
 _KNOWN_FORMATS = (
-    "Give a file written by torch.save or safetensors; fetch or save it again if it was one."
+    "Give a file written by torch.save or safetensors. If this was one, download or save it again."
 )
 _CHUNK = 1 << 20
 _TO_TORCH = (
@@ -185,8 +185,8 @@ def _refuse_traps(records: Sequence[zipfile.ZipInfo], size: int, path: Path) -> 
     packed = next((r for r in records if r.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
         raise InputError(
-            f"{path} has a packed record {packed.filename!r}, and torch.save packs none",
-            "Save it again with torch.save, or unpack it and zip it without compression.",
+            f"{path} has a compressed record {packed.filename!r}, and torch.save compresses none",
+            "Save it again with torch.save, or unzip it and zip it without compression.",
         )
     if (
         len({record.filename for record in records}) < len(records)

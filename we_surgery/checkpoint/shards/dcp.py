@@ -266,7 +266,7 @@ def _place(
 ) -> Piece:
     if info.transform_descriptors:
         raise InputError(
-            f"{name!r} in {folder} is stored through {quoted(info.transform_descriptors)}",
+            f"{name!r} in {folder} was saved with extensions: {quoted(info.transform_descriptors)}",
             "Save it without extensions (`FileSystemWriter(..., _extensions=None)`).",
         )
     start, length = _numbers((info.offset, info.length))
