@@ -117,10 +117,10 @@ def test_arguments_that_cannot_be_stored_are_refused():
 def test_a_file_does_not_import_a_factory(tmp_path, monkeypatch):
     (tmp_path / "trap_factory.py").write_text("open('canary', 'w').close()\ndef make(): ...\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="code to be imported") as caught:
+    with pytest.raises(InputError, match="code to import") as caught:
         from_file("trap_factory:make").build()
     assert "--arch trap_factory:make" in caught.value.cure
-    with pytest.raises(InputError, match="code to be imported"):
+    with pytest.raises(InputError, match="code to import"):
         from_file("trap_factory:make").build(allow=["trap"])
     assert not (tmp_path / "canary").exists()
 
