@@ -63,7 +63,7 @@ def test_a_record_of_the_present_schema_says_all_options() -> None:
         rebuild_excitation(state)
 
 
-@pytest.mark.parametrize("name", EXCITATIONS)
+@pytest.mark.parametrize("name", sorted(EXCITATIONS.keys() - {"mwe_scheduled"}))  # is not older
 def test_a_pickle_without_the_options_is_read_with_their_defaults(name: str) -> None:
     made = build_excitation([{name: {}}], LAYOUT)
     (stage,) = made.stages
