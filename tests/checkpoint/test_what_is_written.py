@@ -117,7 +117,7 @@ def test_conjugate_and_negative_views_are_written_as_they_are(tmp_path):
 
 def test_a_newer_schema_says_which_version_wrote_it():
     data = METADATA.to_dict() | {"schema": 99, "we_surgery": "9.0"}
-    with pytest.raises(InputError, match=r"schema 99 of we_surgery 9\.0"):
+    with pytest.raises(InputError, match=r"we_surgery 9\.0 \(schema 99\)"):
         Metadata.from_dict(data)
 
 
