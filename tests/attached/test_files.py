@@ -175,5 +175,5 @@ def test_analyses_of_multipliers_take_an_attached_run(
         result = CliRunner().invoke(analyse_group, [*words, "--no-picture"])
         assert result.exit_code == 0, result.output
         found.append(json.loads((tmp_path / source).with_suffix(".json").read_text()))
-    assert found[0]["rows"] == found[1]["measurements"]
+    assert found[0]["rows"] == found[1]["rows"]
     assert found[0]["rows"]
