@@ -191,6 +191,29 @@ def test_a_cast_rounds_the_float32_fold_once(
     assert (difference == 0) == (dtype == "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_value_that_is_off_by_its_last_bit_is_refused_in_half_precision(
+    dtype: str, trainers_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It moves the outputs by less than the rounding of the others does."""
+    load = stripping.checkpoint.load
+
+    def load_wrong(*args: Any, **options: Any) -> nn.Module:
+        model = load(*args, **options)
+        with torch.no_grad():
+            model.head.weight[2, 3] *= 1 + torch.finfo(getattr(torch, dtype)).eps
+        return model
+
+    monkeypatch.setattr(stripping.checkpoint, "load", load_wrong)
+    done = strip(trainers_file, *ARCH, *SHAPE, "--dtype", dtype)
+    assert done.exit_code == 1, done.output
+    assert (
+        f"'head.weight' of the stripped model differs from its folded value rounded once to {dtype}"
+        in (done.stderr)
+    )
+    assert names(tmp_path) == ["last.pth.tar"]
+
+
 def test_a_rounding_that_overflows_the_outputs_is_refused() -> None:
     excited, rounded = nn.Linear(3, 3), nn.Linear(3, 3)
     with torch.no_grad():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from we_surgery.checkpoint import Architecture, cast
-from we_surgery.converted.proof import check_outputs, largest_differences, run_in_eval
+from we_surgery.converted.proof import check_outputs, largest_differences, run_in_eval, same_bits
 from we_surgery.converted.strip import strip_with_report
 from we_surgery.errors import SurgeryError
 from we_surgery.jobs.convert import random_inputs
@@ -22,9 +24,9 @@ def compare_outputs(
     """The largest absolute and relative difference of two models' outputs in eval mode.
 
     Rounding to half precision changes outputs by 4e-4 or by 0.2, depending on the model, so no
-    tolerance separates a wrong weight from a rounded one. There the excited model is compared with
-    its fold before rounding; that the file holds this fold, rounded once, was proved when it was
-    written.
+    tolerance separates a wrong weight from a rounded one. Two steps prove it without a tolerance
+    for rounding: the excited model against its fold, both at least in float32, and the stripped
+    model's values against the fold's, rounded once, to the bit.
 
     The stripped model is in ``dtype``, if given; both models are changed. The relative difference,
     for half precision the fold's, must not exceed 1e-5.
@@ -32,7 +34,8 @@ def compare_outputs(
     if dtype in _HALF:
         if any(is_half(tensor) for tensor in excited.state_dict().values()):
             excited = excited.float()
-        strip_with_report(excited, example_inputs=inputs_for(excited, shape))
+        folded, _ = strip_with_report(excited, example_inputs=inputs_for(excited, shape))
+        _check_rounded(folded.state_dict(), vanilla.state_dict(), dtype)
         return rounding_effect(excited, vanilla, shape)
     if dtype is not None:
         excited, vanilla = excited.float(), vanilla.float()
@@ -56,6 +59,21 @@ def rounding_effect(
             "Choose a dtype with more range or precision.",
         )
     return differences
+
+
+def _check_rounded(
+    folded: Mapping[str, Any], found: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
+    for name, value in folded.items():
+        if not isinstance(value, Tensor):
+            continue
+        expected, other = cast(name, value, dtype), found.get(name)
+        if not isinstance(other, Tensor) or not same_bits(other.to(expected.dtype), expected):
+            raise SurgeryError(
+                f"{name!r} of the stripped model differs from its folded value rounded once to "
+                f"{str(expected.dtype).removeprefix('torch.')}",
+                "The file, or the architecture that it was loaded into, changes its values.",
+            )
 
 
 def inputs_for(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
