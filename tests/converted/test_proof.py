@@ -148,6 +148,18 @@ def test_each_module_gets_its_own_training_flag_back() -> None:
     assert model[1][1].num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_layers_behind_an_exported_program_are_in_eval_mode_too() -> None:
+    exported = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module()
+    model = nn.Sequential(exported, nn.Dropout())
+    with pytest.raises(NotImplementedError):
+        model.eval()
+    model[1].train()
+    with eval_mode(model):
+        assert not model[1].training
+    assert model[1].training
+
+
 def test_a_training_flag_comes_back_after_a_failure() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
     model[0].eval()

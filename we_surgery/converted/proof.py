@@ -227,10 +227,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
     buffers = [buffer for module in graphs for buffer in module.buffers()]
     kept = [buffer.clone() for buffer in buffers]
-    # An exported program has a fixed mode and refuses to change it.
-    with contextlib.suppress(NotImplementedError):
-        model.eval()
     try:
+        _to_eval(model)
         yield
     finally:
         for module, training in flags.items():
@@ -238,3 +236,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, values in zip(buffers, kept, strict=True):
                 buffer.copy_(values)
+
+
+def _to_eval(module: nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:
+        # An exported program, here or inside, has a fixed mode and refuses to change it.
+        for child in module.children():
+            _to_eval(child)
