@@ -135,6 +135,13 @@ def test_a_pipe_or_device_is_refused_and_so_is_a_link_to_one(tmp_path):
             check_target(tmp_path / name, force=True)
 
 
+def test_a_loop_of_links_is_refused(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).symlink_to(other)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_target(tmp_path / "a", force=True)
+
+
 def test_behind_a_link_the_file_that_it_names_is_replaced(write, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_text("before")
@@ -228,6 +235,24 @@ def test_behind_a_link_the_folder_that_it_names_is_replaced(shards, tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert names(tmp_path) == ["link", "out"]
     assert (shards / "model.safetensors").read_text() == "after"
+
+
+def test_a_folder_moved_aside_is_kept_where_another_takes_its_name(shards, tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def late(path, target):
+        (shards / "precious").mkdir(parents=True)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with (
+        pytest.raises(SurgeryError, match="could not be put back"),
+        staged(shards, force=True, folder=True) as temporary,
+    ):
+        (temporary / "model.safetensors").write_text("after")
+    assert names(shards) == ["precious"]
+    (aside,) = tmp_path.glob(".we_surgery-*.tmp/out.old/model.safetensors")
+    assert aside.read_text() == "before"
 
 
 @pytest.mark.parametrize("after", [1, 2])

@@ -51,7 +51,7 @@ def check_target(
         folder_exists = place.parent.is_dir()
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of a loop of links
         raise InputError(f"{path} cannot be written: {error}", _ELSEWHERE) from error
     if not folder_exists:
         raise InputError(f"there is no folder {place.parent}", "Create it, or give another file.")
@@ -146,8 +146,12 @@ class _Staged:
                 self.target.unlink()
             else:
                 self.target.rename(self.new)
-        if os.path.lexists(self.old) and not os.path.lexists(self.target):
+        if not os.path.lexists(self.old):
+            return
+        if not os.path.lexists(self.target):
             self.old.rename(self.target)
+        elif _identity(self.target) != _identity(self.old):
+            raise FileExistsError(f"something else stands at {self.target}")
 
 
 class Staging:
