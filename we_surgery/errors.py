@@ -79,14 +79,15 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     return f"; did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
 
 
-def check_choice(what: str, name: object, known: Iterable[str]) -> None:
-    """Raises an InputError unless ``name`` is one of the known ones."""
+def check_choice(what: str, name: object, known: Iterable[str]) -> str:
+    """``name``; an InputError if it is not one of the known ones."""
     known = list(known)
     if name not in known:
         raise InputError(
             f"there is no {what} {name!r}{near_matches(str(name), known)}",
             f"Use one of: {', '.join(known)}.",
         )
+    return str(name)
 
 
 def no_such_file(path: Path) -> InputError:

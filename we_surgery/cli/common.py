@@ -99,7 +99,9 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
     # Windows has no SIGHUP, and under nohup it is ignored.
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) == 0]
+    numbers = [
+        n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) == signal.SIG_DFL
+    ]
     for number in numbers:
         signal.signal(number, leave)
     try:

@@ -27,6 +27,7 @@ from we_surgery.converted.views import (
 from we_surgery.errors import ExcitationError, InputError, PartialLoadWarning
 from we_surgery.excitations import Composition
 from we_surgery.excitations.names import MadeClass, excitation_name, raw_name
+from we_surgery.reading.kinds import CONV_KINDS
 
 PUBLIC_PATH = "we_surgery.converted"
 """Where pickles find the excited classes."""
@@ -109,7 +110,8 @@ class ExcitedLayer(_ModuleBase):
                 unexpected_keys += [key] if strict else []
             elif not key.startswith(excitations):
                 given[vanilla_keys.get(key, key)] = value
-        view, missing = raw_view(self), list[str]()
+        view = raw_view(self)
+        missing: list[str] = []
         view._load_from_state_dict(
             given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
@@ -283,13 +285,7 @@ def _overrides(base: Any, parameters: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-_WITH_NAMES_OF_THEIR_OWN = {
-    f"WE{base.__name__}": base
-    for base in (
-        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
-        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    )
-}
+_WITH_NAMES_OF_THEIR_OWN = {f"WE{base.__name__}": base for base in (*CONV_KINDS, nn.Linear)}
 """Vanilla classes whose excited ones pickle as ``WEConv2d``; others get a describing name."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, check_choice, near_matches
 from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.composition import Composition
 from we_surgery.excitations.layout import WeightLayout
@@ -102,12 +102,7 @@ def check_stage(name: object, options: object = None) -> type[Excitation]:
     """The class of the stage ``name``; an InputError if it or an option does not exist."""
     if isinstance(name, str) and name not in EXCITATIONS:
         load_plugins([name])
-    if not isinstance(name, str) or name not in EXCITATIONS:
-        raise InputError(
-            f"there is no excitation called {name!r}{near_matches(str(name), EXCITATIONS)}",
-            f"Use one of: {', '.join(EXCITATIONS)}.",
-        )
-    excitation = EXCITATIONS[name]
+    excitation = EXCITATIONS[check_choice("excitation called", name, EXCITATIONS)]
     known = excitation.options()
     if options is not None and not isinstance(options, Mapping):
         raise InputError(

@@ -21,8 +21,8 @@ class MWEScheduled(MWE):
     """MWE with ``epsilon_t = final + (epsilon - final) f(min(t / steps, 1))``, t from 0.
 
     ``f(p)`` is ``(1 + cos(pi p)) / 2`` or, with ``shape="linear"``, ``1 - p``. From step ``steps``
-    on epsilon stays at ``final``. Not in the
-    papers, whose epsilon is constant. By default the curve sets in slowly.
+    on epsilon stays at ``final``. Not in the papers, whose epsilon is constant. By default the
+    curve sets in slowly.
 
     A step is one of the optimizer where the excitation is attached, and one forward pass in
     training where the model is converted. The buffer ``step`` counts them, so a checkpoint resumes

@@ -229,10 +229,12 @@ class MaxDropoutTransplant(Transplant):
                 f"{place!r} is not a dropout layer but {qualified_name(type(module))}",
                 'Give its row in the plan `"attach": false`.',
             )
-        rate: Any = module.p if self.rate is None else self.rate
         kind = type(module).__name__
-        vars(module).update(rate=rate, always_on=self.always_on, instead_of=kind)
         module.__class__ = SwappedDropout
+        assert isinstance(module, SwappedDropout)
+        module.rate = module.p if self.rate is None else self.rate
+        module.always_on = self.always_on
+        module.instead_of = kind
 
     def _attach_to_node(self, module: nn.Module, name: str) -> None:
         graph_module = module if isinstance(module, fx.GraphModule) else None

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from we_surgery.errors import InputError, near_matches
+from we_surgery.errors import InputError, check_choice
 from we_surgery.excitations.compute import formulas
 from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
 
@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 def check_backend(backend: str) -> None:
     """Raises an :class:`InputError` for a backend that does not exist or cannot be imported."""
-    known = get_args(Backend)
-    if backend not in known:
-        raise InputError(
-            f"there is no backend {backend!r}{near_matches(str(backend), known)}",
-            f"Use one of: {', '.join(known)}.",
-        )
+    check_choice("backend", backend, get_args(Backend))
     if backend == "triton" and not has_triton():
         raise InputError(
             "Triton is not installed, so its kernels cannot run",
