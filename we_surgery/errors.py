@@ -79,7 +79,7 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     return f"; did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
 
 
-def check_choice(what: str, name: object, known: Iterable[str]) -> str:
+def check_known(what: str, name: object, known: Iterable[str]) -> str:
     """``name``; an InputError if it is not one of the known ones."""
     known = list(known)
     if name not in known:

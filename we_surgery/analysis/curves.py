@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from we_surgery.analysis.results import Result, Row
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 from we_surgery.excitations.mwe import CURVES, MWE
 
 
@@ -65,7 +65,7 @@ def curve_drawing(
         InputError: there is no such curve, an option is out of range, or nothing is left to draw.
     """
     for name in curves:
-        check_choice("curve", name, CURVES)
+        check_known("curve", name, CURVES)
     if points < 2 or not largest > 0:
         raise InputError(
             f"{points} points up to {largest} cannot be drawn",

@@ -15,7 +15,7 @@ from we_surgery.analysis.results import Ablation, Row
 from we_surgery.analysis.scores import Metric
 from we_surgery.analysis.weights import MeasuredWeight, deployed_copy, find_weights, kernel_mask
 from we_surgery.converted.state import is_converted
-from we_surgery.errors import InputError, check_choice, near_matches
+from we_surgery.errors import InputError, check_known, near_matches
 from we_surgery.excitations.layout import to_filters
 
 GRANULARITIES = ("kernel", "channel_per_filter", "channel")
@@ -70,7 +70,7 @@ def multiplier_validity(
             metric cannot be used.
     """
     for granularity in granularities:
-        check_choice("granularity", granularity, GRANULARITIES)
+        check_known("granularity", granularity, GRANULARITIES)
     if share is not None:
         _check_share(share)
     copied, maps = _with_multipliers(model, layers)
@@ -117,7 +117,7 @@ def pruning_curve(
         InputError: the model has no multipliers, or an argument cannot be used.
     """
     for criterion in criteria:
-        check_choice("criterion", criterion, CRITERIA)
+        check_known("criterion", criterion, CRITERIA)
     for share in shares:
         _check_share(share)
     copied, maps = _with_multipliers(model, layers)

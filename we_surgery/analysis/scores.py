@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 
 MetricFunction = Callable[[nn.Module], float]
 """Any measure of a model; higher is better."""
@@ -54,7 +54,7 @@ SCORES: dict[str, Score] = {
 
 def score_name(metric: Metric, score: str) -> str:
     """What a metric is called in results; raises an InputError if there is no such score."""
-    check_choice("score", score, SCORES)
+    check_known("score", score, SCORES)
     return "metric_fn" if callable(metric) else score
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from we_surgery.attached import AttachedExcitation
 from we_surgery.converted.convert import convert
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.errors import check_choice
+from we_surgery.errors import check_known
 from we_surgery.excitations import Composition, Rescale
 from we_surgery.excitations.names import excitation_name
 from we_surgery.reading.kinds import is_norm
@@ -73,7 +73,7 @@ def initialize_excitations(model: Excited, initialization: Initialization) -> Ex
         "xavier": nn.init.xavier_uniform_,
         "kaiming": lambda w: nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu"),
     }
-    check_choice("initialization", initialization, draw)
+    check_known("initialization", initialization, draw)
     function = draw[initialization]
     if function is not None:
         for weight in _linear_weights(model):

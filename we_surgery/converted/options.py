@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 from we_surgery.converted.sites import Init, Start
-from we_surgery.errors import InputError, check_choice, near_matches
+from we_surgery.errors import InputError, check_known, near_matches
 from we_surgery.planning.config import make_policy
 from we_surgery.planning.plans import Plan
 from we_surgery.planning.policy import Policy
@@ -35,8 +35,8 @@ def resolve_options(mode: str | None, options: ConvertOptions) -> ConvertOptions
                 f"there is no option {name!r}{near_matches(name, known)}",
                 f"The options are those of `convert`: {', '.join(known)}.",
             )
-    check_choice("init", options.get("init") or "paper", get_args(Init))
-    check_choice("start", options.get("start", "on"), get_args(Start))
+    check_known("init", options.get("init") or "paper", get_args(Init))
+    check_known("start", options.get("start", "on"), get_args(Start))
     resolved = options.copy()
     config, rules = resolved.pop("config", None), resolved.pop("rules", ())
     transplants = resolved.pop("transplants", ())

@@ -28,7 +28,7 @@ from we_surgery.converted.proof import (
     run_in_eval,
 )
 from we_surgery.converted.state import PLAN_ATTRIBUTE, is_converted, kept_plan, refuse_wrappers
-from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError, check_choice
+from we_surgery.errors import InputError, NothingToStripWarning, SurgeryError, check_known
 from we_surgery.excitations.names import raw_name
 from we_surgery.planning import transplant_rows
 from we_surgery.planning.plans import Plan
@@ -103,7 +103,7 @@ def strip_with_report(
 ) -> tuple[nn.Module, StripReport]:
     """:func:`strip` with a report; ``progress`` is called with (layers done, layers in all)."""
     refuse_wrappers(model)
-    check_choice("deploy form", deploy, DEPLOY_FORMS)
+    check_known("deploy form", deploy, DEPLOY_FORMS)
     if layer_by_layer and example_inputs is not None:
         raise InputError(
             "a strip layer by layer cannot be rolled back if output verification fails",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from we_surgery.errors import InputError, check_choice, near_matches
+from we_surgery.errors import InputError, check_known, near_matches
 from we_surgery.excitations.base import Device, DType, Excitation
 from we_surgery.excitations.composition import Composition
 from we_surgery.excitations.layout import WeightLayout
@@ -102,7 +102,7 @@ def check_stage(name: object, options: object = None) -> type[Excitation]:
     """The class of the stage ``name``; an InputError if it or an option does not exist."""
     if isinstance(name, str) and name not in EXCITATIONS:
         load_plugins([name])
-    excitation = EXCITATIONS[check_choice("excitation called", name, EXCITATIONS)]
+    excitation = EXCITATIONS[check_known("excitation called", name, EXCITATIONS)]
     known = excitation.options()
     if options is not None and not isinstance(options, Mapping):
         raise InputError(

@@ -10,7 +10,7 @@ import yaml
 
 from we_surgery._util import shipped
 from we_surgery._util.settings import refuse_unknown
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 from we_surgery.excitations import EXCITATIONS, Standardize, check_stage, load_plugins
 from we_surgery.excitations.stage_text import YAMLLoader, parse_stages
 from we_surgery.planning.policy import CELLS, DEFAULT_MODE, MODES, Policy, merged_options
@@ -80,7 +80,7 @@ def policy_from_config(config: Mapping[str, Any], source: str = "the config") ->
     load_plugins(config)
     known = ("mode", *CELLS, "standardize", *EXCITATIONS, "rules", "transplants")
     refuse_unknown(config, known, source)
-    mode = check_choice("mode called", config.get("mode", DEFAULT_MODE), MODES)
+    mode = check_known("mode called", config.get("mode", DEFAULT_MODE), MODES)
     cells = MODES[mode].cells
     for cell in CELLS:
         if cell in config:

@@ -12,7 +12,7 @@ from we_surgery.attached.optimizers import supported_optimizers
 from we_surgery.attached.registry import excitation_of
 from we_surgery.attached.riding import loaded_states
 from we_surgery.converted.options import ConvertOptions, resolve_options
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 from we_surgery.reading import Form
 from we_surgery.training.schedule import WESchedule, paused_until
 
@@ -38,7 +38,7 @@ class ExcitingCallback:
         **options: Unpack[ConvertOptions],
     ) -> None:
         super().__init__()
-        check_choice("form", form, get_args(Form))
+        check_known("form", form, get_args(Form))
         self.form = form
         self.excitation: AttachedExcitation | None = None
         self.start_epoch = start_epoch

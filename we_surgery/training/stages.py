@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from we_surgery.attached import AttachedExcitation
 from we_surgery.attached.registry import excitation_of
 from we_surgery.converted.graphs import excited_weights
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 from we_surgery.excitations import DynamicSparse, Excitation, GlobalLWE, ShiftAttention
 from we_surgery.excitations.shift_attention import HARDENINGS
 from we_surgery.training.vanilla_view import inside_wrappers
@@ -106,7 +106,7 @@ def harden(model: nn.Module, how: str = "argmax") -> int:
     Raises:
         InputError: ``how`` is unknown, or the excitation is attached.
     """
-    check_choice("hardening", how, HARDENINGS)
+    check_known("hardening", how, HARDENINGS)
     stages = stages_of(model, ShiftAttention, "harden")
     for stage in stages:
         stage.hardening = how

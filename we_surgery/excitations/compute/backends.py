@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from we_surgery.errors import InputError, check_choice
+from we_surgery.errors import InputError, check_known
 from we_surgery.excitations.compute import formulas
 from we_surgery.excitations.compute.inputs import ClosedFormInputs, Pullback
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def check_backend(backend: str) -> None:
     """Raises an :class:`InputError` for a backend that does not exist or cannot be imported."""
-    check_choice("backend", backend, get_args(Backend))
+    check_known("backend", backend, get_args(Backend))
     if backend == "triton" and not has_triton():
         raise InputError(
             "Triton is not installed, so its kernels cannot run",
